@@ -1,0 +1,1133 @@
+"""COVID-19 CT image synthesis with a conditional GAN (Jiang, Chen, Loew, Ko), in one file.
+
+A label map of an axial chest CT slice goes in, a CT slice comes out. Research only, not for diagnosis.
+
+    python covidgan.py --stage all                              # phantom data, preset demo: minutes on two CPU cores
+    python covidgan.py --stage all --data data/radiopaedia --preset paper --out out/paper
+    python covidgan.py --resume --out out/paper                 # go on where a stopped run was
+    torchrun --nproc_per_node=2 covidgan.py --stage all --preset paper
+    python covidgan.py -h                                       # every knob
+
+With the paper in hand:
+    Fig. 2   overview, three stages     Generator, Trainer          Eq. 1   DESUM, alpha    Desum
+    Fig. 3   G1                         GlobalGenerator             Eq. 2   objective       step_losses
+    Fig. 4   G2                         LocalGenerator              Eq. 3   L_cGAN          gan_loss_d, gan_loss_g
+    Fig. 5   D1, D2                     Discriminators, PatchGAN    Eq. 4   L_DFM, beta     Dfm
+    Table I  augmentation               augment                     §IV-A   setting         Config
+"""
+
+import argparse
+import dataclasses
+import inspect
+import json
+import math
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import imageio.v3 as iio
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from torch import Tensor, nn
+from tqdm import tqdm
+
+# -- facts of the data format (data/slices.py writes it; a test holds the two equal)
+LABELS = ("background", "lung", "ground-glass opacity", "consolidation")
+COLOURS = ((0, 0, 0), (255, 0, 0), (0, 0, 255), (0, 255, 0))  # Fig. 1: lung red, GGO blue, consolidation green
+HU_OFFSET = 1024  # a stored pixel is HU + 1024, 0..4095
+STAGES = ("g1", "g2", "joint")  # §III-A, in their order
+PHANTOM = "data/phantom"  # the built-in data, made when it is asked for and not there
+
+
+class Mistake(Exception):
+    """A mistake of the user's: one line that names the file or option and the mend; exit status 2."""
+
+
+# ------------------------------------------------------------------------------------------------ configuration
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every knob with its default: the paper's method at the paper's setting (§IV-A). Presets override groups."""
+
+    # run
+    stage: Literal["all", "g1", "g2", "joint"] = "all"  # which of the three trainings (§III-A)
+    preset: Literal["tiny", "demo", "paper"] = "demo"  # a named group of overrides, see PRESETS
+    data: str = PHANTOM  # folder with images/ and maps/, and perhaps split.json
+    out: str = "out"  # folder of ckpt.pt, stats.jsonl, panels, curves, results
+    resume: bool = False  # go on from OUT/ckpt.pt, with its config where no option is given
+    overwrite: bool = False  # discard what stands in OUT
+    seed: int = 0
+    interval: int = 250  # steps between checkpoints, panels and curves
+    # data
+    size: int = 512  # pixels a side of G2's output; slices are resampled to it
+    level: float = -600.0  # window level, HU
+    width: float = 1500.0  # window width, HU: [-1350, 150] HU <-> [-1, 1]
+    n_labels: int = 4  # labels of a map, background among them
+    # augmentation (Table I names the kinds; the ranges are ours), lengths in pixels of a 512-pixel slice
+    resize: float = 1.117  # random resize to 1..this times, then random crop
+    rotate: float = 10.0  # random rotation, +- degrees
+    elastic: float = 2.0  # elastic displacement, standard deviation in pixels
+    elastic_cell: float = 24.0  # and the distance over which it varies
+    noise: float = 0.01  # Gaussian noise on the image's lung, of the window's range
+    # networks
+    ngf: int = 64  # channels of G1's first layer (Fig. 3); G2 has half
+    ndf: int = 64  # channels of a discriminator's first layer
+    n_blocks: int = 9  # residual blocks of G1
+    n_local_blocks: int = 3  # residual blocks of G2
+    n_gen: int = 2  # generators: 1 = G1 at full size, 2 = G1 and G2, 3 = one more enhancer (Table V)
+    n_dis: int = 2  # discriminators: D1 at full size, D2 at half, D3 at a quarter (Table V)
+    upsample: Literal["deconv", "resize"] = "deconv"  # transposed convolution, or nearest resize and convolution
+    desum: Literal["learned", "global", "fixed", "sum"] = "learned"  # alpha from F_local | from F_global | 0.5 | F + F
+    dfm: Literal["learned", "d2", "fixed", "off"] = "learned"  # beta from D1 | from D2 | 0.5 | no feature matching
+    # losses
+    gan: Literal["bce", "lsgan", "hinge"] = "bce"  # Eq. 3 is bce
+    lambda_dfm: float = 10.0  # weight of L_DFM in Eq. 2
+    beta_policy: Literal["clamp", "entropy", "min", "max"] = "clamp"  # see Dfm: who moves beta, and how far
+    beta_margin: float = 0.1  # clamp: beta stays in [margin, 1 - margin]
+    beta_entropy: float = 0.1  # entropy: weight of the bonus that keeps beta from the ends
+    # optimisation
+    batch: int = 16  # over all processes
+    epochs: int = 20  # a stage; the learning rate is constant for the first half, then falls linearly to 0
+    epoch_len: int = 12_000  # augmented samples an epoch: the paper's 40 times 300 slices
+    lr: float = 2e-4
+    adam_beta1: float = 0.5
+    adam_beta2: float = 0.999
+    fix_global: int = 0  # joint: epochs in which G1 stands still (pix2pixHD's schedule would be 2 of 20)
+    # system
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 autocast where the device computes it
+    compile: bool = False  # torch.compile the networks: minutes to start, faster steps
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "demo": dict(size=128, ngf=24, ndf=16, n_blocks=6, batch=8, epochs=2, epoch_len=3200, interval=200),
+    "tiny": dict(size=64, ngf=8, ndf=8, n_blocks=2, batch=4, epochs=1, epoch_len=80, interval=10),
+}
+# what a checkpoint's tensors depend on: cannot change on --resume
+ARCHITECTURE = ("n_labels", "ngf", "ndf", "n_blocks", "n_local_blocks", "n_gen", "n_dis", "upsample", "desum", "dfm")
+
+
+class Stopped(Exception):
+    """A signal asked the run to stop, and the checkpoint is written; exit status 130."""
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """argparse whose complaint is one line."""
+
+    def error(self, message: str) -> None:
+        """Raise instead of printing the usage."""
+        raise Mistake(f"{message} (python covidgan.py -h lists the options)")
+
+
+def parse_config(argv: list[str]) -> Config:
+    """Command line to Config: defaults < preset < (on --resume) the checkpoint's config < the options given.
+
+    Raises Mistake for an unknown option or value, and for a config that cannot work (see check_config).
+    """
+    about = __doc__ + "\n" + inspect.getsource(Config) + "\nPRESETS = " + json.dumps(PRESETS, indent=4)
+    parser = OneLineParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter, usage="%(prog)s")
+    for name, kind in get_type_hints(Config).items():
+        option = "--" + name.replace("_", "-")
+        if kind is bool:
+            parser.add_argument(option, action=argparse.BooleanOptionalAction, default=None, help=argparse.SUPPRESS)
+        elif get_origin(kind) is Literal:
+            parser.add_argument(option, choices=get_args(kind), help=argparse.SUPPRESS)
+        else:
+            parser.add_argument(option, type=kind, help=argparse.SUPPRESS)
+    given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+    base = PRESETS[given.get("preset", Config.preset)]
+    checkpoint = Path(given.get("out", Config.out)) / "ckpt.pt"
+    if given.get("resume") and checkpoint.exists():
+        base = read_checkpoint(checkpoint)["config"]
+        for name in ARCHITECTURE:
+            if name in given and given[name] != base[name]:
+                raise Mistake(f"{checkpoint} has {name} {base[name]}, not {given[name]}: leave the option out")
+    config = Config(**{**base, **given})
+    check_config(config)
+    return config
+
+
+def check_config(c: Config) -> None:
+    """Raise Mistake, before any work, where the values cannot work together."""
+    multiple = 2 ** (3 + max(1, c.n_gen - 1))  # G1's three halvings, and one for each finer generator
+    checks = [
+        (c.size % multiple == 0 and c.size >= 2 * multiple, f"--size {c.size}: give a multiple of {multiple}"),
+        (c.width > 0, f"--width {c.width:g}: give a window width above 0 HU"),
+        (2 <= c.n_labels <= 256, f"--n-labels {c.n_labels}: give 2 to 256"),
+        (c.n_gen in (1, 2, 3), f"--n-gen {c.n_gen}: give 1, 2 or 3"),
+        (c.n_dis in (1, 2, 3), f"--n-dis {c.n_dis}: give 1, 2 or 3"),
+        (c.n_gen > 1 or c.stage in ("all", "joint"), f"--stage {c.stage}: one generator has no stages, give all"),
+        (min(c.ngf, c.ndf) >= 4 and c.ngf % 2 == 0, "--ngf, --ndf: give 4 or more, --ngf even"),
+        (min(c.n_blocks, c.n_local_blocks) >= 1, "--n-blocks, --n-local-blocks: give 1 or more"),
+        (c.dfm != "d2" or c.n_dis > 1, "--dfm d2: needs --n-dis 2 or more"),
+        (0 <= c.beta_margin < 0.5, f"--beta-margin {c.beta_margin:g}: give 0 to below 0.5"),
+        (c.batch >= 1 and c.epochs >= 1 and c.interval >= 1, "--batch, --epochs, --interval: give 1 or more"),
+        (c.epoch_len >= c.batch, f"--epoch-len {c.epoch_len}: give at least the batch of {c.batch}"),
+        (c.lr > 0 and math.isfinite(c.lr), f"--lr {c.lr:g}: give a learning rate above 0"),
+        (c.resize >= 1 and min(c.rotate, c.elastic, c.noise) >= 0, "--resize below 1, or a negative augmentation"),
+        (c.elastic_cell >= 4, f"--elastic-cell {c.elastic_cell:g}: give 4 pixels or more"),
+        (not (c.resume and c.overwrite), "--resume and --overwrite: give one of them"),
+        (c.batch % world_size() == 0, f"--batch {c.batch}: give a multiple of the {world_size()} processes"),
+        (c.device != "cuda" or torch.cuda.is_available(), "--device cuda: no CUDA device here, leave it out"),
+        (c.device != "mps" or torch.backends.mps.is_available(), "--device mps: no Metal device here, leave it out"),
+    ]
+    for fine, complaint in checks:
+        if not fine:
+            raise Mistake(complaint)
+
+
+# ------------------------------------------------------------------------------------------------ data
+
+
+def read_image(path: Path) -> np.ndarray:
+    """Read a 16-bit grey PNG of HU + 1024 as HU, int16 [H, W]. Raises Mistake for anything else."""
+    try:
+        stored = iio.imread(path)
+    except (OSError, SyntaxError) as error:
+        raise Mistake(f"{path}: not a readable PNG ({error}): write it again") from error
+    if stored.dtype != np.uint16 or stored.ndim != 2:
+        raise Mistake(f"{path}: {stored.dtype} {stored.shape} is no slice: give 16-bit grey PNG of HU + 1024")
+    if stored.max() > 4095:
+        raise Mistake(f"{path}: value {stored.max()} is above 4095: store HU + 1024, clipped to 0..4095")
+    return stored.astype(np.int16) - HU_OFFSET
+
+
+def read_map(path: Path, n_labels: int) -> np.ndarray:
+    """Read a label map, uint8 [H, W]: palette or grey PNG of label values, or RGB in exactly the paper's COLOURS.
+
+    Raises Mistake that names the file, the value or colour and the pixel.
+    """
+    try:
+        with Image.open(path) as picture:
+            mode, pixels = picture.mode, np.asarray(picture)
+    except (OSError, SyntaxError) as error:
+        raise Mistake(f"{path}: not a readable PNG ({error}): write it again") from error
+    if mode in ("RGB", "RGBA"):
+        labels = np.full(pixels.shape[:2], 255, np.uint8)
+        for label, colour in enumerate(COLOURS[:n_labels]):
+            labels[(pixels[..., :3] == colour).all(-1)] = label
+        if (labels == 255).any():
+            y, x = np.argwhere(labels == 255)[0]
+            raise Mistake(f"{path}: colour {pixels[y, x].tolist()} at row {y}, column {x} is none of {COLOURS}")
+        return labels
+    if mode not in ("P", "L"):
+        raise Mistake(f"{path}: a PNG of mode {mode} is no label map: give 8-bit palette, or RGB in {COLOURS}")
+    if pixels.max() >= n_labels:
+        y, x = np.argwhere(pixels >= n_labels)[0]
+        raise Mistake(f"{path}: label {pixels[y, x]} at row {y}, column {x}: the model's labels are 0..{n_labels - 1}")
+    return pixels
+
+
+def read_split(folder: Path, seed: int) -> dict[str, list[str]]:
+    """Names of the train and test slices: from split.json, else about a fifth of the patients held out, drawn by seed.
+
+    A patient is what stands before the last "_" of a name. Where all slices have one patient, the last fifth is held
+    out. Raises Mistake for a missing or unusable folder.
+    """
+    if not (folder / "images").is_dir() or not (folder / "maps").is_dir():
+        raise Mistake(f"{folder}: no images/ and maps/ in it: data/prepare.py or data/phantom.py makes such a folder")
+    if (folder / "split.json").exists():
+        try:
+            split = json.loads((folder / "split.json").read_text())
+            split = {side: [str(name) for name in split[side]] for side in ("train", "test")}
+        except (ValueError, KeyError, TypeError) as error:
+            raise Mistake(f"{folder}/split.json: lists of names under train and test are wanted ({error!r})") from error
+    else:
+        names = sorted(path.stem for path in (folder / "maps").glob("*.png"))
+        patients = sorted({name.rpartition("_")[0] for name in names})
+        if len(patients) > 1:
+            order = np.random.default_rng(seed).permutation(patients)
+            held = set(order[: max(1, len(order) // 5)])
+        else:
+            held = set()
+        cut = len(names) - max(1, len(names) // 5)
+        test = [name for i, name in enumerate(names) if (name.rpartition("_")[0] in held if held else i >= cut)]
+        split = {"train": [name for name in names if name not in set(test)], "test": test}
+    if not split["train"] or not split["test"]:
+        counts = f"{len(split['train'])} slices to train, {len(split['test'])} to test"
+        raise Mistake(f"{folder}: {counts}: both need one")
+    return split
+
+
+@dataclass
+class Slices:
+    """One side of a dataset in memory: names [N], hu int16 [N, 1, S, S], labels uint8 [N, 1, S, S]."""
+
+    names: list[str]
+    hu: Tensor
+    labels: Tensor
+
+
+def load_slices(folder: Path, names: list[str], c: Config) -> Slices:
+    """Read and check every slice of a side, resampled to c.size: image anti-aliased, map nearest.
+
+    Raises Mistake where a file is missing or bad, image and map differ in size, a slice is not square,
+    or the whole side holds grey levels 0..255 where HU + 1024 is expected.
+    """
+
+    def load(name: str) -> tuple[Tensor, Tensor]:
+        image_path, map_path = folder / "images" / f"{name}.png", folder / "maps" / f"{name}.png"
+        for path in (image_path, map_path):
+            if not path.exists():
+                raise Mistake(f"{path}: missing: each slice has an image and a map of one name")
+        hu, labels = read_image(image_path), read_map(map_path, c.n_labels)
+        if hu.shape != labels.shape:
+            raise Mistake(f"{map_path}: {labels.shape} is not its image's size {hu.shape}")
+        if hu.shape[0] != hu.shape[1]:
+            raise Mistake(f"{image_path}: {hu.shape} is not square: crop or pad image and map")
+        x, y = torch.from_numpy(hu)[None, None].float(), torch.from_numpy(labels.copy())[None, None].float()
+        if len(hu) != c.size:
+            x = F.interpolate(x, (c.size, c.size), mode="bilinear", antialias=True)
+            y = F.interpolate(y, (c.size, c.size), mode="nearest-exact")
+        return x.round().short(), y.byte()
+
+    with ThreadPoolExecutor() as pool:
+        hu, labels = zip(*pool.map(load, names), strict=True)
+    side = Slices(names, torch.cat(hu), torch.cat(labels))
+    if side.hu.max() <= 255 - HU_OFFSET:
+        raise Mistake(f"{folder}/images: no value above 255, so grey levels, not HU + 1024: convert them first")
+    return side
+
+
+def window(hu: Tensor, c: Config) -> Tensor:
+    """HU to [-1, 1] through the window: level - width/2 and below is -1, level + width/2 and above is 1."""
+    return ((hu.float() - c.level) * (2 / c.width)).clamp(-1, 1)
+
+
+def lung_target(image: Tensor, labels: Tensor) -> Tensor:
+    """The generator's target (Fig. 1, column 2): the lung region, every label above 0, all else at the floor of -1."""
+    return torch.where(labels > 0, image, -1.0)
+
+
+def one_hot(labels: Tensor, n_labels: int) -> Tensor:
+    """Label map [B, 1, H, W] to one-hot float [B, n_labels, H, W], channels last as the networks are."""
+    onehot = (labels == torch.arange(n_labels, device=labels.device).view(1, -1, 1, 1)).float()
+    return onehot.contiguous(memory_format=torch.channels_last)
+
+
+def augment(hu: Tensor, labels: Tensor, c: Config, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Table I's augmentation on the device: random resize and crop, rotation, elastic transform, Gaussian noise.
+
+    hu [B, 1, H, W] and labels uint8 [B, 1, H, W] are resampled through one and the same grid, the image bilinear and
+    the map nearest, so that they stay aligned and a map stays a map. Returns the windowed lung target in [-1, 1] and
+    the labels. rng is on the device; draws do not depend on how a batch is later shared out among processes.
+    """
+    n, _, height, width = hu.shape
+    device = hu.device
+
+    def uniform(low: float, high: float) -> Tensor:
+        return low + (high - low) * torch.rand(n, generator=rng, device=device)
+
+    zoom, angle = uniform(1, c.resize), torch.deg2rad(uniform(-c.rotate, c.rotate))
+    room = 1 - 1 / zoom  # how far the crop can move before it leaves the slice
+    cos, sin = angle.cos() / zoom, angle.sin() / zoom
+    theta = torch.stack([cos, -sin, uniform(-1, 1) * room, sin, cos, uniform(-1, 1) * room], 1).view(n, 2, 3)
+    grid = F.affine_grid(theta, [n, 1, height, width], align_corners=False)  # [B, H, W, 2], -1..1
+    cells = math.ceil(512 / c.elastic_cell)
+    coarse = torch.randn(n, 2, cells, cells, generator=rng, device=device) * (2 * c.elastic / 512)
+    grid = grid + F.interpolate(coarse, (height, width), mode="bicubic").permute(0, 2, 3, 1)
+    image = F.grid_sample(window(hu, c), grid, padding_mode="border", align_corners=False)
+    labels = F.grid_sample(labels.float(), grid, mode="nearest", align_corners=False).byte()
+    image = image + 2 * c.noise * torch.randn(image.shape, generator=rng, device=device)
+    return lung_target(image.clamp(-1, 1), labels), labels
+
+
+# ------------------------------------------------------------------------------------------------ generator
+
+
+class InstanceNorm(nn.Module):
+    """Instance norm without parameters or running statistics, as pix2pixHD has it.
+
+    On a CPU, nn.InstanceNorm2d brings channels_last features into the other layout and the next convolution brings
+    them back, a fifth of a step. Batch norm of one image is the same arithmetic and keeps the layout.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, c, H, W]
+        """Zero mean and unit variance for each image and channel."""
+        if x.device.type != "cpu":
+            return F.instance_norm(x)
+        return torch.cat([F.batch_norm(image, None, None, training=True) for image in x.split(1)])
+
+
+def norm_relu() -> list[nn.Module]:
+    """Instance norm and ReLU."""
+    return [InstanceNorm(), nn.ReLU(inplace=True)]
+
+
+def stem(c_in: int, c_out: int) -> list[nn.Module]:
+    """7x7 convolution at full size (Fig. 3: "7x7 ... Conv-64-Relu")."""
+    return [nn.ReflectionPad2d(3), nn.Conv2d(c_in, c_out, 7), *norm_relu()]
+
+
+def down(c_in: int) -> list[nn.Module]:
+    """Halve the size, double the channels."""
+    return [nn.Conv2d(c_in, 2 * c_in, 3, stride=2, padding=1), *norm_relu()]
+
+
+def up(c_in: int, kind: str) -> list[nn.Module]:
+    """Double the size, halve the channels. "resize" avoids the checkerboard of the paper's transposed convolution."""
+    c_out = c_in // 2
+    if kind == "deconv":
+        grow = [nn.ConvTranspose2d(c_in, c_out, 3, stride=2, padding=1, output_padding=1)]
+    else:
+        grow = [nn.Upsample(scale_factor=2), nn.ReflectionPad2d(1), nn.Conv2d(c_in, c_out, 3)]
+    return [*grow, *norm_relu()]
+
+
+def head(c_in: int) -> nn.Sequential:
+    """7x7 convolution to one channel and tanh."""
+    return nn.Sequential(nn.ReflectionPad2d(3), nn.Conv2d(c_in, 1, 7), nn.Tanh())
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions with instance norm, added to the input; nothing after the sum."""
+
+    def __init__(self, c: int) -> None:
+        super().__init__()
+        first = [nn.ReflectionPad2d(1), nn.Conv2d(c, c, 3), *norm_relu()]
+        self.body = nn.Sequential(*first, nn.ReflectionPad2d(1), nn.Conv2d(c, c, 3), InstanceNorm())
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, c, H, W]
+        """Add what the body makes of x."""
+        return x + self.body(x)
+
+
+class GlobalGenerator(nn.Module):
+    """Global-information generator G1 (§III-A.1, Fig. 3): three halvings, nine residual blocks, three doublings."""
+
+    def __init__(self, n_labels: int, ngf: int, n_blocks: int, upsample: str) -> None:
+        super().__init__()
+        layers = stem(n_labels, ngf)
+        for k in range(3):
+            layers += down(ngf * 2**k)
+        layers += [ResidualBlock(ngf * 8) for _ in range(n_blocks)]
+        for k in range(3):
+            layers += up(ngf * 8 // 2**k, upsample)
+        self.trunk = nn.Sequential(*layers)
+        self.head = head(ngf)  # drawn on in stage g1 alone: in the joint stage G2 takes the trunk's features
+
+    def forward(self, onehot: Tensor) -> Tensor:  # [B, n_labels, H, W] -> [B, 1, H, W]
+        """Synthesize at G1's own size, as in its individual training."""
+        return self.head(self.trunk(onehot))
+
+
+class LocalGenerator(nn.Module):
+    """Local-details generator G2 (§III-A.2, Fig. 4). DESUM comes between its way down and its residual blocks."""
+
+    def __init__(self, n_labels: int, ngf: int, n_blocks: int, upsample: str) -> None:
+        super().__init__()
+        self.down = nn.Sequential(*stem(n_labels, ngf), *down(ngf))
+        self.up = nn.Sequential(*[ResidualBlock(2 * ngf) for _ in range(n_blocks)], *up(2 * ngf, upsample))
+        self.head = head(ngf)
+
+
+class WeightingNet(nn.Module):
+    """Three convolutions and two fully connected layers that give one weight in (0, 1) an image (§III-C).
+
+    No norm layer: instance norm before global pooling removes the very signal to weigh by. The last layer starts at
+    zero, so that the weight starts at 0.5.
+    """
+
+    def __init__(self, c_in: int, c: int) -> None:
+        super().__init__()
+        widths = [c_in, c, c, c]
+        convs = [nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in pairwise(widths)]
+        self.convs = nn.Sequential(*[layer for conv in convs for layer in (conv, nn.ReLU(inplace=True))])
+        self.fc = nn.Sequential(nn.Linear(c, c // 2), nn.ReLU(inplace=True), nn.Linear(c // 2, 1))
+        nn.init.zeros_(self.fc[-1].weight)
+        nn.init.zeros_(self.fc[-1].bias)
+
+    def forward(self, features: Tensor) -> Tensor:  # [B, c_in, H, W] -> [B]
+        """Weigh each image."""
+        return self.fc(self.convs(features).mean((2, 3))).float().sigmoid().squeeze(1)
+
+
+class Desum(nn.Module):
+    """Dynamic element-wise sum (Eq. 1): F_out = alpha F_local + (1 - alpha) F_global, one alpha an image.
+
+    alpha is drawn from F_local; kind "global" draws it from F_global, "fixed" is 0.5, and "sum" is the plain sum of
+    "w/o DESUM" (Table V), twice the fixed one.
+    """
+
+    def __init__(self, channels: int, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.net = WeightingNet(channels, channels) if kind in ("learned", "global") else None
+
+    def forward(self, local: Tensor, global_: Tensor) -> tuple[Tensor, Tensor]:  # [B, c, H, W] each
+        """Return F_out [B, c, H, W] and alpha [B]."""
+        if self.net is None:
+            alpha = local.new_full((len(local),), 0.5, dtype=torch.float32)
+            return (local + global_) * (1.0 if self.kind == "sum" else 0.5), alpha
+        alpha = self.net(global_ if self.kind == "global" else local)
+        a = alpha.view(-1, 1, 1, 1).to(local.dtype)
+        return a * local + (1 - a) * global_, alpha
+
+
+class Generator(nn.Module):
+    """Global-local generator G (Fig. 2): G1 at half size and G2 at full size, joined by DESUM.
+
+    n_gen 3 puts one more local generator, of twice the channels, between G1 (then at quarter size) and G2.
+    """
+
+    def __init__(self, c: Config) -> None:
+        super().__init__()
+        self.n_labels = c.n_labels
+        widest = c.ngf * 2 ** max(0, c.n_gen - 2)  # each finer generator has half the channels, and G2 ngf / 2
+        widths = [widest // 2**k for k in range(1, c.n_gen)]
+        self.g1 = GlobalGenerator(c.n_labels, widest, c.n_blocks, c.upsample)
+        self.locals = nn.ModuleList([LocalGenerator(c.n_labels, w, c.n_local_blocks, c.upsample) for w in widths])
+        self.desums = nn.ModuleList([Desum(2 * w, c.desum) for w in widths])
+
+    def forward(self, onehot: Tensor, stage: str = "joint") -> tuple[Tensor, Tensor]:
+        """One-hot map [B, n_labels, H, W] to an image [B, 1, H, W] in [-1, 1] and alpha [B] of the finest sum, or 1.
+
+        Stage g1: G1 alone, at its own reduced size. g2: the local generators alone, F_out = F_local. joint: all.
+        """
+        finest = len(self.locals)
+        reduced = onehot[..., :: 2**finest, :: 2**finest]  # nearest, so that G1 sees a map of labels in every stage
+        alpha = onehot.new_ones(len(onehot))
+        if stage == "g1" or finest == 0:
+            return self.g1(reduced).float(), alpha
+        features = self.g1.trunk(reduced) if stage == "joint" else None  # [B, ngf, H/2, W/2]
+        for level, (local, desum) in enumerate(zip(self.locals, self.desums, strict=True), start=1):
+            stride = 2 ** (finest - level)
+            summed = local.down(onehot[..., ::stride, ::stride])
+            if features is not None:
+                summed, alpha = desum(summed, features)
+            features = local.up(summed)
+        return self.locals[-1].head(features).float(), alpha
+
+    def trained_in(self, stage: str) -> dict[str, list[nn.Parameter]]:
+        """The parameters that a stage trains, G1's apart from the others, so that --fix-global can hold them still."""
+        if stage == "g1":
+            return {"global": [*self.g1.parameters()], "local": []}
+        if stage == "g2":
+            return {"global": [], "local": [*self.locals.parameters()]}
+        g1 = self.g1.trunk if len(self.locals) else self.g1
+        return {"global": [*g1.parameters()], "local": [*self.locals.parameters(), *self.desums.parameters()]}
+
+
+# ------------------------------------------------------------------------------------------------ discriminators
+
+
+class PatchGAN(nn.Module):
+    """Discriminator with decisions of a 70 x 70 receptive field (§III-B): 4x4 convolutions, strides 2, 2, 2, 1, 1."""
+
+    def __init__(self, c_in: int, ndf: int) -> None:
+        super().__init__()
+        blocks, channels = [], [c_in, ndf, 2 * ndf, 4 * ndf, 8 * ndf]
+        for i, (a, b) in enumerate(pairwise(channels)):
+            norm = [InstanceNorm()] if i else []
+            blocks.append(nn.Sequential(nn.Conv2d(a, b, 4, 2 if i < 3 else 1, 2), *norm, nn.LeakyReLU(0.2, True)))
+        self.blocks = nn.ModuleList([*blocks, nn.Conv2d(8 * ndf, 1, 4, 1, 2)])
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Every block's output; the last, [B, 1, h, w], is the matrix of decisions, as logits."""
+        features = []
+        for block in self.blocks:
+            x = block(x)
+            features.append(x)
+        return features
+
+
+class Discriminators(nn.Module):
+    """Multi-resolution discriminator D (§III-B, Fig. 5): scales[0] is D1 at full size, scales[1] D2 at half."""
+
+    def __init__(self, c: Config) -> None:
+        super().__init__()
+        self.scales = nn.ModuleList([PatchGAN(c.n_labels + 1, c.ndf) for _ in range(c.n_dis)])
+
+    def of_stage(self, stage: str, n_gen: int) -> list[PatchGAN]:
+        """The discriminators a stage trains: at G1's reduced size those of that size and below, D2 in the paper."""
+        scales = list(self.scales)
+        return (scales[n_gen - 1 :] or scales[-1:]) if stage == "g1" else scales
+
+
+def judge(scales: list[PatchGAN], onehot: Tensor, image: Tensor) -> list[list[Tensor]]:
+    """Features of each scale for image [B, 1, H, W] with its map: each next scale sees both at half the size (Fig. 5)."""
+    judged = []
+    for k, scale in enumerate(scales):
+        if k:
+            onehot, image = onehot[..., ::2, ::2], F.avg_pool2d(image, 2)
+        judged.append(scale(torch.cat([onehot, image], 1)))
+    return judged
+
+
+def init_weights(module: nn.Module) -> None:
+    """N(0, 0.02) for convolutions with zero bias, as in pix2pix; weighting nets keep their own start."""
+    if isinstance(module, WeightingNet):
+        return
+    if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+        nn.init.normal_(module.weight, 0.0, 0.02)
+        nn.init.zeros_(module.bias)
+    for child in module.children():
+        init_weights(child)
+
+
+def build_networks(c: Config) -> nn.ModuleDict:
+    """G, D and the DFM weighting as {"g", "d", "dfm"}; the same seed gives the same weights."""
+    with torch.random.fork_rng(devices=[]):  # layers draw from the global generator: lend it our seed
+        torch.manual_seed(c.seed)
+        nets = nn.ModuleDict({"g": Generator(c), "d": Discriminators(c), "dfm": Dfm(c)})
+        init_weights(nets)
+    return nets
+
+
+# ------------------------------------------------------------------------------------------------ losses
+
+
+def gan_loss_d(real: Tensor, fake: Tensor, kind: str) -> Tensor:
+    """The discriminator's side of L_cGAN (Eq. 3), from logits, halved as in pix2pix."""
+    if kind == "bce":
+        return (F.softplus(-real).mean() + F.softplus(fake).mean()) / 2  # -log D(m, x) - log(1 - D(m, G(m)))
+    if kind == "lsgan":
+        return ((real - 1).square().mean() + fake.square().mean()) / 2
+    return (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
+
+
+def gan_loss_g(fake: Tensor, kind: str) -> Tensor:
+    """The generator's side of L_cGAN (Eq. 3), non-saturating, from logits."""
+    if kind == "bce":
+        return F.softplus(-fake).mean()  # -log D(m, G(m))
+    return (fake - 1).square().mean() if kind == "lsgan" else -fake.mean()
+
+
+class Dfm(nn.Module):
+    """Dynamic feature matching (§III-C.2, Eq. 4).
+
+    With t_k the L1 distance of scale k's first three feature maps between real and synthetic pair,
+        L_DFM = (1 - beta) t_1 + beta t_2,
+    beta one number an image, drawn from D1's third feature map of the real pair ("d2": from D2's, "fixed": 0.5).
+    More than two scales share beta evenly; a single scale has the weight 1.
+
+    Who moves beta is not said in the paper. Eq. 2 puts L_DFM under min_G, but a plain minimum just moves all weight
+    to the discriminator that is easier to match. --beta-policy: "clamp" minimises within [margin, 1 - margin], by a
+    scaled sigmoid rather than a cut, so that it never loses its gradient; "entropy" minimises with a bonus for
+    staying undecided; "min" and "max" (as though D moved it) are bare.
+    """
+
+    def __init__(self, c: Config) -> None:
+        super().__init__()
+        self.kind, self.policy, self.margin, self.bonus = c.dfm, c.beta_policy, c.beta_margin, c.beta_entropy
+        learned = c.dfm in ("learned", "d2") and c.n_dis > 1
+        self.net = WeightingNet(4 * c.ndf, c.ndf) if learned else None
+
+    def forward(self, real: list[list[Tensor]], fake: list[list[Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return L_DFM for G, the loss for beta's own network, and beta [B]."""
+        n = len(real[0][0])
+        distances = torch.stack([feature_distance(r, f) for r, f in zip(real, fake, strict=True)])  # [scales, B]
+        if len(real) == 1:
+            return distances.mean(), distances.new_zeros(()), distances.new_zeros(n)
+        if self.net is None:
+            beta = distances.new_full((n,), 0.5)
+        else:
+            beta = self.net(real[1 if self.kind == "d2" else 0][2].detach())
+            if self.policy == "clamp":
+                beta = self.margin + (1 - 2 * self.margin) * beta
+        loss_g = weighted_distance(distances, beta.detach())
+        loss_beta = weighted_distance(distances.detach(), beta)
+        if self.policy == "entropy":
+            loss_beta = loss_beta + self.bonus * (torch.xlogy(beta, beta) + torch.xlogy(1 - beta, 1 - beta)).mean()
+        return loss_g, -loss_beta if self.policy == "max" else loss_beta, beta
+
+
+def feature_distance(real: list[Tensor], fake: list[Tensor]) -> Tensor:
+    """Sum over i = 1..3 of ||D^i(m, x) - D^i(m, G(m))||_1 / N_i (Eq. 4), an image: [B]."""
+    pairs = zip(real[:3], fake[:3], strict=True)
+    return sum((r.detach() - f).abs().mean((1, 2, 3), dtype=torch.float32) for r, f in pairs)
+
+
+def weighted_distance(distances: Tensor, beta: Tensor) -> Tensor:
+    """Eq. 4 over scales: distances [scales, B] weighed 1 - beta for D1, beta for the coarser together; batch mean."""
+    return ((1 - beta) * distances[0] + beta * distances[1:].mean(0)).mean()
+
+
+def step_losses(nets: nn.ModuleDict, onehot: Tensor, target: Tensor, stage: str, c: Config) -> dict[str, Tensor]:
+    """All losses of one step (Eq. 2) from one synthesis and one judgement each of the real and the synthetic pair.
+
+    onehot [B, n_labels, H, W], target [B, 1, H, W] at full size. Both players' losses share the graph: take D's
+    gradients with `inputs=` D's parameters and G's with `inputs=` G's, and none reaches the other (see Trainer.step).
+    """
+    image, alpha = nets["g"](onehot, stage)
+    shrink = target.shape[-1] // image.shape[-1]  # stage g1 works at G1's size
+    onehot, target = onehot[..., ::shrink, ::shrink], F.avg_pool2d(target, shrink)
+    scales = nets["d"].of_stage(stage, c.n_gen)
+    real, fake = judge(scales, onehot, target), judge(scales, onehot, image)
+    verdicts = [(r[-1].float(), f[-1].float()) for r, f in zip(real, fake, strict=True)]
+    loss_dfm, loss_beta, beta = nets["dfm"](real, fake)
+    loss_gan = sum(gan_loss_g(f, c.gan) for _, f in verdicts)
+    return {
+        "d": sum(gan_loss_d(r, f, c.gan) for r, f in verdicts),
+        "g": loss_gan + (c.lambda_dfm * loss_dfm if c.dfm != "off" else 0.0),
+        "gan": loss_gan,
+        "dfm": loss_dfm,
+        "loss_beta": loss_beta,
+        "alpha": alpha.mean(),
+        "beta": beta.mean(),
+        "d_real": torch.stack([r.sigmoid().mean() for r, _ in verdicts]).mean(),
+        "d_fake": torch.stack([f.sigmoid().mean() for _, f in verdicts]).mean(),
+    }
+
+
+# ------------------------------------------------------------------------------------------------ training
+
+
+def world_size() -> int:
+    """Processes of a torchrun, 1 without."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def lr_at(step: int, steps: int, base: float) -> float:
+    """Learning rate of a step (§IV-A): constant for the first half of a stage's steps, then linearly to 0."""
+    return base * min(1.0, 2 * (1 - step / steps))
+
+
+def sample_order(n: int, length: int, seed: list[int]) -> np.ndarray:
+    """Indices [length] of an epoch's samples: whole shuffles of the n slices, a pure function of the seed."""
+    rng = np.random.default_rng(seed)
+    return np.concatenate([rng.permutation(n) for _ in range(math.ceil(length / n))])[:length]
+
+
+def pick_device(c: Config) -> torch.device:
+    """--device, or the best there is; one GPU a process."""
+    name = c.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    return torch.device(name, int(os.environ.get("LOCAL_RANK", "0"))) if name == "cuda" else torch.device(name)
+
+
+def uses_bf16(c: Config, device: torch.device) -> bool:
+    """Whether to autocast to bfloat16: as told, or where the device computes in it."""
+    if c.dtype != "auto":
+        return c.dtype == "bfloat16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint: one plain dict of tensors and numbers, no code in it. Raises Mistake for anything else."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        options = set(checkpoint["config"])
+    except (OSError, RuntimeError, KeyError, TypeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        raise Mistake(f"{path}: not a checkpoint of covidgan.py ({type(error).__name__})") from error
+    if differing := options ^ {field.name for field in dataclasses.fields(Config)}:
+        raise Mistake(f"{path}: from another version of covidgan.py, which differs in {sorted(differing)}")
+    return checkpoint
+
+
+def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+    """Let write(temporary path) make a file that appears under its name only when whole."""
+    unfinished = path.with_name(f".{path.name}.tmp")
+    write(unfinished)
+    os.replace(unfinished, path)
+
+
+class Trainer:
+    """The three-stage loop (§III-A, Fig. 2) with its state: networks, optimisers, stage, step, random generator."""
+
+    def __init__(self, c: Config) -> None:
+        self.c, self.out = c, Path(c.out)
+        self.rank, self.world = int(os.environ.get("RANK", "0")), world_size()
+        self.device = pick_device(c)
+        self.bf16 = uses_bf16(c, self.device)
+        self.stop_signal = 0
+        split = read_split(Path(c.data), c.seed)
+        self.train, self.test = (load_slices(Path(c.data), split[side], c) for side in ("train", "test"))
+        self.nets = build_networks(c).to(self.device, memory_format=torch.channels_last)
+        if c.compile:
+            for net in (self.nets["g"], *self.nets["d"].scales):
+                net.compile()
+        self.rng = torch.Generator(self.device).manual_seed(c.seed)
+        self.steps = c.epochs * (c.epoch_len // c.batch)  # of a stage
+        self.stages = [c.stage] if c.stage != "all" else list(STAGES) if c.n_gen > 1 else ["joint"]
+        self.begin(self.stages[0])
+
+    def begin(self, stage: str) -> None:
+        """Start a stage: the networks go on as they are, the optimisers anew, with the stage's parameters alone."""
+        self.stage, self.step_done = stage, 0
+        groups = {**self.nets["g"].trained_in(stage), "beta": [*self.nets["dfm"].parameters()]}
+        scales = self.nets["d"].of_stage(stage, self.c.n_gen)
+        settings = dict(lr=self.c.lr, betas=(self.c.adam_beta1, self.c.adam_beta2), fused=True)
+        self.opt_g = torch.optim.Adam([{"params": p, "name": name} for name, p in groups.items() if p], **settings)
+        self.opt_d = torch.optim.Adam([p for scale in scales for p in scale.parameters()], **settings)
+
+    def batch(self) -> tuple[Tensor, Tensor, list[str]]:
+        """This process's share of the step's batch: target [b, 1, S, S], labels [b, 1, S, S]; and all its names."""
+        epoch, i = divmod(self.step_done, self.c.epoch_len // self.c.batch)
+        seed = [self.c.seed, STAGES.index(self.stage), epoch]
+        order = sample_order(len(self.train.names), self.c.epoch_len, seed)
+        chosen = torch.from_numpy(order[i * self.c.batch : (i + 1) * self.c.batch])
+        hu, labels = self.train.hu[chosen].to(self.device), self.train.labels[chosen].to(self.device)
+        target, labels = augment(hu, labels, self.c, self.rng)  # every process draws for the whole batch
+        return target[self.rank :: self.world], labels[self.rank :: self.world], [self.train.names[k] for k in chosen]
+
+    def step(self) -> dict[str, float]:
+        """One update of every player of the stage; returns its losses. Raises Mistake at a non-finite loss.
+
+        The order is pix2pixHD's: all losses from one forward pass, then both players move. `inputs=` keeps each
+        player's gradient to its own parameters.
+        """
+        lr = self.set_learning_rate()
+        target, labels, names = self.batch()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            losses = step_losses(self.nets, one_hot(labels, self.c.n_labels), target, self.stage, self.c)
+        figures = self.share(dict(zip(losses, torch.stack([*losses.values()]).tolist(), strict=True)))
+        if not all(map(math.isfinite, figures.values())):
+            bad = ", ".join(f"{name} {value}" for name, value in figures.items() if not math.isfinite(value))
+            where = f"stage {self.stage}, step {self.step_done}"
+            raise Mistake(f"{where}: {bad}; stopped before any weight moved; batch: {' '.join(names)}")
+        self.opt_g.zero_grad()
+        self.opt_d.zero_grad()
+        losses["d"].backward(inputs=parameters(self.opt_d), retain_graph=True)
+        losses["g"].backward(inputs=parameters(self.opt_g, without="beta"))
+        if losses["loss_beta"].requires_grad:
+            losses["loss_beta"].backward(inputs=[*self.nets["dfm"].parameters()])
+        self.average_gradients()
+        self.opt_g.step()
+        self.opt_d.step()
+        self.step_done += 1
+        return {"lr": lr, **figures}
+
+    def set_learning_rate(self) -> float:
+        """Give the optimisers this step's learning rate, and G1 none while --fix-global holds it still."""
+        lr = lr_at(self.step_done, self.steps, self.c.lr)
+        held = self.stage == "joint" and self.step_done < self.c.fix_global * (self.c.epoch_len // self.c.batch)
+        for group in [*self.opt_g.param_groups, *self.opt_d.param_groups]:
+            group["lr"] = 0.0 if held and group.get("name") == "global" else lr
+        return lr
+
+    def share(self, figures: dict[str, float]) -> dict[str, float]:
+        """Mean of each figure over the processes, so that all of them stop, if at all, at the same step."""
+        if self.world == 1:
+            return figures
+        row = torch.tensor([*figures.values(), float(self.stop_signal)], device=self.device)
+        dist.all_reduce(row)
+        *shared, self.stop_signal = (row / self.world).tolist()
+        return dict(zip(figures, shared, strict=True))
+
+    def average_gradients(self) -> None:
+        """Data parallelism: one all-reduce of every gradient; equal shares make it the joined batch's gradient."""
+        if self.world == 1:
+            return
+        grads = [p.grad for p in parameters(self.opt_g) + parameters(self.opt_d) if p.grad is not None]
+        flat = torch.cat([g.flatten() for g in grads])
+        dist.all_reduce(flat)
+        for g, mean in zip(grads, (flat / self.world).split([g.numel() for g in grads]), strict=True):
+            g.copy_(mean.view_as(g))
+
+    def state(self) -> dict[str, Any]:
+        """The checkpoint: plain numbers and tensors, enough to go on bit for bit."""
+        return {
+            "config": {**dataclasses.asdict(self.c), "resume": False, "overwrite": False},
+            "stage": self.stage,
+            "step": self.step_done,
+            "steps": self.steps,
+            "rng": self.rng.get_state(),
+            **{name: net.state_dict() for name, net in self.nets.items()},
+            "opt_g": self.opt_g.state_dict(),
+            "opt_d": self.opt_d.state_dict(),
+        }
+
+    def save(self) -> None:
+        """Write OUT/ckpt.pt (rank 0)."""
+        if self.rank == 0:
+            write_atomically(self.out / "ckpt.pt", lambda path: torch.save(self.state(), path))
+
+    def load(self, checkpoint: dict[str, Any]) -> None:
+        """Go on from a checkpoint. Raises Mistake, by load_state_dict's word, for one of another architecture."""
+        for name, net in self.nets.items():
+            net.load_state_dict(checkpoint[name])
+        self.rng.set_state(checkpoint["rng"])
+        self.begin(checkpoint["stage"])
+        self.opt_g.load_state_dict(checkpoint["opt_g"])
+        self.opt_d.load_state_dict(checkpoint["opt_d"])
+        self.step_done = checkpoint["step"]
+
+    def run(self) -> None:
+        """Train every wanted stage from where the state stands, with bar, stats, checkpoints, panels and curves."""
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(signum, lambda received, _: setattr(self, "stop_signal", received))
+        first = self.stages.index(self.stage) if self.stage in self.stages else 0
+        for stage in self.stages[first:]:
+            if stage != self.stage:
+                self.begin(stage)
+            self.run_stage()
+
+    def run_stage(self) -> None:
+        """Train the stage to its end. On SIGTERM or SIGINT finish the step, write the checkpoint and leave."""
+        done, total = self.step_done * self.c.batch, self.steps * self.c.batch
+        with (
+            open(self.out / "stats.jsonl" if self.rank == 0 else os.devnull, "a") as stats,
+            tqdm(desc=self.stage, initial=done, total=total, unit=" samples", disable=self.rank > 0) as bar,
+        ):
+            while self.step_done < self.steps:
+                figures = self.step()
+                stats.write(json.dumps({"stage": self.stage, "step": self.step_done, **figures}) + "\n")
+                bar.update(self.c.batch)
+                bar.set_postfix({k: f"{figures[k]:.3f}" for k in ("d", "g", "dfm", "alpha", "beta")}, refresh=False)
+                last = self.step_done == self.steps
+                if last or self.stop_signal or self.step_done % self.c.interval == 0:
+                    stats.flush()
+                    self.save()
+                    if self.rank == 0 and not self.stop_signal:
+                        self.draw()
+                if self.stop_signal and not last:
+                    raise Stopped(f"stopped at stage {self.stage}, step {self.step_done}: --resume goes on from there")
+
+    @torch.no_grad()
+    def synthesize(self, labels: Tensor) -> Tensor:
+        """Lung images in [-1, 1] for labels [N, 1, S, S], floor outside the lung, at the stage's size, on the CPU."""
+        images = []
+        for part in labels.split(self.c.batch):
+            part = part.to(self.device)
+            image, _ = self.nets["g"](one_hot(part, self.c.n_labels), self.stage)
+            shrink = part.shape[-1] // image.shape[-1]
+            images.append(lung_target(image, part[..., ::shrink, ::shrink]).cpu())
+        return torch.cat(images)
+
+    def draw(self) -> None:
+        """Write the panel of fixed held-out cases and the curves."""
+        cases = choose_cases(self.test)
+        labels, real = self.test.labels[cases], window(self.test.hu[cases], self.c)
+        write_panel(self.out / f"panel_{self.stage}_{self.step_done:06d}.png", labels, real, self.synthesize(labels))
+        write_curves(self.out / "curves.png", self.out / "stats.jsonl")
+
+
+def parameters(optimizer: torch.optim.Optimizer, without: str = "") -> list[nn.Parameter]:
+    """All parameters of an optimiser, or those of all groups but one."""
+    return [p for group in optimizer.param_groups if group.get("name") != (without or 0) for p in group["params"]]
+
+
+# ------------------------------------------------------------------------------------------------ pictures and figures
+
+
+def choose_cases(side: Slices, n: int = 4) -> list[int]:
+    """Indices of up to n telling slices: of each patient in turn the one with most of the scarcer lesion."""
+    pixels = [(side.labels == label).sum((1, 2, 3)) for label in (2, 3)]
+    worth = torch.minimum(*pixels) + 1e-3 * sum(pixels)
+    ranked = sorted(range(len(side.names)), key=lambda i: (-worth[i].item(), i))
+    patients = [side.names[i].rpartition("_")[0] for i in ranked]
+    turn = [patients[:k].count(patient) for k, patient in enumerate(patients)]  # 0 for each patient's best
+    return [i for _, i in sorted(zip(turn, ranked, strict=True), key=lambda pair: pair[0])][:n]
+
+
+def write_panel(path: Path, labels: Tensor, real: Tensor, lung: Tensor) -> None:
+    """Draw a row a case: map | real lung | synthetic lung | real slice | completed slice.
+
+    labels [N, 1, S, S]; real windowed slices and synthetic lungs in [-1, 1], the latter perhaps at G1's smaller size.
+    """
+    lung = F.interpolate(lung, labels.shape[-2:], mode="nearest")
+    completed = torch.where(labels > 0, lung, real)
+    greys = [lung_target(real, labels), lung, real, completed]
+    grey = ((torch.cat(greys, 3) + 1) * 127.5).round().byte()[:, 0, :, :, None].expand(-1, -1, -1, 3).numpy()
+    palette = np.array([*COLOURS, *[(128, 128, 128)] * 252], np.uint8)
+    rows = np.concatenate([palette[labels[:, 0].numpy()], grey], 2).reshape(-1, 5 * labels.shape[-1], 3)
+    enlarge = max(1, 256 // labels.shape[-1])
+    rows = rows.repeat(enlarge, 0).repeat(enlarge, 1)
+    strip = Image.new("RGB", (rows.shape[1], 16))
+    for k, title in enumerate(("label map", "real lung", "synthetic lung", "real slice", "completed slice")):
+        ImageDraw.Draw(strip).text((k * rows.shape[1] // 5 + 4, 2), title, fill="white")
+    picture = np.concatenate([np.asarray(strip), rows])
+    write_atomically(path, lambda temporary: iio.imwrite(temporary, picture, extension=".png"))
+
+
+def write_curves(path: Path, stats: Path) -> None:
+    """Draw losses, alpha and beta against the step, the stages in a row, from stats.jsonl."""
+    from matplotlib.figure import Figure  # slow to import, and wanted here alone
+
+    lines = [json.loads(line) for line in stats.read_text().splitlines()]
+    points = [lines[i : i + max(1, len(lines) // 200)] for i in range(0, len(lines), max(1, len(lines) // 200))]
+    steps = np.cumsum([len(point) for point in points])
+    figure = Figure(figsize=(10, 6), layout="tight")
+    for axes, names in zip(figure.subplots(3, sharex=True), (("d", "gan"), ("dfm",), ("alpha", "beta")), strict=True):
+        for name in names:
+            axes.plot(steps, [np.mean([line[name] for line in point]) for point in points], label=name)
+        for i, (before, after) in enumerate(pairwise(lines), start=1):
+            if before["stage"] != after["stage"]:
+                axes.axvline(i, color="grey", lw=0.5)
+        axes.legend(loc="upper right")
+    axes.set_xlabel("step, the stages in a row")
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
+
+
+def ssim(a: Tensor, b: Tensor) -> Tensor:
+    """Structural similarity [N] of a and b [N, 1, H, W] in 0..1: Gaussian window of 11, sigma 1.5, K 0.01 and 0.03."""
+    x = torch.arange(-5, 6, dtype=a.dtype)
+    g = torch.exp(-x.square() / (2 * 1.5**2))
+    g = (g / g.sum()).view(1, 1, 1, -1)
+
+    def blur(image: Tensor) -> Tensor:
+        return F.conv2d(F.conv2d(image, g), g.mT)
+
+    mean_a, mean_b = blur(a), blur(b)
+    var_a, var_b, cov = blur(a * a) - mean_a**2, blur(b * b) - mean_b**2, blur(a * b) - mean_a * mean_b
+    c1, c2 = 0.01**2, 0.03**2
+    score = (2 * mean_a * mean_b + c1) * (2 * cov + c2) / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))
+    return score.mean((1, 2, 3))
+
+
+def quality(real: Tensor, synthetic: Tensor) -> dict[str, float]:
+    """Means of PSNR (dB, peak 1, at most 100), SSIM, RMSE, and RMSE over the real image's RMS (Table II's scale).
+
+    Both are [N, 1, S, S] in [-1, 1] and are measured as 0..1 in float64.
+    """
+    a, b = (real.double() + 1) / 2, (synthetic.double() + 1) / 2
+    mse = (a - b).square().mean((1, 2, 3))
+    rms = a.square().mean((1, 2, 3)).sqrt().clamp_min(1e-12)
+    psnr = -10 * mse.clamp_min(1e-10).log10()
+    figures = {"psnr": psnr, "ssim": ssim(a, b), "rmse": mse.sqrt(), "nrmse": mse.sqrt() / rms}
+    return {name: value.mean().item() for name, value in figures.items()}
+
+
+def mean_paint(train: Slices, labels: Tensor, c: Config) -> Tensor:
+    """A floor to beat: every label painted with its mean over the training slices, for labels [N, 1, S, S]."""
+    image = lung_target(window(train.hu, c), train.labels)
+    means = [image[train.labels == k].mean() if (train.labels == k).any() else -1.0 for k in range(c.n_labels)]
+    return torch.tensor(means)[labels.long()]
+
+
+def nearest_copy(train: Slices, labels: Tensor, c: Config) -> Tensor:
+    """The other floor: the lung of the training slice whose map overlaps most, cut to labels [N, 1, S, S].
+
+    Overlap is the share of equal labels in the union of the two lungs, on maps of 64 pixels.
+    """
+    small = [F.interpolate(x.float(), (64, 64), mode="nearest").flatten(1) for x in (labels, train.labels)]
+    (ours, theirs), best = small, []
+    for one in ours:
+        lung = (one > 0) | (theirs > 0)
+        overlap = ((one == theirs) & lung).sum(1) / lung.sum(1).clamp_min(1)
+        best.append(int(overlap.argmax()))
+    image = lung_target(window(train.hu[best], c), train.labels[best])
+    return lung_target(image, labels)
+
+
+def evaluate(trainer: Trainer) -> dict[str, dict[str, dict[str, float]]]:
+    """Quality on the test side of our images and of the two floors, each complete and lung-only (Table II's columns).
+
+    In stage g1 everything is measured at G1's reduced size.
+    """
+    c, test, train = trainer.c, trainer.test, trainer.train
+    images = {"covidgan": trainer.synthesize(test.labels)}
+    shrink = c.size // images["covidgan"].shape[-1]
+    images["mean HU a label"] = mean_paint(train, test.labels, c)[..., ::shrink, ::shrink]
+    images["nearest training case"] = nearest_copy(train, test.labels, c)[..., ::shrink, ::shrink]
+    labels, real = test.labels[..., ::shrink, ::shrink], F.avg_pool2d(window(test.hu, c), shrink)
+    return {
+        name: {
+            "complete": quality(real, torch.where(labels > 0, image, real)),
+            "lung only": quality(lung_target(real, labels), image),
+        }
+        for name, image in images.items()
+    }
+
+
+def table(results: dict[str, dict[str, dict[str, float]]]) -> str:
+    """Results as an aligned table, a row a method."""
+    columns = f"{'PSNR dB':>9}{'SSIM':>8}{'RMSE':>8}{'NRMSE':>8}"
+    lines = [f"{'':24}{'complete':>33}{'lung only':>33}", f"{'':24}{columns}{columns}"]
+    form = "{psnr:9.2f}{ssim:8.4f}{rmse:8.4f}{nrmse:8.4f}"
+    lines += [f"{name:24}" + "".join(form.format(**figures) for figures in r.values()) for name, r in results.items()]
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------------------ main
+
+
+def prepare_out(c: Config) -> None:
+    """Make OUT ready. Raises Mistake where another run stands in it; with --resume only what its checkpoint had stays."""
+    out, stats = Path(c.out), Path(c.out) / "stats.jsonl"
+    if stats.exists() and not (c.resume or c.overwrite):
+        raise Mistake(f"{out}: holds another run: give --resume to go on, --overwrite to discard it, or another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    if c.overwrite:
+        for old in [*out.glob("panel_*.png"), *(out / name for name in ("ckpt.pt", "results.json", "curves.png"))]:
+            old.unlink(missing_ok=True)
+    kept = []
+    if (out / "ckpt.pt").exists() and stats.exists():
+        checkpoint = read_checkpoint(out / "ckpt.pt")
+        done = STAGES.index(checkpoint["stage"]), checkpoint["step"]
+        for line in stats.read_text().splitlines():  # a killed run wrote past its checkpoint, the last line perhaps cut
+            if line.endswith("}") and (STAGES.index((x := json.loads(line))["stage"]), x["step"]) <= done:
+                kept.append(line + "\n")
+    write_atomically(stats, lambda path: path.write_text("".join(kept)))
+
+
+def make_phantom(c: Config) -> None:
+    """Make the built-in data where it is asked for and not there."""
+    script = Path(__file__).parent / "data" / "phantom.py"
+    if c.data == PHANTOM and not Path(c.data, "split.json").exists():
+        print(f"{c.data} is not there: making the built-in phantom data", flush=True)
+        if subprocess.run([sys.executable, script, "--out", c.data]).returncode:
+            raise Mistake(f"{c.data}: could not be made, see above")
+
+
+def on_first_rank(work: Callable[[Config], None], c: Config) -> None:
+    """Do the work once, while the other processes wait for it."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        work(c)
+    if world_size() > 1:
+        dist.barrier()
+
+
+def main(argv: list[str]) -> None:
+    """Train as the command line says, then print and write the results on the test side."""
+    c = parse_config(argv)
+    if world_size() > 1:
+        device = pick_device(c)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    on_first_rank(make_phantom, c)
+    trainer = Trainer(c)
+    on_first_rank(prepare_out, c)
+    if Path(c.out, "ckpt.pt").exists():
+        trainer.load(read_checkpoint(Path(c.out, "ckpt.pt")))
+    if trainer.rank == 0:
+        g, d = (sum(p.numel() for p in trainer.nets[name].parameters()) for name in ("g", "d"))
+        print(
+            f"{c.data}: {len(trainer.train.names)} slices to train, {len(trainer.test.names)} to test, at {c.size} pixels"
+        )
+        print(
+            f"G {g:,} parameters, D {d:,}; on {trainer.device}, {'bfloat16' if trainer.bf16 else 'float32'}", flush=True
+        )
+    trainer.run()
+    if trainer.rank == 0:
+        report(trainer)
+    if world_size() > 1:
+        dist.destroy_process_group()
+
+
+def report(trainer: Trainer) -> None:
+    """Print the table of results and write it as OUT/results.json."""
+    c, results = trainer.c, evaluate(trainer)
+    text = json.dumps({"stage": trainer.stage, "n": len(trainer.test.names), "size": c.size, **results}, indent=1)
+    write_atomically(Path(c.out, "results.json"), lambda path: path.write_text(text + "\n"))
+    print(f"\n{len(trainer.test.names)} test slices of {c.data}:\n{table(results)}\n")
+    print(f"wrote {c.out}/: ckpt.pt, results.json, stats.jsonl, curves.png and panels")
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except Mistake as mistake:
+        print(f"error: {mistake}", file=sys.stderr)
+        sys.exit(2)
+    except Stopped as stop:
+        print(f"\n{stop}", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,126 @@
+"""The on-disk format of a slice dataset, in one place; no torch.
+
+    NAME/images/P03_S041.png   16-bit grey PNG, value = HU + 1024, clipped to 0..4095
+    NAME/maps/P03_S041.png     8-bit palette PNG, value = label, palette = the paper's colours (Fig. 1)
+    NAME/split.json            {"train": [...], "test": [...], "seg_test": [...]} and how it was drawn
+    NAME/contact_sheet.png     a look at the whole
+
+Raw HU survive in the images: windows are applied on reading. Every file is written under a
+temporary name and renamed, so that an interrupted run leaves nothing half-written.
+"""
+
+import io
+import json
+import os
+from pathlib import Path
+
+import imageio.v3 as iio
+import numpy as np
+from PIL import Image
+
+LABELS = ("background", "lung", "ground-glass opacity", "consolidation")
+COLOURS = ((0, 0, 0), (255, 0, 0), (0, 0, 255), (0, 255, 0))  # Fig. 1: lung red, GGO blue, consolidation green
+HU_OFFSET = 1024  # stored value = HU + 1024: air is 24, water 1024
+LEVEL, WIDTH = -600, 1500  # the lung window that pictures for people are shown in, HU
+
+
+class Mistake(Exception):
+    """A mistake of the user's: its text is one line that names the file and the mend; exit status 2."""
+
+
+def slice_name(patient: int, position: int) -> str:
+    """Name of one slice without its ending; what stands before "_S" is the patient."""
+    return f"P{patient:02d}_S{position:03d}"
+
+
+def read_image(path: Path) -> np.ndarray:
+    """Read a 16-bit grey PNG of HU + 1024 as HU, int16 [H, W]. Raises Mistake for anything else."""
+    try:
+        stored = iio.imread(path)
+    except (OSError, SyntaxError) as error:  # Pillow raises SyntaxError for a broken PNG
+        raise Mistake(f"{path}: not a readable PNG ({error}): write it again") from error
+    if stored.dtype != np.uint16 or stored.ndim != 2:
+        raise Mistake(f"{path}: {stored.dtype} {stored.shape} is no slice: give 16-bit grey PNG of HU + {HU_OFFSET}")
+    if stored.max() > 4095:
+        raise Mistake(f"{path}: value {stored.max()} is above 4095: store HU + {HU_OFFSET}, clipped to 0..4095")
+    return stored.astype(np.int16) - HU_OFFSET
+
+
+def read_map(path: Path) -> np.ndarray:
+    """Read a label map, uint8 [H, W]: palette or grey PNG of label values, or RGB in exactly the paper's COLOURS.
+
+    Raises Mistake that names the file, the value or colour and the pixel.
+    """
+    try:
+        with Image.open(path) as picture:
+            mode, pixels = picture.mode, np.asarray(picture)
+    except (OSError, SyntaxError) as error:
+        raise Mistake(f"{path}: not a readable PNG ({error}): write it again") from error
+    if mode in ("RGB", "RGBA"):
+        labels = np.full(pixels.shape[:2], 255, np.uint8)
+        for label, colour in enumerate(COLOURS):
+            labels[(pixels[..., :3] == colour).all(-1)] = label
+        if (labels == 255).any():
+            y, x = np.argwhere(labels == 255)[0]
+            raise Mistake(f"{path}: colour {pixels[y, x].tolist()} at row {y}, column {x} is none of {COLOURS}")
+        return labels
+    if mode not in ("P", "L"):
+        raise Mistake(f"{path}: a PNG of mode {mode} is no label map: give 8-bit palette, or RGB in {COLOURS}")
+    if pixels.max() >= len(LABELS):
+        y, x = np.argwhere(pixels >= len(LABELS))[0]
+        raise Mistake(f"{path}: label {pixels[y, x]} at row {y}, column {x}: labels are 0..{len(LABELS) - 1}")
+    return pixels
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file so that it is either whole or absent."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        unfinished.write_bytes(content)
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def write_image(path: Path, hu: np.ndarray) -> None:
+    """Write HU [H, W], any real type, as the 16-bit image of the format."""
+    stored = np.clip(np.rint(hu) + HU_OFFSET, 0, 4095).astype(np.uint16)
+    write_bytes(path, iio.imwrite("<bytes>", stored, extension=".png"))
+
+
+def write_map(path: Path, labels: np.ndarray) -> None:
+    """Write labels uint8 [H, W], values 0..3, as the palette PNG of the format."""
+    picture = Image.fromarray(labels.astype(np.uint8))
+    picture.putpalette(bytes(channel for colour in COLOURS for channel in colour))  # turns "L" into "P"
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG")
+    write_bytes(path, buffer.getvalue())
+
+
+def write_split(path: Path, train: list[str], test: list[str], seg_test: list[str], drawn: dict) -> None:
+    """Write split.json: the slice names of each side, and how they were drawn (seed, by what, source)."""
+    split = {"train": train, "test": test, "seg_test": seg_test, "drawn": drawn}
+    write_bytes(path, (json.dumps(split, indent=1) + "\n").encode())
+
+
+def windowed(hu: np.ndarray, level: float = LEVEL, width: float = WIDTH) -> np.ndarray:
+    """HU to grey levels uint8 0..255 through a window, for pictures."""
+    return (np.clip((hu - level) / width + 0.5, 0, 1) * 255 + 0.5).astype(np.uint8)
+
+
+def coloured(labels: np.ndarray) -> np.ndarray:
+    """Labels [H, W] to the paper's colours, uint8 [H, W, 3]."""
+    return np.array(COLOURS, np.uint8)[labels]
+
+
+def write_contact_sheet(path: Path, pairs: list[tuple[np.ndarray, np.ndarray]], columns: int = 6) -> None:
+    """Write a picture of (HU [H, W], labels [H, W]) pairs: each slice in the lung window, its map below it."""
+    tiles = []
+    for hu, labels in pairs:
+        step = max(1, hu.shape[0] // 256)  # thumbnails: a sheet is for a glance
+        grey = windowed(hu[::step, ::step])
+        tiles.append(np.concatenate([np.repeat(grey[..., None], 3, 2), coloured(labels[::step, ::step])], 0))
+    blank = np.zeros_like(tiles[0])
+    tiles += [blank] * (-len(tiles) % columns)
+    rows = [np.concatenate(tiles[i : i + columns], 1) for i in range(0, len(tiles), columns)]
+    write_bytes(path, iio.imwrite("<bytes>", np.concatenate(rows, 0), extension=".png"))
