@@ -129,7 +129,7 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> None:
         """Raise instead of printing the usage."""
-        raise Mistake(f"{message} (python covidgan.py -h lists the options)")
+        raise Mistake(f"{message} (-h lists the options)")
 
 
 def parse_config(argv: list[str]) -> Config:
@@ -160,9 +160,14 @@ def parse_config(argv: list[str]) -> Config:
     return config
 
 
+def size_multiple(c: Config) -> int:
+    """What height and width must be multiples of: G1 halves three times, each finer generator once more."""
+    return 2 ** (3 + max(1, c.n_gen - 1))
+
+
 def check_config(c: Config) -> None:
     """Raise Mistake, before any work, where the values cannot work together."""
-    multiple = 2 ** (3 + max(1, c.n_gen - 1))  # G1's three halvings, and one for each finer generator
+    multiple = size_multiple(c)
     checks = [
         (c.size % multiple == 0 and c.size >= 2 * multiple, f"--size {c.size}: give a multiple of {multiple}"),
         (c.width > 0, f"--width {c.width:g}: give a window width above 0 HU"),
@@ -558,7 +563,7 @@ class Discriminators(nn.Module):
 
 
 def judge(scales: list[PatchGAN], onehot: Tensor, image: Tensor) -> list[list[Tensor]]:
-    """Features of each scale for image [B, 1, H, W] with its map: each next scale sees both at half the size (Fig. 5)."""
+    """Features of each scale for image [B, 1, H, W] and its map: each next scale sees both at half size (Fig. 5)."""
     judged = []
     for k, scale in enumerate(scales):
         if k:
@@ -719,15 +724,23 @@ def uses_bf16(c: Config, device: torch.device) -> bool:
     return device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint: one plain dict of tensors and numbers, no code in it. Raises Mistake for anything else."""
+def read_weights(path: Path) -> dict[str, Any]:
+    """Read a file of torch.save that holds one plain dict of tensors and numbers. Raises Mistake for anything else."""
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        options = set(checkpoint["config"])
-    except (OSError, RuntimeError, KeyError, TypeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        raise Mistake(f"{path}: not a checkpoint of covidgan.py ({type(error).__name__})") from error
-    if differing := options ^ {field.name for field in dataclasses.fields(Config)}:
-        raise Mistake(f"{path}: from another version of covidgan.py, which differs in {sorted(differing)}")
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        raise Mistake(f"{path}: not a checkpoint that can be read ({type(error).__name__})") from error
+    if not isinstance(weights, dict):
+        raise Mistake(f"{path}: holds a {type(weights).__name__}, not a checkpoint's dict")
+    return weights
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint of this file (see Trainer.state). Raises Mistake for anything else."""
+    checkpoint = read_weights(path)
+    options = {field.name for field in dataclasses.fields(Config)}
+    if differing := options ^ set(checkpoint.get("config", ())):
+        raise Mistake(f"{path}: no checkpoint of this version of covidgan.py, which has {sorted(differing)} otherwise")
     return checkpoint
 
 
@@ -1050,7 +1063,7 @@ def table(results: dict[str, dict[str, dict[str, float]]]) -> str:
 
 
 def prepare_out(c: Config) -> None:
-    """Make OUT ready. Raises Mistake where another run stands in it; with --resume only what its checkpoint had stays."""
+    """Make OUT ready, on --resume with what its checkpoint knew. Raises Mistake where another run stands in it."""
     out, stats = Path(c.out), Path(c.out) / "stats.jsonl"
     if stats.exists() and not (c.resume or c.overwrite):
         raise Mistake(f"{out}: holds another run: give --resume to go on, --overwrite to discard it, or another --out")
@@ -1100,12 +1113,9 @@ def main(argv: list[str]) -> None:
         trainer.load(read_checkpoint(Path(c.out, "ckpt.pt")))
     if trainer.rank == 0:
         g, d = (sum(p.numel() for p in trainer.nets[name].parameters()) for name in ("g", "d"))
-        print(
-            f"{c.data}: {len(trainer.train.names)} slices to train, {len(trainer.test.names)} to test, at {c.size} pixels"
-        )
-        print(
-            f"G {g:,} parameters, D {d:,}; on {trainer.device}, {'bfloat16' if trainer.bf16 else 'float32'}", flush=True
-        )
+        train, test = len(trainer.train.names), len(trainer.test.names)
+        print(f"{c.data}: {train} slices to train, {test} to test, at {c.size} pixels")
+        print(f"G {g:,} parameters, D {d:,}; {trainer.device}, {'bfloat16' if trainer.bf16 else 'float32'}", flush=True)
     trainer.run()
     if trainer.rank == 0:
         report(trainer)
@@ -1122,12 +1132,17 @@ def report(trainer: Trainer) -> None:
     print(f"wrote {c.out}/: ckpt.pt, results.json, stats.jsonl, curves.png and panels")
 
 
-if __name__ == "__main__":
+def exit_on_mistake(program: Callable[[list[str]], None]) -> None:
+    """Run a program on the command line's arguments; a mistake of the user's is one line and exit status 2."""
     try:
-        main(sys.argv[1:])
+        program(sys.argv[1:])
     except Mistake as mistake:
         print(f"error: {mistake}", file=sys.stderr)
         sys.exit(2)
     except Stopped as stop:
         print(f"\n{stop}", file=sys.stderr)
         sys.exit(130)
+
+
+if __name__ == "__main__":
+    exit_on_mistake(main)
