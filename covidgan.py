@@ -47,7 +47,7 @@ LABELS = ("background", "lung", "ground-glass opacity", "consolidation")
 COLOURS = ((0, 0, 0), (255, 0, 0), (0, 0, 255), (0, 255, 0))  # Fig. 1: lung red, GGO blue, consolidation green
 HU_OFFSET = 1024  # a stored pixel is HU + 1024, 0..4095
 STAGES = ("g1", "g2", "joint")  # §III-A, in their order
-PHANTOM = "data/phantom"  # the built-in data, made when it is asked for and not there
+PHANTOM = "data/phantom"  # the built-in data; a folder whose name begins so is made when it is not there
 
 
 class Mistake(Exception):
@@ -113,8 +113,8 @@ class Config:
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
-    "demo": dict(size=128, ngf=24, ndf=16, n_blocks=6, batch=8, epochs=2, epoch_len=3200, interval=200),
-    "tiny": dict(size=64, ngf=8, ndf=8, n_blocks=2, batch=4, epochs=1, epoch_len=80, interval=10),
+    "demo": dict(size=128, ngf=32, ndf=32, n_blocks=6, batch=4, epochs=2, epoch_len=1200, interval=200),
+    "tiny": dict(data=f"{PHANTOM}64", size=64, ngf=8, ndf=8, n_blocks=2, batch=4, epochs=1, epoch_len=80, interval=10),
 }
 # what a checkpoint's tensors depend on: cannot change on --resume
 ARCHITECTURE = ("n_labels", "ngf", "ndf", "n_blocks", "n_local_blocks", "n_gen", "n_dis", "upsample", "desum", "dfm")
@@ -1082,11 +1082,11 @@ def prepare_out(c: Config) -> None:
 
 
 def make_phantom(c: Config) -> None:
-    """Make the built-in data where it is asked for and not there."""
+    """Make the built-in data, at the size that it is trained at, where it is asked for and not there."""
     script = Path(__file__).parent / "data" / "phantom.py"
-    if c.data == PHANTOM and not Path(c.data, "split.json").exists():
+    if c.data.startswith(PHANTOM) and not Path(c.data, "split.json").exists():
         print(f"{c.data} is not there: making the built-in phantom data", flush=True)
-        if subprocess.run([sys.executable, script, "--out", c.data]).returncode:
+        if subprocess.run([sys.executable, script, "--out", c.data, "--size", str(c.size)]).returncode:
             raise Mistake(f"{c.data}: could not be made, see above")
 
 
