@@ -197,16 +197,22 @@ def check_config(c: Config) -> None:
 # ------------------------------------------------------------------------------------------------ data
 
 
+def read_png(path: Path) -> tuple[str, np.ndarray]:
+    """Mode, in Pillow's words, and pixels of a PNG. Raises Mistake for a file that is cut short, broken or none."""
+    try:
+        with Image.open(path) as picture:
+            return picture.mode, np.asarray(picture)
+    except (OSError, SyntaxError, ValueError) as error:  # Pillow's words for a broken PNG
+        raise Mistake(f"{path}: not a readable PNG ({error}): write it again") from error
+
+
 def read_image(path: Path) -> np.ndarray:
     """Read a 16-bit grey PNG of HU + 1024 as HU, int16 [H, W]. Raises Mistake for anything else."""
-    try:
-        stored = iio.imread(path)
-    except (OSError, SyntaxError) as error:
-        raise Mistake(f"{path}: not a readable PNG ({error}): write it again") from error
+    mode, stored = read_png(path)
     if stored.dtype != np.uint16 or stored.ndim != 2:
-        raise Mistake(f"{path}: {stored.dtype} {stored.shape} is no slice: give 16-bit grey PNG of HU + 1024")
+        raise Mistake(f"{path}: a PNG of mode {mode} is no slice: give 16-bit grey PNG of HU + {HU_OFFSET}")
     if stored.max() > 4095:
-        raise Mistake(f"{path}: value {stored.max()} is above 4095: store HU + 1024, clipped to 0..4095")
+        raise Mistake(f"{path}: value {stored.max()} is above 4095: store HU + {HU_OFFSET}, clipped to 0..4095")
     return stored.astype(np.int16) - HU_OFFSET
 
 
@@ -215,21 +221,18 @@ def read_map(path: Path, n_labels: int) -> np.ndarray:
 
     Raises Mistake that names the file, the value or colour and the pixel.
     """
-    try:
-        with Image.open(path) as picture:
-            mode, pixels = picture.mode, np.asarray(picture)
-    except (OSError, SyntaxError) as error:
-        raise Mistake(f"{path}: not a readable PNG ({error}): write it again") from error
+    colours = COLOURS[:n_labels]
+    mode, pixels = read_png(path)
     if mode in ("RGB", "RGBA"):
         labels = np.full(pixels.shape[:2], 255, np.uint8)
-        for label, colour in enumerate(COLOURS[:n_labels]):
+        for label, colour in enumerate(colours):
             labels[(pixels[..., :3] == colour).all(-1)] = label
         if (labels == 255).any():
             y, x = np.argwhere(labels == 255)[0]
-            raise Mistake(f"{path}: colour {pixels[y, x].tolist()} at row {y}, column {x} is none of {COLOURS}")
+            raise Mistake(f"{path}: colour {pixels[y, x].tolist()} at row {y}, column {x} is none of {colours}")
         return labels
     if mode not in ("P", "L"):
-        raise Mistake(f"{path}: a PNG of mode {mode} is no label map: give 8-bit palette, or RGB in {COLOURS}")
+        raise Mistake(f"{path}: a PNG of mode {mode} is no label map: give 8-bit palette, or RGB in {colours}")
     if pixels.max() >= n_labels:
         y, x = np.argwhere(pixels >= n_labels)[0]
         raise Mistake(f"{path}: label {pixels[y, x]} at row {y}, column {x}: the model's labels are 0..{n_labels - 1}")
