@@ -1,0 +1,167 @@
+"""A toy dataset, small configs, and covidgan.py run as a user runs it."""
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: runs are compared bit by bit
+
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+import slices
+
+ROOT = Path(__file__).resolve().parents[1]
+SIZE = 64
+PATIENTS, POSITIONS = 5, 6
+HU = {"air": -1000.0, "body": 40.0, 1: -850.0, 2: -550.0, 3: 20.0}  # plausible HU, by label inside the lung
+
+
+def ellipse(cy, cx, ry, rx, size=SIZE):
+    """Mask of an ellipse, centre and half axes in parts of the picture's side."""
+    y, x = (np.mgrid[:size, :size] + 0.5) / size
+    return ((y - cy) / ry) ** 2 + ((x - cx) / rx) ** 2 < 1
+
+
+def draw_toy(rng, lesions=True):
+    """HU and labels of a chest of ellipses: body, two lungs, a ground-glass and a consolidation blob in them."""
+    hu, labels = np.full((SIZE, SIZE), HU["air"]), np.zeros((SIZE, SIZE), np.uint8)
+    hu[ellipse(0.5, 0.5, 0.40, 0.46)] = HU["body"]
+    lungs = ellipse(0.5, 0.31, *rng.uniform((0.24, 0.13), (0.30, 0.16)))
+    lungs |= ellipse(0.5, 0.69, *rng.uniform((0.24, 0.13), (0.30, 0.16)))
+    labels[lungs] = 1
+    if lesions:
+        side = rng.permutation((0.31, 0.69))
+        glass = ellipse(rng.uniform(0.4, 0.6), side[0], *rng.uniform(0.07, 0.12, 2))
+        dense = ellipse(rng.uniform(0.4, 0.6), side[1], *rng.uniform(0.05, 0.09, 2))
+        labels[glass & lungs], labels[dense & lungs] = 2, 3
+    for label in (1, 2, 3):
+        hu[labels == label] = HU[label]
+    return hu + rng.normal(0, 25, hu.shape), labels
+
+
+@dataclass
+class Toy:
+    """A dataset on disk, and what was written into it."""
+
+    folder: Path
+    hu: dict = field(default_factory=dict)
+    labels: dict = field(default_factory=dict)
+    train: list = field(default_factory=list)
+    test: list = field(default_factory=list)
+
+
+def write_toy(folder, split=True):
+    """Write the toy dataset of 5 patients with 6 slices each; the last patient is the test side."""
+    rng, toy = np.random.default_rng(7), Toy(folder)
+    for sub in ("images", "maps"):
+        (folder / sub).mkdir(parents=True)
+    for patient in range(1, PATIENTS + 1):
+        for position in range(1, POSITIONS + 1):
+            name = slices.slice_name(patient, position)
+            toy.hu[name], toy.labels[name] = draw_toy(rng, lesions=position > 1)
+            slices.write_image(folder / "images" / f"{name}.png", toy.hu[name])
+            slices.write_map(folder / "maps" / f"{name}.png", toy.labels[name])
+            (toy.test if patient == PATIENTS else toy.train).append(name)
+    if split:
+        slices.write_split(folder / "split.json", toy.train, toy.test, [], {"seed": 7})
+    return toy
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory):
+    """The toy dataset; read it only."""
+    return write_toy(tmp_path_factory.mktemp("toy") / "set")
+
+
+@pytest.fixture
+def own_toy(tmp_path):
+    """A toy dataset of the test's own, to break."""
+    return write_toy(tmp_path / "set")
+
+
+@pytest.fixture(scope="session")
+def tiny(toy, tmp_path_factory):
+    """Make a Config of the preset tiny, smaller still, in float32 on the CPU: tiny(n_dis=3, ...)."""
+    import covidgan
+
+    out = str(tmp_path_factory.mktemp("tiny") / "out")
+    small = dict(dtype="float32", device="cpu", n_blocks=1, n_local_blocks=1, data=str(toy.folder), out=out)
+    return lambda **given: covidgan.Config(**{**covidgan.PRESETS["tiny"], **small, **given})
+
+
+@pytest.fixture(scope="session")
+def small_run():
+    """Options of a run of ten steps a stage."""
+    options = "--preset tiny --device cpu --dtype float32 --ngf 8 --ndf 8 --n-blocks 1 --n-local-blocks 1"
+    return [*options.split(), "--batch", "2", "--epochs", "2", "--epoch-len", "10", "--interval", "4"]
+
+
+@dataclass
+class Done:
+    """How a command ended."""
+
+    status: int
+    stdout: str
+    stderr: str
+
+
+def start(*arguments, script=ROOT / "covidgan.py", **more):
+    """Start a script with this Python from the repository's root, on one core."""
+    command = [sys.executable, *map(str, [script] if script else []), *map(str, arguments)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **more.pop("env", {})}
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, cwd=ROOT, env=env, **pipes, **more)
+
+
+@pytest.fixture(scope="session")
+def cli():
+    """Run `python covidgan.py ARGUMENTS` and return its status, stdout and stderr; script=... runs another."""
+
+    def run(*arguments, timeout=120, **more):
+        process = start(*arguments, **more)
+        try:
+            stdout, stderr = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise
+        return Done(process.returncode, stdout, stderr)
+
+    run.start = start
+    return run
+
+
+@pytest.fixture
+def here(monkeypatch, capfd):
+    """The same in this process, through covidgan's own way out: spares a second a run for importing torch."""
+    import covidgan
+
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+
+    def run(*arguments):
+        monkeypatch.chdir(ROOT)
+        monkeypatch.setattr(sys, "argv", ["covidgan.py", *map(str, arguments)])
+        capfd.readouterr()
+        status = 0
+        try:
+            covidgan.exit_on_mistake(covidgan.main)
+        except SystemExit as leave:
+            status = leave.code or 0
+        finally:
+            for signum, handler in handlers.items():
+                signal.signal(signum, handler)
+        return Done(status, *capfd.readouterr())
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def whole_run(toy, small_run, cli, tmp_path_factory):
+    """The folder of a whole uninterrupted run of all three stages, and how it ended; read it only."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    done = cli("--stage", "all", "--data", toy.folder, "--out", out, *small_run, "--interval", 5)
+    assert done.status == 0, done.stderr
+    return out, done

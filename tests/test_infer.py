@@ -1,0 +1,798 @@
+"""infer_onnx.py against a stand-in generator built with onnx alone: a colour a label, blurred, so that pixels count."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import imageio.v3 as iio
+import nibabel
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+from PIL import Image
+
+import infer_onnx
+from data.slices import COLOURS, LABELS, Mistake, coloured, read_image, read_map, windowed, write_image, write_map
+
+HERE = Path(__file__).resolve().parent.parent
+METADATA = {
+    "kind": "generator",
+    "contract": "1",
+    "labels": json.dumps(LABELS),
+    "colours": json.dumps(COLOURS),
+    "level": "-600.0",
+    "width": "1500.0",
+    "size": "64",
+    "multiple": "16",
+    "checkpoint_sha256": "0" * 64,
+    "licence": "none",
+    "precision": "float32",
+}
+
+
+def build_generator(path, shape=("N", "H", "W"), metadata=METADATA, work=0, ct=TensorProto.INT16, name="map"):
+    """A stand-in that keeps the contract. HU is a value for each label, blurred over 5 x 5 pixels; `work` convolutions
+    of 32 channels in front of it, whose result counts nothing, make it slow."""
+
+    def constant(name, value):
+        return numpy_helper.from_array(np.asarray(value), name)
+
+    weights = [
+        constant("one", [1]),
+        constant("hu", np.array([-1000, -850, -500, 40], np.float32)),
+        constant("blur", np.full((1, 1, 5, 5), 1 / 25, np.float32)),
+        constant("floor", np.float32(-1350)),
+        constant("half", np.float32(0.5)),
+        constant("spread", np.full((32, 1, 3, 3), 1e-9, np.float32)),
+        constant("mix", np.full((32, 32, 3, 3), 1e-9, np.float32)),
+        constant("gather", np.full((1, 32, 3, 3), 1e-9, np.float32)),
+    ]
+    nodes = [
+        helper.make_node("Cast", [name], ["index"], to=TensorProto.INT32),
+        helper.make_node("Gather", ["hu", "index"], ["flat"]),
+        helper.make_node("Unsqueeze", ["flat", "one"], ["image"]),
+        helper.make_node("Conv", ["image", "spread"], ["work0"], pads=[1] * 4),
+        *(helper.make_node("Conv", [f"work{i}", "mix"], [f"work{i + 1}"], pads=[1] * 4) for i in range(work)),
+        helper.make_node("Conv", [f"work{work}", "gather"], ["nothing"], pads=[1] * 4),
+        helper.make_node("Conv", ["image", "blur"], ["blurred"], pads=[2] * 4),
+        helper.make_node("Add", ["blurred", "nothing"], ["sum"]),
+        helper.make_node("Squeeze", ["sum", "one"], ["lung"]),
+        helper.make_node("Cast", [name], ["label"], to=TensorProto.FLOAT),
+        helper.make_node("Greater", ["label", "half"], ["inside"]),
+        helper.make_node("Where", ["inside", "lung", "floor"], ["masked"]),
+        helper.make_node("Round", ["masked"], ["rounded"]),
+        helper.make_node("Cast", ["rounded"], ["ct"], to=ct),
+        helper.make_node("ReduceMean", ["label"], ["alpha"], axes=[1, 2], keepdims=0),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "stand-in",
+        [helper.make_tensor_value_info(name, TensorProto.UINT8, shape)],
+        [
+            helper.make_tensor_value_info("ct", ct, shape),
+            helper.make_tensor_value_info("alpha", TensorProto.FLOAT, shape[:1]),
+        ],
+        weights,
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    helper.set_model_props(model, metadata)
+    onnx.checker.check_model(model)
+    onnx.save(model, path)
+    return path
+
+
+def draw_map(height=64, width=64, shift=0):
+    """Two lungs with a lesion of either kind, uint8 [H, W]."""
+    y, x = np.mgrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j]
+    labels = np.zeros((height, width), np.uint8)
+    for side in (-0.45, 0.45):
+        labels[((x - side) / 0.4) ** 2 + (y - shift / 50) ** 2 < 0.6] = 1
+    labels[(x - 0.45) ** 2 + (y - 0.2) ** 2 < 0.06] = 2
+    labels[(x + 0.45) ** 2 + (y + 0.2) ** 2 < 0.03] = 3
+    return labels
+
+
+def draw_slice(height=64, width=64, seed=0):
+    """A slice of noise, HU int16 [H, W]: whatever is changed shows."""
+    return np.random.default_rng(seed).integers(-1024, 3072, (height, width)).astype(np.int16)
+
+
+@pytest.fixture
+def model(tmp_path):
+    return build_generator(tmp_path / "generator.onnx")
+
+
+@pytest.fixture
+def maps(tmp_path):
+    """Five maps of three sizes, two of them no multiple of 16."""
+    folder = tmp_path / "maps"
+    folder.mkdir()
+    for k, size in enumerate([(64, 64), (64, 64), (64, 64), (50, 70), (33, 80)]):
+        write_map(folder / f"P{k // 2:02d}_S{k:03d}.png", draw_map(*size, shift=k))
+    return folder
+
+
+@pytest.fixture
+def infer(tmp_path, model, capfd):
+    """Run the script in this process: options -> exit status, OUT, all of stderr but the progress bar."""
+
+    def call(*options, out="out", model=model):
+        argv = [*map(str, options), "--model", str(model), "--out", str(tmp_path / out), "--provider", "cpu"]
+        try:
+            status, told = infer_onnx.main(argv), []
+        except Mistake as mistake:
+            status, told = 2, [f"error: {mistake}"]
+        noise = capfd.readouterr().err.replace("\r", "\n").splitlines()
+        return status, tmp_path / out, "\n".join(told + [line for line in noise if line and "slices/s" not in line])
+
+    return call
+
+
+def script(*argv, **options):
+    """Run the script as a user does."""
+    command = [sys.executable, HERE / "infer_onnx.py", *map(str, argv)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, **options)
+
+
+def files(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def direct(model, labels):
+    """What the model itself says of one map whose size suits it, as the format holds it."""
+    session = ort.InferenceSession(model, providers=["CPUExecutionProvider"])
+    return session.run(["ct"], {"map": labels[None]})[0][0].clip(-1024)
+
+
+# ------------------------------------------------------------------------------------------------ synthesis
+
+
+def test_a_map_whose_size_suits_the_model_gives_what_the_model_gives(infer, maps, model):
+    status, out, _ = infer(maps)
+    assert status == 0
+    for name in ("P00_S000", "P00_S001", "P01_S002"):
+        labels = read_map(maps / f"{name}.png")
+        assert np.array_equal(read_image(out / "images" / f"{name}.png"), direct(model, labels))
+        assert np.array_equal(read_map(out / "maps" / f"{name}.png"), labels)
+
+
+def test_a_map_of_any_size_is_padded_with_background_and_cropped_back(infer, maps, model):
+    _, out, _ = infer(maps)
+    for name, pad in (("P01_S003", ((0, 14), (0, 10))), ("P02_S004", ((0, 15), (0, 0)))):
+        labels = read_map(maps / f"{name}.png")
+        expected = direct(model, np.pad(labels, pad))[: labels.shape[0], : labels.shape[1]]
+        assert np.array_equal(read_image(out / "images" / f"{name}.png"), expected)
+
+
+def test_the_smallest_map_is_padded_to_two_multiples(model):
+    _, info = infer_onnx.open_session(model, "cpu")
+    assert infer_onnx.canvas(5, 33, info) == (32, 48)
+
+
+def test_a_call_leaves_nothing_behind_for_the_next_of_its_shape(model):
+    generator = infer_onnx.Generator(*infer_onnx.open_session(model, "cpu"))
+    large, small = np.full((2, 64, 64), 3, np.uint8), np.ones((1, 50, 60), np.uint8)
+    first = generator(large)
+    kept = first.copy()
+    again = generator(np.concatenate([small, small]))
+    assert np.array_equal(first, kept)
+    fresh = infer_onnx.Generator(*infer_onnx.open_session(model, "cpu"))(small)
+    assert np.array_equal(again, np.concatenate([fresh, fresh]))
+
+
+def test_palette_and_rgb_maps_give_the_same_files(infer, tmp_path):
+    for name, pixels in (("palette", draw_map()), ("rgb", coloured(draw_map()))):
+        (tmp_path / name).mkdir()
+        path = tmp_path / name / "P00_S000.png"
+        write_map(path, pixels) if name == "palette" else iio.imwrite(path, pixels)
+        infer(tmp_path / name, out=f"out_{name}")
+    assert files(tmp_path / "out_palette") == files(tmp_path / "out_rgb")
+
+
+def test_batches_change_nothing(infer, maps):
+    outs = [infer(maps, "--batch", n, "--panel", out=f"out{n}")[1] for n in (1, 2, 5)]
+    assert files(outs[0]) == files(outs[1]) == files(outs[2])
+
+
+def test_one_png_may_be_given_instead_of_a_folder(infer, maps):
+    _, out, _ = infer(maps / "P00_S001.png")
+    assert [path.name for path in (out / "images").iterdir()] == ["P00_S001.png"]
+
+
+def test_a_model_of_fixed_size_takes_smaller_maps_and_refuses_larger_ones(infer, maps, tmp_path):
+    fixed = build_generator(tmp_path / "fixed.onnx", shape=(2, 64, 64))
+    status, out, told = infer(maps, model=fixed)
+    assert status == 2
+    assert sorted(path.stem for path in (out / "images").iterdir()) == ["P00_S000", "P00_S001", "P01_S002"]
+    assert np.array_equal(read_image(out / "images/P01_S002.png"), direct_of_batch(fixed, draw_map(shift=2)))
+    assert "P01_S003.png: 50 x 70 pixels are more than the model's fixed [64, 64]" in told
+
+
+def direct_of_batch(model, labels):
+    session = ort.InferenceSession(model, providers=["CPUExecutionProvider"])
+    return session.run(["ct"], {"map": np.stack([labels, 0 * labels])})[0][0].clip(-1024)
+
+
+# ------------------------------------------------------------------------------------------------ completion and panels
+
+
+@pytest.fixture
+def images(tmp_path, maps):
+    """A real slice for each of the maps."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for k, path in enumerate(sorted(maps.iterdir())):
+        write_image(folder / path.name, draw_slice(*read_map(path).shape, seed=k))
+    return folder
+
+
+def test_completion_keeps_every_pixel_outside_the_lung_and_takes_the_lung_from_the_model(infer, maps, images):
+    infer(maps, out="lung")
+    status, out, _ = infer(maps, "--complement", images)
+    assert status == 0
+    for path in maps.iterdir():
+        inside = read_map(path) > 0
+        completed, real = read_image(out / "images" / path.name), read_image(images / path.name)
+        assert np.array_equal(completed[~inside], real[~inside])
+        assert np.array_equal(completed[inside], read_image(out.parent / "lung/images" / path.name)[inside])
+
+
+def test_a_panel_shows_map_synthesis_and_completion(infer, maps, images):
+    _, out, _ = infer(maps, "--complement", images, "--panel")
+    panel = iio.imread(out / "panels/P01_S003.png")
+    completed = windowed(read_image(out / "images/P01_S003.png"))
+    assert panel.shape == (50, 3 * 70, 3)
+    assert np.array_equal(panel[:, :70], coloured(read_map(maps / "P01_S003.png")))
+    assert np.array_equal(panel[:, 140:, 0], completed)
+    inside = read_map(maps / "P01_S003.png") > 0
+    assert np.array_equal(panel[:, 70:140, 1][inside], completed[inside])
+    assert (panel[:, 70:140][~inside] == windowed(np.array(-1024))).all()
+
+
+def test_a_panel_without_a_real_slice_shows_map_and_synthesis(infer, maps):
+    _, out, _ = infer(maps, "--panel")
+    assert iio.imread(out / "panels/P00_S000.png").shape == (64, 2 * 64, 3)
+
+
+# ------------------------------------------------------------------------------------------------ variants
+
+
+def test_a_variant_s_map_is_the_one_that_its_slice_was_made_from(infer, maps, model):
+    _, out, _ = infer(maps, "--variants", 3)
+    assert len(list((out / "images").iterdir())) == 15
+    for name in ("P00_S000v01", "P00_S000v03", "P01_S002v02"):
+        labels = read_map(out / "maps" / f"{name}.png")
+        assert np.array_equal(read_image(out / "images" / f"{name}.png"), direct(model, labels))
+        assert not np.array_equal(labels, read_map(maps / f"{name[:8]}.png"))
+
+
+def test_variants_keep_the_patient_before_the_last_underscore(infer, maps):
+    _, out, _ = infer(maps, "--variants", 2)
+    assert {path.stem.rpartition("_")[0] for path in (out / "maps").iterdir()} == {"P00", "P01", "P02"}
+
+
+def test_variants_hang_on_the_seed_and_neither_on_batch_nor_shard(infer, maps, tmp_path):
+    whole = files(infer(maps, "--variants", 3, "--seed", 5, out="whole")[1])
+    assert whole == files(infer(maps, "--variants", 3, "--seed", 5, "--batch", 4, out="batched")[1])
+    for i in (1, 2):
+        infer(maps, "--variants", 3, "--seed", 5, "--shard", f"{i}/2", out="sharded")
+    assert whole == files(tmp_path / "sharded")
+    other = files(infer(maps, "--variants", 3, "--seed", 6, out="other")[1])
+    assert whole.keys() == other.keys()
+    assert all(whole[name] != other[name] for name in whole)
+
+
+def test_variants_of_a_map_differ_from_one_another(infer, maps):
+    _, out, _ = infer(maps, "--variants", 4)
+    assert len({path.read_bytes() for path in (out / "maps").glob("P00_S000*")}) == 4
+
+
+def test_augmentation_stays_in_the_ranges_of_the_training():
+    centre, corner, angle = [], [], []
+    for k in range(200):
+        rows, columns = infer_onnx.augmentation(128, 128, np.random.default_rng(k))
+        centre.append((rows[60:68, 60:68].mean() - 63.5, columns[60:68, 60:68].mean() - 63.5))
+        corner.append(np.hypot(rows[0, 127] - rows[127, 0], columns[0, 127] - columns[127, 0]) / np.hypot(127, 127))
+        angle.append(np.degrees(np.arctan2(rows[64, 127] - rows[64, 0], columns[64, 127] - columns[64, 0])))
+    assert min(angle) < -8 < 8 < max(angle)
+    assert np.abs(angle).max() < infer_onnx.ROTATE + 3
+    elastic = 4 * 2 / 512 * 128
+    assert np.abs(centre).max() < 128 * (1 - 1 / infer_onnx.RESIZE) / 2 + elastic
+    assert 1 / infer_onnx.RESIZE - 0.03 < min(corner) < 0.93 < 0.97 < max(corner) < 1.03
+
+
+def test_the_augmentation_of_training_and_of_inference_have_the_same_ranges():
+    source = (HERE / "covidgan.py").read_text()
+    for name, value in (
+        ("resize", infer_onnx.RESIZE),
+        ("rotate", infer_onnx.ROTATE),
+        ("elastic", infer_onnx.ELASTIC),
+        ("elastic_cell", infer_onnx.ELASTIC_CELL),
+    ):
+        assert f"    {name}: float = {value} " in source
+
+
+def test_sampling_at_every_pixel_s_own_place_changes_nothing():
+    rows, columns = np.mgrid[:50, :70].astype(float)
+    assert np.array_equal(infer_onnx.sample_nearest(draw_map(50, 70), rows, columns), draw_map(50, 70))
+    assert np.array_equal(infer_onnx.sample_bilinear(draw_slice(50, 70), rows, columns), draw_slice(50, 70))
+
+
+def test_sampling_beyond_the_border_finds_background_in_maps_and_the_border_in_slices():
+    rows, columns = np.array([[-0.4, -0.6, -9.0], [3.4, 3.6, 99.0]]), np.full((2, 3), 1.0)
+    assert infer_onnx.sample_nearest(np.ones((4, 4), np.uint8), rows, columns).tolist() == [[1, 0, 0], [1, 0, 0]]
+    hu = np.arange(16, dtype=np.int16).reshape(4, 4) * 10
+    assert infer_onnx.sample_bilinear(hu, rows, columns).tolist() == [[10, 10, 10], [130, 130, 130]]
+    assert infer_onnx.sample_bilinear(hu, np.array([[1.25]]), np.array([[2.5]])).tolist() == [[75]]
+
+
+def test_a_real_slice_is_resampled_with_its_variant_s_map(infer, tmp_path):
+    """A slice that shows its own map stays, outside the lung and away from its border, what the variant's map says."""
+    labels = np.kron(np.random.default_rng(0).integers(0, 2, (6, 6)), np.ones((16, 16))).astype(np.uint8)
+    for folder in ("squares", "shown"):
+        (tmp_path / folder).mkdir()
+    write_map(tmp_path / "squares/P00_S000.png", labels)
+    write_image(tmp_path / "shown/P00_S000.png", np.where(labels > 0, 1000, -500))
+    _, out, _ = infer(tmp_path / "squares", "--variants", 5, "--complement", tmp_path / "shown")
+    for k in range(1, 6):
+        background = read_map(out / f"maps/P00_S000v0{k}.png") == 0
+        inner = background.copy()
+        for axis in (0, 1):
+            for step in (-2, -1, 1, 2):
+                inner &= np.roll(background, step, axis)
+        inner[:14], inner[-14:], inner[:, :14], inner[:, -14:] = False, False, False, False
+        assert inner.sum() > 100
+        assert (read_image(out / f"images/P00_S000v0{k}.png")[inner] == -500).all()
+
+
+# ------------------------------------------------------------------------------------------------ formats
+
+
+def test_every_format_holds_the_same_hu(infer, maps, images):
+    read = {
+        "png16": lambda stem: read_image(stem.with_suffix(".png")),
+        "npy": lambda stem: np.load(stem.with_suffix(".npy")),
+        "nifti": lambda stem: np.asarray(nibabel.load(stem.with_suffix(".nii.gz")).dataobj)[..., 0].T,
+    }
+    hu = {}
+    for form, reader in read.items():
+        _, out, _ = infer(maps, "--complement", images, "--format", form, out=form)
+        hu[form] = {path.stem: reader(out / "images" / path.stem) for path in maps.iterdir()}
+    _, out, _ = infer(maps, "--complement", images, "--format", "png8", out="png8")
+    for name, expected in hu["png16"].items():
+        for form in ("npy", "nifti"):
+            assert hu[form][name].dtype == np.int16
+            assert np.array_equal(hu[form][name], expected)
+        assert np.array_equal(iio.imread(out / "images" / f"{name}.png"), windowed(expected, -600, 1500))
+
+
+def test_a_nifti_slice_is_read_by_prepare_as_it_was(infer, maps):
+    from prepare import read_volume
+
+    _, out, _ = infer(maps, "--format", "nifti")
+    volume = read_volume(out / "images/P01_S003.nii.gz")[0]
+    _, out, _ = infer(maps, out="png16")
+    assert np.array_equal(volume[0], read_image(out / "images/P01_S003.png"))
+
+
+def test_png8_goes_through_the_model_s_own_window(infer, maps, tmp_path):
+    bone = build_generator(tmp_path / "bone.onnx", metadata={**METADATA, "level": "0", "width": "2000"})
+    _, out, _ = infer(maps, "--format", "png8", model=bone)
+    grey = iio.imread(out / "images/P00_S000.png")
+    assert np.array_equal(grey, windowed(direct(bone, read_map(maps / "P00_S000.png")), 0, 2000))
+
+
+def test_nifti_without_nibabel_is_one_line(infer, maps, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert infer(maps, "--format", "nifti")[2] == "error: --format nifti: nibabel is missing: pip install nibabel"
+
+
+# ------------------------------------------------------------------------------------------------ shards and restarts
+
+
+def test_shards_are_disjoint_and_complete(infer, maps, tmp_path):
+    whole = files(infer(maps, out="whole")[1])
+    names = []
+    for i in (1, 2, 3):
+        _, out, _ = infer(maps, "--shard", f"{i}/3", out=f"part{i}")
+        names += [path.name for path in (out / "images").iterdir()]
+        infer(maps, "--shard", f"{i}/3", out="together")
+    assert sorted(names) == sorted(path.name for path in maps.iterdir())
+    assert files(tmp_path / "together") == whole
+
+
+def test_a_second_run_leaves_finished_files_alone_and_makes_the_missing_ones(infer, maps):
+    _, out, _ = infer(maps)
+    before = files(out)
+    missing = out / "images/P00_S001.png"
+    missing.unlink()
+    times = {path: path.stat().st_mtime_ns for path in (out / "images").iterdir()}
+    assert infer(maps)[0] == 0
+    assert files(out) == before
+    assert all(path.stat().st_mtime_ns == then for path, then in times.items())
+
+
+def test_a_panel_asked_for_later_is_still_made(infer, maps):
+    infer(maps)
+    _, out, _ = infer(maps, "--panel")
+    assert len(list((out / "panels").iterdir())) == 5
+
+
+@pytest.mark.parametrize("change", [["--format", "npy"], ["--variants", "2"], ["--complement"], ["--model"]])
+def test_slices_of_two_kinds_do_not_mix_in_one_folder(infer, maps, images, tmp_path, change):
+    infer(maps)
+    metadata = {**METADATA, "checkpoint_sha256": "1" * 64}
+    other = {"model": build_generator(tmp_path / "other.onnx", metadata=metadata)} if change == ["--model"] else {}
+    options = [] if other else change if len(change) == 2 else [*change, images]
+    status, out, told = infer(maps, *options, **other)
+    assert status == 2
+    assert told.startswith(f"error: {out}: its slices were made otherwise")
+
+
+def test_a_killed_run_leaves_nothing_half_written_and_is_gone_on_with(infer, maps, tmp_path):
+    slow = build_generator(tmp_path / "slow.onnx", work=6)
+    for k in range(30):
+        write_map(maps / f"P09_S{k:03d}.png", draw_map(256, 256, shift=k))
+    out = tmp_path / "out"
+    argv = [sys.executable, HERE / "infer_onnx.py", maps, "--model", slow, "--out", out, "--threads", "1"]
+    run = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    until = time.monotonic() + 30
+    while len(list(out.glob("images/*.png"))) < 8 and time.monotonic() < until:
+        time.sleep(0.01)
+    os.kill(run.pid, signal.SIGKILL)
+    run.wait()
+    done = list(out.glob("images/*.png"))
+    assert 8 <= len(done) < 35
+    for path in done:
+        assert read_image(path).shape == read_map(out / "maps" / path.name).shape
+    assert infer(maps, model=slow)[0] == 0
+    assert len(list(out.glob("images/*.png"))) == 35
+
+
+# ------------------------------------------------------------------------------------------------ bad input
+
+
+def write_truncated(path):
+    write_map(path, draw_map())
+    path.write_bytes(path.read_bytes()[:-40])
+
+
+def write_unknown_label(path):
+    Image.fromarray(np.where(draw_map() == 3, 7, draw_map()).astype(np.uint8)).save(path)
+
+
+def write_unknown_colour(path):
+    pixels = coloured(draw_map())
+    pixels[10, 20] = 255, 0, 255
+    iio.imwrite(path, pixels)
+
+
+def write_float(path):
+    Image.fromarray(draw_map().astype(np.float32)).save(path, format="TIFF")
+
+
+BAD_MAPS = {
+    "unknown label": (write_unknown_label, "label 7 at row"),
+    "unknown colour": (write_unknown_colour, "colour [255, 0, 255] at row 10, column 20"),
+    "truncated": (write_truncated, "not a readable PNG"),
+    "text": (lambda path: path.write_text("no picture"), "not a readable PNG"),
+    "without lung": (lambda path: write_map(path, np.zeros((64, 64))), "no lung in it"),
+    "16-bit": (lambda path: iio.imwrite(path, draw_map().astype(np.uint16)), "mode I;16 is no label map"),
+    "float": (write_float, "mode F is no label map"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_MAPS)
+def test_a_bad_map_is_one_line_and_the_others_are_made(infer, maps, kind):
+    write, complaint = BAD_MAPS[kind]
+    write(maps / "P00_S999.png")
+    status, out, told = infer(maps, "--variants", 2)
+    assert status == 2
+    assert len(list((out / "images").iterdir())) == 10
+    errors = [line for line in told.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert errors[0].startswith(f"error: {maps / 'P00_S999.png'}: ")
+    assert complaint in errors[0]
+    assert told.rstrip().splitlines()[-2:] == ["1 left out:", "  " + errors[0].removeprefix("error: ")]
+
+
+def test_a_label_that_the_model_does_not_know_is_refused(infer, maps, tmp_path):
+    metadata = {**METADATA, "labels": json.dumps(LABELS[:3]), "colours": json.dumps(COLOURS[:3])}
+    status, _, told = infer(maps, model=build_generator(tmp_path / "three.onnx", metadata=metadata))
+    assert status == 2
+    assert f"{maps / 'P00_S000.png'}: label 3: the model's labels are 0..2" in told
+
+
+def test_two_maps_of_one_name_are_told_and_the_first_is_made(infer, maps):
+    write_map(maps / "P00_S000.PNG", draw_map(shift=9))
+    status, out, told = infer(maps)
+    assert status == 2
+    assert f"{maps / 'P00_S000.png'}: its slice would have the name of {maps / 'P00_S000.PNG'}'s" in told
+    assert np.array_equal(read_map(out / "maps/P00_S000.png"), draw_map(shift=9))
+    assert len(list((out / "images").iterdir())) == 5
+
+
+def test_a_missing_and_a_misfit_real_slice_are_told(infer, maps, images):
+    (images / "P00_S000.png").unlink()
+    write_image(images / "P00_S001.png", draw_slice(32, 32))
+    iio.imwrite(images / "P01_S002.png", np.zeros((64, 64), np.uint8))
+    status, out, told = infer(maps, "--complement", images)
+    assert status == 2
+    assert f"{images / 'P00_S000.png'}: missing" in told
+    assert f"{images / 'P00_S001.png'}: (32, 32) pixels, but its map has (64, 64)" in told
+    assert f"error: {images / 'P01_S002.png'}: " in told
+    assert len(list((out / "images").iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["nowhere"], "nowhere: not there"),
+        (["MAPS", "--shard", "3/2"], "--shard 3/2: give I/N"),
+        (["MAPS", "--shard", "0/2"], "--shard 0/2: give I/N"),
+        (["MAPS", "--shard", "half"], "--shard half: give I/N"),
+        (["MAPS", "--batch", "0"], "--batch 0: give 1 or more"),
+        (["MAPS", "--seed", "-1"], "--seed -1: give 0 or more"),
+        (["MAPS", "--format", "jpeg"], "argument --format: invalid choice"),
+        (["MAPS", "--complement", "nowhere"], "nowhere: not there"),
+        (["MAPS", "--frobnicate"], "unrecognized arguments: --frobnicate"),
+        (["MAPS/.."], "no PNG in it"),
+    ],
+)
+def test_bad_usage_is_one_line(infer, maps, options, complaint):
+    status, _, told = infer(*[option.replace("MAPS", str(maps)) for option in options])
+    assert status == 2
+    assert told.startswith("error: ")
+    assert complaint in told
+    assert "\n" not in told
+
+
+def test_a_dataset_cannot_be_its_own_output(infer, maps, tmp_path):
+    before = files(maps)
+    status, _, told = infer(maps, out=".")
+    assert status == 2
+    assert "the input stands in it" in told
+    assert files(maps) == before
+
+
+# ------------------------------------------------------------------------------------------------ model files
+
+
+FOREIGN = {
+    "bare": ({"metadata": {}}, "lacks metadata kind; metadata contract"),
+    "lacking": (
+        {"metadata": {key: METADATA[key] for key in METADATA if key not in ("multiple", "licence")}},
+        "lacks metadata multiple; metadata licence",
+    ),
+    "input": ({"name": "x"}, "lacks input map, tensor(uint8)"),
+    "output": ({"ct": TensorProto.FLOAT}, "lacks output ct, tensor(int16)"),
+    "kind": ({"metadata": {**METADATA, "kind": "unet"}}, "is a unet, not a generator"),
+    "contract": ({"metadata": {**METADATA, "contract": "2"}}, "contract 2"),
+    "garbled": ({"metadata": {**METADATA, "size": "?"}}, "unreadable metadata"),
+    "colours": ({"metadata": {**METADATA, "colours": "[[1, 2, 3]]"}}, "colours [[1, 2, 3]]"),
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_a_foreign_model_is_refused_by_name_and_by_what_it_lacks(infer, maps, tmp_path, kind):
+    change, complaint = FOREIGN[kind]
+    path = build_generator(tmp_path / "foreign.onnx", **change)
+    status, out, told = infer(maps, model=path)
+    assert status == 2
+    assert told.startswith(f"error: {path}: ")
+    assert complaint in told
+    assert "\n" not in told
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"not a model", "cut"])
+def test_a_broken_model_is_refused_by_name_without_noise(infer, maps, model, tmp_path, content):
+    path = tmp_path / "broken.onnx"
+    path.write_bytes(model.read_bytes()[:700] if content == "cut" else content)
+    status, _, told = infer(maps, model=path)
+    assert status == 2
+    assert told.startswith(f"error: {path}: not a usable ONNX file (")
+    assert "\n" not in told
+
+
+def test_a_missing_model_is_told_with_the_command_that_makes_one(infer, maps, tmp_path):
+    status, _, told = infer(maps, model=tmp_path / "missing.onnx")
+    assert status == 2
+    assert told.startswith(f"error: {tmp_path / 'missing.onnx'}: no such file: python export.py")
+
+
+def test_other_kinds_of_model_need_their_kind_alone(tmp_path):
+    path = build_generator(tmp_path / "features.onnx", metadata={"kind": "features"})
+    session, info = infer_onnx.open_session(path, "cpu", kind="features")
+    assert session.get_inputs()[0].name == "map"
+    assert info == {"kind": "features"}
+    with pytest.raises(Mistake, match="is a features, not a unet"):
+        infer_onnx.open_session(path, "cpu", kind="unet")
+    with pytest.raises(Mistake, match="it lacks metadata kind"):
+        infer_onnx.open_session(build_generator(tmp_path / "bare.onnx", metadata={}), "cpu", kind="features")
+
+
+# ------------------------------------------------------------------------------------------------ providers
+
+on_cpu = pytest.mark.skipif(infer_onnx.nvidia_driver() is not None, reason="this machine has an NVIDIA driver")
+
+
+@on_cpu
+@pytest.mark.parametrize("provider", ["tensorrt", "cuda", "openvino", "coreml", "dml"])
+def test_a_named_provider_that_does_not_load_is_one_line_and_no_silent_cpu_run(maps, model, tmp_path, provider):
+    if infer_onnx.PROVIDERS[provider] in ort.get_available_providers() and provider not in infer_onnx.NVIDIA:
+        pytest.skip("it is here")
+    done = script(maps, "--model", model, "--out", tmp_path / "out", "--provider", provider)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith(f"error: --provider {provider}: ")
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@on_cpu
+def test_auto_says_what_it_took_and_why_nothing_better_and_there_is_no_other_noise(maps, model, tmp_path):
+    done = script(maps, "--model", model, "--out", tmp_path / "out", "--threads", "1")
+    assert done.returncode == 0
+    first, *rest = [line for line in done.stderr.replace("\r", "\n").splitlines() if "slices/s" not in line and line]
+    assert first.startswith(f"{model} runs on cpu, threads: 1; not tensorrt, cuda: no NVIDIA driver here; not openvino")
+    assert rest == ["note: not all maps are 64 x 64, the size the model was trained at"]
+    assert done.stdout.splitlines() == [
+        "5 maps: 0 slices finished, 5 to make in 5 batches of up to 1",
+        f"5 slices written to {tmp_path / 'out'}",
+    ]
+
+
+@on_cpu
+@pytest.mark.skipif("CUDAExecutionProvider" not in ort.get_available_providers(), reason="onnxruntime without CUDA")
+@pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
+def test_a_driver_without_the_libraries_is_told_by_the_library_that_is_missing(model, monkeypatch, capfd, provider):
+    monkeypatch.setattr(infer_onnx, "nvidia_driver", lambda: object())
+    with pytest.raises(Mistake, match=rf"--provider {provider}: did not load \(lib.*: cannot open shared object"):
+        infer_onnx.open_session(model, provider)
+    assert capfd.readouterr() == ("", "")
+    session, _ = infer_onnx.open_session(model)
+    assert session.get_providers() == ["CPUExecutionProvider"]
+    told = capfd.readouterr().err
+    assert "not tensorrt: on request only" in told
+    assert "not cuda: did not load (libcu" in told
+    assert told.count("\n") == 1
+
+
+def test_a_better_provider_that_fails_to_start_is_told_and_the_next_is_taken(model, monkeypatch, capfd):
+    start = infer_onnx.start
+
+    def failing(model, name, options, threads):
+        if name == "openvino":
+            raise infer_onnx.ORT_ERRORS[0]("no such device\nand a stack")
+        return start(model, name, options, threads)
+
+    monkeypatch.setattr(infer_onnx, "start", failing)
+    monkeypatch.setattr(infer_onnx, "obstacle", lambda name: "" if name in ("openvino", "cpu") else "not here")
+    session, _ = infer_onnx.open_session(model)
+    assert session.get_providers() == ["CPUExecutionProvider"]
+    assert "; not openvino: did not start (no such device)" in capfd.readouterr().err
+    with pytest.raises(Mistake, match=r"^--provider openvino: did not start \(no such device\)"):
+        infer_onnx.open_session(model, "openvino")
+
+
+def test_a_dry_run_says_what_would_be_done_and_does_nothing(maps, model, tmp_path, capsys):
+    argv = [str(maps), "--model", str(model), "--out", str(tmp_path / "out"), "--batch", "2"]
+    assert infer_onnx.main([*argv, "--provider", "cpu", "--dry-run"]) == 0
+    assert capsys.readouterr().out.startswith(
+        "5 maps: 0 slices finished, 5 to make in 4 batches of up to 2\nprovider options: {"
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_threads_are_the_cores_that_this_process_may_use(model, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2}, raising=False)
+    session, _ = infer_onnx.open_session(model, "cpu")
+    assert session.get_session_options().intra_op_num_threads == 3
+    session, _ = infer_onnx.open_session(model, "cpu", threads=1)
+    assert session.get_session_options().intra_op_num_threads == 1
+
+
+INFO = {"precision": "float16", "multiple": 16, "fixed": [None, None, None]}
+
+
+def test_tensorrt_gets_a_cache_half_precision_and_a_profile_of_the_shapes_to_come():
+    shapes = [(1, 500, 512), (8, 512, 512), (8, 512, 512), (1, 130, 700)]
+    options = infer_onnx.provider_options("tensorrt", INFO, shapes)
+    assert options["trt_fp16_enable"] == "1"
+    assert options["trt_engine_cache_enable"] == options["trt_timing_cache_enable"] == "1"
+    assert options["trt_engine_cache_path"] == options["trt_timing_cache_path"]
+    assert options["trt_profile_min_shapes"] == "map:1x144x512"
+    assert options["trt_profile_opt_shapes"] == "map:8x512x512"
+    assert options["trt_profile_max_shapes"] == "map:8x512x704"
+
+
+def test_tensorrt_needs_no_profile_for_a_fixed_size_and_no_half_precision_for_float32():
+    fixed = {**INFO, "precision": "float32", "fixed": [1, 64, 64]}
+    options = infer_onnx.provider_options("tensorrt", fixed, [(1, 64, 64)])
+    assert options["trt_fp16_enable"] == "0"
+    assert not [key for key in options if "profile" in key]
+
+
+def test_cuda_computes_in_full_float32_and_starts_without_an_exhaustive_search():
+    options = infer_onnx.provider_options("cuda", {**INFO, "precision": "float32"})
+    assert options == {"cudnn_conv_algo_search": "HEURISTIC", "use_tf32": "0", "prefer_nhwc": "0"}
+    assert infer_onnx.provider_options("cuda", INFO)["prefer_nhwc"] == "1"
+    assert infer_onnx.provider_options("cpu", INFO) == {}
+
+
+# ------------------------------------------------------------------------------------------------ the whole
+
+
+def test_it_runs_where_torch_cannot_be_imported(maps, model, tmp_path):
+    (tmp_path / "torch.py").write_text("raise ImportError('no torch here')")
+    argv = [maps, "--model", model, "--out", tmp_path / "out", "--variants", "1", "--threads", "1"]
+    done = script(*argv, env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert done.returncode == 0
+    assert len(list((tmp_path / "out/images").iterdir())) == 5
+
+
+def test_maps_stands_for_the_phantom_s_where_there_is_no_such_folder(maps, model, tmp_path):
+    fresh = tmp_path / "clone/data/phantom"
+    fresh.mkdir(parents=True)
+    maps.rename(fresh / "maps")
+    done = script("maps/", "--model", model, "--threads", "1", cwd=tmp_path / "clone")
+    assert done.returncode == 0
+    assert "maps is not there: taking data/phantom/maps\n" in done.stderr
+    assert len(list((tmp_path / "clone/synthetic/images").iterdir())) == 5
+
+
+def test_reading_and_writing_go_on_while_the_model_runs():
+    """Twenty batches of 20 ms each to read, to synthesize and to write are 400 ms and a bit, not 1200."""
+    job = infer_onnx.Job("P00_S000", Path("P00_S000.png"), (64, 64), 0)
+
+    def load(job):
+        time.sleep(0.02)
+        return infer_onnx.Slice(job, draw_map(), None)
+
+    def generator(maps):
+        time.sleep(0.02)
+        return maps
+
+    def write(made):
+        time.sleep(0.02)
+        return 1
+
+    begin = time.perf_counter()
+    assert infer_onnx.run([[job]] * 20, generator, load, write) == (20, [])
+    assert time.perf_counter() - begin < 0.7
+
+
+def test_readers_are_never_far_ahead_of_the_model():
+    from concurrent.futures import ThreadPoolExecutor
+
+    begun = []
+    with ThreadPoolExecutor(2) as pool:
+        results = infer_onnx.ahead(pool, begun.append, range(100), 4)
+        next(results)
+        time.sleep(0.05)
+        assert len(begun) == 5
+        assert len(list(results)) == 99
+    assert begun == sorted(begun)
+
+
+def test_a_disk_that_refuses_is_one_line(maps, model, tmp_path):
+    (tmp_path / "out").write_text("a file where the folder should be")
+    done = script(maps, "--model", model, "--out", tmp_path / "out", "--threads", "1")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: ")
+    assert "Traceback" not in done.stderr
+
+
+def test_png_of_the_fast_level_is_the_format_s(tmp_path):
+    hu = draw_slice()
+    (tmp_path / "fast.png").write_bytes(infer_onnx.encode(hu, "png16", {}))
+    assert np.array_equal(read_image(tmp_path / "fast.png"), hu)
+    assert Image.open(io.BytesIO((tmp_path / "fast.png").read_bytes())).mode == "I;16"
