@@ -3,6 +3,7 @@
     python infer_onnx.py maps/                                         # synthetic lungs, 16-bit PNG of HU + 1024
     python infer_onnx.py maps/ --complement images/ --panel            # pasted into the real slices, bit for bit
     python infer_onnx.py maps/ --variants 40 --seed 1 --out augmented  # 40 augmented maps of each, and their slices
+    python infer_onnx.py data/phantom --side test                      # a dataset's held-out maps
     python infer_onnx.py maps/ --shard 3/8                             # the third of eight machines
 
     OUT/images/P03_S041.png   the slice; with --format png8 through the model's window, or .npy, .nii.gz of HU
@@ -40,7 +41,18 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_state
 from PIL import Image
 from tqdm import tqdm
 
-from data.slices import COLOURS, HU_OFFSET, Mistake, coloured, read_image, read_map, windowed, write_bytes, write_map
+from data.slices import (
+    COLOURS,
+    HU_OFFSET,
+    Mistake,
+    coloured,
+    png,
+    read_image,
+    read_map,
+    windowed,
+    write_bytes,
+    write_map,
+)
 
 PROVIDERS = {  # ONNX Runtime's names; "auto" tries them in this order
     "tensorrt": "TensorrtExecutionProvider",
@@ -297,17 +309,28 @@ class Slice(NamedTuple):
     real: np.ndarray | None
 
 
-def find_maps(folder: Path) -> list[Path]:
-    """The PNGs of a folder, or the one PNG given. Raises Mistake where there is none."""
+def find_maps(folder: Path, side: str | None = None) -> list[Path]:
+    """The PNGs of a folder or of a dataset's maps/, or the one PNG given; of one side of its split.json if named.
+
+    Raises Mistake where there is none.
+    """
     if folder == Path("maps") and not folder.exists() and Path("data/phantom/maps").exists():
         folder = Path("data/phantom/maps")
         print(f"maps is not there: taking {folder}", file=sys.stderr)
     if not folder.exists():
         raise Mistake(f"{folder}: not there: give a folder of label maps")
+    folder = folder / "maps" if (folder / "maps").is_dir() else folder
     paths = sorted(p for p in folder.iterdir() if p.suffix.lower() == ".png") if folder.is_dir() else [folder]
     if not paths:
         raise Mistake(f"{folder}: no PNG in it: give the folder that holds the label maps themselves")
-    return paths
+    if side is None:
+        return paths
+    split = folder.parent / "split.json"
+    try:
+        names = set(json.loads(split.read_text())[side])
+    except (OSError, ValueError, KeyError) as error:
+        raise Mistake(f"{split}: no list of names under {side} ({error!r}): leave out --side") from error
+    return [path for path in paths if path.stem in names]
 
 
 def plan(paths: list[Path], variants: int) -> tuple[list[Job], list[str]]:
@@ -430,13 +453,6 @@ def encode(hu: np.ndarray, form: str, info: dict[str, Any]) -> bytes:
     return buffer.getvalue()
 
 
-def png(pixels: np.ndarray) -> bytes:
-    """Pixels [H, W] or [H, W, 3] as PNG. Level 1 takes a third of the usual time for a sixth more bytes."""
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, format="PNG", compress_level=1)
-    return buffer.getvalue()
-
-
 def targets(job: Job, args: argparse.Namespace) -> list[Path]:
     """The files of one slice: map, image and, if wanted, panel."""
     files = [args.out / "maps" / f"{job.name}.png", args.out / "images" / f"{job.name}{ENDINGS[args.format]}"]
@@ -531,6 +547,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     option = parser.add_argument
     option("maps", type=Path, help="folder of label maps, or one: palette PNG, or RGB in the paper's colours")
+    option("--side", choices=("train", "test", "seg_test"), help="that side of a dataset's split alone")
     option("--model", type=Path, default=Path("generator.onnx"), help="what export.py wrote")
     option("--out", type=Path, default=Path("synthetic"), help="folder to write to")
     option("--format", choices=ENDINGS, default="png16", help="of the slices")
@@ -561,7 +578,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> int:
     """Do what the command line says. Returns the exit status: 2 where maps were left out."""
     args = parse(argv)
-    paths = find_maps(args.maps)
+    paths = find_maps(args.maps, args.side)
     jobs, problems = plan(paths, args.variants)
     shapes = [(len(batch), *batch[0].size) for batch in in_batches(jobs, args.batch or NVIDIA_BATCH)]
     session, info = open_session(args.model, args.provider, args.threads, shapes=shapes)

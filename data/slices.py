@@ -84,10 +84,15 @@ def write_bytes(path: Path, content: bytes) -> None:
         unfinished.unlink(missing_ok=True)
 
 
+def png(pixels: np.ndarray) -> bytes:
+    """Grey uint8 or uint16 [H, W] or RGB uint8 [H, W, 3] as PNG, quickly: level 1 takes a third of the usual time."""
+    return iio.imwrite("<bytes>", pixels, extension=".png", compress_level=1)
+
+
 def write_image(path: Path, hu: np.ndarray) -> None:
     """Write HU [H, W], any real type, as the 16-bit image of the format."""
     stored = np.clip(np.rint(hu) + HU_OFFSET, 0, 4095).astype(np.uint16)
-    write_bytes(path, iio.imwrite("<bytes>", stored, extension=".png"))
+    write_bytes(path, png(stored))
 
 
 def write_map(path: Path, labels: np.ndarray) -> None:
@@ -125,4 +130,4 @@ def write_contact_sheet(path: Path, pairs: list[tuple[np.ndarray, np.ndarray]], 
     blank = np.zeros_like(tiles[0])
     tiles += [blank] * (-len(tiles) % columns)
     rows = [np.concatenate(tiles[i : i + columns], 1) for i in range(0, len(tiles), columns)]
-    write_bytes(path, iio.imwrite("<bytes>", np.concatenate(rows, 0), extension=".png"))
+    write_bytes(path, png(np.concatenate(rows, 0)))

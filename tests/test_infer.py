@@ -531,6 +531,21 @@ def test_a_missing_and_a_misfit_real_slice_are_told(infer, maps, images):
     assert len(list((out / "images").iterdir())) == 2
 
 
+def test_a_folder_without_png_is_named(infer, tmp_path):
+    (tmp_path / "empty").mkdir()
+    status, _, told = infer(tmp_path / "empty")
+    assert (status, told.count("\n")) == (2, 0)
+    assert f"{tmp_path / 'empty'}: no PNG in it" in told
+
+
+def test_one_side_of_a_dataset_is_made_and_no_other_map(infer, maps, tmp_path):
+    held_out = sorted(path.stem for path in maps.iterdir())[1:3]
+    (tmp_path / "split.json").write_text(json.dumps({"train": ["P09_S009"], "test": held_out}))
+    status, out, _ = infer(tmp_path, "--side", "test")
+    assert status == 0
+    assert sorted(path.stem for path in (out / "images").iterdir()) == held_out
+
+
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
@@ -543,7 +558,7 @@ def test_a_missing_and_a_misfit_real_slice_are_told(infer, maps, images):
         (["MAPS", "--format", "jpeg"], "argument --format: invalid choice"),
         (["MAPS", "--complement", "nowhere"], "nowhere: not there"),
         (["MAPS", "--frobnicate"], "unrecognized arguments: --frobnicate"),
-        (["MAPS/.."], "no PNG in it"),
+        (["MAPS", "--side", "test"], "no list of names under test"),
     ],
 )
 def test_bad_usage_is_one_line(infer, maps, options, complaint):

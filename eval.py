@@ -1,0 +1,710 @@
+"""How good are synthetic CT slices? Against the real ones, pair by pair and as a whole. No training framework.
+
+    python eval.py REAL FAKE                                # PSNR, SSIM, RMSE, NRMSE (Table II)
+    python eval.py REAL FAKE --maps MAPS                    # for the complete image and for the lung alone
+    python eval.py data/phantom synthetic                   # datasets: their images/, and FAKE's or REAL's maps/
+    python eval.py REAL FAKE --features features.onnx       # FID and KID, and their floor: real against real
+    python eval.py REAL FAKE --maps MAPS --unet unet.onnx   # Dice, sensitivity, specificity of the lesions (§IV-B.2)
+    python eval.py REAL FAKE --maps MAPS --train data/ct    # does the generator copy its training images?
+
+REAL and FAKE hold 16-bit PNG of HU + 1024, paired by file name. With maps, the complete image is the synthesis inside
+the lung (label above 0) and the real slice elsewhere, bit for bit, and the lung alone is black elsewhere; without
+maps FAKE is taken as it is. Images are measured through the lung window, as 0..1.
+Results are printed as a table, and written as JSON with --json. OUT/eval_cases.png: the best, median and worst case
+by SSIM, as map | real | synthetic | difference. OUT/eval_memorisation.png: the synthetic lungs that are nearest to a
+training image, each beside it. Research only, not for diagnosis.
+"""
+
+import argparse
+import json
+import math
+import sys
+import tempfile
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partialmethod
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import imageio.v3 as iio
+import numpy as np
+import onnx
+import onnxruntime as ort
+from onnx import TensorProto, helper, numpy_helper
+from tqdm import tqdm
+
+from data.slices import HU_OFFSET, LEVEL, WIDTH, Mistake, coloured, read_image, read_map, windowed, write_bytes
+from infer_onnx import ORT_ERRORS, PROVIDERS, OneLineParser, ahead, open_session, usable_cores
+
+SIDES = ("fake", "real")
+LESIONS = {"GGO": (2,), "consolidation": (3,), "infection": (2, 3)}  # labels of each
+THUMBNAIL = 64  # pixels a side at which lungs are compared for memorisation
+KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
+SSIM_WINDOW = 11
+SEED = 0  # of the floor's halves and of KID's subsets
+
+Rows = dict[str, dict[str, Any]]  # of a table: row -> column -> value
+
+
+# ------------------------------------------------------------------------------------------------ pairs
+
+
+class Pair(NamedTuple):
+    """The files of one case."""
+
+    name: str
+    real: Path
+    fake: Path
+    labels: Path | None
+
+
+class Batch(NamedTuple):
+    """Cases of one size."""
+
+    real: np.ndarray  # int16 [N, H, W], HU
+    fake: np.ndarray  # int16 [N, H, W], HU, completed: as real outside the lung
+    labels: np.ndarray  # uint8 [N, H, W], 1 everywhere where there are no maps
+
+
+def pngs(folder: Path, part: str) -> dict[str, Path]:
+    """PNGs of a folder by name; of a dataset those of its part, "images" or "maps". Raises Mistake where none is."""
+    folder = folder / part if (folder / part).is_dir() else folder
+    if not folder.is_dir():
+        raise Mistake(f"{folder}: no such folder: give one of PNG {part}, or a dataset that holds {part}/")
+    found = {path.stem: path for path in sorted(folder.iterdir()) if path.suffix.lower() == ".png"}
+    if not found:
+        raise Mistake(f"{folder}: no PNG in it: give the folder of the {part}")
+    return found
+
+
+def find_pairs(real: Path, fake: Path, maps: Path | None = None, strict: bool = False) -> list[Pair]:
+    """Pairs by file name; names that stand on one side only are counted on stderr, or a Mistake if strict.
+
+    maps None: those of the dataset FAKE or REAL, where it is one. Raises Mistake for no pair and for a missing map.
+    """
+    reals, fakes = pngs(real, "images"), pngs(fake, "images")
+    both, single = sorted(reals.keys() & fakes.keys()), len(reals.keys() ^ fakes.keys())
+    if not both:
+        raise Mistake(f"{fake}: none of its file names is in {real}: name each synthetic slice as its real one")
+    if single:
+        line = f"{len(reals) - len(both)} names are in {real} only, {len(fakes) - len(both)} in {fake} only"
+        if strict:
+            raise Mistake(f"{line}: without --strict they are left out")
+        print(f"note: {line}: left out", file=sys.stderr)
+    maps = maps or next((dataset / "maps" for dataset in (fake, real) if (dataset / "maps").is_dir()), None)
+    labels = pngs(maps, "maps") if maps else {}
+    missing = [name for name in both if maps and name not in labels]
+    if missing:
+        raise Mistake(f"{maps}: the maps of {len(missing)} pairs are missing, {missing[0]}.png first: add them")
+    return [Pair(name, reals[name], fakes[name], labels.get(name)) for name in both]
+
+
+def check_sizes(path: Path, array: np.ndarray, other_path: Path, other: np.ndarray) -> None:
+    """Raise Mistake where two images that belong together differ in size."""
+    if array.shape != other.shape:
+        raise Mistake(f"{path}: {array.shape} pixels, {other_path} has {other.shape}: bring both to one size")
+
+
+def read_lung(image: Path, labels: Path) -> tuple[np.ndarray, np.ndarray]:
+    """A slice, HU int16 [H, W], and its map, uint8 [H, W]. Raises Mistake for sizes that differ and for no lung."""
+    hu, drawn = read_image(image), read_map(labels)
+    check_sizes(labels, drawn, image, hu)
+    if not drawn.any():
+        raise Mistake(f"{labels}: no lung in it, all is background: leave this slice out")
+    return hu, drawn
+
+
+def read_pair(pair: Pair) -> Batch:
+    """A pair as a batch of one. Raises Mistake for a bad file, sizes that differ, and no lung."""
+    real = read_image(pair.real)
+    if min(real.shape) < SSIM_WINDOW:
+        raise Mistake(f"{pair.real}: {real.shape} pixels: SSIM needs {SSIM_WINDOW} each way")
+    if pair.labels:
+        fake, labels = read_lung(pair.fake, pair.labels)
+    else:
+        fake, labels = read_image(pair.fake), np.ones_like(real, np.uint8)
+    check_sizes(pair.fake, fake, pair.real, real)
+    return Batch(real[None], np.where(labels > 0, fake, real)[None], labels[None])
+
+
+def batches(pairs: list[Pair], size: int) -> Iterator[Batch]:
+    """Pairs in their order, neighbours of one size together, `size` at most; a few are read ahead in threads."""
+    held: list[Batch] = []
+
+    def joined() -> Batch:
+        return Batch(*(np.concatenate(arrays) for arrays in zip(*held, strict=True)))
+
+    with ThreadPoolExecutor(usable_cores()) as pool:
+        for one in ahead(pool, read_pair, pairs, 4 * usable_cores()):
+            if held and (len(held) == size or one.real.shape != held[0].real.shape):
+                yield joined()
+                held.clear()
+            held.append(one)
+    yield joined()
+
+
+class Window:
+    """HU to grey levels as a table, since HU of the format are one of 4,096."""
+
+    def __init__(self, level: float = LEVEL, width: float = WIDTH) -> None:
+        self.level, self.width = level, width
+        self.grey = windowed(np.arange(4096) - HU_OFFSET, level, width)
+
+    def __call__(self, hu: np.ndarray, labels: np.ndarray | None = None) -> np.ndarray:
+        """Grey levels uint8 of HU int16 of any shape; 0 outside the lung where labels are given."""
+        grey = self.grey[hu + HU_OFFSET]
+        return grey if labels is None else grey * (labels > 0)
+
+
+# ------------------------------------------------------------------------------------------------ statistics
+
+
+def student_t(freedom: int) -> float:
+    """The 0.975 quantile of Student's t, to 0.1 %: a table, then from 6 degrees of freedom an expansion about z."""
+    if freedom < 6:
+        return (12.7062, 4.3027, 3.1824, 2.7764, 2.5706)[freedom - 1]
+    z = 1.959964
+    terms = (z, (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96, (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384)
+    return sum(term / freedom**power for power, term in enumerate(terms))
+
+
+def interval(values: list[float]) -> tuple[float | None, float | None, int]:
+    """Mean of values, half the width of its 95 % interval, and n; None where there are too few."""
+    n = len(values)
+    half = student_t(n - 1) * float(np.std(values, ddof=1)) / math.sqrt(n) if n > 1 else None
+    return float(np.mean(values)) if n else None, half, n
+
+
+def estimate(values: np.ndarray, names: list[str]) -> dict[str, float | None]:
+    """Mean, half its 95 % interval and n of values [n], NaN left out: over slices, and over the patients' means.
+
+    Slices of one patient are alike, so that the interval over slices is too narrow for new patients. A slice's
+    patient is what stands before the last "_" of its name.
+    """
+    patients = defaultdict(list)
+    for name, value in zip(names, values, strict=True):
+        if not math.isnan(value):
+            patients[name.rsplit("_", 1)[0]].append(float(value))
+    over_slices = interval([value for group in patients.values() for value in group])
+    over_patients = interval([float(np.mean(group)) for group in patients.values()])
+    columns = ("mean", "interval", "n", "patients_mean", "patients_interval", "patients_n")
+    return dict(zip(columns, over_slices + over_patients, strict=True))
+
+
+# ------------------------------------------------------------------------------------------------ pixel metrics
+
+
+class Node:
+    """A tensor of an ONNX graph in the making: arithmetic on it adds operators to the graph."""
+
+    def __init__(self, name: str, graph: list[onnx.NodeProto]) -> None:
+        self.name, self.graph = name, graph
+
+    def then(self, operator: str, *others: Any, **attributes: Any) -> "Node":
+        """Apply an ONNX operator to this tensor and others: nodes, arrays, or numbers, which become float32."""
+        names = [self.name]
+        for other in others:
+            if not isinstance(other, Node):
+                value = other if isinstance(other, np.ndarray) else np.array(other, np.float32)
+                other = self.add("Constant", [], value=numpy_helper.from_array(value))
+            names.append(other.name)
+        return self.add(operator, names, **attributes)
+
+    def add(self, operator: str, inputs: list[str], **attributes: Any) -> "Node":
+        """Add an operator to the graph; returns its output."""
+        output = Node(f"t{len(self.graph)}", self.graph)
+        self.graph.append(helper.make_node(operator, inputs, [output.name], **attributes))
+        return output
+
+    __add__, __sub__ = partialmethod(then, "Add"), partialmethod(then, "Sub")
+    __mul__, __truediv__ = partialmethod(then, "Mul"), partialmethod(then, "Div")
+
+    def mean(self, axis: int) -> "Node":
+        """Mean over an axis, which goes."""
+        return self.then("ReduceMean", np.array([axis]), keepdims=0)
+
+
+def pixel_graph(height: int, width: int, level: float, window: float) -> onnx.ModelProto:
+    """The metrics of images of one size as an ONNX graph, so that they run wherever the models do.
+
+    Inputs real and fake (int16 [N, H, W], HU) and labels (uint8 [N, H, W]); outputs float32 [N]: mse, and for the
+    complete image and for the lung alone power, the real image's mean square, and ssim: Gaussian window of 11,
+    sigma 1.5, K 0.01 and 0.03, population covariance, averaged over where the window fits in.
+
+    All is told by real, lung (real, 0 outside) and d = fake - real, which is 0 outside the lung. So both SSIMs share
+    three of their blurs, and rounding counts only where images differ: SSIM of equal images is 1 to the last bit.
+    """
+    graph: list[onnx.NodeProto] = []
+    real, fake, labels = (Node(name, graph).then("Cast", to=TensorProto.FLOAT) for name in Batch._fields)
+    floor = level - window / 2
+    real, fake = (hu.then("Clip", floor, floor + window) for hu in (real, fake))
+    d = (fake - real) / window  # before HU turn into 0..1: differences of whole numbers are exact
+    real = (real - floor) / window
+    lung = real * labels.then("Min", 1)  # [N, H, W]
+
+    # Convolving one channel is slow, so 16 pixels of a row are made at once, as 16 channels: kernels of 11 + 15 taps,
+    # stride 16. That the pixels change places does not matter to a mean; those past the row's end weigh 0.
+    block, columns = 16, width - SSIM_WINDOW + 1
+    blocks = math.ceil(columns / block)
+    gauss = np.exp(-((np.arange(SSIM_WINDOW) - SSIM_WINDOW // 2) ** 2) / (2 * 1.5**2))
+    gauss = (gauss / gauss.sum()).astype(np.float32)
+    across = np.stack([np.pad(gauss, (k, block - 1 - k)) for k in range(block)])[:, None, None]  # [16, 1, 1, 26]
+    down = np.tile(gauss[:, None], (block, 1, 1, 1))  # [16, 1, 11, 1]
+    padding = np.array([0, 0, 0, 0, 0, blocks * block - columns])
+    counted = np.arange(blocks) * block + np.arange(block)[:, None] < columns  # [16, blocks]
+    weights = (counted / counted.mean())[:, None].astype(np.float32)  # [16, 1, blocks], 1 on the average
+
+    def blur(image: Node) -> Node:  # [N, H, W] -> [N, 16, H - 10, blocks]
+        row = image.then("Pad", padding).then("Unsqueeze", np.array([1]))
+        return row.then("Conv", across, strides=[1, block]).then("Conv", down, group=block)
+
+    mean_d, blurred_product = blur(d), blur(real * d)  # real * d is lung * d
+    squared_d = mean_d * mean_d
+    variance_d = blur(d * d) - squared_d
+
+    def ssim(image: Node) -> Node:  # [N, H, W] -> [N]
+        mean = blur(image)
+        variance, covariance = blur(image * image) - mean * mean, blurred_product - mean * mean_d
+        luminance = (mean * mean + mean * mean_d) * 2 + 0.01**2  # 2 mean(real) mean(fake) + C1
+        structure = (variance + covariance) * 2 + 0.03**2  # 2 cov(real, fake) + C2
+        score = luminance * structure / ((luminance + squared_d) * (structure + variance_d))
+        return (score * weights).mean(3).mean(2).mean(1)
+
+    def power(image: Node) -> Node:  # [N, H, W] -> [N]; in two steps: in one, fp32 loses two digits on even areas
+        return (image * image).mean(2).mean(1)
+
+    results = {"mse": power(d)} | {"complete power": power(real), "complete ssim": ssim(real)}
+    results |= {"lung power": power(lung), "lung ssim": ssim(lung)}
+    graph += [helper.make_node("Identity", [node.name], [name]) for name, node in results.items()]
+    types = {"real": TensorProto.INT16, "fake": TensorProto.INT16, "labels": TensorProto.UINT8}
+    inputs = [helper.make_tensor_value_info(name, type_, ["N", height, width]) for name, type_ in types.items()]
+    outputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N"]) for name in results]
+    model = helper.make_model(
+        helper.make_graph(graph, "pixel_metrics", inputs, outputs),
+        opset_imports=[helper.make_opsetid("", 18)],
+        ir_version=8,  # of opset 18: what onnx would write by default may be too new for the ONNX Runtime at hand
+    )
+    helper.set_model_props(model, {"kind": "metrics"})
+    return model
+
+
+def run(session: ort.InferenceSession, outputs: list[str], **inputs: np.ndarray) -> list[np.ndarray]:
+    """Run a model for the outputs named. Raises Mistake where ONNX Runtime fails, out of memory perhaps."""
+    try:
+        return session.run(outputs, inputs)
+    except (*ORT_ERRORS, ValueError) as error:  # ValueError: another input's name
+        shapes = ", ".join(f"{name} {array.shape}" for name, array in inputs.items())
+        raise Mistake(f"ONNX Runtime on {shapes}: {str(error).splitlines()[0]}; a smaller --batch may help") from error
+
+
+class PixelMetrics:
+    """PSNR, SSIM, RMSE and NRMSE of every pair (Table II).
+
+    PSNR in dB has peak 1 and is at most 100; NRMSE is RMSE over the real image's root mean square, the scale of
+    Table II. PSNR and RMSE of the lung alone are those of the complete image by construction: both differences are 0
+    outside the lung, and both are means over the full frame.
+    """
+
+    def __init__(self, window: Window, provider: str, regions: list[str]) -> None:
+        self.window, self.provider, self.regions = window, provider, regions
+        self.sessions: dict[tuple[int, int], ort.InferenceSession] = {}
+        self.found: dict[str, list[np.ndarray]] = defaultdict(list)  # row -> [N] of each batch
+
+    def session(self, height: int, width: int) -> ort.InferenceSession:
+        """The graph for a size, opened when first asked for."""
+        if (height, width) not in self.sessions:
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(folder) / f"metrics_{height}x{width}.onnx"
+                onnx.save(pixel_graph(height, width, self.window.level, self.window.width), path)
+                # one thread: the other cores are at the next pairs' PNGs
+                self.sessions[height, width], _ = open_session(path, self.provider, threads=1, kind="metrics")
+        return self.sessions[height, width]
+
+    def update(self, batch: Batch) -> None:
+        """Measure a batch."""
+        session = self.session(*batch.real.shape[1:])
+        outputs = [output.name for output in session.get_outputs()]
+        found = dict(zip(outputs, run(session, outputs, **batch._asdict()), strict=True))
+        mse = found["mse"].astype(np.float64)
+        for region in self.regions:
+            rms = np.sqrt(found[f"{region} power"].astype(np.float64)).clip(1e-12)
+            self.found[f"{region} PSNR"].append(-10 * np.log10(mse.clip(1e-10)))
+            self.found[f"{region} SSIM"].append(found[f"{region} ssim"])
+            self.found[f"{region} RMSE"].append(np.sqrt(mse))
+            self.found[f"{region} NRMSE"].append(np.sqrt(mse) / rms)
+
+    def of_pairs(self, row: str) -> np.ndarray:
+        """A figure of every pair, float64 [n]."""
+        return np.concatenate(self.found[row]).astype(np.float64)
+
+    def result(self, names: list[str]) -> dict[str, Rows]:
+        """Table "pixels"."""
+        return {"pixels": {row: estimate(self.of_pairs(row), names) for row in self.found}}
+
+
+# ------------------------------------------------------------------------------------------------ FID and KID
+
+
+def frechet(x: np.ndarray, y: np.ndarray) -> float:
+    """Frechet distance of the normal distributions of features x [n, d] and y [m, d], n and m above 1; float64.
+
+    |mu_x - mu_y|^2 + tr S_x + tr S_y - 2 tr (S_x S_y)^1/2. The last trace is the sum of the singular values of
+    R_x R_y^T, with S = R^T R by QR of the centred features: no rounded product has a root taken, so that none is
+    complex, and n may be below d.
+    """
+
+    def mean_and_root(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        mean = features.mean(0, dtype=np.float64)
+        return mean, np.linalg.qr(features - mean, mode="r") / math.sqrt(len(features) - 1)
+
+    (mu_x, r_x), (mu_y, r_y) = mean_and_root(x), mean_and_root(y)
+    cross = np.linalg.svd(r_x @ r_y.T, compute_uv=False).sum()
+    return max(0.0, float(((mu_x - mu_y) ** 2).sum() + (r_x**2).sum() + (r_y**2).sum() - 2 * cross))
+
+
+def mmd2(x: np.ndarray, y: np.ndarray) -> float:
+    """Unbiased squared maximum mean discrepancy of x [n, d] and y [m, d], n and m above 1: kernel (x.y / d + 1)^3."""
+
+    def kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        return (a @ b.T / a.shape[1] + 1) ** 3
+
+    def within(a: np.ndarray) -> float:
+        k = kernel(a, a)
+        return (k.sum() - k.trace()) / (len(a) * (len(a) - 1))
+
+    return float(within(x) + within(y) - 2 * kernel(x, y).mean())
+
+
+def kid(x: np.ndarray, y: np.ndarray) -> tuple[float, float | None]:
+    """Kernel Inception Distance of features x [n, d] and y [m, d], n and m above 1: mean and deviation over subsets.
+
+    Up to 1,000 features are taken all at once, without deviation (None); of more, 100 seeded subsets of 1,000.
+    """
+    x, y = x.astype(np.float64), y.astype(np.float64)
+    if max(len(x), len(y)) <= KID_SUBSET_SIZE:
+        return mmd2(x, y), None
+    rng, size = np.random.default_rng(SEED), min(KID_SUBSET_SIZE, len(x), len(y))
+    draws = [mmd2(rng.permutation(x)[:size], rng.permutation(y)[:size]) for _ in range(KID_SUBSETS)]
+    return float(np.mean(draws)), float(np.std(draws))
+
+
+def distance(figure: str, x: np.ndarray, y: np.ndarray, force: bool) -> dict[str, Any]:
+    """FID or KID of features x and y, each [n, d], with its N. FID is refused where n is not above d, unless forced."""
+    n, d = x.shape
+    if figure == "FID" and n <= d and not force:
+        note = f"FID: refused, N={n} is not above the features' {d} dimensions; read KID, or --force"
+        return {"value": None, "std": None, "N": n, "note": note}
+    if n < 2:
+        return {"value": None, "std": None, "N": n, "note": f"{figure}: needs two images"}
+    value, deviation = kid(x, y) if figure == "KID" else (frechet(x, y), None)
+    return {"value": value, "std": deviation, "N": n}
+
+
+class Features:
+    """FID and KID of the complete images and of the lungs alone, in each dimension that a feature network offers."""
+
+    def __init__(
+        self, model: Path, provider: str, dimension: str | None, force: bool, window: Window, regions: list[str]
+    ) -> None:
+        self.session, info = open_session(model, provider, kind="features")
+        self.name, self.force, self.window, self.regions = info.get("name", model.stem), force, window, regions
+        offered = [output.name for output in self.session.get_outputs()]
+        if dimension and dimension not in offered:
+            raise Mistake(f"{model}: no features of dimension {dimension}: give --dim one of {', '.join(offered)}")
+        self.dimensions = [dimension] if dimension else offered
+        self.found: dict[tuple[str, str, str], list[np.ndarray]] = defaultdict(list)  # [N, d] of each batch
+
+    def update(self, batch: Batch) -> None:
+        """Compute the features of a batch."""
+        for region in self.regions:
+            for side in SIDES:
+                image = self.window(getattr(batch, side), batch.labels if region == "lung" else None)
+                features = run(self.session, self.dimensions, image=image)
+                for dimension, of_batch in zip(self.dimensions, features, strict=True):
+                    self.found[dimension, region, side].append(of_batch)
+
+    def result(self, names: list[str]) -> dict[str, Rows]:
+        """Table "features"; the floor is one random half of the real images against the other."""
+        rows: Rows = {}
+        halves = np.array_split(np.random.default_rng(SEED).permutation(len(names) // 2 * 2), 2)
+        for dimension in self.dimensions:
+            for region in self.regions:
+                fake, real = (np.concatenate(self.found[dimension, region, side]) for side in SIDES)
+                for figure in ("FID", "KID"):
+                    row = {"features": self.name, "dimension": real.shape[1]}
+                    row |= distance(figure, real, fake, self.force)
+                    floor = distance(figure, *(real[half] for half in halves), self.force)
+                    rows[f"{region} {figure} {dimension}"] = row | {f"floor_{key}": v for key, v in floor.items()}
+        return {"features": rows}
+
+
+# ------------------------------------------------------------------------------------------------ segmentation
+
+
+def overlap(predicted: np.ndarray, truth: np.ndarray) -> dict[str, np.ndarray]:
+    """Dice, sensitivity and specificity [N] of masks predicted and truth, bool [N, H, W], over each full frame.
+
+    Dice of two empty masks is 1; sensitivity is NaN where the truth is empty, specificity where it is full.
+    """
+    both = (predicted & truth).sum((1, 2))
+    found, true, frame = predicted.sum((1, 2)), truth.sum((1, 2)), truth[0].size
+    neither = frame - found - true + both
+    with np.errstate(invalid="ignore"):  # 0 / 0 is the NaN that is meant
+        dice = np.where(found + true > 0, 2 * both / (found + true), 1.0)
+        return {"Dice": dice, "sensitivity": both / true, "specificity": neither / (frame - true)}
+
+
+class Segmentation:
+    """Lesions that a U-Net finds in the complete images, synthetic and, as the ceiling, real, against the maps."""
+
+    def __init__(self, model: Path, provider: str) -> None:
+        self.session, info = open_session(model, provider, kind="unet")
+        self.multiple = int(info.get("multiple", 16))
+        self.found: dict[str, list[np.ndarray]] = defaultdict(list)  # row -> [N] of each batch
+        self.empty: Counter[str] = Counter()
+
+    def segment(self, hu: np.ndarray) -> np.ndarray:
+        """HU int16 [N, H, W] of any H and W to labels uint8 [N, H, W]: pad with air, run, crop."""
+        _, height, width = hu.shape
+        padding = (0, 0), (0, -height % self.multiple), (0, -width % self.multiple)
+        padded = np.pad(hu, padding, constant_values=-HU_OFFSET)
+        return run(self.session, ["map"], ct=padded)[0][:, :height, :width]
+
+    def update(self, batch: Batch) -> None:
+        """Segment a batch and compare it with its maps."""
+        for side in SIDES:
+            segmented = self.segment(getattr(batch, side))
+            for lesion, labels in LESIONS.items():
+                predicted, truth = np.isin(segmented, labels), np.isin(batch.labels, labels)
+                for figure, values in overlap(predicted, truth).items():
+                    self.found[f"{side} {lesion} {figure}"].append(values)
+                self.empty[f"{side} {lesion} Dice"] += int((~(predicted | truth).any((1, 2))).sum())
+
+    def result(self, names: list[str]) -> dict[str, Rows]:
+        """Table "segmentation": means over the slices where the figure is defined (n).
+
+        empty: slices whose Dice is 1 because neither the map nor the U-Net has the lesion.
+        """
+        rows: Rows = {row: estimate(np.concatenate(parts), names) for row, parts in self.found.items()}
+        for row, count in self.empty.items():
+            rows[row]["empty"] = count
+        return {"segmentation": rows}
+
+
+# ------------------------------------------------------------------------------------------------ memorisation
+
+
+def area_means(size: int) -> np.ndarray:
+    """Matrix float32 [THUMBNAIL, size] from `size` pixels to the means of THUMBNAIL equal parts of them."""
+    edges = np.arange(THUMBNAIL + 1)[:, None] * size / THUMBNAIL
+    covered = np.minimum(edges[1:], np.arange(size) + 1) - np.maximum(edges[:-1], np.arange(size))
+    return (covered.clip(0) * THUMBNAIL / size).astype(np.float32)
+
+
+def thumbnails(grey: np.ndarray) -> np.ndarray:
+    """Grey levels uint8 [N, H, W] to float32 [N, THUMBNAIL * THUMBNAIL] in 0..1."""
+    _, height, width = grey.shape
+    small = area_means(height) @ (grey / np.float32(255)) @ area_means(width).T
+    return small.reshape(len(grey), -1)
+
+
+class Memorisation:
+    """The nearest training lung of each synthetic lung, and of each real test lung as the measure of what is near.
+
+    Lungs are compared as thumbnails of 64 x 64, black outside, by the RMS of their difference. A generator that
+    copies patients has distances far below the real lungs'; a little below is usual, since syntheses are smoother.
+    """
+
+    def __init__(self, train: Path, window: Window) -> None:
+        self.window, self.files = window, training_files(train)
+        self.lungs = np.empty((len(self.files), THUMBNAIL**2), np.float32)
+        with ThreadPoolExecutor(usable_cores()) as pool:
+            thumbs = ahead(pool, self.read, self.files.values(), 4 * usable_cores())
+            for k, lung in enumerate(tqdm(thumbs, "training lungs", len(self.files))):
+                self.lungs[k] = lung
+        self.squares = (self.lungs**2).sum(1)  # [n_train]
+        self.nearest: dict[str, list[np.ndarray]] = defaultdict(list)  # side -> index [N] of each batch
+        self.distance: dict[str, list[np.ndarray]] = defaultdict(list)  # side -> RMS [N] of each batch
+
+    def read(self, files: tuple[Path, Path]) -> np.ndarray:
+        """The thumbnail [THUMBNAIL^2] of a training lung."""
+        hu, labels = read_lung(*files)
+        return thumbnails(self.window(hu, labels)[None])[0]
+
+    def update(self, batch: Batch) -> None:
+        """Find the training lungs nearest to a batch."""
+        for side in SIDES:
+            lungs = thumbnails(self.window(getattr(batch, side), batch.labels))
+            nearest = (self.squares - 2 * lungs @ self.lungs.T).argmin(1)
+            self.nearest[side].append(nearest)
+            # anew, not from the squares: their difference has lost its digits near 0, where it matters
+            self.distance[side].append(np.sqrt(((lungs - self.lungs[nearest]) ** 2).mean(1)))
+
+    def suspects(self, names: list[str], most: int = 4) -> Rows:
+        """The synthetic lungs with the least distances, the training image that each is near, and how near."""
+        nearest, distance = np.concatenate(self.nearest["fake"]), np.concatenate(self.distance["fake"])
+        trained = list(self.files)
+        return {
+            names[k]: {"nearest": trained[nearest[k]], "distance": float(distance[k])}
+            for k in distance.argsort(kind="stable")[:most]
+        }
+
+    def result(self, names: list[str]) -> dict[str, Rows]:
+        """Tables "memorisation" and "suspects".
+
+        ratio: of the synthetic lungs' median to the real ones'. share: of the synthetic lungs that are nearer than
+        the 5th percentile of the real ones. Real lungs that are training lungs themselves are counted, not measured.
+        """
+        fake, real = (np.concatenate(self.distance[side]).astype(np.float64) for side in SIDES)
+        unseen = real[real > 1e-6]
+        rows: Rows = {
+            "training": {"lungs": len(self.lungs)},
+            "fake": {"lungs": len(fake), "median": np.median(fake), "minimum": fake.min()},
+            "real": {"lungs": len(unseen)},
+        }
+        if len(unseen):
+            rows["real"] |= {"median": np.median(unseen), "minimum": unseen.min()}
+            rows["fake"]["ratio"] = np.median(fake) / np.median(unseen)
+            rows["fake"]["share"] = (fake < np.percentile(unseen, 5)).mean()
+        if len(unseen) < len(real):
+            rows["real, in training"] = {"lungs": len(real) - len(unseen)}
+        return {"memorisation": rows, "suspects": self.suspects(names)}
+
+
+def training_files(train: Path) -> dict[str, tuple[Path, Path]]:
+    """Image and map of each training slice by name: those of split.json's "train", all where there is no split.json.
+
+    Raises Mistake where one is missing.
+    """
+    images, maps, split = pngs(train, "images"), pngs(train / "maps", "maps"), train / "split.json"
+    try:
+        names = json.loads(split.read_text())["train"] if split.is_file() else list(images)
+    except (ValueError, KeyError, TypeError) as error:
+        raise Mistake(f'{split}: no JSON with names under "train" ({error}): prepare the data again') from error
+    missing = [name for name in names if name not in images or name not in maps]
+    if missing:
+        raise Mistake(f"{train}: {missing[0]} and {len(missing) - 1} more lack image or map: prepare the data again")
+    return {name: (images[name], maps[name]) for name in names}
+
+
+# ------------------------------------------------------------------------------------------------ pictures
+
+
+def picture(rows: list[list[np.ndarray]]) -> bytes:
+    """PNG of rows of tiles, uint8 [H, W] or [H, W, 3], each put on black of the largest one's size."""
+    height, width = (max(tile.shape[axis] for row in rows for tile in row) for axis in (0, 1))
+
+    def placed(tile: np.ndarray) -> np.ndarray:
+        canvas = np.zeros((height, width, 3), np.uint8)
+        canvas[: tile.shape[0], : tile.shape[1]] = tile if tile.ndim == 3 else tile[..., None]
+        return canvas
+
+    sheet = np.concatenate([np.concatenate([placed(tile) for tile in row], 1) for row in rows], 0)
+    return iio.imwrite("<bytes>", sheet, extension=".png")
+
+
+def case(pair: Pair, window: Window) -> list[np.ndarray]:
+    """Tiles of a pair: map where there is one, real, synthetic, absolute difference."""
+    one = read_pair(pair)
+    real, fake = window(one.real[0]), window(one.fake[0])
+    difference = np.abs(real.astype(np.int16) - fake).astype(np.uint8)
+    return [coloured(one.labels[0])] * bool(pair.labels) + [real, fake, difference]
+
+
+# ------------------------------------------------------------------------------------------------ main
+
+
+def table(results: dict[str, Rows]) -> str:
+    """Tables one below the other, columns aligned; "-" where there is no value."""
+
+    def text(value: Any) -> str:
+        return "-" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
+
+    lines = []
+    for title, rows in results.items():
+        columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+        grid = [[title, *columns], *([name, *(text(row.get(c)) for c in columns)] for name, row in rows.items())]
+        widths = [max(map(len, cells)) for cells in zip(*grid, strict=True)]
+        lines += ["  ".join(map(str.ljust, cells, widths)).rstrip() for cells in grid] + [""]
+    return "\n".join(lines)
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The command line, checked. Raises Mistake."""
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    option = parser.add_argument
+    option("real", type=Path, help="folder of real slices, or a dataset")
+    option("fake", type=Path, help="folder of synthetic slices, complete or lung alone, or a dataset")
+    option("--maps", type=Path, help="folder of label maps; those of the dataset FAKE or REAL by default")
+    option("--strict", action="store_true", help="refuse where a name is in one of REAL and FAKE only")
+    option("--features", type=Path, metavar="FILE", help="feature network, ONNX: FID and KID")
+    option("--dim", metavar="D", help="dimension of the features; all that the file offers by default")
+    option("--force", action="store_true", help="give FID even where N is not above the dimension")
+    option("--unet", type=Path, metavar="FILE", help="segmentation U-Net, ONNX: Dice, sensitivity, specificity")
+    option("--train", type=Path, metavar="DIR", help="dataset that the generator was trained on: memorisation")
+    option("--level", type=float, default=LEVEL, help="of the window, HU")
+    option("--width", type=float, default=WIDTH, help="of the window, HU")
+    option("--json", type=Path, metavar="FILE", help="write the results there too")
+    option("--out", type=Path, default=Path("eval"), help="folder of the pictures")
+    option("--batch", type=int, default=1, metavar="N", help="slices at a time; more pays on a GPU alone")
+    option("--provider", choices=("auto", *PROVIDERS), default="auto", help="what graphs and models run on")
+    args = parser.parse_args(argv)
+    if args.batch < 1 or args.width <= 0:
+        raise Mistake(f"--batch {args.batch}, --width {args.width:g}: give 1 or more, and a width above 0")
+    if args.json and not args.json.parent.is_dir():
+        raise Mistake(f"{args.json}: its folder is not there: make it first")
+    if args.out.exists() and not args.out.is_dir():
+        raise Mistake(f"{args.out}: is a file: give --out a folder for the pictures")
+    return args
+
+
+def main(argv: list[str]) -> None:
+    """Evaluate what the command line names: print the tables, write pictures and JSON. Raises Mistake."""
+    args = parse(argv)
+    pairs = find_pairs(args.real, args.fake, args.maps, args.strict)
+    with_maps, names = pairs[0].labels is not None, [pair.name for pair in pairs]
+    for needy in ("unet", "train"):
+        if getattr(args, needy) and not with_maps:
+            raise Mistake(f"--{needy}: the label maps are missing: give --maps")
+    regions, window = ["complete", "lung"] if with_maps else ["complete"], Window(args.level, args.width)
+
+    pixels = PixelMetrics(window, args.provider, regions)
+    meters: list[PixelMetrics | Features | Segmentation | Memorisation] = [pixels]
+    if args.features:
+        meters.append(Features(args.features, args.provider, args.dim, args.force, window, regions))
+    if args.unet:
+        meters.append(Segmentation(args.unet, args.provider))
+    if args.train:
+        meters.append(Memorisation(args.train, window))
+    with tqdm(total=len(pairs), desc="pairs", delay=1) as bar:  # after the models' lines
+        for batch in batches(pairs, args.batch):
+            for meter in meters:
+                meter.update(batch)
+            bar.update(len(batch.real))
+
+    results: dict[str, Rows] = {"run": {"window, HU": {"level": args.level, "width": args.width}}}
+    for meter in meters:
+        results |= meter.result(names)
+    order = pixels.of_pairs("complete SSIM").argsort(kind="stable")[::-1]
+    shown = {"best": order[0], "median": order[len(order) // 2], "worst": order[-1]}
+    results["cases"] = {c: {"name": names[k], "SSIM": pixels.of_pairs("complete SSIM")[k]} for c, k in shown.items()}
+    print(table(results))
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    write_bytes(args.out / "eval_cases.png", picture([case(pairs[k], window) for k in shown.values()]))
+    if args.train:
+        fakes, trained = {pair.name: (pair.fake, pair.labels) for pair in pairs}, training_files(args.train)
+        couples = [(fakes[name], trained[row["nearest"]]) for name, row in results["suspects"].items()]
+        tiles = [[window(*read_lung(*files)) for files in couple] for couple in couples]
+        write_bytes(args.out / "eval_memorisation.png", picture(tiles))
+    if args.json:
+        write_bytes(args.json, (json.dumps(results, indent=1, allow_nan=False) + "\n").encode())
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except (Mistake, OSError) as mistake:
+        print(f"error: {mistake}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,567 @@
+"""`eval.py` against scikit-image, scipy, closed forms and figures worked out by hand."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import imageio.v3 as iio
+import numpy as np
+import onnx
+import pytest
+import scipy.linalg
+import scipy.stats
+from onnx import TensorProto, helper
+from skimage.metrics import normalized_root_mse, peak_signal_noise_ratio, structural_similarity
+
+import eval as evaluation
+from data.slices import Mistake, read_image, read_map, write_image, write_map
+
+REPO = Path(__file__).resolve().parents[1]
+HEIGHT, WIDTH = 48, 64
+HU_OF_LABEL = np.array([-1000, -850, -550, 20])
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+def lungs(height=HEIGHT, width=WIDTH, shift=0):
+    """A label map uint8 of two lungs; ground glass in the left one, consolidation in the right."""
+    y, x = np.mgrid[:height, :width] / np.array([height, width])[:, None, None]
+    labels = np.zeros((height, width), np.uint8)
+    for x0, lesion in ((0.3, 2), (0.7, 3)):
+        labels[((x - x0) / 0.15) ** 2 + ((y - 0.5 - 0.01 * shift) / 0.35) ** 2 < 1] = 1
+        labels[((x - x0) / 0.06) ** 2 + ((y - 0.5) / 0.1) ** 2 < 1] = lesion
+    return labels
+
+
+def slice_of(labels, rng, noise=20):
+    return (HU_OF_LABEL[labels] + rng.normal(0, noise, labels.shape)).clip(-1024, 3071).astype(np.int16)
+
+
+@pytest.fixture
+def sets(tmp_path, rng):
+    """Folders of 9 slices of 3 patients: real (a dataset with maps), fake (lung alone), train (a dataset with maps)."""
+    for folder in ("real/images", "real/maps", "fake", "train/images", "train/maps"):
+        (tmp_path / folder).mkdir(parents=True)
+    for k in range(9):
+        name, labels = f"P{k // 3:02d}_S{k:03d}.png", lungs(shift=k)
+        real = slice_of(labels, rng)
+        write_map(tmp_path / "real/maps" / name, labels)
+        write_image(tmp_path / "real/images" / name, real)
+        write_image(tmp_path / "fake" / name, np.where(labels > 0, real + rng.normal(0, 5 + 10 * k, real.shape), -1024))
+        labels = lungs(shift=-3 * k)
+        write_map(tmp_path / "train/maps" / f"P90_S{k:03d}.png", labels)
+        write_image(tmp_path / "train/images" / f"P90_S{k:03d}.png", slice_of(labels, rng))
+    return tmp_path
+
+
+def save_model(path, nodes, inputs, outputs, **metadata):
+    graph = helper.make_graph(
+        nodes,
+        "mock",
+        [helper.make_tensor_value_info(name, kind, ["N", "H", "W"]) for name, kind in inputs.items()],
+        [helper.make_tensor_value_info(name, kind, shape) for name, (kind, shape) in outputs.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
+    helper.set_model_props(model, metadata)
+    onnx.checker.check_model(model, full_check=True)
+    onnx.save(model, path)
+    return path
+
+
+@pytest.fixture
+def features(tmp_path):
+    """A feature network of 2 and 16 features: means of the image's halves, and of a 4 x 4 grid."""
+    nodes = [
+        helper.make_node("Cast", ["image"], ["float"], to=TensorProto.FLOAT),
+        helper.make_node("Constant", [], ["one"], value_ints=[1]),
+        helper.make_node("Unsqueeze", ["float", "one"], ["channel"]),
+        helper.make_node("AveragePool", ["channel"], ["halves"], kernel_shape=[48, 32], strides=[48, 32]),
+        helper.make_node("AveragePool", ["channel"], ["grid"], kernel_shape=[12, 16], strides=[12, 16]),
+        helper.make_node("Flatten", ["halves"], ["2"]),
+        helper.make_node("Flatten", ["grid"], ["16"]),
+    ]
+    outputs = {d: (TensorProto.FLOAT, ["N", None]) for d in ("2", "16")}
+    path = tmp_path / "features.onnx"
+    return save_model(path, nodes, {"image": TensorProto.UINT8}, outputs, kind="features", name="grid means")
+
+
+@pytest.fixture
+def unet(tmp_path):
+    """A segmentation by thresholds half-way between HU_OF_LABEL that, like a U-Net, wants multiples of 16."""
+    nodes = [
+        helper.make_node("Cast", ["ct"], ["pixels"], to=TensorProto.FLOAT),
+        helper.make_node("Constant", [], ["blocks"], value_ints=[0, -1, 256]),
+        helper.make_node("Reshape", ["pixels", "blocks"], ["checked"]),  # fails on other sizes
+        helper.make_node("Shape", ["pixels"], ["shape"]),
+        helper.make_node("Reshape", ["checked", "shape"], ["float"]),
+    ]
+    for k, threshold in enumerate((-925.0, -700.0, -265.0)):
+        nodes += [
+            helper.make_node("Constant", [], [f"threshold{k}"], value_float=threshold),
+            helper.make_node("Greater", ["float", f"threshold{k}"], [f"above{k}"]),
+            helper.make_node("Cast", [f"above{k}"], [f"count{k}"], to=TensorProto.INT32),
+        ]
+    nodes += [
+        helper.make_node("Add", ["count0", "count1"], ["count01"]),
+        helper.make_node("Add", ["count01", "count2"], ["count"]),
+        helper.make_node("Cast", ["count"], ["map"], to=TensorProto.UINT8),
+    ]
+    outputs = {"map": (TensorProto.UINT8, ["N", "H", "W"])}
+    return save_model(tmp_path / "unet.onnx", nodes, {"ct": TensorProto.INT16}, outputs, kind="unet", multiple="16")
+
+
+def pixel_rows(real, fake, labels):
+    """The pixel metrics of one pair, by row."""
+    metrics = evaluation.PixelMetrics(evaluation.Window(), "cpu", ["complete", "lung"])
+    fake = np.where(labels > 0, fake, real)
+    metrics.update(evaluation.Batch(*(a[None] for a in (real, fake, labels))))
+    return {row: values[0][0] for row, values in metrics.found.items()}
+
+
+def evaluate(sets, *options, fake="fake"):
+    """Run the command line on the sets; returns the JSON."""
+    path = sets / "results.json"
+    fixed = ["--json", str(path), "--out", str(sets / "out"), "--provider", "cpu"]
+    evaluation.main([str(sets / "real"), str(sets / fake), *fixed, *map(str, options)])
+    return json.loads(path.read_text())
+
+
+# ------------------------------------------------------------------------------------------------ pixel metrics
+
+
+@pytest.mark.parametrize("size", [(128, 144), (61, 75), (13, 26)])
+@pytest.mark.parametrize("kind", ["noise", "flat", "nearly equal and bright", "like ct"])
+def test_pixel_metrics_agree_with_scikit_image(kind, size, rng):
+    labels = lungs(*size)
+    if kind == "noise":
+        real, fake = rng.integers(-1024, 3071, (2, *size)).astype(np.int16)
+    elif kind == "like ct":
+        real, fake = slice_of(labels, rng), slice_of(labels, rng)
+    else:
+        inside, step = (-850, 20) if kind == "flat" else (140, 9)
+        real = np.where(labels > 0, inside, 60).astype(np.int16)
+        fake = np.where(labels > 0, inside + step, 60).astype(np.int16)
+    rows = pixel_rows(real, fake, labels)
+    window = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
+    for region in ("complete", "lung"):
+        a, b = (((np.where(labels > 0, hu, real) + 1350) / 1500).clip(0, 1) for hu in (real, fake))
+        if region == "lung":
+            a, b = a * (labels > 0), b * (labels > 0)
+        assert rows[f"{region} PSNR"] == pytest.approx(peak_signal_noise_ratio(a, b, data_range=1), abs=1e-5)
+        assert rows[f"{region} SSIM"] == pytest.approx(structural_similarity(a, b, data_range=1, **window), abs=1e-5)
+        assert rows[f"{region} NRMSE"] == pytest.approx(normalized_root_mse(a, b), abs=1e-5)
+        assert rows[f"{region} RMSE"] == pytest.approx(np.sqrt(((a - b) ** 2).mean()), abs=1e-7)
+
+
+def test_a_constant_offset_has_the_metrics_of_the_closed_form():
+    real = np.full((32, 32), -600, np.int16)  # the window's middle, 0.5
+    rows = pixel_rows(real, real + 150, np.ones_like(real, np.uint8))  # a tenth of the window more
+    ssim = (2 * 0.5 * 0.6 + 1e-4) / (0.5**2 + 0.6**2 + 1e-4)  # its luminance alone: neither image varies
+    for figure, value in {"PSNR": 20, "RMSE": 0.1, "NRMSE": 0.2, "SSIM": ssim}.items():
+        assert rows[f"complete {figure}"] == pytest.approx(value, abs=1e-6)
+
+
+def test_identical_images_have_100_db_and_an_ssim_of_exactly_1(rng):
+    labels = lungs()
+    real = slice_of(labels, rng)
+    rows = pixel_rows(real, real, labels)
+    assert rows["complete PSNR"] == rows["lung PSNR"] == 100
+    assert rows["complete SSIM"] == rows["lung SSIM"] == 1
+    assert rows["complete RMSE"] == rows["lung NRMSE"] == 0
+
+
+def test_a_synthesis_of_the_lung_alone_measures_as_its_completion(sets):
+    (sets / "completed").mkdir()
+    for path in (sets / "fake").iterdir():
+        real, labels = read_image(sets / "real/images" / path.name), read_map(sets / "real/maps" / path.name)
+        write_image(sets / "completed" / path.name, np.where(labels > 0, read_image(path), real))
+    alone = evaluate(sets)["pixels"]
+    assert alone == evaluate(sets, fake="completed")["pixels"]
+    assert alone["lung PSNR"] == alone["complete PSNR"]
+    assert alone["lung NRMSE"]["mean"] > alone["complete NRMSE"]["mean"]
+
+
+def test_batches_and_changes_of_size_between_pairs_change_nothing(sets, rng):
+    labels = lungs(40, 90)
+    for folder in ("real/images", "fake"):
+        write_image(sets / folder / "P01_S004.png", slice_of(labels, rng))
+    write_map(sets / "real/maps/P01_S004.png", labels)
+    one, four = evaluate(sets)["pixels"], evaluate(sets, "--batch", 4)["pixels"]
+    for row, columns in one.items():
+        assert four[row] == pytest.approx(columns, rel=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------ statistics
+
+
+@pytest.mark.parametrize("freedom", [1, 2, 5, 6, 7, 10, 30, 1000])
+def test_students_t_is_scipys(freedom):
+    assert evaluation.student_t(freedom) == pytest.approx(scipy.stats.t.ppf(0.975, freedom), rel=1e-3)
+
+
+def test_the_interval_over_patients_is_that_of_their_means():
+    row = evaluation.estimate(np.array([1.0, 3.0, 10.0, np.nan]), ["P01_S000", "P01_S001", "P02_S000", "P03_S000"])
+    assert (row["mean"], row["n"]) == (pytest.approx(14 / 3), 3)
+    assert (row["patients_mean"], row["patients_n"]) == (6, 2)  # of 2 and 10
+    assert row["patients_interval"] == pytest.approx(12.7062 * np.sqrt(32) / np.sqrt(2))
+
+
+def test_one_value_has_no_interval_and_none_has_no_mean():
+    assert evaluation.interval([4.0]) == (4, None, 1)
+    assert evaluation.interval([]) == (None, None, 0)
+
+
+# ------------------------------------------------------------------------------------------------ FID and KID
+
+
+def test_the_frechet_distance_is_that_of_scipys_matrix_root(rng):
+    mix = rng.normal(size=(2, 12, 12))
+    x, y = rng.normal(size=(300, 12)) @ mix[0], rng.normal(size=(200, 12)) @ mix[1] + 0.3
+    s_x, s_y = np.cov(x.T), np.cov(y.T)
+    root = scipy.linalg.sqrtm(s_x @ s_y).real
+    expected = ((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(s_x + s_y - 2 * root)
+    assert evaluation.frechet(x, y) == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_frechet_distance_of_equal_covariances_is_the_means_squared_distance(rng):
+    x = rng.normal(size=(100, 8))
+    assert evaluation.frechet(x, x + np.arange(8)) == pytest.approx((np.arange(8) ** 2).sum(), rel=1e-9)
+    assert evaluation.frechet(x, x) == pytest.approx(0, abs=1e-9)
+
+
+def test_the_frechet_distance_holds_with_fewer_images_than_dimensions(rng):
+    x, y = rng.normal(size=(10, 40)).astype(np.float32), rng.normal(size=(15, 40)).astype(np.float32)
+    a, b = ((f - f.mean(0)).astype(np.float64) / np.sqrt(len(f) - 1) for f in (x, y))
+    nuclear = np.linalg.svd(a @ b.T, compute_uv=False).sum()
+    expected = ((x.mean(0) - y.mean(0)) ** 2).sum() + (a**2).sum() + (b**2).sum() - 2 * nuclear
+    assert evaluation.frechet(x, y) == pytest.approx(expected, rel=1e-5)
+    assert 0 <= evaluation.frechet(x, x) < 1e-9
+
+
+def reference_kid(x, y):
+    """KID of all features at once as torch-fidelity defines it (kernel_poly and mmd2, unbiased), one pair at a time."""
+    n, m, d = len(x), len(y), x.shape[1]
+
+    def k(a, b):
+        return (float(a @ b) * (1 / d) + 1) ** 3
+
+    within_x = sum(k(x[i], x[j]) for i in range(n) for j in range(n) if i != j) / (n * (n - 1))
+    within_y = sum(k(y[i], y[j]) for i in range(m) for j in range(m) if i != j) / (m * (m - 1))
+    return within_x + within_y - 2 * sum(k(a, b) for a in x for b in y) / (n * m)
+
+
+def test_kid_is_torch_fidelitys_definition(rng):
+    x, y = rng.normal(size=(40, 6)), rng.normal(0.2, 1.1, (40, 6))
+    value, deviation = evaluation.kid(x, y)
+    assert value == pytest.approx(reference_kid(x, y), rel=1e-10)
+    assert deviation is None
+
+
+def test_kid_of_many_images_is_over_subsets_and_the_same_each_time(rng, monkeypatch):
+    monkeypatch.setattr(evaluation, "KID_SUBSET_SIZE", 50)
+    x, y = rng.normal(size=(80, 6)), rng.normal(0.5, 1, (80, 6))
+    value, deviation = evaluation.kid(x, y)
+    assert (value, deviation) == evaluation.kid(x, y)
+    assert abs(value - reference_kid(x, y)) < deviation  # of 100 subsets' mean
+
+
+def test_fid_is_refused_where_n_is_not_above_the_dimension_and_kid_is_not(sets, features):
+    rows = evaluate(sets, "--features", features)["features"]
+    assert rows["complete FID 16"]["value"] is None
+    assert "N=9 is not above the features' 16 dimensions; read KID, or --force" in rows["complete FID 16"]["note"]
+    assert rows["lung KID 16"]["value"] is not None
+    assert rows["lung FID 2"]["value"] >= 0
+    assert (rows["lung FID 2"]["features"], rows["lung FID 2"]["dimension"], rows["lung FID 2"]["N"]) == (
+        "grid means",
+        2,
+        9,
+    )
+    assert rows["lung FID 2"]["floor_N"] == rows["lung KID 2"]["floor_N"] == 4
+    assert evaluate(sets, "--features", features, "--force")["features"]["complete FID 16"]["value"] > 0
+
+
+def test_features_see_the_window_and_the_lung_alone(sets, features):
+    rows = evaluate(sets, "--features", features, "--dim", 2)["features"]
+    assert set(rows) == {f"{region} {figure} 2" for region in ("complete", "lung") for figure in ("FID", "KID")}
+    grey = {"real": [], "fake": []}
+    for path in sorted((sets / "fake").iterdir()):
+        labels = read_map(sets / "real/maps" / path.name)
+        for side, image in (("real", sets / "real/images" / path.name), ("fake", path)):
+            lung = np.floor(((read_image(image) + 1350) / 1500).clip(0, 1) * 255 + 0.5) * (labels > 0)
+            grey[side].append([lung[:, :32].mean(), lung[:, 32:].mean()])
+    real, fake = np.array(grey["real"]), np.array(grey["fake"])
+    assert rows["lung FID 2"]["value"] == pytest.approx(evaluation.frechet(real, fake), rel=1e-3)
+    assert rows["lung KID 2"]["value"] == pytest.approx(reference_kid(real, fake), rel=1e-3)
+
+
+def test_real_against_itself_has_distance_0(sets, features):
+    rows = evaluate(sets, "--features", features, fake="real")["features"]
+    assert rows["complete FID 2"]["value"] == pytest.approx(0, abs=1e-6)
+    assert rows["complete FID 2"]["floor_value"] > 0
+
+
+# ------------------------------------------------------------------------------------------------ segmentation
+
+
+def test_dice_sensitivity_and_specificity_are_those_by_hand():
+    truth, predicted = np.zeros((2, 1, 4, 5), bool)
+    truth[0, 0, :4], predicted[0, 0, 2:5] = True, True  # 2 in common of 4 and 3, in 20
+    figures = evaluation.overlap(predicted, truth)
+    assert figures["Dice"] == pytest.approx(4 / 7)
+    assert figures["sensitivity"] == pytest.approx(2 / 4)
+    assert figures["specificity"] == pytest.approx(15 / 16)
+
+
+def test_two_empty_masks_have_dice_1_and_no_sensitivity():
+    empty = np.zeros((1, 4, 5), bool)
+    figures = evaluation.overlap(empty, empty)
+    assert (figures["Dice"][0], figures["specificity"][0]) == (1, 1)
+    assert np.isnan(figures["sensitivity"][0])
+    assert evaluation.overlap(~empty, empty)["Dice"][0] == 0
+    assert np.isnan(evaluation.overlap(empty, ~empty)["specificity"][0])
+
+
+def test_the_unet_finds_the_lesions_of_the_maps_at_any_size(sets, unet, rng):
+    for path in [*(sets / "real/images").iterdir(), *(sets / "fake").iterdir()]:
+        labels = lungs(HEIGHT + 5, WIDTH + 3)
+        labels[labels == 3] = 1  # no consolidation
+        write_map(sets / "real/maps" / path.name, labels)
+        missed = np.where(labels == 2, 1, labels) if path.parent.name == "fake" else labels
+        write_image(path, slice_of(missed, rng, noise=5))
+    rows = evaluate(sets, "--unet", unet)["segmentation"]
+    assert rows["real GGO Dice"]["mean"] == rows["real infection sensitivity"]["mean"] == 1
+    assert rows["fake GGO Dice"]["mean"] == rows["fake GGO sensitivity"]["mean"] == 0
+    assert rows["fake GGO specificity"]["mean"] == 1
+    assert (rows["real consolidation Dice"]["mean"], rows["real consolidation Dice"]["empty"]) == (1, 9)
+    assert (rows["real consolidation sensitivity"]["mean"], rows["real consolidation sensitivity"]["n"]) == (None, 0)
+
+
+# ------------------------------------------------------------------------------------------------ memorisation
+
+
+def test_a_planted_copy_is_the_first_suspect(sets):
+    copied, labels = read_image(sets / "train/images/P90_S007.png"), read_map(sets / "train/maps/P90_S007.png")
+    write_image(sets / "fake/P01_S004.png", copied)
+    write_map(sets / "real/maps/P01_S004.png", labels)
+    results = evaluate(sets, "--train", sets / "train")
+    name, first = next(iter(results["suspects"].items()))
+    assert (name, first["nearest"]) == ("P01_S004", "P90_S007")
+    assert first["distance"] == 0 == results["memorisation"]["fake"]["minimum"]
+    assert results["memorisation"]["fake"]["share"] >= 1 / 9
+    assert results["memorisation"]["real"]["minimum"] > 0.001
+    assert len(results["suspects"]) == 4
+    sheet = iio.imread(sets / "out/eval_memorisation.png")
+    assert sheet.shape == (4 * HEIGHT, 2 * WIDTH, 3)
+    assert (sheet[:HEIGHT, :WIDTH] == sheet[:HEIGHT, WIDTH:]).all()
+
+
+def test_the_distance_is_the_rms_of_the_windowed_difference(tmp_path):
+    for folder in ("images", "maps"):
+        (tmp_path / folder).mkdir()
+    lung = np.ones((40, 80), np.uint8)
+    write_map(tmp_path / "maps/P00_S000.png", lung)
+    write_image(tmp_path / "images/P00_S000.png", np.full(lung.shape, -600))
+    memory = evaluation.Memorisation(tmp_path, evaluation.Window())
+    near, far = (np.full((1, *lung.shape), hu, np.int16) for hu in (-450, -300))  # 0.1 and 0.2 of the window more
+    memory.update(evaluation.Batch(far, near, lung[None]))
+    assert memory.distance["fake"][0] == pytest.approx(0.1, abs=1 / 255)
+    assert memory.distance["real"][0] == pytest.approx(0.2, abs=1 / 255)
+
+
+def test_only_the_training_side_of_a_split_counts(sets):
+    (sets / "train/split.json").write_text(json.dumps({"train": ["P90_S000", "P90_S001"], "test": ["P90_S002"]}))
+    results = evaluate(sets, "--train", sets / "train")
+    assert results["memorisation"]["training"]["lungs"] == 2
+    assert {row["nearest"] for row in results["suspects"].values()} <= {"P90_S000", "P90_S001"}
+
+
+def test_real_lungs_that_were_trained_on_do_not_measure_what_is_near(sets):
+    write_image(sets / "train/images/P90_S000.png", read_image(sets / "real/images/P00_S000.png"))
+    write_map(sets / "train/maps/P90_S000.png", read_map(sets / "real/maps/P00_S000.png"))
+    rows = evaluate(sets, "--train", sets / "train")["memorisation"]
+    assert rows["real, in training"]["lungs"] == 1
+    assert rows["real"]["lungs"] == 8
+    assert rows["real"]["minimum"] > 0
+
+
+def test_thumbnails_are_area_means():
+    grey = np.random.default_rng(0).integers(0, 256, (2, 128, 192)).astype(np.uint8)
+    expected = grey.reshape(2, 64, 2, 64, 3).mean((2, 4)).reshape(2, -1) / 255
+    assert evaluation.thumbnails(grey) == pytest.approx(expected, abs=1e-6)
+    odd = evaluation.thumbnails(grey[:, :101, :70])
+    assert odd.mean(1) == pytest.approx(grey[:, :101, :70].mean((1, 2)) / 255, abs=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------ files
+
+
+def test_pairs_are_by_name_and_the_rest_is_told(sets, capsys):
+    (sets / "fake/P00_S001.png").unlink()
+    (sets / "fake/P02_S006.png").rename(sets / "fake/P77_S000.png")
+    results = evaluate(sets)
+    assert results["pixels"]["complete PSNR"]["n"] == 7
+    fake, real = sets / "fake", sets / "real"
+    assert f"note: 2 names are in {real} only, 1 in {fake} only: left out" in capsys.readouterr().err
+    with pytest.raises(Mistake, match=r"2 names .* --strict"):
+        evaluate(sets, "--strict")
+
+
+def test_without_maps_the_images_are_taken_as_they_are(sets):
+    (sets / "real/maps").rename(sets / "hidden")
+    results = evaluate(sets)
+    assert set(results["pixels"]) == {f"complete {figure}" for figure in ("PSNR", "SSIM", "RMSE", "NRMSE")}
+    assert iio.imread(sets / "out/eval_cases.png").shape == (3 * HEIGHT, 3 * WIDTH, 3)
+    completed = evaluate(sets, "--maps", sets / "hidden")["pixels"]
+    assert completed["complete PSNR"]["mean"] > results["pixels"]["complete PSNR"]["mean"] + 1
+    assert iio.imread(sets / "out/eval_cases.png").shape == (3 * HEIGHT, 4 * WIDTH, 3)
+
+
+def test_the_picture_shows_best_median_and_worst(sets):
+    cases = evaluate(sets)["cases"]
+    assert [cases[case]["name"] for case in ("best", "median", "worst")] == ["P00_S000", "P01_S004", "P02_S008"]
+    sheet = iio.imread(sets / "out/eval_cases.png").reshape(3, HEIGHT, 4, WIDTH, 3)
+    real = evaluation.Window()(read_image(sets / "real/images/P02_S008.png"))
+    assert (sheet[2, :, 1] == real[..., None]).all()
+    difference = np.abs(sheet[2, :, 1].astype(int) - sheet[2, :, 2])
+    assert (sheet[2, :, 3] == difference).all()
+    assert difference.any()
+
+
+def spoil(sets, what):
+    """Spoil the sets; returns options, and what the one line must say."""
+    first = sets / "fake/P00_S000.png"
+    if what == "8-bit image":
+        iio.imwrite(first, np.zeros((HEIGHT, WIDTH), np.uint8))
+        return [], f"{first}: "
+    if what == "size":
+        write_image(sets / "real/images/P00_S000.png", np.zeros((40, 40)))
+        return [], "bring both to one size"
+    if what == "size of the map":
+        write_map(sets / "real/maps/P00_S000.png", np.ones((40, 40), np.uint8))
+        return [], "real/maps/P00_S000.png"
+    if what == "missing map":
+        (sets / "real/maps/P01_S003.png").unlink()
+        return [], "the maps of 1 pairs are missing, P01_S003.png first"
+    if what == "no lung":
+        write_map(sets / "real/maps/P00_S000.png", np.zeros((HEIGHT, WIDTH), np.uint8))
+        return [], "no lung in it"
+    if what == "no pair":
+        for path in (sets / "fake").iterdir():
+            path.rename(path.with_name("other_" + path.name))
+        return [], "none of its file names is in"
+    if what == "broken image":
+        first.write_bytes(first.read_bytes()[:60])
+        return [], f"{first}: "
+    if what == "U-Net without maps":
+        (sets / "real/maps").rename(sets / "hidden")
+        return ["--unet", "unet.onnx"], "give --maps"
+    if what == "training map":
+        (sets / "train/maps/P90_S000.png").unlink()
+        return ["--train", sets / "train"], "P90_S000 and 0 more lack image or map"
+    if what == "split":
+        (sets / "train/split.json").write_text("[]")
+        return ["--train", sets / "train"], "split.json: no JSON with names"
+    return {
+        "width": (["--width", 0], "--width 0"),
+        "batch": (["--batch", 0], "--batch 0"),
+        "folder of the JSON": (["--json", sets / "no/results.json"], "its folder is not there"),
+        "folder of the maps": (["--maps", sets / "no"], "no such folder"),
+        "maps of others": (["--maps", sets / "train"], "the maps of 9 pairs are missing"),
+        "out": (["--out", sets / "fake/P00_S000.png"], "is a file"),
+        "no features file": (["--features", sets / "no.onnx"], "no.onnx: no such file"),
+    }[what]
+
+
+MISTAKES = (
+    "8-bit image, size, size of the map, missing map, no lung, no pair, broken image, training map, split, width, "
+)
+MISTAKES += "batch, folder of the JSON, folder of the maps, maps of others, out, no features file, U-Net without maps"
+
+
+@pytest.mark.parametrize("what", MISTAKES.split(", "))
+def test_a_mistake_is_one_line_that_names_it_and_nothing_is_written(sets, what):
+    options, line = spoil(sets, what)
+    with pytest.raises(Mistake, match=re.escape(line)) as mistake:
+        evaluate(sets, *options)
+    assert "\n" not in str(mistake.value)
+    assert not (sets / "out").exists()
+    assert not (sets / "results.json").exists()
+
+
+def test_a_foreign_model_is_refused_by_name(sets, features, unet):
+    with pytest.raises(Mistake, match=r"unet\.onnx: is a unet, not a features"):
+        evaluate(sets, "--features", unet)
+    with pytest.raises(Mistake, match="no features of dimension 2048: give --dim one of 2, 16"):
+        evaluate(sets, "--features", features, "--dim", "2048")
+    outputs = {"2": (TensorProto.UINT8, ["N", "H", "W"])}
+    node = helper.make_node("Identity", ["picture"], ["2"])
+    foreign = save_model(sets / "foreign.onnx", [node], {"picture": TensorProto.UINT8}, outputs, kind="features")
+    with pytest.raises(Mistake, match=r"ONNX Runtime on image \(1, 48, 64\): .*picture"):
+        evaluate(sets, "--features", foreign)
+
+
+# ------------------------------------------------------------------------------------------------ the whole program
+
+WITHOUT_TORCH = "import sys; sys.modules['torch'] = None; import runpy; runpy.run_path('eval.py', run_name='__main__')"
+
+
+def program(*arguments):
+    command = [sys.executable, "-c", WITHOUT_TORCH, *map(str, arguments)]
+    return subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=120)
+
+
+def test_without_torch_all_runs_and_the_json_has_the_tables_numbers(sets, features, unet):
+    out = sets / "out"
+    options = ["--features", features, "--unet", unet, "--train", sets / "train", "--json", sets / "all.json"]
+    done = program(sets / "real", sets / "fake", *options, "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in out.iterdir()) == ["eval_cases.png", "eval_memorisation.png"]
+    lines = done.stdout.splitlines()
+    results = json.loads((sets / "all.json").read_text())
+    assert set(results) == {"run", "pixels", "features", "segmentation", "memorisation", "suspects", "cases"}
+    for rows in results.values():
+        for name, row in rows.items():
+            texts = ["-" if v is None else f"{v:.6g}" if isinstance(v, float) else str(v) for v in row.values()]
+            assert any(line.startswith(name) and all(text in line for text in texts) for line in lines), (name, row)
+
+
+def test_a_mistake_on_the_command_line_ends_with_status_2_and_one_line(sets):
+    done = program(sets / "real", sets / "nowhere")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"error: {sets / 'nowhere'}: no such folder")
+    assert done.stderr.count("\n") == 1
+
+
+MEASURED = """
+import sys, tracemalloc, runpy
+from pathlib import Path
+import eval as evaluation
+tracemalloc.start()
+evaluation.main(sys.argv[1:])
+print("peak", tracemalloc.get_traced_memory()[1])
+"""
+
+
+def test_memory_does_not_grow_with_the_number_of_pairs(tmp_path, rng):
+    peaks, labels = [], lungs(128, 128)
+    for n in (100, 400):
+        for folder in ("real/images", "real/maps", "fake"):
+            (tmp_path / str(n) / folder).mkdir(parents=True)
+        sources = [tmp_path / "a.png", tmp_path / "b.png", tmp_path / "map.png"]
+        for source in sources[:2]:
+            write_image(source, slice_of(labels, rng))
+        write_map(sources[2], labels)
+        for k in range(n):
+            for folder, source in zip(("real/images", "fake", "real/maps"), sources, strict=True):
+                (tmp_path / str(n) / folder / f"P00_S{k:03d}.png").hardlink_to(source)
+        command = [sys.executable, "-c", MEASURED, str(tmp_path / str(n) / "real"), str(tmp_path / str(n) / "fake")]
+        done = subprocess.run([*command, "--out", str(tmp_path)], cwd=REPO, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        peaks.append(int(done.stdout.split("peak")[1]))
+    image = labels.size * np.dtype(np.int16).itemsize
+    assert peaks[1] - peaks[0] < 50 * image  # for 300 pairs more: their names and figures, no image of theirs
