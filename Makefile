@@ -7,6 +7,10 @@ BIN := .venv/bin
 
 demo: $(BIN)/ready
 	$(BIN)/python covidgan.py --stage all --resume
+	$(BIN)/python export.py ckpt.pt
+	$(BIN)/python export.py --features efficientnet-lite0
+	$(BIN)/python infer_onnx.py data/phantom --side test --complement data/phantom/images --panel
+	$(BIN)/python eval.py data/phantom synthetic --features features.onnx --train data/phantom --json eval/results.json
 
 test: $(BIN)/ready
 	$(BIN)/ruff check .
@@ -17,7 +21,8 @@ $(BIN)/ready: requirements.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet -r requirements.txt
+	$(BIN)/pip install --quiet --no-deps torch-fidelity==0.4.0
 	touch $@
 
 clean:
-	rm -rf out synthetic eval data/phantom data/phantom64 generator.onnx
+	rm -rf out synthetic eval data/phantom data/phantom64 generator.onnx features.onnx

@@ -478,7 +478,7 @@ class Desum(nn.Module):
     def forward(self, local: Tensor, global_: Tensor) -> tuple[Tensor, Tensor]:  # [B, c, H, W] each
         """Return F_out [B, c, H, W] and alpha [B]."""
         if self.net is None:
-            alpha = local.new_full((len(local),), 0.5, dtype=torch.float32)
+            alpha = local.new_full(local.shape[:1], 0.5, dtype=torch.float32)
             return (local + global_) * (1.0 if self.kind == "sum" else 0.5), alpha
         alpha = self.net(global_ if self.kind == "global" else local)
         a = alpha.view(-1, 1, 1, 1).to(local.dtype)
@@ -507,7 +507,7 @@ class Generator(nn.Module):
         """
         finest = len(self.locals)
         reduced = onehot[..., :: 2**finest, :: 2**finest]  # nearest, so that G1 sees a map of labels in every stage
-        alpha = onehot.new_ones(len(onehot))
+        alpha = onehot.new_ones(onehot.shape[:1])
         if stage == "g1" or finest == 0:
             return self.g1(reduced).float(), alpha
         features = self.g1.trunk(reduced) if stage == "joint" else None  # [B, ngf, H/2, W/2]

