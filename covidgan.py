@@ -182,6 +182,8 @@ def check_config(c: Config) -> None:
         (c.batch >= 1 and c.epochs >= 1 and c.interval >= 1, "--batch, --epochs, --interval: give 1 or more"),
         (c.epoch_len >= c.batch, f"--epoch-len {c.epoch_len}: give at least the batch of {c.batch}"),
         (c.lr > 0 and math.isfinite(c.lr), f"--lr {c.lr:g}: give a learning rate above 0"),
+        (0 <= c.adam_beta1 < 1 and 0 <= c.adam_beta2 < 1, "--adam-beta1, --adam-beta2: give 0 to below 1"),
+        (c.seed >= 0, f"--seed {c.seed}: give 0 or more"),
         (c.resize >= 1 and min(c.rotate, c.elastic, c.noise) >= 0, "--resize below 1, or a negative augmentation"),
         (c.elastic_cell >= 4, f"--elastic-cell {c.elastic_cell:g}: give 4 pixels or more"),
         (not (c.resume and c.overwrite), "--resume and --overwrite: give one of them"),
@@ -740,10 +742,11 @@ def read_weights(path: Path) -> dict[str, Any]:
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint of this file (see Trainer.state). Raises Mistake for anything else."""
-    checkpoint = read_weights(path)
-    options = {field.name for field in dataclasses.fields(Config)}
-    if differing := options ^ set(checkpoint.get("config", ())):
-        raise Mistake(f"{path}: no checkpoint of this version of covidgan.py, which has {sorted(differing)} otherwise")
+    checkpoint, options = read_weights(path), {field.name for field in dataclasses.fields(Config)}
+    config = checkpoint.get("config")
+    if not isinstance(config, dict) or set(config) != options:
+        differing = sorted(options ^ set(config)) if isinstance(config, dict) else "all"
+        raise Mistake(f"{path}: no checkpoint of this version of covidgan.py, options differ: {differing}")
     return checkpoint
 
 
@@ -806,7 +809,7 @@ class Trainer:
         figures = self.share(dict(zip(losses, torch.stack([*losses.values()]).tolist(), strict=True)))
         if not all(map(math.isfinite, figures.values())):
             bad = ", ".join(f"{name} {value}" for name, value in figures.items() if not math.isfinite(value))
-            where = f"stage {self.stage}, step {self.step_done}"
+            where = f"stage {self.stage}, step {self.step_done + 1}"
             raise Mistake(f"{where}: {bad}; stopped before any weight moved; batch: {' '.join(names)}")
         self.opt_g.zero_grad()
         self.opt_d.zero_grad()
@@ -865,15 +868,19 @@ class Trainer:
         if self.rank == 0:
             write_atomically(self.out / "ckpt.pt", lambda path: torch.save(self.state(), path))
 
-    def load(self, checkpoint: dict[str, Any]) -> None:
-        """Go on from a checkpoint. Raises Mistake, by load_state_dict's word, for one of another architecture."""
-        for name, net in self.nets.items():
-            net.load_state_dict(checkpoint[name])
-        self.rng.set_state(checkpoint["rng"])
-        self.begin(checkpoint["stage"])
-        self.opt_g.load_state_dict(checkpoint["opt_g"])
-        self.opt_d.load_state_dict(checkpoint["opt_d"])
-        self.step_done = checkpoint["step"]
+    def load(self, path: Path) -> None:
+        """Go on from a checkpoint. Raises Mistake for one whose tensors are not those of this architecture."""
+        checkpoint = read_checkpoint(path)
+        try:
+            for name, net in self.nets.items():
+                net.load_state_dict(checkpoint[name])
+            self.rng.set_state(checkpoint["rng"])
+            self.begin(checkpoint["stage"])
+            self.opt_g.load_state_dict(checkpoint["opt_g"])
+            self.opt_d.load_state_dict(checkpoint["opt_d"])
+            self.step_done = checkpoint["step"]
+        except (KeyError, RuntimeError, ValueError, TypeError) as error:
+            raise Mistake(f"{path}: its tensors do not fit its config ({type(error).__name__}): train anew") from error
 
     def run(self) -> None:
         """Train every wanted stage from where the state stands, with bar, stats, checkpoints, panels and curves."""
@@ -901,7 +908,7 @@ class Trainer:
                 if last or self.stop_signal or self.step_done % self.c.interval == 0:
                     stats.flush()
                     self.save()
-                    if self.rank == 0 and not self.stop_signal:
+                    if self.rank == 0 and (last or not self.stop_signal):
                         self.draw()
                 if self.stop_signal and not last:
                     raise Stopped(f"stopped at stage {self.stage}, step {self.step_done}: --resume goes on from there")
@@ -1068,9 +1075,12 @@ def table(results: dict[str, dict[str, dict[str, float]]]) -> str:
 def prepare_out(c: Config) -> None:
     """Make OUT ready, on --resume with what its checkpoint knew. Raises Mistake where another run stands in it."""
     out, stats = Path(c.out), Path(c.out) / "stats.jsonl"
-    if stats.exists() and not (c.resume or c.overwrite):
+    if (stats.exists() or (out / "ckpt.pt").exists()) and not (c.resume or c.overwrite):
         raise Mistake(f"{out}: holds another run: give --resume to go on, --overwrite to discard it, or another --out")
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Mistake(f"{out}: cannot be made a folder ({error.strerror}): give another --out") from error
     if c.overwrite:
         for old in [*out.glob("panel_*.png"), *(out / name for name in ("ckpt.pt", "results.json", "curves.png"))]:
             old.unlink(missing_ok=True)
@@ -1113,7 +1123,7 @@ def main(argv: list[str]) -> None:
     trainer = Trainer(c)
     on_first_rank(prepare_out, c)
     if Path(c.out, "ckpt.pt").exists():
-        trainer.load(read_checkpoint(Path(c.out, "ckpt.pt")))
+        trainer.load(Path(c.out, "ckpt.pt"))
     if trainer.rank == 0:
         g, d = (sum(p.numel() for p in trainer.nets[name].parameters()) for name in ("g", "d"))
         train, test = len(trainer.train.names), len(trainer.test.names)
@@ -1142,8 +1152,8 @@ def exit_on_mistake(program: Callable[[list[str]], None]) -> None:
     except Mistake as mistake:
         print(f"error: {mistake}", file=sys.stderr)
         sys.exit(2)
-    except Stopped as stop:
-        print(f"\n{stop}", file=sys.stderr)
+    except (Stopped, KeyboardInterrupt) as stop:
+        print(f"\n{stop or 'stopped'}", file=sys.stderr)
         sys.exit(130)
 
 

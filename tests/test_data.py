@@ -237,13 +237,15 @@ def test_resampling_keeps_a_map_a_map_and_the_image_in_its_range(tiny, toy, size
         assert share[0] == pytest.approx(share[1], rel=0.05)
 
 
-def test_resampling_to_half_the_size_does_not_alias(tiny, own_toy):
-    """A checkerboard has no detail that half the size could hold: it must become its mean."""
-    board = np.indices((64, 64)).sum(0) % 2 * 1000.0 - 500
-    slices.write_image(own_toy.folder / "images" / f"{own_toy.train[0]}.png", board)
-    side = covidgan.load_slices(own_toy.folder, own_toy.train[:2], tiny(size=32))
-    inner = side.hu[0, 0, 4:-4, 4:-4].float()
-    assert inner.abs().max() < 50
+def test_resampling_to_a_smaller_size_does_not_lose_fine_lines(tiny, own_toy):
+    """Every fourth column is bright: a quarter of the size must hold their mean, whichever columns it looks at."""
+    for first in range(4):
+        lines = np.zeros((64, 64))
+        lines[:, first::4] = 1000
+        slices.write_image(own_toy.folder / "images" / f"{own_toy.train[first]}.png", lines)
+    side = covidgan.load_slices(own_toy.folder, own_toy.train[:4], tiny(size=16))
+    for picture in side.hu[:, 0, 2:-2, 2:-2].float():
+        assert picture.mean().item() == pytest.approx(250, abs=125)
 
 
 def remove_image(toy, name):
@@ -408,6 +410,17 @@ def test_image_and_map_stay_aligned(tiny, toy, kind):
     assert sure.float().mean() > 0.05
     assert set(moved[sure].unique().tolist()) == {1, 2, 3}
     assert (target - painted)[sure].abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("column", [6, 32, 57])
+def test_image_and_map_stay_aligned_to_a_fraction_of_a_pixel(tiny, column):
+    """A ramp that crosses zero where the label changes does so, resampled, at the same pixels."""
+    c = dataclasses.replace(tiny(noise=0.0), level=0.0, width=4000.0)
+    hu = ((torch.arange(64) - column + 0.5) * 20).expand(40, 1, 64, 64)
+    target, moved = covidgan.augment(hu, 1 + (hu > 0).byte(), c, rng())
+    inside = moved > 0
+    assert {1, 2} <= set(moved.unique().tolist())
+    assert ((target > 0) == (moved == 2))[inside].float().mean() > 0.9999
 
 
 def test_a_map_stays_a_map_and_the_background_at_the_floor(tiny, toy):
