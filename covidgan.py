@@ -113,7 +113,7 @@ class Config:
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
-    "demo": dict(size=128, ngf=32, ndf=32, n_blocks=6, batch=4, epochs=2, epoch_len=1200, interval=200),
+    "demo": dict(size=128, ngf=32, ndf=32, n_blocks=6, batch=4, epochs=2, epoch_len=1600, interval=200),
     "tiny": dict(data=f"{PHANTOM}64", size=64, ngf=8, ndf=8, n_blocks=2, batch=4, epochs=1, epoch_len=80, interval=10),
 }
 # what a checkpoint's tensors depend on: cannot change on --resume

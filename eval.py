@@ -652,8 +652,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.batch < 1 or args.width <= 0:
         raise Mistake(f"--batch {args.batch}, --width {args.width:g}: give 1 or more, and a width above 0")
-    if args.json and not args.json.parent.is_dir():
-        raise Mistake(f"{args.json}: its folder is not there: make it first")
     if args.out.exists() and not args.out.is_dir():
         raise Mistake(f"{args.out}: is a file: give --out a folder for the pictures")
     return args
@@ -699,6 +697,7 @@ def main(argv: list[str]) -> None:
         tiles = [[window(*read_lung(*files)) for files in couple] for couple in couples]
         write_bytes(args.out / "eval_memorisation.png", picture(tiles))
     if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(args.json, (json.dumps(results, indent=1, allow_nan=False) + "\n").encode())
 
 

@@ -469,7 +469,6 @@ def spoil(sets, what):
     return {
         "width": (["--width", 0], "--width 0"),
         "batch": (["--batch", 0], "--batch 0"),
-        "folder of the JSON": (["--json", sets / "no/results.json"], "its folder is not there"),
         "folder of the maps": (["--maps", sets / "no"], "no such folder"),
         "maps of others": (["--maps", sets / "train"], "the maps of 9 pairs are missing"),
         "out": (["--out", sets / "fake/P00_S000.png"], "is a file"),
