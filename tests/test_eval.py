@@ -479,7 +479,7 @@ def spoil(sets, what):
 MISTAKES = (
     "8-bit image, size, size of the map, missing map, no lung, no pair, broken image, training map, split, width, "
 )
-MISTAKES += "batch, folder of the JSON, folder of the maps, maps of others, out, no features file, U-Net without maps"
+MISTAKES += "batch, folder of the maps, maps of others, out, no features file, U-Net without maps"
 
 
 @pytest.mark.parametrize("what", MISTAKES.split(", "))
