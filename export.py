@@ -2,6 +2,7 @@
 
     python export.py ckpt.pt                        # generator.onnx
     python export.py ckpt.pt --fp16                 # half the size, for GPUs; norms stay in fp32
+    python export.py ckpt.pt --target cpu           # Winograd convolutions: faster on CPUs, slow to load
     python export.py unet.pt                        # unet.onnx, for eval.py --unet
     python export.py --features inception --weights FILE        # features.onnx, for eval.py, from pytorch-fid's weights
     python export.py --features inception --download            # fetch them, where there is a network
@@ -13,8 +14,8 @@ The generator's contract, all that a client in any language needs:
     input   map    uint8   [N, H, W]   labels 0..3; N, H, W are free, H and W multiples of the metadata's `multiple`
     output  ct     int16   [N, H, W]   HU; the window's floor outside the lung
     output  alpha  float32 [N]         what DESUM weighed G2's features with (Eq. 1)
-    metadata, strings: kind, contract, labels, colours, level, width, size, multiple, precision, checkpoint_sha256,
-    licence
+    metadata, strings: kind, contract, labels, colours, level, width, size, multiple, precision, target,
+    checkpoint_sha256, licence
 
 A feature network's contract:
     input   image  uint8   [N, H, W]   grey, windowed to 0..255; N, H, W are free, and all preprocessing is in the graph
@@ -28,9 +29,12 @@ import hashlib
 import io
 import json
 import logging
+import math
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from http.client import HTTPException
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -77,13 +81,95 @@ class NativeNorm(nn.Module):
         return F.instance_norm(x.float()).to(x.dtype)
 
 
-def replace_norms(module: nn.Module, norm: type[nn.Module]) -> None:
-    """Put `norm` in the place of every covidgan.InstanceNorm below a module."""
+class BlockedConv(nn.Module):
+    """Convolution to one channel that computes blocks of 4 x 4 pixels as 16 channels, and then lays them out.
+
+    Runtimes compute 16 output channels at a time, so that a single one costs as much as 16. A pixel is the same sum of
+    products: its kernel is the given one, shifted to its place in the block within a larger kernel of zeros.
+    """
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        side = conv.kernel_size[0]
+        kernels = conv.weight.new_zeros(16, conv.in_channels, side + 3, side + 3)
+        for i in range(4):
+            for j in range(4):
+                kernels[4 * i + j, :, i : i + side, j : j + side] = conv.weight.detach()[0]
+        self.weight, self.bias = nn.Parameter(kernels), nn.Parameter(conv.bias.detach().repeat(16))
+
+    def forward(self, x: Tensor) -> Tensor:  # padded [N, c, H + side - 1, W + side - 1] -> [N, 1, H, W]
+        """Convolve; H and W are multiples of 4."""
+        return F.pixel_shuffle(F.conv2d(x, self.weight, self.bias, stride=4), 4)
+
+
+class WinogradConv(nn.Module):
+    """3x3 convolution without bias as Winograd's F(4x4, 3x3): 36 multiplications for 16 pixels instead of 144.
+
+    A tile x of 6x6 pixels, two of which it shares with the next, gives 4x4 pixels y from a kernel w of 3x3:
+        y = A^T [(G w G^T) * (B^T x B)] A        (Lavin and Gray, arXiv 1509.09308; * is element by element)
+    On flattened tiles, M x M^T is kron(M, M) x. Summed over the input channels, * is one matrix product for each of the
+    36 elements. G w G^T stays in the graph, where runtimes compute it once, at load: it is four times as large as w.
+    """
+
+    B_T = ((4, 0, -5, 0, 1, 0), (0, -4, -4, 1, 1, 0), (0, 4, -4, -1, 1, 0))
+    B_T += ((0, -2, -1, 2, 1, 0), (0, 2, -1, -2, 1, 0), (0, 4, 0, -5, 0, 1))
+    G = ((1 / 4, 0, 0), (-1 / 6, -1 / 6, -1 / 6), (-1 / 6, 1 / 6, -1 / 6))
+    G += ((1 / 24, 1 / 12, 1 / 6), (1 / 24, -1 / 12, 1 / 6), (0, 0, 1))
+    A_T = ((1, 1, 1, 1, 1, 0), (0, 1, -1, 2, -2, 0), (0, 1, 1, 4, 4, 0), (0, 1, -1, 8, -8, 1))
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        self.c_out, self.c_in = conv.weight.shape[:2]
+        self.kernels = nn.Parameter(conv.weight.detach().reshape(-1, 9).T.contiguous())  # [9, c_out c_in]
+        shapes = {"b": (self.B_T, (36, 1, 6, 6)), "g": (self.G, (36, 9)), "a": (self.A_T, (16, 36, 1, 1))}
+        for name, (rows, shape) in shapes.items():
+            matrix = torch.tensor(rows, dtype=torch.float64)
+            self.register_buffer(name, torch.kron(matrix, matrix).view(shape).to(conv.weight.dtype))
+
+    def forward(self, x: Tensor) -> Tensor:  # padded [N, c_in, H + 2, W + 2] -> [N, c_out, H, W]
+        """Convolve; H and W are multiples of 4."""
+        kernels = (self.g @ self.kernels).view(36, self.c_out, self.c_in)
+        tiles = F.conv2d(x.flatten(0, 1).unsqueeze(1), self.b, stride=4)  # [N c_in, 36, H/4, W/4]
+        h, w = tiles.shape[2:]
+        products = kernels @ tiles.view(-1, self.c_in, 36, h * w).transpose(1, 2)  # [N, 36, c_out, h w]
+        products = products.transpose(1, 2).reshape(-1, 36, h, w)  # [N c_out, 36, h, w]
+        pixels = F.pixel_shuffle(F.conv2d(products, self.a), 4)  # [N c_out, 1, H, W]
+        return pixels.view(-1, self.c_out, 4 * h, 4 * w)
+
+
+def replace(module: nn.Module, kind: type[nn.Module], make: Callable[[nn.Module], nn.Module]) -> None:
+    """Put what `make` makes of it in the place of every module of a kind below `module`."""
     for name, child in module.named_children():
-        if isinstance(child, covidgan.InstanceNorm):
-            setattr(module, name, norm())
+        if isinstance(child, kind):
+            setattr(module, name, make(child))
         else:
-            replace_norms(child, norm)
+            replace(child, kind, make)
+
+
+def drop_biases(module: nn.Module) -> None:
+    """Remove the biases of convolutions that stand before an instance norm, which subtracts them again."""
+    for layers in module.modules():
+        if isinstance(layers, nn.Sequential):
+            for layer, norm in pairwise(layers):
+                if isinstance(norm, covidgan.InstanceNorm):
+                    layer.bias = None
+
+
+def rewrite(generator: covidgan.Generator, fp16: bool, target: str) -> covidgan.Generator:
+    """Bring a trained generator, in place, into the form that runtimes compute accurately and fast."""
+    if len(generator.locals):
+        del generator.g1.head  # drawn on in stage g1 alone
+    drop_biases(generator)
+    replace(generator, covidgan.InstanceNorm, lambda _: NativeNorm() if fp16 else TwoStageNorm())
+    if fp16:
+        return generator.half()
+    head = generator.locals[-1].head if len(generator.locals) else generator.g1.head
+    replace(head, nn.Conv2d, BlockedConv)
+    if target == "cpu":  # in G1's blocks alone: at G2's few channels the transforms cost what the products save
+        for block in generator.g1.trunk:
+            if isinstance(block, covidgan.ResidualBlock):
+                replace(block, nn.Conv2d, WinogradConv)
+    return generator
 
 
 class DeployedGenerator(nn.Module):
@@ -440,9 +526,15 @@ def download_inception(path: Path) -> None:
 # ------------------------------------------------------------------------------------------------ export
 
 
-def to_onnx(module: nn.Module, example: Tensor, inputs: list[str], outputs: list[str]) -> onnx.ModelProto:
-    """Trace a module of one input [N, H, W] into an ONNX model with N, H and W free, without paths of this machine."""
-    axes = {axis: torch.export.Dim.DYNAMIC for axis in range(3)}
+def to_onnx(
+    module: nn.Module, example: Tensor, inputs: list[str], outputs: list[str], multiple: int = 1
+) -> onnx.ModelProto:
+    """Trace a module of one input [N, H, W] into an ONNX model without paths of this machine.
+
+    N is free, and so are H and W as multiples of `multiple`; the example has two or more of each.
+    """
+    dim = torch.export.Dim
+    axes = {0: dim.DYNAMIC, 1: multiple * dim("h"), 2: multiple * dim("w")}
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it tells of packages that are not needed here
     with (
         warnings.catch_warnings(),
@@ -498,17 +590,22 @@ def session_of(model: onnx.ModelProto) -> ort.InferenceSession:
     return ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
 
 
+def round_up(size: int, multiple: int) -> int:
+    """The next multiple from a size on."""
+    return math.ceil(size / multiple) * multiple
+
+
 def generator_difference(
-    model: onnx.ModelProto, generator: covidgan.Generator, c: covidgan.Config
+    model: onnx.ModelProto, generator: covidgan.Generator, c: covidgan.Config, multiple: int
 ) -> tuple[int, float]:
     """Largest difference of ONNX Runtime from PyTorch over batches 1 and 3 at two sizes: in HU, and in alpha.
 
-    `generator` is the one that was trained, in fp32 and with its own norms.
+    `generator` is the one that was trained, in fp32 and with its own norms; the sizes are multiples of `multiple`.
     """
     reference, session, worst_hu, worst_alpha = DeployedGenerator(generator, c).eval(), session_of(model), 0, 0.0
-    multiple = covidgan.size_multiple(c)
+    side = round_up(c.size, multiple)
     for n in (1, 3):
-        for height, width in ((c.size, c.size), (c.size + multiple, 2 * multiple)):
+        for height, width in ((side, side), (side + multiple, 2 * multiple)):
             maps = example_map(n, height, width, c.n_labels)
             with torch.no_grad():
                 hu, alpha = reference(torch.from_numpy(maps))
@@ -553,19 +650,16 @@ def save_checked(model: onnx.ModelProto, path: Path, metadata: dict[str, str]) -
     covidgan.write_atomically(path, lambda temporary: onnx.save(model, temporary))
 
 
-def export_generator(checkpoint: dict, digest: str, path: Path, fp16: bool) -> str:
+def export_generator(checkpoint: dict, digest: str, path: Path, fp16: bool, target: str) -> str:
     """Write the generator of a checkpoint; returns a line on the file. Raises Mistake when it differs from PyTorch."""
     c = covidgan.Config(**checkpoint["config"])
     generators = [covidgan.build_networks(c)["g"].eval() for _ in range(2)]  # one to trace, one to compare with
     for generator in generators:
         generator.load_state_dict(checkpoint["g"])
     traced, reference = generators
-    if len(traced.locals):
-        del traced.g1.head  # drawn on in stage g1 alone
-    replace_norms(traced, NativeNorm if fp16 else TwoStageNorm)
-    deployed = DeployedGenerator(traced.half() if fp16 else traced, c)
-    example = torch.from_numpy(example_map(2, c.size, c.size, c.n_labels))
-    model = to_onnx(deployed, example, ["map"], ["ct", "alpha"])
+    multiple = covidgan.size_multiple(c) * (4 if target == "cpu" else 1)  # Winograd's tiles, in G1's blocks
+    example = torch.from_numpy(example_map(2, 2 * multiple, 3 * multiple, c.n_labels))
+    model = to_onnx(DeployedGenerator(rewrite(traced, fp16, target), c), example, ["map"], ["ct", "alpha"], multiple)
     metadata = {
         "kind": "generator",
         "contract": CONTRACT,
@@ -574,12 +668,13 @@ def export_generator(checkpoint: dict, digest: str, path: Path, fp16: bool) -> s
         "level": str(c.level),
         "width": str(c.width),
         "size": str(c.size),
-        "multiple": str(covidgan.size_multiple(c)),
+        "multiple": str(multiple),
         "precision": "float16" if fp16 else "float32",
+        "target": target,
         "checkpoint_sha256": digest,
         "licence": LICENCE,
     }
-    hu, alpha = generator_difference(model, reference, c)
+    hu, alpha = generator_difference(model, reference, c, multiple)
     limit = MAX_HU_FP16 if fp16 else MAX_HU
     if hu > limit or not alpha <= MAX_ALPHA:  # a nan is no pass
         raise Mistake(f"{path}: not written: ONNX Runtime differs from PyTorch by {hu} HU or in alpha by {alpha:.3f}")
@@ -596,7 +691,7 @@ def export_unet(checkpoint: dict, digest: str, path: Path) -> str:
         deployed = DeployedUNet(unet, config["level"], config["window"]).eval()
     except (KeyError, TypeError, RuntimeError) as error:
         raise Mistake(f"{path}: not written: the U-Net's checkpoint is not whole ({type(error).__name__})") from error
-    model = to_onnx(deployed, torch.zeros(2, 64, 64, dtype=torch.int16), ["ct"], ["map"])
+    model = to_onnx(deployed, torch.zeros(2, 64, 96, dtype=torch.int16), ["ct"], ["map"], multiple=16)
     differ = unet_difference(model, deployed, multiple=16)
     if differ > 1e-3:
         raise Mistake(f"{path}: not written: ONNX Runtime labels {differ:.2%} of the pixels otherwise than PyTorch")
@@ -632,17 +727,19 @@ def find_checkpoint(path: Path) -> Path:
     raise Mistake(f"{path}: no such checkpoint: python covidgan.py --stage all writes {covidgan.Config.out}/ckpt.pt")
 
 
-def export_checkpoint(path: Path, out: Path | None, fp16: bool) -> tuple[Path, Path, str]:
+def export_checkpoint(path: Path, out: Path | None, fp16: bool, target: str) -> tuple[Path, Path, str]:
     """Write what a checkpoint holds, a generator or a U-Net; returns its file, the file written and a line on it."""
     source = find_checkpoint(path)
     checkpoint, digest = covidgan.read_weights(source), hashlib.sha256(source.read_bytes()).hexdigest()
     if checkpoint.get("kind") == "unet":
         if fp16:
             raise Mistake(f"{source}: a U-Net has no --fp16, leave it out")
+        if target != "any":
+            raise Mistake(f"{source}: a U-Net has no --target, leave it out")
         out = out or Path("unet.onnx")
         return source, out, export_unet(checkpoint, digest, out)
     out = out or Path("generator.onnx")
-    return source, out, export_generator(covidgan.read_checkpoint(source), digest, out, fp16)
+    return source, out, export_generator(covidgan.read_checkpoint(source), digest, out, fp16, target)
 
 
 def main(argv: list[str]) -> None:
@@ -653,6 +750,9 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("-o", "--out", type=Path, help="file: generator.onnx, unet.onnx or features.onnx by default")
     parser.add_argument("--fp16", action="store_true", help="16-bit weights and features of a generator, for GPUs")
+    parser.add_argument(
+        "--target", choices=("any", "cpu"), default="any", help="what a generator's file is for; cpu: fewer products"
+    )
     parser.add_argument("--features", choices=tuple(FEATURES), help="export a feature network instead of a checkpoint")
     parser.add_argument("--weights", type=Path, help="the feature network's state dict")
     parser.add_argument("--download", action="store_true", help="fetch the weights of inception")
@@ -662,6 +762,8 @@ def main(argv: list[str]) -> None:
         (not (args.checkpoint and args.features), f"{args.checkpoint} and --features: give one of them"),
         (args.features or not (args.weights or args.download), "--weights, --download: they go with --features"),
         (not (args.features and args.fp16), "--fp16: for generators alone, leave it out"),
+        (not (args.features and args.target != "any"), "--target: for generators alone, leave it out"),
+        (not (args.fp16 and args.target == "cpu"), "--fp16, --target cpu: CPUs compute in fp32, give one of them"),
         (not args.download or args.features == "inception", "--download: for --features inception alone"),
         (args.out is None or args.out.parent.is_dir(), f"--out {args.out}: there is no such folder"),
     ]
@@ -672,7 +774,7 @@ def main(argv: list[str]) -> None:
         source, path = find_weights(args.features, args.weights, args.download), args.out or Path("features.onnx")
         line = export_features(args.features, source, path)
     else:
-        source, path, line = export_checkpoint(args.checkpoint, args.out, args.fp16)
+        source, path, line = export_checkpoint(args.checkpoint, args.out, args.fp16, args.target)
     print(f"{source} -> {path}, {path.stat().st_size / 1e6:.1f} MB: {line}")
 
 
