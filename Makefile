@@ -9,8 +9,8 @@ demo: $(BIN)/ready
 	$(BIN)/python covidgan.py --stage all --resume
 	$(BIN)/python export.py ckpt.pt
 	$(BIN)/python export.py --features efficientnet-lite0
-	$(BIN)/python infer_onnx.py data/phantom --side test --complement data/phantom/images --panel
-	$(BIN)/python eval.py data/phantom synthetic --features features.onnx --train data/phantom --json eval/results.json
+	$(BIN)/python infer_onnx.py data/phantom --side test --complement data/phantom/images --panel --out out/synthetic
+	$(BIN)/python eval.py data/phantom out/synthetic --features features.onnx --train data/phantom --out out/eval --json out/eval/results.json
 
 test: $(BIN)/ready
 	$(BIN)/ruff check .
@@ -25,4 +25,4 @@ $(BIN)/ready: requirements.txt
 	touch $@
 
 clean:
-	rm -rf out synthetic eval data/phantom data/phantom64 generator.onnx features.onnx
+	rm -rf out data/phantom data/phantom64 generator.onnx features.onnx
