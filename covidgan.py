@@ -361,15 +361,16 @@ def augment(hu: Tensor, labels: Tensor, c: Config, rng: torch.Generator) -> tupl
 class InstanceNorm(nn.Module):
     """Instance norm without parameters or running statistics, as pix2pixHD has it.
 
-    On a CPU, nn.InstanceNorm2d brings channels_last features into the other layout and the next convolution brings
-    them back, a fifth of a step. Batch norm of one image is the same arithmetic and keeps the layout.
+    On a CPU, PyTorch's brings channels_last features into the other layout and the next convolution brings them back,
+    a fifth of a step. Batch norm of one image is the same arithmetic and keeps the layout. Trap: it adds up all H * W
+    numbers in one go, which costs fp32 some HU on label maps; bfloat16 is coarser than that anyway.
     """
 
     def forward(self, x: Tensor) -> Tensor:  # [B, c, H, W]
         """Zero mean and unit variance for each image and channel."""
-        if x.device.type != "cpu":
-            return F.instance_norm(x)
-        return torch.cat([F.batch_norm(image, None, None, training=True) for image in x.split(1)])
+        if x.device.type == "cpu" and x.dtype == torch.bfloat16:
+            return torch.cat([F.batch_norm(image, None, None, training=True) for image in x.split(1)])
+        return F.instance_norm(x)
 
 
 def norm_relu() -> list[nn.Module]:

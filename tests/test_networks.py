@@ -174,9 +174,31 @@ def test_instance_norm_agrees_with_float64():
     assert np.abs(got - reference_norm(x.numpy())).max() < 2e-4
 
 
-def test_instance_norm_treats_each_image_alone():
+def test_instance_norm_keeps_fp32_accurate_where_a_map_makes_features_constant():
+    x = torch.full((1, 1, 512, 512), 0.7321)  # sums of equal numbers round all to one side
+    x[..., 200:260, 200:260] = 1.9
+    got = covidgan.InstanceNorm()(x).numpy()
+    assert np.abs(got - reference_norm(x.numpy())).max() < 1e-4
+
+
+def test_instance_norm_in_bfloat16_keeps_values_gradients_and_layout():
     torch.manual_seed(1)
-    x = torch.randn(4, 3, 8, 8)
+    x = (3 * torch.randn(3, 32, 17, 13) + 1).bfloat16().to(memory_format=torch.channels_last).requires_grad_()
+    y = covidgan.InstanceNorm()(x)
+    assert y.dtype == torch.bfloat16
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert np.abs(y.detach().double().numpy() - reference_norm(x.detach().double().numpy())).max() < 0.03
+    weights = torch.randn(y.shape)
+    (y.float() * weights).sum().backward()
+    exact = x.detach().double().requires_grad_()
+    (torch.nn.functional.instance_norm(exact) * weights).sum().backward()
+    assert (x.grad.double() - exact.grad).abs().max() < 0.03
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_instance_norm_treats_each_image_alone(dtype):
+    torch.manual_seed(1)
+    x = torch.randn(4, 3, 8, 8).to(dtype)
     together = covidgan.InstanceNorm()(x)
     assert torch.equal(together[2:3], covidgan.InstanceNorm()(x[2:3]))
     assert torch.equal(covidgan.InstanceNorm().eval()(x), together)
