@@ -34,7 +34,18 @@ import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 from tqdm import tqdm
 
-from data.slices import HU_OFFSET, LEVEL, WIDTH, Mistake, coloured, read_image, read_map, windowed, write_bytes
+from data.slices import (
+    HU_OFFSET,
+    LEVEL,
+    WIDTH,
+    Mistake,
+    coloured,
+    exit_on_mistake,
+    read_image,
+    read_map,
+    windowed,
+    write_bytes,
+)
 from infer_onnx import ORT_ERRORS, PROVIDERS, OneLineParser, ahead, open_session, usable_cores
 
 SIDES = ("fake", "real")
@@ -702,8 +713,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (Mistake, OSError) as mistake:
-        print(f"error: {mistake}", file=sys.stderr)
-        sys.exit(2)
+    exit_on_mistake(main)

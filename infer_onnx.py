@@ -44,6 +44,7 @@ from tqdm import tqdm
 from data.slices import (
     COLOURS,
     HU_OFFSET,
+    PNG_ERRORS,
     Mistake,
     coloured,
     png,
@@ -344,7 +345,7 @@ def plan(paths: list[Path], variants: int) -> tuple[list[Job], list[str]]:
         try:
             with Image.open(path) as picture:  # reads the header alone
                 size = picture.height, picture.width
-        except (OSError, SyntaxError):
+        except PNG_ERRORS:
             size = 0, 0  # load will tell why
         for k in range(1, variants + 1) if variants else [0]:
             jobs.append(Job(f"{path.stem}v{k:02d}" if k else path.stem, path, size, k))

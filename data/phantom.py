@@ -14,13 +14,21 @@ import argparse
 import json
 import multiprocessing
 import os
-import sys
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from slices import LABELS, Mistake, slice_name, write_contact_sheet, write_image, write_map, write_split
+from slices import (
+    LABELS,
+    Mistake,
+    exit_on_mistake,
+    slice_name,
+    write_contact_sheet,
+    write_image,
+    write_map,
+    write_split,
+)
 from tqdm import tqdm
 
 HEIGHT = 250  # of the lungs, mm
@@ -541,8 +549,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except Mistake as mistake:
-        print(f"error: {mistake}", file=sys.stderr)
-        sys.exit(2)
+    exit_on_mistake(main)

@@ -28,7 +28,17 @@ from nibabel.filebasedimages import ImageFileError
 from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation, ornt_transform
 from nibabel.spatialimages import HeaderDataError
 from PIL import Image
-from slices import HU_OFFSET, LABELS, Mistake, slice_name, write_contact_sheet, write_image, write_map, write_split
+from slices import (
+    HU_OFFSET,
+    LABELS,
+    Mistake,
+    exit_on_mistake,
+    slice_name,
+    write_contact_sheet,
+    write_image,
+    write_map,
+    write_split,
+)
 from tqdm import tqdm
 
 IMAGES, LUNG_MASKS, LESION_MASKS = "rp_im", "rp_lung_msk", "rp_msk"
@@ -346,8 +356,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except Mistake as mistake:
-        print(f"error: {mistake}", file=sys.stderr)
-        sys.exit(2)
+    exit_on_mistake(main)

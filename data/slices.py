@@ -12,6 +12,8 @@ temporary name and renamed, so that an interrupted run leaves nothing half-writt
 import io
 import json
 import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -21,11 +23,21 @@ from PIL import Image
 LABELS = ("background", "lung", "ground-glass opacity", "consolidation")
 COLOURS = ((0, 0, 0), (255, 0, 0), (0, 0, 255), (0, 255, 0))  # Fig. 1: lung red, GGO blue, consolidation green
 HU_OFFSET = 1024  # stored value = HU + 1024: air is 24, water 1024
+PNG_ERRORS = (OSError, SyntaxError, ValueError)  # what Pillow raises for a broken PNG
 LEVEL, WIDTH = -600, 1500  # the lung window that pictures for people are shown in, HU
 
 
 class Mistake(Exception):
     """A mistake of the user's: its text is one line that names the file and the mend; exit status 2."""
+
+
+def exit_on_mistake(program: Callable[[list[str]], None]) -> None:
+    """Run a program on the command line's arguments; a mistake of the user's is one line and exit status 2."""
+    try:
+        program(sys.argv[1:])
+    except (Mistake, OSError) as mistake:
+        print(f"error: {mistake}", file=sys.stderr)
+        sys.exit(2)
 
 
 def slice_name(patient: int, position: int) -> str:
@@ -38,7 +50,7 @@ def read_png(path: Path) -> tuple[str, np.ndarray]:
     try:
         with Image.open(path) as picture:
             return picture.mode, np.asarray(picture)
-    except (OSError, SyntaxError, ValueError) as error:  # Pillow's words for a broken PNG
+    except PNG_ERRORS as error:
         raise Mistake(f"{path}: not a readable PNG ({error}): write it again") from error
 
 

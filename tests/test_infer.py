@@ -531,6 +531,17 @@ def test_a_missing_and_a_misfit_real_slice_are_told(infer, maps, images):
     assert len(list((out / "images").iterdir())) == 2
 
 
+def test_a_map_with_a_broken_header_is_left_out_and_named(infer, maps):
+    broken = maps / "P00_S001.png"
+    content = bytearray(broken.read_bytes())
+    content[11] = 4  # the header's length
+    broken.write_bytes(content)
+    status, out, told = infer(maps)
+    assert status == 2
+    assert f"error: {broken}: not a readable PNG" in told
+    assert len(list((out / "images").iterdir())) == 4
+
+
 def test_a_folder_without_png_is_named(infer, tmp_path):
     (tmp_path / "empty").mkdir()
     status, _, told = infer(tmp_path / "empty")
