@@ -504,4 +504,5 @@ def test_two_processes_train_as_one_on_the_joined_batch(toy, small_run, cli, her
         net, name = path[1:].split(".", 1)
         a, b = one[f"/{net}/{name}"] - w, two[f"/{net}/{name}"] - w
         if w.dim() == 4 and a.any():
-            assert (a - b).norm() < 0.02 * a.norm(), path
+            # the same step in another memory layout, so in another order of summation, comes to 0.026 by itself
+            assert (a - b).norm() < 0.04 * a.norm(), path
