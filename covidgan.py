@@ -1148,6 +1148,7 @@ def on_first_rank(work: Callable[[Config], None], c: Config) -> None:
 def main(argv: list[str]) -> None:
     """Train as the command line says, then print and write the results on the test side."""
     c = parse_config(argv)
+    keep_freed_memory()
     if world_size() > 1:
         device = pick_device(c)
         if device.type == "cuda":

@@ -5,6 +5,8 @@
     python infer_onnx.py maps/ --variants 40 --seed 1 --out augmented  # 40 augmented maps of each, and their slices
     python infer_onnx.py data/phantom --side test                      # a dataset's held-out maps
     python infer_onnx.py maps/ --shard 3/8                             # the third of eight machines
+    python infer_onnx.py maps/ --provider openvino --precision bf16    # on CPUs that compute in bfloat16
+    python infer_onnx.py maps/ --provider cuda --cuda-graph --dry-run  # what would be done, and with which options
 
     OUT/images/P03_S041.png   the slice; with --format png8 through the model's window, or .npy, .nii.gz of HU
     OUT/maps/P03_S041.png     the map it was made from: OUT with png16 is a dataset as covidgan.py --data reads it
@@ -90,6 +92,8 @@ def open_session(
     threads: int | None = None,
     kind: str = "generator",
     shapes: Sequence[Shape] = (),
+    precision: str = "model",
+    graphs: bool = False,
 ) -> tuple[ort.InferenceSession, dict[str, Any]]:
     """Open a model on a provider, say on stderr which it is, and return the session and the model's metadata.
 
@@ -98,6 +102,7 @@ def open_session(
     kind: what the metadata must call the model; a "generator" is held to the whole contract, and labels, colours,
     level and width (HU), size and multiple (pixels) of its metadata come parsed.
     shapes: the batches to come, for TensorRT.
+    precision, graphs: see provider_options.
     Raises Mistake for a missing, broken or foreign file, and for a provider, asked for by name, that does not load.
     """
     if not model.is_file():
@@ -115,7 +120,7 @@ def open_session(
             reason = "on request only, it builds an engine for minutes"
         if not reason and name != "cpu":
             try:
-                session = start(model, name, provider_options(name, info, shapes), threads)
+                session = start(model, name, provider_options(name, info, shapes, precision, graphs), threads)
                 if session.get_providers()[0] != PROVIDERS[name]:  # trap: ONNX Runtime falls back without a word
                     reason = f"did not load{loader_error(name)}"
             except ORT_ERRORS as error:
@@ -182,14 +187,19 @@ def check_model(session: ort.InferenceSession, model: Path, kind: str) -> dict[s
     return info | {"fixed": fixed}
 
 
-def provider_options(name: str, info: dict[str, Any], shapes: Sequence[Shape] = ()) -> dict[str, str]:
+def provider_options(
+    name: str, info: dict[str, Any], shapes: Sequence[Shape] = (), precision: str = "model", graphs: bool = False
+) -> dict[str, str]:
     """Options of a provider for a model's metadata and the batches to come.
 
-    Written after the providers' documents; no GPU, OpenVINO or CoreML was at hand to measure them.
+    precision: "bf16" lets OpenVINO compute in bfloat16, "model" in what the file says.
+    graphs: capture CUDA graphs, see DeviceBinding.
+    Written after the providers' documents; no GPU or CoreML was at hand to run them on.
     """
     half = str(int(info.get("precision") == "float16"))
     if name == "cuda":  # an exhaustive search would start anew for every size; tf32 would cost three digits
-        return {"cudnn_conv_algo_search": "HEURISTIC", "use_tf32": "0", "prefer_nhwc": half}
+        options = {"cudnn_conv_algo_search": "HEURISTIC", "use_tf32": "0", "prefer_nhwc": half}
+        return options | ({"enable_cuda_graph": "1"} if graphs else {})
     if name == "tensorrt":
         options = {"trt_fp16_enable": half, "trt_engine_cache_enable": "1", "trt_engine_cache_path": CACHE}
         options |= {"trt_timing_cache_enable": "1", "trt_timing_cache_path": CACHE}
@@ -198,7 +208,10 @@ def provider_options(name: str, info: dict[str, Any], shapes: Sequence[Shape] = 
             axes = list(zip(*shapes, strict=True))
             profile = {"min": map(min, axes), "opt": Counter(shapes).most_common(1)[0][0], "max": map(max, axes)}
             options |= {f"trt_profile_{k}_shapes": f"map:{'x'.join(map(str, v))}" for k, v in profile.items()}
-        return options
+        return options | ({"trt_cuda_graph_enable": "1"} if graphs else {})
+    if name == "openvino" and precision == "bf16":  # trap: a CPU without bfloat16 computes in fp32 and says nothing
+        hint = {"CPU": {"INFERENCE_PRECISION_HINT": "bf16"}}
+        return {"device_type": "CPU", "load_config": json.dumps(hint), "cache_dir": CACHE}
     if name == "openvino":  # the model's own precision: on GPUs the default would be float16
         return {"device_type": "AUTO:GPU,CPU", "precision": "ACCURACY", "cache_dir": CACHE}
     if name == "coreml":
@@ -250,16 +263,57 @@ def canvas(height: int, width: int, info: dict[str, Any]) -> tuple[int, int]:
     return sides[0], sides[1]
 
 
+class HostBinding:
+    """The model for one shape, bound to arrays of this computer, page-locked for the copies to and from a card."""
+
+    def __init__(self, session: ort.InferenceSession, shape: Shape, lock: bool) -> None:
+        self.session, self.binding = session, session.io_binding()
+        self.maps, self.ct = np.zeros(shape, np.uint8), np.zeros(shape, np.int16)
+        if lock and (driver := nvidia_driver()):
+            for array in (self.maps, self.ct):  # 1: for all contexts; a refusal costs speed, no more
+                driver.cuMemHostRegister_v2(ctypes.c_void_p(array.ctypes.data), ctypes.c_size_t(array.nbytes), 1)
+        self.binding.bind_output("ct", "cpu", 0, np.int16, shape, self.ct.ctypes.data)
+
+    def run(self, maps: np.ndarray) -> np.ndarray:
+        """Labels uint8 [N, H, W] of the shape to HU int16 [N, H, W], overwritten by the next run."""
+        self.maps[:] = maps
+        self.binding.bind_cpu_input("map", self.maps)  # every time: this is what copies to a card
+        self.session.run_with_iobinding(self.binding)
+        return self.ct
+
+
+class DeviceBinding:
+    """The model for one shape, bound to memory of the device at fixed addresses, as a CUDA graph wants it.
+
+    The first run captures the graph under the shape's own number, later ones replay it: one launch instead of hundreds.
+    Run here on a CPU alone, where the same memory is the computer's and there is nothing to capture.
+    """
+
+    def __init__(self, session: ort.InferenceSession, shape: Shape, device: str, number: int) -> None:
+        self.session, self.binding, self.options = session, session.io_binding(), ort.RunOptions()
+        self.options.add_run_config_entry("gpu_graph_id", str(number))
+        self.maps = ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.uint8), device, 0)
+        self.ct = ort.OrtValue.ortvalue_from_shape_and_type(shape, np.int16, device, 0)
+        self.binding.bind_ortvalue_input("map", self.maps)
+        self.binding.bind_ortvalue_output("ct", self.ct)
+
+    def run(self, maps: np.ndarray) -> np.ndarray:
+        """Labels uint8 [N, H, W] of the shape to HU int16 [N, H, W], overwritten by the next run."""
+        self.maps.update_inplace(maps)
+        self.session.run_with_iobinding(self.binding, self.options)
+        return self.ct.numpy()
+
+
 class Generator:
     """The model as a function of maps of any size: uint8 [N, H, W], labels -> int16 [N, H, W], HU.
 
-    Its arrays are bound to the session once for each shape, and page-locked for the copies to and from NVIDIA's cards.
+    graph_batch: capture CUDA graphs, for batches filled up to this many maps, so that each size has a single shape.
     """
 
-    def __init__(self, session: ort.InferenceSession, info: dict[str, Any]) -> None:
-        self.session, self.info = session, info
+    def __init__(self, session: ort.InferenceSession, info: dict[str, Any], graph_batch: int | None = None) -> None:
+        self.session, self.info, self.graph_batch = session, info, graph_batch
         self.on_nvidia = session.get_providers()[0] in [PROVIDERS[name] for name in NVIDIA]
-        self.bound: dict[Shape, tuple[ort.IOBinding, np.ndarray, np.ndarray]] = {}
+        self.bound: dict[Shape, HostBinding | DeviceBinding] = {}
 
     def __call__(self, maps: np.ndarray) -> np.ndarray:
         """Pad with background on the right and at the bottom, synthesize, crop.
@@ -267,27 +321,22 @@ class Generator:
         Raises Mistake where ONNX Runtime fails, or the maps are larger than a model of fixed size.
         """
         n, height, width = maps.shape
-        shape = (self.info["fixed"][0] or n, *canvas(height, width, self.info))
-        if shape not in self.bound:
-            self.bound[shape] = self.bind(shape)
-        binding, padded, ct = self.bound[shape]
-        padded[:] = 0
+        shape = (self.info["fixed"][0] or self.graph_batch or n, *canvas(height, width, self.info))
+        padded = np.zeros(shape, np.uint8)
         padded[:n, :height, :width] = maps
         try:
-            binding.bind_cpu_input("map", padded)  # every time: this is what copies to a card
-            self.session.run_with_iobinding(binding)
+            if shape not in self.bound:
+                self.bound[shape] = self.bind(shape)
+            ct = self.bound[shape].run(padded)
         except ORT_ERRORS as error:
             raise Mistake(f"{first_line(error)}: is there memory for {shape}? try a smaller --batch") from error
         return ct[:n, :height, :width].copy()  # the next batch goes to the same place
 
-    def bind(self, shape: Shape) -> tuple[ort.IOBinding, np.ndarray, np.ndarray]:
-        """A binding for one shape, with the arrays of its input and its output."""
-        binding, maps, ct = self.session.io_binding(), np.zeros(shape, np.uint8), np.zeros(shape, np.int16)
-        if self.on_nvidia and (driver := nvidia_driver()):
-            for array in (maps, ct):  # 1: for all contexts; a refusal costs speed, no more
-                driver.cuMemHostRegister_v2(ctypes.c_void_p(array.ctypes.data), ctypes.c_size_t(array.nbytes), 1)
-        binding.bind_output("ct", "cpu", 0, np.int16, shape, ct.ctypes.data)
-        return binding, maps, ct
+    def bind(self, shape: Shape) -> HostBinding | DeviceBinding:
+        """A binding for one shape."""
+        if self.graph_batch:
+            return DeviceBinding(self.session, shape, "cuda" if self.on_nvidia else "cpu", len(self.bound) + 1)
+        return HostBinding(self.session, shape, lock=self.on_nvidia)
 
 
 # ------------------------------------------------------------------------------------------------ maps in
@@ -558,6 +607,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     option("--panel", action="store_true", help="write pictures of map, synthesis and completion")
     option("--batch", type=int, metavar="N", help="slices at a time; by default 8 on NVIDIA's cards, else 1")
     option("--provider", choices=("auto", *PROVIDERS), default="auto", help="what the model runs on")
+    option("--precision", choices=("model", "bf16"), default="model", help="bf16: with --provider openvino")
+    option("--cuda-graph", action="store_true", help="with --provider cuda or tensorrt: one launch a batch")
     option("--threads", type=int, metavar="N", help="of the model on the CPU")
     option("--shard", default="1/1", metavar="I/N", help="make the I-th of N equal parts, I = 1..N")
     option("--dry-run", action="store_true", help="print what would be done")
@@ -571,6 +622,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     args.part, args.parts = int(part), int(parts)
     if args.complement and not args.complement.is_dir():
         raise Mistake(f"{args.complement}: not there: --complement wants the folder of the real slices")
+    if args.precision == "bf16" and args.provider != "openvino":
+        raise Mistake("--precision bf16: goes with --provider openvino alone")
+    if args.cuda_graph and args.provider not in NVIDIA:
+        raise Mistake("--cuda-graph: goes with --provider cuda or tensorrt alone")
     if args.format == "nifti" and not importlib.util.find_spec("nibabel"):
         raise Mistake("--format nifti: nibabel is missing: pip install nibabel")
     return args
@@ -582,20 +637,30 @@ def main(argv: list[str]) -> int:
     paths = find_maps(args.maps, args.side)
     jobs, problems = plan(paths, args.variants)
     shapes = [(len(batch), *batch[0].size) for batch in in_batches(jobs, args.batch or NVIDIA_BATCH)]
-    session, info = open_session(args.model, args.provider, args.threads, shapes=shapes)
-    generator = Generator(session, info)
+    special = {"shapes": shapes, "precision": args.precision, "graphs": args.cuda_graph}
+    try:
+        session, info = open_session(args.model, args.provider, args.threads, **special)
+    except Mistake as mistake:
+        if not args.dry_run:
+            raise
+        session, info = open_session(args.model, "cpu", args.threads)  # which says again what is wrong with the file
+        print(f"note: {mistake}", file=sys.stderr)
     side = info["size"]
     if any(job.size != (side, side) for job in jobs):
         print(f"note: not all maps are {side} x {side}, the size the model was trained at", file=sys.stderr)
     mine = jobs[args.part - 1 :: args.parts]
     todo = [job for job in mine if not all(path.exists() for path in targets(job, args))]
-    n = info["fixed"][0] or args.batch or (NVIDIA_BATCH if generator.on_nvidia else 1)
+    name = next(k for k, v in PROVIDERS.items() if v == session.get_providers()[0])
+    name = name if args.provider == "auto" else args.provider  # in a dry run it may not be here
+    n = info["fixed"][0] or args.batch or (NVIDIA_BATCH if name in NVIDIA else 1)
     batches = in_batches(todo, n)
     finished = len(mine) - len(todo)
     print(f"{len(paths)} maps: {finished} slices finished, {len(todo)} to make in {len(batches)} batches of up to {n}")
     if args.dry_run:
-        print(f"provider options: {session.get_provider_options()[session.get_providers()[0]]}")
+        options = provider_options(name, info, **special)
+        print(f"provider options: {options}\n{name}, CUDA graphs: {'yes' if args.cuda_graph else 'no'}")
         return 0
+    generator = Generator(session, info, n if args.cuda_graph else None)
     claim(args, info)
     for line in problems:
         print(f"error: {line}", file=sys.stderr)

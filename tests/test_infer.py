@@ -718,6 +718,44 @@ def test_a_dry_run_says_what_would_be_done_and_does_nothing(maps, model, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
+@on_cpu
+@pytest.mark.parametrize("provider, word", [("cuda", "enable_cuda_graph"), ("tensorrt", "trt_cuda_graph_enable")])
+def test_a_dry_run_tells_the_options_of_a_card_that_is_not_here(maps, model, tmp_path, capsys, provider, word):
+    argv = [str(maps), "--model", str(model), "--out", str(tmp_path / "out"), "--provider", provider, "--dry-run"]
+    assert infer_onnx.main([*argv, "--cuda-graph"]) == 0
+    told = capsys.readouterr()
+    assert f"note: --provider {provider}: no NVIDIA driver here" in told.err
+    assert f"'{word}': '1'" in told.out and f"batches of up to {infer_onnx.NVIDIA_BATCH}" in told.out
+    assert infer_onnx.main(argv) == 0
+    assert word not in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("options", [["--cuda-graph"], ["--precision", "bf16"], ["--cuda-graph", "--provider", "cpu"]])
+def test_graphs_and_bfloat16_go_with_their_providers_alone(maps, model, tmp_path, options):
+    done = script(maps, "--model", model, "--out", tmp_path / "out", *options)
+    assert done.returncode == 2 and "alone" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_memory_of_the_device_and_filled_up_batches_give_the_same_slices(model):
+    """The path of CUDA graphs, run on the CPU: two sizes in turn, batches of 3 and 1 filled up to 3."""
+    session, info = infer_onnx.open_session(model, "cpu")
+    plain, bound = infer_onnx.Generator(session, info), infer_onnx.Generator(session, info, graph_batch=3)
+    rng = np.random.default_rng(0)
+    for n, height, width in ((3, 64, 64), (1, 64, 64), (2, 40, 96), (3, 64, 64)):
+        maps = rng.integers(0, 4, (n, height, width), np.uint8)
+        np.testing.assert_array_equal(bound(maps), plain(maps))
+    assert sorted(bound.bound) == [(3, 48, 96), (3, 64, 64)]
+    ids = [binding.options.get_run_config_entry("gpu_graph_id") for binding in bound.bound.values()]
+    assert ids == ["1", "2"]
+
+
+def test_bfloat16_is_asked_of_openvino_s_cpu():
+    options = infer_onnx.provider_options("openvino", INFO, precision="bf16")
+    assert json.loads(options["load_config"]) == {"CPU": {"INFERENCE_PRECISION_HINT": "bf16"}}
+    assert "load_config" not in infer_onnx.provider_options("openvino", INFO)
+
+
 def test_threads_are_the_cores_that_this_process_may_use(model, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2}, raising=False)
     session, _ = infer_onnx.open_session(model, "cpu")
