@@ -32,7 +32,7 @@ import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
+from functools import cache, partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -140,9 +140,12 @@ def start(model: Path, name: str, options: dict[str, str], threads: int) -> ort.
     settings.intra_op_num_threads = threads
     settings.enable_mem_pattern = name != "dml"  # DirectML refuses it
     chain: list[Any] = [(PROVIDERS[name], options)]
-    if name == "tensorrt":  # it has no int16: the last node is CUDA's
+    if name == "openvino" and (devices := openvino_devices()):  # a plugin is not known by name, but by its devices
+        settings.add_provider_for_devices(devices, options)
+        chain = []
+    elif name == "tensorrt":  # it has no int16: the last node is CUDA's
         chain.append((PROVIDERS["cuda"], provider_options("cuda", {})))
-    if name != "cpu":
+    if chain and name != "cpu":
         chain.append(PROVIDERS["cpu"])
     ort.set_default_logger_severity(4)  # what does not load is told in one line, ours
     try:
@@ -192,9 +195,9 @@ def provider_options(
 ) -> dict[str, str]:
     """Options of a provider for a model's metadata and the batches to come.
 
-    precision: "bf16" lets OpenVINO compute in bfloat16, "model" in what the file says.
-    graphs: capture CUDA graphs, see DeviceBinding.
-    Written after the providers' documents; no GPU or CoreML was at hand to run them on.
+    precision: "bf16" lets OpenVINO compute in bfloat16, with "model" it computes in fp32.
+    graphs: capture CUDA graphs, see DeviceBinding; CUDA alone.
+    Written after the providers' documents. OpenVINO was run, on a CPU without bfloat16; no GPU or CoreML was at hand.
     """
     half = str(int(info.get("precision") == "float16"))
     if name == "cuda":  # an exhaustive search would start anew for every size; tf32 would cost three digits
@@ -208,12 +211,11 @@ def provider_options(
             axes = list(zip(*shapes, strict=True))
             profile = {"min": map(min, axes), "opt": Counter(shapes).most_common(1)[0][0], "max": map(max, axes)}
             options |= {f"trt_profile_{k}_shapes": f"map:{'x'.join(map(str, v))}" for k, v in profile.items()}
-        return options | ({"trt_cuda_graph_enable": "1"} if graphs else {})
-    if name == "openvino" and precision == "bf16":  # trap: a CPU without bfloat16 computes in fp32 and says nothing
-        hint = {"CPU": {"INFERENCE_PRECISION_HINT": "bf16"}}
-        return {"device_type": "CPU", "load_config": json.dumps(hint), "cache_dir": CACHE}
-    if name == "openvino":  # the model's own precision: on GPUs the default would be float16
-        return {"device_type": "AUTO:GPU,CPU", "precision": "ACCURACY", "cache_dir": CACHE}
+        return options
+    if name == "openvino":  # trap: a CPU without bfloat16 computes in fp32 whatever is asked, and says nothing
+        cpu = {"INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32", "CACHE_DIR": CACHE}
+        # traps: "AUTO:GPU,CPU" does not start where there is no GPU, and "AUTO" passes over load_config
+        return {"device_type": "CPU", "load_config": json.dumps({"CPU": cpu})}
     if name == "coreml":
         return {"ModelFormat": "MLProgram", "MLComputeUnits": "ALL"}
     return {}
@@ -223,7 +225,37 @@ def obstacle(name: str) -> str:
     """Why a provider cannot load here; empty where it may."""
     if name in NVIDIA and not nvidia_driver():
         return "no NVIDIA driver here"
+    if name == "openvino" and openvino_plugin():
+        try:
+            return "" if openvino_devices() else "onnxruntime-ep-openvino takes no CPU but Intel's"
+        except ORT_ERRORS as error:
+            return f"onnxruntime-ep-openvino does not load ({first_line(error)})"
     return "" if PROVIDERS[name] in ort.get_available_providers() else "not in the installed onnxruntime"
+
+
+@cache
+def openvino_plugin() -> bool:
+    """Whether OpenVINO comes as the package onnxruntime-ep-openvino, and not within onnxruntime.
+
+    Cached: once registered, the plugin too is among the available providers.
+    """
+    built_in = PROVIDERS["openvino"] in ort.get_available_providers()
+    return not built_in and importlib.util.find_spec("onnxruntime_ep_openvino") is not None
+
+
+@cache
+def openvino_devices() -> list[Any]:
+    """The CPU as OpenVINO's plugin offers it; none without the plugin, or where the CPU is not Intel's.
+
+    Raises ORT_ERRORS where the plugin does not load. Cached: a process may register a library only once.
+    """
+    if not openvino_plugin():
+        return []
+    import onnxruntime_ep_openvino  # wanted here alone
+
+    ort.register_execution_provider_library("openvino", onnxruntime_ep_openvino.get_library_path())
+    found = [device for device in ort.get_ep_devices() if device.ep_name == PROVIDERS["openvino"]]
+    return [device for device in found if device.ep_metadata.get("ov_device") == "CPU"]
 
 
 def nvidia_driver() -> ctypes.CDLL | None:
@@ -405,6 +437,15 @@ def in_batches(jobs: list[Job], n: int) -> list[list[Job]]:
     """Jobs of equal size together, n at a time."""
     groups = [list(group) for _, group in groupby(sorted(jobs, key=lambda job: job.size), lambda job: job.size)]
     return [group[i : i + n] for group in groups for i in range(0, len(group), n)]
+
+
+def batch_shapes(batches: list[list[Job]], graph_batch: int | None, info: dict[str, Any]) -> list[str]:
+    """The shapes NxHxW that the model would get, each once; without those of maps too large for a fixed size."""
+    shapes = set()
+    for batch in (batch for batch in batches if all(batch[0].size)):  # 0, 0: a file that cannot be read
+        with contextlib.suppress(Mistake):  # a run leaves these maps out, and says so
+            shapes.add((info["fixed"][0] or graph_batch or len(batch), *canvas(*batch[0].size, info)))
+    return ["x".join(map(str, shape)) for shape in sorted(shapes)]
 
 
 def load(job: Job, n_labels: int, images: Path | None, seed: int) -> Slice:
@@ -608,7 +649,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     option("--batch", type=int, metavar="N", help="slices at a time; by default 8 on NVIDIA's cards, else 1")
     option("--provider", choices=("auto", *PROVIDERS), default="auto", help="what the model runs on")
     option("--precision", choices=("model", "bf16"), default="model", help="bf16: with --provider openvino")
-    option("--cuda-graph", action="store_true", help="with --provider cuda or tensorrt: one launch a batch")
+    option("--cuda-graph", action="store_true", help="with --provider cuda: one launch a batch")
     option("--threads", type=int, metavar="N", help="of the model on the CPU")
     option("--shard", default="1/1", metavar="I/N", help="make the I-th of N equal parts, I = 1..N")
     option("--dry-run", action="store_true", help="print what would be done")
@@ -624,8 +665,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         raise Mistake(f"{args.complement}: not there: --complement wants the folder of the real slices")
     if args.precision == "bf16" and args.provider != "openvino":
         raise Mistake("--precision bf16: goes with --provider openvino alone")
-    if args.cuda_graph and args.provider not in NVIDIA:
-        raise Mistake("--cuda-graph: goes with --provider cuda or tensorrt alone")
+    if args.cuda_graph and args.provider != "cuda":  # TensorRT captures whole models alone, and has no int16
+        raise Mistake("--cuda-graph: goes with --provider cuda alone")
     if args.format == "nifti" and not importlib.util.find_spec("nibabel"):
         raise Mistake("--format nifti: nibabel is missing: pip install nibabel")
     return args
@@ -659,6 +700,7 @@ def main(argv: list[str]) -> int:
     if args.dry_run:
         options = provider_options(name, info, **special)
         print(f"provider options: {options}\n{name}, CUDA graphs: {'yes' if args.cuda_graph else 'no'}")
+        print(f"batch shapes: {', '.join(batch_shapes(batches, n if args.cuda_graph else None, info)) or 'none'}")
         return 0
     generator = Generator(session, info, n if args.cuda_graph else None)
     claim(args, info)

@@ -7,7 +7,9 @@ import signal
 import subprocess
 import sys
 import time
+from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import imageio.v3 as iio
 import nibabel
@@ -653,7 +655,7 @@ on_cpu = pytest.mark.skipif(infer_onnx.nvidia_driver() is not None, reason="this
 @on_cpu
 @pytest.mark.parametrize("provider", ["tensorrt", "cuda", "openvino", "coreml", "dml"])
 def test_a_named_provider_that_does_not_load_is_one_line_and_no_silent_cpu_run(maps, model, tmp_path, provider):
-    if infer_onnx.PROVIDERS[provider] in ort.get_available_providers() and provider not in infer_onnx.NVIDIA:
+    if not infer_onnx.obstacle(provider):
         pytest.skip("it is here")
     done = script(maps, "--model", model, "--out", tmp_path / "out", "--provider", provider)
     assert done.returncode == 2
@@ -664,6 +666,7 @@ def test_a_named_provider_that_does_not_load_is_one_line_and_no_silent_cpu_run(m
 
 
 @on_cpu
+@pytest.mark.skipif(not infer_onnx.obstacle("openvino"), reason="OpenVINO is here, and taken")
 def test_auto_says_what_it_took_and_why_nothing_better_and_there_is_no_other_noise(maps, model, tmp_path):
     done = script(maps, "--model", model, "--out", tmp_path / "out", "--threads", "1")
     assert done.returncode == 0
@@ -719,19 +722,38 @@ def test_a_dry_run_says_what_would_be_done_and_does_nothing(maps, model, tmp_pat
 
 
 @on_cpu
-@pytest.mark.parametrize("provider, word", [("cuda", "enable_cuda_graph"), ("tensorrt", "trt_cuda_graph_enable")])
+@pytest.mark.parametrize(
+    "provider, word", [("cuda", "'use_tf32': '0'"), ("tensorrt", "'trt_timing_cache_enable': '1'")]
+)
 def test_a_dry_run_tells_the_options_of_a_card_that_is_not_here(maps, model, tmp_path, capsys, provider, word):
     argv = [str(maps), "--model", str(model), "--out", str(tmp_path / "out"), "--provider", provider, "--dry-run"]
-    assert infer_onnx.main([*argv, "--cuda-graph"]) == 0
+    assert infer_onnx.main(argv) == 0
     told = capsys.readouterr()
     assert f"note: --provider {provider}: no NVIDIA driver here" in told.err
-    assert f"'{word}': '1'" in told.out and f"batches of up to {infer_onnx.NVIDIA_BATCH}" in told.out
-    assert infer_onnx.main(argv) == 0
-    assert word not in capsys.readouterr().out
+    assert word in told.out and f"batches of up to {infer_onnx.NVIDIA_BATCH}" in told.out
+    assert told.out.endswith("CUDA graphs: no\nbatch shapes: 1x48x80, 1x64x80, 3x64x64\n")
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("options", [["--cuda-graph"], ["--precision", "bf16"], ["--cuda-graph", "--provider", "cpu"]])
+@on_cpu
+def test_with_cuda_graphs_there_is_one_shape_a_size(maps, model, tmp_path, capsys):
+    argv = [str(maps), "--model", str(model), "--provider", "cuda", "--cuda-graph", "--batch", "2", "--dry-run"]
+    assert infer_onnx.main([*argv, "--out", str(tmp_path / "out")]) == 0
+    told = capsys.readouterr().out
+    assert "'enable_cuda_graph': '1'" in told
+    assert told.endswith("CUDA graphs: yes\nbatch shapes: 2x48x80, 2x64x64, 2x64x80\n")
+
+
+def test_a_dry_run_passes_over_maps_too_large_for_a_model_of_fixed_size(maps, tmp_path, capsys):
+    fixed = build_generator(tmp_path / "fixed.onnx", shape=(2, 64, 64))
+    argv = [str(maps), "--model", str(fixed), "--out", str(tmp_path / "out"), "--provider", "cpu", "--dry-run"]
+    assert infer_onnx.main(argv) == 0
+    assert capsys.readouterr().out.endswith("batch shapes: 2x64x64\n")
+
+
+@pytest.mark.parametrize(
+    "options", [["--cuda-graph"], ["--precision", "bf16"], ["--cuda-graph", "--provider", "tensorrt"]]
+)
 def test_graphs_and_bfloat16_go_with_their_providers_alone(maps, model, tmp_path, options):
     done = script(maps, "--model", model, "--out", tmp_path / "out", *options)
     assert done.returncode == 2 and "alone" in done.stderr and done.stderr.count("\n") == 1
@@ -750,10 +772,43 @@ def test_memory_of_the_device_and_filled_up_batches_give_the_same_slices(model):
     assert ids == ["1", "2"]
 
 
-def test_bfloat16_is_asked_of_openvino_s_cpu():
-    options = infer_onnx.provider_options("openvino", INFO, precision="bf16")
-    assert json.loads(options["load_config"]) == {"CPU": {"INFERENCE_PRECISION_HINT": "bf16"}}
-    assert "load_config" not in infer_onnx.provider_options("openvino", INFO)
+@pytest.mark.parametrize("precision, hint", [("model", "f32"), ("bf16", "bf16")])
+def test_openvino_s_cpu_is_told_its_precision(precision, hint):
+    options = infer_onnx.provider_options("openvino", INFO, precision=precision)
+    assert json.loads(options["load_config"])["CPU"]["INFERENCE_PRECISION_HINT"] == hint
+
+
+@pytest.mark.parametrize("precision", ["model", "bf16"])
+def test_openvino_gives_the_slices_of_the_cpu(model, precision):
+    if reason := infer_onnx.obstacle("openvino"):
+        pytest.skip(reason)
+    maps, hu = np.stack([draw_map(), draw_map(shift=9)]), {}
+    for name, asked in (("cpu", "model"), ("openvino", precision)):
+        session, info = infer_onnx.open_session(model, name, precision=asked)
+        assert session.get_providers()[0] == infer_onnx.PROVIDERS[name]
+        hu[name] = infer_onnx.Generator(session, info)(maps).astype(int)
+    assert np.abs(hu["openvino"] - hu["cpu"]).max() <= (1 if precision == "model" else 8)  # bfloat16: 3 digits of 1350
+
+
+@pytest.mark.parametrize("cpu", ["Intel's", "another's"])
+def test_the_plugin_of_openvino_runs_by_its_cpu_and_says_where_it_finds_none(monkeypatch, cpu):
+    """A stand-in for the package and its devices: which are taken, and that the library is registered once."""
+    package = SimpleNamespace(get_library_path=lambda: "plugin.so", __spec__="it is there")
+    monkeypatch.setitem(sys.modules, "onnxruntime_ep_openvino", package)
+    devices = [
+        SimpleNamespace(ep_name=f"{name}ExecutionProvider", ep_metadata=metadata)
+        for name, metadata in (("CPU", {}), ("OpenVINO", {"ov_device": "NPU"}), ("OpenVINO", {"ov_device": "CPU"}))
+    ]
+    registered = []
+    monkeypatch.setattr(ort, "register_execution_provider_library", lambda *both: registered.append(both))
+    monkeypatch.setattr(ort, "get_ep_devices", lambda: devices if cpu == "Intel's" else devices[:2])
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    monkeypatch.setattr(infer_onnx, "openvino_plugin", cache(infer_onnx.openvino_plugin.__wrapped__))
+    monkeypatch.setattr(infer_onnx, "openvino_devices", cache(infer_onnx.openvino_devices.__wrapped__))
+    reason = infer_onnx.obstacle("openvino")
+    assert reason == ("" if cpu == "Intel's" else "onnxruntime-ep-openvino takes no CPU but Intel's")
+    assert infer_onnx.openvino_devices() == (devices[2:] if cpu == "Intel's" else [])
+    assert registered == [("openvino", "plugin.so")]
 
 
 def test_threads_are_the_cores_that_this_process_may_use(model, monkeypatch):
