@@ -94,10 +94,10 @@ def test_a_ratio_is_taken_round_by_round():
     assert bench.ratio(over, under) == {"median": 2.0, "min": 1.0, "max": 3.0}
 
 
-def test_fractions_are_of_the_fastest_product_of_the_rotation():
+def test_fractions_are_of_the_fastest_product_s_fastest_round():
     rows = {
         "fp32 product, a": {"flop": 100, "seconds": [1.0]},
-        "fp32 product, b": {"flop": 200, "seconds": [1.0]},
+        "fp32 product, b": {"flop": 200, "seconds": [3.0, 1.0, 2.0]},
         "model": {"flop": 300, "seconds": [3.0, 2.0, 9.0]},
         "copy": {"bytes": 1, "seconds": [1.0]},
     }
