@@ -173,9 +173,12 @@ def interleave(contenders: Contenders, rounds: int, title: str, device: str = "c
             for name in present:
                 pipes[name].send(False)
                 rows[name] |= heard(pipes[name], name)
-        finally:
+            for process in processes:
+                process.join()
+        except BaseException:
             for process in processes:
                 process.kill()
+            raise
     return rows
 
 
@@ -704,7 +707,7 @@ def scaling_axes(
     s: Setting, args: argparse.Namespace, folder: Path
 ) -> Iterator[tuple[str, str, str, list, Contenders]]:
     """Axis, what is measured, the unit of time, its values, and a contender for each value."""
-    full = s == FULL
+    full = not args.quick
     width, sizes = (64, (128, 256, 512, 1024)) if full else (16, (64, 128, 256))
     model = exported(random_checkpoint(256, width), folder)
     data = {size: str(make_phantom(folder, size)) for size in sizes}
@@ -763,7 +766,11 @@ def scaling_axes(
 
 
 def bench_scaling(s: Setting, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Time and memory along each axis; exponent is the slope between the last two values, 1 where time is linear."""
+    """Time and memory along each axis.
+
+    exponent: of time as a power of the value, from the value before. Of a side in pixels 2 is linear in pixels; of a
+    batch 0, since the time is a slice's; of a number of slices 1; of processes -1.
+    """
     lines = []
     for axis, what, unit, values, contenders in scaling_axes(s, args, folder):
         scripts = axis in ("slices", "processes")
