@@ -792,6 +792,7 @@ def bench_scaling(s: Setting, args: argparse.Namespace, folder: Path) -> dict[st
 def draw_scaling(lines: list[dict[str, Any]], path: Path) -> None:
     """A column an axis: time above, memory below."""
     from matplotlib.figure import Figure  # slow to import, and wanted here alone
+    from matplotlib.ticker import LogLocator
 
     axes_of = list(dict.fromkeys(line["axis"] for line in lines))
     figure = Figure(figsize=(14, 6), layout="tight")
@@ -803,13 +804,18 @@ def draw_scaling(lines: list[dict[str, Any]], path: Path) -> None:
                 told = [(x["value"], x[field]) for x in points if not (field == "megabytes" and axis == "processes")]
                 if told:
                     grid[row][k].plot(*zip(*told, strict=True), marker="o", label=f"{what}, {points[0]['unit']}")
+        ticks = sorted({line["value"] for line in lines if line["axis"] == axis})
         for row, label in enumerate(("seconds", "MB above the libraries'")):
-            grid[row][k].set(xscale="log", yscale="log", xlabel=axis, ylabel=label)
-            if grid[row][k].lines:
-                grid[row][k].legend(fontsize=7)
-            ticks = sorted({line["value"] for line in lines if line["axis"] == axis})
-            grid[row][k].set_xticks(ticks, [str(tick) for tick in ticks], minor=False)
-            grid[row][k].minorticks_off()
+            panel = grid[row][k]
+            if not panel.lines:
+                panel.set_axis_off()
+                continue
+            panel.set(xscale="log", yscale="log", xlabel=axis, ylabel=label)
+            panel.legend(fontsize=7)
+            panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            panel.yaxis.set_major_formatter("{x:g}")
+            panel.minorticks_off()
+            panel.set_xticks(ticks, [str(tick) for tick in ticks])
     path.parent.mkdir(parents=True, exist_ok=True)
     covidgan.write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=90))
 

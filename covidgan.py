@@ -408,7 +408,7 @@ def head(c_in: int) -> nn.Sequential:
 def lean(layers: nn.Module, x: Tensor) -> Tensor:
     """Run layers, keeping for the backward pass their input and their convolutions' outputs alone.
 
-    Padding, norm and activation are as large to keep and cheap to compute anew: a fifth of a step's memory for some
+    Padding, norm and activation are as large to keep and cheap to compute anew: a sixth of a step's memory for some
     hundredths of its time. Trap: allows one backward pass, so it is not for D, which both players go back through.
     """
     if not torch.is_grad_enabled():
