@@ -64,7 +64,6 @@ from covidgan import Mistake
 from data.slices import read_image, read_map, windowed, write_image
 
 HERE = Path(__file__).resolve().parent
-PARTS = ("ceilings", "train", "synth", "infer", "eval", "augment", "scaling")
 GOALS = {  # what each figure should be
     "train_step_ratio": "at most 0.4",
     "train_memory_ratio": "at most 0.6",
@@ -820,6 +819,17 @@ def draw_scaling(lines: list[dict[str, Any]], path: Path) -> None:
     covidgan.write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=90))
 
 
+BENCHES = {
+    "ceilings": bench_ceilings,
+    "train": bench_train,
+    "synth": bench_synth,
+    "infer": bench_infer,
+    "eval": bench_eval,
+    "augment": bench_augment,
+    "scaling": bench_scaling,
+}
+
+
 # ------------------------------------------------------------------------------------------------ report
 
 
@@ -921,7 +931,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Setting]:
     """The command line, checked. Raises Mistake."""
     parser = covidgan.OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     option = parser.add_argument
-    option("--parts", nargs="+", choices=PARTS, help="all by default; with --quick all but scaling")
+    option("--parts", nargs="+", choices=tuple(BENCHES), help="all by default; with --quick all but scaling")
     option("--quick", action="store_true", help="reduced sizes, fewer rounds")
     option("--compile", action="store_true", help="also torch.compile, which takes minutes to start")
     option("--checkpoint", type=Path, help="a trained generator for synth, instead of random weights")
@@ -930,7 +940,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Setting]:
     option("--json", type=Path, metavar="FILE", help="write all figures there")
     option("--out", type=Path, default=Path("out/bench"), help="folder of the picture")
     for field in dataclasses.fields(Setting):
-        if field.type == "int" or field.type is int:
+        if field.type is int:
             option("--" + field.name.replace("_", "-"), type=int, metavar="N", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     given = {f.name: getattr(args, f.name, None) for f in dataclasses.fields(Setting)}
@@ -944,18 +954,17 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Setting]:
         raise Mistake("--device cuda: no CUDA device here, leave it out")
     if args.checkpoint and not args.checkpoint.is_file():
         raise Mistake(f"{args.checkpoint}: no such checkpoint: python covidgan.py --stage all writes out/ckpt.pt")
-    args.parts = args.parts or [part for part in PARTS if not (args.quick and part == "scaling")]
+    args.parts = args.parts or [part for part in BENCHES if not (args.quick and part == "scaling")]
     return args, setting
 
 
 def main(argv: list[str]) -> None:
     """Run the parts, print the tables, write the JSON."""
     args, setting = parse(argv)
-    benches = {part: globals()[f"bench_{part}"] for part in PARTS}
     results: dict[str, Any] = {"machine": machine(args), "setting": dataclasses.asdict(setting), "parts": {}}
     with tempfile.TemporaryDirectory() as folder:
         for part in args.parts:
-            results["parts"][part] = found = benches[part](setting, args, Path(folder))
+            results["parts"][part] = found = BENCHES[part](setting, args, Path(folder))
             for key in (*GOALS, *MORE_FIGURES):
                 if key in found:
                     told = isinstance(found[key], dict)
