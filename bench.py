@@ -619,9 +619,12 @@ def bench_eval(s: Setting, args: argparse.Namespace, folder: Path) -> dict[str, 
             few, many = (rows[f"{kind}, {n} pairs{what}"] for n in counts)
             if "missing" not in few:
                 each = (seconds(many) - seconds(few)) / (counts[1] - counts[0])
-                estimate[kind + what] = seconds(few) + each * (EVALUATED - counts[0])
-    result = {"eval_pixels_ratio": estimate["judges, pixels"] / estimate["ours, pixels"]}
-    result["eval_ratio"] = estimate["judges"] / estimate["ours"] if "judges" in estimate else None
+                if each > 0:  # else the rounds are too noisy for a line
+                    estimate[kind + what] = seconds(few) + each * (EVALUATED - counts[0])
+    result = {}
+    for key, what in (("eval_ratio", ""), ("eval_pixels_ratio", ", pixels")):
+        both = "judges" + what in estimate and "ours" + what in estimate
+        result[key] = estimate["judges" + what] / estimate["ours" + what] if both else None
     return {"rows": rows, "size": s.synth_size, f"seconds_at_{EVALUATED}_pairs": estimate, **result}
 
 
