@@ -212,9 +212,14 @@ def summary(values: np.ndarray) -> dict[str, float]:
 # ------------------------------------------------------------------------------------------------ ceilings
 
 
+def has_bf16(device: str) -> bool:
+    """Whether a device computes in bfloat16."""
+    return covidgan.uses_bf16(covidgan.Config(), torch.device(device))
+
+
 def make_product(library: str, device: str = "cpu") -> tuple[Work, dict]:
     """A square matrix product: "numpy", "torch" in fp32, or "bf16"."""
-    if library == "bf16" and not covidgan.uses_bf16(covidgan.Config(), torch.device(device)):
+    if library == "bf16" and not has_bf16(device):
         raise Missing("this processor does not compute in bfloat16")
     a = torch.randn(PRODUCT, PRODUCT, device=device, dtype=torch.bfloat16 if library == "bf16" else torch.float32)
     a = a.numpy() if library == "numpy" else a
@@ -253,10 +258,7 @@ def bench_ceilings(s: Setting, args: argparse.Namespace, folder: Path) -> dict[s
     rows = interleave(products(args.device) | more, max(5, s.rounds), "ceilings", args.device)
     if "bytes" in rows["memory copy"]:
         rows["memory copy"]["bytes_per_second"] = rows["memory copy"]["bytes"] / seconds(rows["memory copy"])
-    for row in rows.values():
-        if "flop" in row and row["seconds"]:
-            row["flop_per_second"] = row["flop"] / seconds(row)
-    return {"rows": rows}
+    return {"rows": with_fractions(rows)}
 
 
 # ------------------------------------------------------------------------------------------------ training
@@ -402,7 +404,7 @@ def make_torch(kind: str, checkpoint: dict, maps: np.ndarray, device: str) -> tu
     """The generator by PyTorch, labels in and HU out: "eager", "bf16", "compiled" or "compiled bf16"."""
     bf16 = "bf16" in kind
     c = covidgan.Config(**checkpoint["config"])
-    if bf16 and not covidgan.uses_bf16(covidgan.Config(), torch.device(device)):
+    if bf16 and not has_bf16(device):
         raise Missing("this processor does not compute in bfloat16")
     generator = covidgan.build_networks(c)["g"]
     generator.load_state_dict(checkpoint["g"])
@@ -424,8 +426,7 @@ def make_torch(kind: str, checkpoint: dict, maps: np.ndarray, device: str) -> tu
 def make_onnx(model: Path, maps: np.ndarray, provider: str, precision: str = "model") -> tuple[Work, dict]:
     """An exported file by ONNX Runtime, as infer_onnx.py runs it."""
     start = time.perf_counter()
-    more = {} if precision == "model" else {"precision": precision}
-    generator = infer_onnx.Generator(*infer_onnx.open_session(model, provider, **more))
+    generator = infer_onnx.Generator(*infer_onnx.open_session(model, provider, precision=precision))
     hu = generator(maps)
     return (lambda: generator(maps)), {"hu": hu, "start_seconds": time.perf_counter() - start}
 
@@ -469,7 +470,7 @@ def bench_synth(s: Setting, args: argparse.Namespace, folder: Path) -> dict[str,
         row.pop("hu", None)
     with_fractions(rows)
     accurate = [name for name in contenders if rows[name].get("hu_difference", 2) <= 1 and "PyTorch" not in name]
-    bf16 = covidgan.uses_bf16(covidgan.Config(), torch.device(args.device))  # without it OpenVINO computes in fp32
+    bf16 = has_bf16(args.device)  # without it OpenVINO computes in fp32
     halves = [name for name in contenders if bf16 and "bf16" in name and "missing" not in rows[name]]
     best = {
         "synth_fp32_ratio": max(accurate, key=lambda name: rows[name]["speedup"]["median"], default=None),
@@ -842,7 +843,7 @@ def machine(args: argparse.Namespace) -> dict[str, Any]:
     models = [x.partition(":")[2].strip() for x in cpuinfo.read_text().splitlines() if x.startswith("model name")] if (
         cpuinfo.exists()) else []  # fmt: skip
     gpu = torch.cuda.get_device_name() if args.device == "cuda" else "not tried"
-    bf16 = covidgan.uses_bf16(covidgan.Config(), torch.device(args.device))
+    bf16 = has_bf16(args.device)
     return {
         "processor": models[0] if models else platform.processor(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
