@@ -39,6 +39,7 @@ from data.slices import (
     LEVEL,
     WIDTH,
     Mistake,
+    OneLineParser,
     coloured,
     exit_on_mistake,
     read_image,
@@ -46,7 +47,7 @@ from data.slices import (
     windowed,
     write_bytes,
 )
-from infer_onnx import ORT_ERRORS, PROVIDERS, OneLineParser, ahead, open_session, usable_cores
+from infer_onnx import ORT_ERRORS, PROVIDERS, ahead, open_session, usable_cores
 
 SIDES = ("fake", "real")
 LESIONS = {"GGO": (2,), "consolidation": (3,), "infection": (2, 3)}  # labels of each
@@ -643,7 +644,7 @@ def table(results: dict[str, Rows]) -> str:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """The command line, checked. Raises Mistake."""
-    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(__doc__)
     option = parser.add_argument
     option("real", type=Path, help="folder of real slices, or a dataset")
     option("fake", type=Path, help="folder of synthetic slices, complete or lung alone, or a dataset")

@@ -48,7 +48,9 @@ from data.slices import (
     HU_OFFSET,
     PNG_ERRORS,
     Mistake,
+    OneLineParser,
     coloured,
+    exit_on_mistake,
     png,
     read_image,
     read_map,
@@ -625,17 +627,9 @@ def run(
     return bar.n, problems
 
 
-class OneLineParser(argparse.ArgumentParser):
-    """argparse whose complaint is one line."""
-
-    def error(self, message: str) -> None:
-        """Raise instead of printing the usage."""
-        raise Mistake(f"{message} (python {self.prog} -h lists the options)")
-
-
 def parse(argv: list[str]) -> argparse.Namespace:
     """The command line, checked. Raises Mistake."""
-    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(__doc__)
     option = parser.add_argument
     option("maps", type=Path, help="folder of label maps, or one: palette PNG, or RGB in the paper's colours")
     option("--side", choices=("train", "test", "seg_test"), help="that side of a dataset's split alone")
@@ -716,11 +710,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except (Mistake, OSError) as mistake:
-        print(f"error: {mistake}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("stopped: the same command goes on from here", file=sys.stderr)
-        sys.exit(130)
+    exit_on_mistake(main, stopped="stopped: the same command goes on from here")

@@ -14,14 +14,20 @@ import argparse
 import json
 import multiprocessing
 import os
+import sys
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from slices import (
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, only data/ itself is on it
+from data.slices import (
     LABELS,
+    SIDES,
     Mistake,
+    OneLineParser,
     exit_on_mistake,
     slice_name,
     write_contact_sheet,
@@ -29,13 +35,11 @@ from slices import (
     write_map,
     write_split,
 )
-from tqdm import tqdm
 
 HEIGHT = 250  # of the lungs, mm
 RAISED = 6  # mm from the picture's middle up to y = 0 of the outlines
 AIR, FAT, MUSCLE, BLOOD, LIVER, CARTILAGE, MARROW, CORTEX = -1000, -100, 50, 40, 55, 110, 200, 700  # HU
 LUNG, GROUND_GLASS, CONSOLIDATION = 1, 2, 3  # labels
-SIDES = ("train", "test", "seg_test")
 
 # fmt: off
 # Outlines of an average build, mm. A row is (level, x, y, half width, half depth); between rows they change linearly.
@@ -507,11 +511,8 @@ def summary(sides: dict[str, list[int]], pixels: dict[int, np.ndarray]) -> str:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """The command line; argparse itself ends a malformed one with status 2."""
-    parser = argparse.ArgumentParser(
-        description="Draw the built-in data: chest CT slices of a phantom with their label maps.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    """The command line. Raises Mistake for an unknown option or value."""
+    parser = OneLineParser(__doc__)
     parser.add_argument("--out", type=Path, default=Path("data/phantom"), help="folder of the set")
     parser.add_argument("--size", type=int, default=256, help="side of a slice in pixels, at least 64")
     parser.add_argument("--patients", type=int, default=16, help="number of patients, at least 3: one for each side")

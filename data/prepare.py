@@ -28,10 +28,15 @@ from nibabel.filebasedimages import ImageFileError
 from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation, ornt_transform
 from nibabel.spatialimages import HeaderDataError
 from PIL import Image
-from slices import (
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, only data/ itself is on it
+from data.slices import (
     HU_OFFSET,
     LABELS,
+    SIDES,
     Mistake,
+    OneLineParser,
     exit_on_mistake,
     slice_name,
     write_contact_sheet,
@@ -39,11 +44,9 @@ from slices import (
     write_map,
     write_split,
 )
-from tqdm import tqdm
 
 IMAGES, LUNG_MASKS, LESION_MASKS = "rp_im", "rp_lung_msk", "rp_msk"
 AIR = -HU_OFFSET  # the lowest HU that the format holds
-SIDES = ("train", "test", "seg_test")
 
 Slice = tuple[int, int]  # (patient, z), z counted upwards from the feet
 
@@ -305,9 +308,7 @@ def three_counts(text: str) -> list[int]:
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Parse the command line; `argv` None means the program's own."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = OneLineParser(__doc__)
     option = parser.add_argument
     option("src", type=Path, metavar="SRC", help=f"folder that holds {IMAGES}, {LUNG_MASKS} and {LESION_MASKS}")
     option("--out", type=Path, default=Path("data/radiopaedia"), help="folder to write")

@@ -9,6 +9,7 @@ Raw HU survive in the images: windows are applied on reading. Every file is writ
 temporary name and renamed, so that an interrupted run leaves nothing half-written.
 """
 
+import argparse
 import io
 import json
 import os
@@ -22,6 +23,7 @@ from PIL import Image
 
 LABELS = ("background", "lung", "ground-glass opacity", "consolidation")
 COLOURS = ((0, 0, 0), (255, 0, 0), (0, 0, 255), (0, 255, 0))  # Fig. 1: lung red, GGO blue, consolidation green
+SIDES = ("train", "test", "seg_test")  # of a split
 HU_OFFSET = 1024  # stored value = HU + 1024: air is 24, water 1024
 PNG_ERRORS = (OSError, SyntaxError, ValueError)  # what Pillow raises for a broken PNG
 LEVEL, WIDTH = -600, 1500  # the lung window that pictures for people are shown in, HU
@@ -31,13 +33,41 @@ class Mistake(Exception):
     """A mistake of the user's: its text is one line that names the file and the mend; exit status 2."""
 
 
-def exit_on_mistake(program: Callable[[list[str]], None]) -> None:
-    """Run a program on the command line's arguments; a mistake of the user's is one line and exit status 2."""
+class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Help that keeps the lines of a script's head, and gives each option's default where it has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return (
+            super()._get_help_string(action)
+            if action.default or (action.default == 0 and action.default is not False)
+            else action.help
+        )
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """argparse whose complaint is one line."""
+
+    def __init__(self, about: str) -> None:
+        super().__init__(description=about, formatter_class=Help)
+
+    def error(self, message: str) -> None:
+        """Raise instead of printing the usage."""
+        raise Mistake(f"{message} (-h lists the options)")
+
+
+def exit_on_mistake(program: Callable[[list[str]], int | None], stopped: str = "stopped") -> None:
+    """Run a program on the command line's arguments and leave with the exit status that it returns, None being 0.
+
+    A mistake of the user's, a full disk and the like are one line and exit status 2; Ctrl-C is the line `stopped`, 130.
+    """
     try:
-        program(sys.argv[1:])
+        sys.exit(program(sys.argv[1:]))
     except (Mistake, OSError) as mistake:
         print(f"error: {mistake}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print(stopped, file=sys.stderr)
+        sys.exit(130)
 
 
 def slice_name(patient: int, position: int) -> str:
@@ -45,18 +75,22 @@ def slice_name(patient: int, position: int) -> str:
     return f"P{patient:02d}_S{position:03d}"
 
 
-def read_png(path: Path) -> tuple[str, np.ndarray]:
-    """Mode, in Pillow's words, and pixels of a PNG. Raises Mistake for a file that is cut short, broken or none."""
+def read_png(path: Path) -> tuple[str, np.ndarray, np.ndarray | None]:
+    """Mode, in Pillow's words, pixels, and the palette, uint8 [colours, 3], where the PNG has one.
+
+    Raises Mistake for a file that is cut short, broken or no PNG.
+    """
     try:
-        with Image.open(path) as picture:
-            return picture.mode, np.asarray(picture)
+        with Image.open(path, formats=["PNG"]) as picture:
+            pixels, palette = np.asarray(picture), picture.getpalette("RGB")
     except PNG_ERRORS as error:
         raise Mistake(f"{path}: not a readable PNG ({error}): write it again") from error
+    return picture.mode, pixels, None if palette is None else np.array(palette, np.uint8).reshape(-1, 3)
 
 
 def read_image(path: Path) -> np.ndarray:
     """Read a 16-bit grey PNG of HU + 1024 as HU, int16 [H, W]. Raises Mistake for anything else."""
-    mode, stored = read_png(path)
+    mode, stored, _ = read_png(path)
     if stored.dtype != np.uint16 or stored.ndim != 2:
         raise Mistake(f"{path}: a PNG of mode {mode} is no slice: give 16-bit grey PNG of HU + {HU_OFFSET}")
     if stored.max() > 4095:
@@ -64,26 +98,71 @@ def read_image(path: Path) -> np.ndarray:
     return stored.astype(np.int16) - HU_OFFSET
 
 
-def read_map(path: Path) -> np.ndarray:
-    """Read a label map, uint8 [H, W]: palette or grey PNG of label values, or RGB in exactly the paper's COLOURS.
+def from_colours(pixels: np.ndarray, path: Path) -> np.ndarray:
+    """Labels uint8 of pixels [..., 3] in the paper's COLOURS. Raises Mistake at the first pixel of another colour."""
+    labels = np.full(pixels.shape[:-1], 255, np.uint8)
+    for label, colour in enumerate(COLOURS):
+        labels[(pixels == colour).all(-1)] = label
+    if (labels == 255).any():
+        y, x = np.argwhere(labels == 255)[0]
+        raise Mistake(f"{path}: colour {pixels[y, x].tolist()} at row {y}, column {x} is none of {COLOURS}")
+    return labels
 
-    Raises Mistake that names the file, the value or colour and the pixel.
+
+def read_map(path: Path) -> np.ndarray:
+    """Read a label map, uint8 [H, W]: grey PNG of label values, or RGB or palette in exactly the paper's COLOURS.
+
+    Where a palette holds the paper's colours, colour decides, since a paint program orders a palette as it likes; a
+    palette without them only dresses label values up. Raises Mistake that names the file, the value or colour and the
+    pixel.
     """
-    mode, pixels = read_png(path)
+    mode, pixels, palette = read_png(path)
     if mode in ("RGB", "RGBA"):
-        labels = np.full(pixels.shape[:2], 255, np.uint8)
-        for label, colour in enumerate(COLOURS):
-            labels[(pixels[..., :3] == colour).all(-1)] = label
-        if (labels == 255).any():
-            y, x = np.argwhere(labels == 255)[0]
-            raise Mistake(f"{path}: colour {pixels[y, x].tolist()} at row {y}, column {x} is none of {COLOURS}")
-        return labels
+        return from_colours(pixels[..., :3], path)
     if mode not in ("P", "L"):
         raise Mistake(f"{path}: a PNG of mode {mode} is no label map: give 8-bit palette, or RGB in {COLOURS}")
+    if palette is not None and {*COLOURS[1:]} & {*map(tuple, palette.tolist())}:
+        return from_colours(palette[pixels], path)
     if pixels.max() >= len(LABELS):
         y, x = np.argwhere(pixels >= len(LABELS))[0]
         raise Mistake(f"{path}: label {pixels[y, x]} at row {y}, column {x}: labels are 0..{len(LABELS) - 1}")
     return pixels
+
+
+def list_pngs(folder: Path, what: str) -> dict[str, Path]:
+    """PNGs of a folder by name without ending, sorted, .PNG as well; what begins with a dot is no data.
+
+    what: "images" or "maps", for the complaints. Raises Mistake where there is none, with a word on JPEG, and where
+    two files have one name.
+    """
+    if not folder.is_dir():
+        raise Mistake(f"{folder}: no such folder: give the folder of the {what}")
+    files = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
+    found: dict[str, Path] = {}
+    for path in files:
+        if path.suffix.lower() == ".png" and found.setdefault(path.stem, path) is not path:
+            raise Mistake(f"{path}: {found[path.stem].name} has the same name: rename one")
+    if not found and any(path.suffix.lower() in (".jpg", ".jpeg") for path in files):
+        raise Mistake(f"{folder}: JPEG, which changes grey levels and labels: give the {what} as PNG")
+    if not found:
+        raise Mistake(f"{folder}: no PNG in it: give the folder of the {what}")
+    return found
+
+
+def read_split(path: Path) -> dict[str, list[str]]:
+    """Names of each side (train, test, seg_test) of a split.json; names may end in .png.
+
+    Raises Mistake where it is no JSON of lists of names, and for a name that would lead out of the folder.
+    """
+    try:
+        split = json.loads(path.read_text(encoding="utf-8-sig"))  # a byte order mark is no mistake
+        sides = {side: [name.removesuffix(".png") for name in split[side]] for side in SIDES if side in split}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise Mistake(f"{path}: no JSON with lists of names under train and test ({error})") from error
+    for name in (name for names in sides.values() for name in names):
+        if Path(name).name != name or name.startswith("."):
+            raise Mistake(f"{path}: {name!r} is no name of a slice: give names without folders")
+    return sides
 
 
 def write_bytes(path: Path, content: bytes) -> None:

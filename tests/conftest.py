@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import slices
+
+from data import slices
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZE = 64

@@ -6,10 +6,10 @@ import typing
 
 import numpy as np
 import pytest
-import slices
 import torch
 
 import covidgan
+from data import slices
 
 
 def is_one_line(done):

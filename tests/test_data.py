@@ -6,11 +6,11 @@ import json
 import imageio.v3 as iio
 import numpy as np
 import pytest
-import slices
 import torch
 from PIL import Image
 
 import covidgan
+from data import slices
 
 
 def painted(labels):

@@ -376,7 +376,7 @@ def test_every_format_holds_the_same_hu(infer, maps, images):
 
 
 def test_a_nifti_slice_is_read_by_prepare_as_it_was(infer, maps):
-    from prepare import read_volume
+    from data.prepare import read_volume
 
     _, out, _ = infer(maps, "--format", "nifti")
     volume = read_volume(out / "images/P01_S003.nii.gz")[0]

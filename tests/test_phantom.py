@@ -13,8 +13,8 @@ from scipy import ndimage
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 sys.path.insert(0, str(DATA))  # as when data/phantom.py runs as a script
-import phantom  # noqa: E402
-from slices import Mistake  # noqa: E402
+from data import phantom  # noqa: E402
+from data.slices import Mistake  # noqa: E402
 
 LUNG, GLASS, DENSE = 1, 2, 3
 

@@ -16,8 +16,8 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "data"))
 
-import prepare
-from slices import Mistake
+from data import prepare
+from data.slices import Mistake
 
 REPO = Path(__file__).resolve().parents[1]
 REAL = Path(os.environ.get("COVIDGAN_CT", REPO.parent / "shared" / "ct"))
