@@ -37,11 +37,8 @@ class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFo
     """Help that keeps the lines of a script's head, and gives each option's default where it has one."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return (
-            super()._get_help_string(action)
-            if action.default or (action.default == 0 and action.default is not False)
-            else action.help
-        )
+        absent = action.default is None or action.default is False or action.default == []
+        return action.help if absent else super()._get_help_string(action)
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -81,7 +78,7 @@ def read_png(path: Path) -> tuple[str, np.ndarray, np.ndarray | None]:
     Raises Mistake for a file that is cut short, broken or no PNG.
     """
     try:
-        with Image.open(path, formats=["PNG"]) as picture:
+        with Image.open(path) as picture:
             pixels, palette = np.asarray(picture), picture.getpalette("RGB")
     except PNG_ERRORS as error:
         raise Mistake(f"{path}: not a readable PNG ({error}): write it again") from error

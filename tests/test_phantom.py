@@ -11,10 +11,10 @@ import pytest
 from PIL import Image
 from scipy import ndimage
 
+from data import phantom
+from data.slices import Mistake
+
 DATA = Path(__file__).resolve().parents[1] / "data"
-sys.path.insert(0, str(DATA))  # as when data/phantom.py runs as a script
-from data import phantom  # noqa: E402
-from data.slices import Mistake  # noqa: E402
 
 LUNG, GLASS, DENSE = 1, 2, 3
 
