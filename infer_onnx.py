@@ -96,6 +96,7 @@ def open_session(
     shapes: Sequence[Shape] = (),
     precision: str = "model",
     graphs: bool = False,
+    quiet: bool = False,
 ) -> tuple[ort.InferenceSession, dict[str, Any]]:
     """Open a model on a provider, say on stderr which it is, and return the session and the model's metadata.
 
@@ -105,6 +106,7 @@ def open_session(
     level and width (HU), size and multiple (pixels) of its metadata come parsed.
     shapes: the batches to come, for TensorRT.
     precision, graphs: see provider_options.
+    quiet: say nothing, for a graph that the caller built and no user knows of.
     Raises Mistake for a missing, broken or foreign file, and for a provider, asked for by name, that does not load.
     """
     if not model.is_file():
@@ -130,7 +132,8 @@ def open_session(
         if not reason:
             cpu = f", threads: {threads}" if name == "cpu" else ""
             better = "".join(f"; not {', '.join(names)}: {why}" for why, names in reasons.items())
-            print(f"{model} runs on {name}{cpu}{better}", file=sys.stderr)
+            if not quiet:
+                print(f"{model} runs on {name}{cpu}{better}", file=sys.stderr)
             return session, info
         reasons.setdefault(reason, []).append(name)
     raise Mistake(f"--provider {provider}: {reason}: --provider auto takes the best there is")

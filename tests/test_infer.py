@@ -647,6 +647,12 @@ def test_other_kinds_of_model_need_their_kind_alone(tmp_path):
         infer_onnx.open_session(build_generator(tmp_path / "bare.onnx", metadata={}), "cpu", kind="features")
 
 
+def test_a_quiet_session_says_nothing(model, capfd):
+    session, _ = infer_onnx.open_session(model, quiet=True)
+    assert session.get_providers()[-1] == "CPUExecutionProvider"
+    assert capfd.readouterr() == ("", "")
+
+
 # ------------------------------------------------------------------------------------------------ providers
 
 on_cpu = pytest.mark.skipif(infer_onnx.nvidia_driver() is not None, reason="this machine has an NVIDIA driver")
