@@ -1,0 +1,255 @@
+"""NIfTI volumes, in one place: reading to radiological display, masks laid on their CT's grid, writing back.
+
+In radiological display a volume is [Z, H, W]: slices upwards from the feet, rows to the back (the spine is at the
+bottom), columns to the patient's left. `.nii` and `.nii.gz` are told apart by their bytes, not by their names.
+"""
+
+import gzip
+import itertools
+import math
+import sys
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import nibabel as nib
+import numpy as np
+from nibabel.filebasedimages import ImageFileError
+from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
+from nibabel.spatialimages import HeaderDataError
+from nibabel.wrapstruct import WrapStructError
+
+from data.slices import Mistake, write_bytes
+
+DISPLAY = axcodes2ornt("LPS")  # columns to the left, rows to the back, slices upwards
+ENDINGS = (".nii", ".nii.gz")
+# What of a header says where the voxels lie. The rest is not carried on: free text may name a patient.
+GRID_FIELDS = (
+    "pixdim", "xyzt_units", "qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d",
+    "qoffset_x", "qoffset_y", "qoffset_z", "srow_x", "srow_y", "srow_z",
+)  # fmt: skip
+
+
+class Volume(NamedTuple):
+    """A volume in radiological display, and the header that tells how it was stored."""
+
+    voxels: np.ndarray  # [Z, H, W], any real type
+    header: nib.Nifti1Header
+
+    @property
+    def affine(self) -> np.ndarray:
+        """From the file's own voxel indices to world millimetres (x to the right, y to the front, z up) [4, 4]."""
+        return self.header.get_best_affine()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape in the file's own axis order [3]."""
+        return self.header.get_data_shape()[:3]
+
+    @property
+    def turn(self) -> np.ndarray:
+        """nibabel's orientation array [3, 2] from the file's own axes to [W, H, Z] in display."""
+        return ornt_transform(io_orientation(self.affine), DISPLAY)
+
+    @property
+    def millimetres(self) -> np.ndarray:
+        """Height and width of a pixel [2]."""
+        sizes = nib.affines.voxel_sizes(self.affine)[np.argsort(self.turn[:, 0])]  # of W, H, Z
+        return sizes[[1, 0]]
+
+
+def warn(text: str) -> None:
+    """Say something that the user should know on stderr; the run goes on."""
+    print(f"warning: {text}", file=sys.stderr)
+
+
+def list_volumes(folder: Path) -> dict[str, Path]:
+    """NIfTI files of a folder by name without .nii or .nii.gz, sorted; what begins with a dot is no data.
+
+    Raises Mistake for a missing folder, one without a volume, and two files of one name.
+    """
+    if not folder.is_dir():
+        raise Mistake(f"{folder}: no such folder; give a folder of .nii or .nii.gz files")
+    found: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith(".") or not path.name.lower().endswith(ENDINGS) or not path.is_file():
+            continue
+        name = volume_name(path)
+        if name in found:
+            raise Mistake(f"{path}: {found[name].name} has the same name; remove one of them")
+        found[name] = path
+    if not found:
+        raise Mistake(f"{folder}: holds no volume; put .nii or .nii.gz files there")
+    return dict(sorted(found.items()))
+
+
+def volume_name(path: Path) -> str:
+    """File name without .nii or .nii.gz, in any case."""
+    return path.name[: -len(".nii.gz" if path.name.lower().endswith(".gz") else ".nii")]
+
+
+def read_volume(path: Path, note: Callable[[str], None] = warn) -> Volume:
+    """Read a volume of any real type, whatever its storage order; a last axis of one is dropped.
+
+    A header that does not say how the patient lies gets a `note`. Raises Mistake for a file that is missing, no
+    NIfTI, damaged, no 3-D volume or without a usable affine.
+    """
+    header, stored = read_stored(path)
+    return placed(path, header, stored, note)
+
+
+def read_label_volume(
+    path: Path, allowed: tuple[int, ...], note: Callable[[str], None] = warn
+) -> tuple[Volume, np.ndarray]:
+    """Read a label volume that stands alone: the Volume, and its labels uint8 [Z, H, W] in display.
+
+    Values within 0.01 of a label `allowed` are that label. Raises Mistake as `read_volume` does, and for any other.
+    """
+    header, stored = read_stored(path)
+    volume = placed(path, header, whole_labels(path, stored, allowed), note)
+    return volume, volume.voxels
+
+
+def read_labels(path: Path, allowed: tuple[int, ...], like: Volume, note: Callable[[str], None] = warn) -> np.ndarray:
+    """Read the mask of a CT, laid on the CT's grid: uint8 [Z, H, W] in display.
+
+    Values within 0.01 of a label `allowed` are that label. The mask's own affine counts where it puts the voxels
+    where the CT's are, in whatever storage order. Where it does not (as in masks saved from an array, with an
+    identity affine), a mask of the CT's stored shape is taken voxel by voxel and a `note` says so.
+    Raises Mistake as `read_volume` does, for any other value, and where neither grid nor shape fits the CT.
+    """
+    header, stored = read_stored(path)
+    labels = whole_labels(path, stored, allowed)
+    affine = header.get_best_affine()
+    laid = lay_on_grid(labels, affine, like) if is_usable(affine) else None
+    if laid is not None and (has_affine(header) or np.array_equal(laid, labels)):
+        return to_display(laid, like)
+    if labels.shape != like.shape:
+        raise Mistake(
+            f"{path}: {labels.shape} voxels at other places than its CT's {like.shape}; bring both to one grid"
+        )
+    note(f"{path}: its affine does not put it on its CT's grid; taken voxel by voxel as the CT is stored")
+    return to_display(labels, like)
+
+
+def write_volume(path: Path, like: Volume, hu: np.ndarray) -> None:
+    """Write HU int16 [Z, H, W] in display on the grid, and in the storage order, of `like`, as .nii or .nii.gz.
+
+    The file is whole or absent. Raises Mistake for another ending, OSError where it cannot be written.
+    """
+    if not path.name.lower().endswith(ENDINGS):
+        raise Mistake(f"{path}: volumes are written as .nii or .nii.gz")
+    stored = apply_orientation(hu.astype(np.int16).transpose(2, 1, 0), stored_turn(like))
+    image = nib.Nifti1Image(stored, like.affine)
+    for field in GRID_FIELDS:
+        image.header[field] = like.header[field]
+    image.header.set_slope_inter(1, 0)
+    content = image.to_bytes()
+    write_bytes(path, gzip.compress(content, 6, mtime=0) if path.name.lower().endswith(".gz") else content)
+
+
+def read_stored(path: Path) -> tuple[nib.Nifti1Header, np.ndarray]:
+    """Header, and voxels [3 axes] in the file's own order. Raises Mistake as `read_volume` does."""
+    content = unpacked(path)
+    kinds = [kind for kind in (nib.Nifti1Image, nib.Nifti2Image) if kind.header_class.may_contain_header(content)]
+    if not kinds:
+        raise Mistake(f"{path}: no NIfTI file; put a real .nii or .nii.gz there")
+    try:
+        image = kinds[0].from_bytes(content)
+        shape, dtype = image.shape, image.header.get_data_dtype()
+        announced = image.dataobj.offset + math.prod(shape) * dtype.itemsize
+    except (ImageFileError, HeaderDataError, WrapStructError, ValueError) as error:
+        raise Mistake(f"{path}: no NIfTI file that can be read ({error}); save it again") from error
+    if announced > len(content):  # asked before nibabel makes room for what a damaged header announces
+        raise Mistake(f"{path}: cut short or damaged ({len(content)} of {announced} bytes); get the file again")
+    while len(shape) > 3 and shape[-1] == 1:
+        shape = shape[:-1]
+    if len(shape) != 3 or 0 in shape or dtype.kind not in "iuf":
+        raise Mistake(f"{path}: {dtype} {image.shape} is no 3-D volume of numbers; give one value a voxel, one scan")
+    stored = np.asanyarray(image.dataobj).reshape(shape, order="A")
+    return image.header, stored.astype(stored.dtype.newbyteorder("="), copy=False)
+
+
+def unpacked(path: Path) -> bytes:
+    """Bytes of a file, decompressed if they are gzip; like gunzip, what follows the stream is ignored.
+
+    Raises Mistake for a file that cannot be read and a stream that is cut short or fails its checksum.
+    """
+    try:
+        rest = path.read_bytes()
+    except OSError as error:
+        raise Mistake(f"{path}: cannot be read ({error.strerror}); see to the file") from error
+    if not is_gzip(rest):
+        return rest
+    members = []
+    while is_gzip(rest):
+        stream = zlib.decompressobj(wbits=31)  # gzip; compares the checksum at the stream's end
+        try:
+            members.append(stream.decompress(rest))
+        except zlib.error as error:
+            raise Mistake(f"{path}: cut short or damaged ({error}); get the file again") from error
+        if not stream.eof:
+            raise Mistake(f"{path}: cut short or damaged (the stream has no end); get the file again")
+        rest = stream.unused_data
+    return b"".join(members)
+
+
+def is_gzip(content: bytes) -> bool:
+    """Tell by the first two bytes."""
+    return content.startswith(b"\x1f\x8b")
+
+
+def placed(path: Path, header: nib.Nifti1Header, stored: np.ndarray, note: Callable[[str], None]) -> Volume:
+    """Turn a stored array by its own header to display. Raises Mistake where the affine is not usable."""
+    volume = Volume(stored, header)
+    if not is_usable(volume.affine):
+        raise Mistake(f"{path}: no usable affine; save it again with a program that knows the scan's geometry")
+    if not has_affine(header) or np.array_equal(volume.affine, np.eye(4)):
+        axes = "".join(nib.aff2axcodes(volume.affine))
+        note(f"{path}: does not say how the patient lies; taken as {axes}: see that the spine comes out at the bottom")
+    return volume._replace(voxels=to_display(stored, volume))
+
+
+def has_affine(header: nib.Nifti1Header) -> bool:
+    """Tell whether a header gives an affine; where it does not, nibabel makes one up."""
+    return bool(header["sform_code"] > 0 or header["qform_code"] > 0)
+
+
+def is_usable(affine: np.ndarray) -> bool:
+    """Tell whether an affine [4, 4] gives every axis of a volume a direction."""
+    finite = np.isfinite(affine).all()
+    return bool(finite and np.linalg.det(affine) != 0 and not np.isnan(io_orientation(affine)).any())
+
+
+def whole_labels(path: Path, stored: np.ndarray, allowed: tuple[int, ...]) -> np.ndarray:
+    """Labels uint8 of values that are each within 0.01 of one allowed. Raises Mistake at the first that is not."""
+    nearest = np.rint(stored)
+    known = np.isin(nearest, allowed) & (np.abs(stored - nearest) <= 0.01)  # scaled headers give 0.9999999997
+    if not known.all():
+        voxel = tuple(int(i) for i in np.unravel_index(known.argmin(), stored.shape))
+        labels = ", ".join(map(str, allowed))
+        raise Mistake(f"{path}: unknown label {stored[voxel]:.10g} at voxel {voxel}; correct it to one of {labels}")
+    return nearest.astype(np.uint8)
+
+
+def lay_on_grid(stored: np.ndarray, affine: np.ndarray, like: Volume) -> np.ndarray | None:
+    """Turn a stored array by its affine to the stored order of `like`; None where its voxels lie elsewhere."""
+    to_index = np.linalg.inv(like.affine) @ affine  # from its own indices to those of `like`
+    axes = io_orientation(to_index)
+    turned = apply_orientation(stored, axes)
+    if turned.shape != like.shape:
+        return None
+    after = to_index @ inv_ornt_aff(axes, stored.shape)  # the identity, if the grids are one
+    corners = np.array([(*corner, 1) for corner in itertools.product(*((0, n - 1) for n in like.shape))])  # [8, 4]
+    return turned if np.abs(corners @ after.T - corners).max() < 0.5 else None  # a voxel off is another grid
+
+
+def to_display(stored: np.ndarray, like: Volume) -> np.ndarray:
+    """Turn an array in the stored order of `like` to [Z, H, W] in display."""
+    return apply_orientation(stored, like.turn).transpose(2, 1, 0)
+
+
+def stored_turn(volume: Volume) -> np.ndarray:
+    """nibabel's orientation array [3, 2] from [W, H, Z] in display back to the file's own axes."""
+    return ornt_transform(DISPLAY, io_orientation(volume.affine))
