@@ -1,8 +1,10 @@
-"""Label maps of chest-CT slices to CT slices, with an exported generator and ONNX Runtime; no torch.
+"""Label maps of chest CT to CT slices and volumes, with an exported generator and ONNX Runtime; no torch.
 
     python infer_onnx.py maps/                                         # synthetic lungs, 16-bit PNG of HU + 1024
     python infer_onnx.py maps/ --complement images/ --panel            # pasted into the real slices, bit for bit
     python infer_onnx.py maps/ --variants 40 --seed 1 --out augmented  # 40 augmented maps of each, and their slices
+    python infer_onnx.py labels.nii.gz                                 # a label volume: a CT volume on its grid
+    python infer_onnx.py labels/ --complement ct/                      # folders of volumes, paired by name
     python infer_onnx.py data/phantom --side test                      # a dataset's held-out maps
     python infer_onnx.py maps/ --shard 3/8                             # the third of eight machines
     python infer_onnx.py maps/ --provider openvino --precision bf16    # on CPUs that compute in bfloat16
@@ -11,10 +13,14 @@
     OUT/images/P03_S041.png   the slice; with --format png8 through the model's window, or .npy, .nii.gz of HU
     OUT/maps/P03_S041.png     the map it was made from: OUT with png16 is a dataset as covidgan.py --data reads it
     OUT/panels/P03_S041.png   --panel: map, synthesis and, with --complement, completion side by side
+    OUT/volumes/NAME.nii.gz   of a label volume NAME.nii or .nii.gz: HU int16 on its grid, in its storage order
     OUT/run.json              what OUT was made with: another model or format needs another OUT
 
 Variants are named P03_S041v01, ...: what stands before the last "_" is still the patient. With --complement, the real
 slice is resampled (bilinear) by the same crop, rotation and elastic displacement as the map before the lung goes in.
+A label volume goes through the model slice by slice in radiological display, as data/prepare.py writes slices. With
+--complement CT the result lies on the CT's grid, and every voxel outside the lung is the CT's own, to the HU; fractions
+of a HU are rounded, with a note. Slices without lung are left out; in a volume they are background, or the real slice.
 The same command goes on with a stopped run: finished files are skipped. HU below -1024, which the format cannot hold,
 are written as -1024; so is everything outside a lung that is not pasted. Research only, not for diagnosis.
 """
@@ -29,13 +35,14 @@ import json
 import math
 import os
 import sys
+import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache, partial
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import onnxruntime as ort
@@ -46,18 +53,24 @@ from tqdm import tqdm
 from data.slices import (
     COLOURS,
     HU_OFFSET,
+    LABELS,
     PNG_ERRORS,
     Mistake,
     OneLineParser,
     coloured,
     exit_on_mistake,
+    list_pngs,
     png,
     read_image,
     read_map,
+    read_split,
     windowed,
     write_bytes,
     write_map,
 )
+
+if TYPE_CHECKING:  # data.volumes needs nibabel, which PNG does not
+    from data.volumes import Volume
 
 PROVIDERS = {  # ONNX Runtime's names; "auto" tries them in this order
     "tensorrt": "TensorrtExecutionProvider",
@@ -68,8 +81,13 @@ PROVIDERS = {  # ONNX Runtime's names; "auto" tries them in this order
     "cpu": "CPUExecutionProvider",
 }
 NVIDIA, NVIDIA_BATCH = ("tensorrt", "cuda"), 8  # on a CPU batches gain nothing
-CACHE = str(Path.home() / ".cache" / "covidgan")  # engines fit one GPU, driver and TensorRT: never copy them
-ORT_ERRORS = tuple(e for e in vars(ort_state).values() if isinstance(e, type) and issubclass(e, Exception))
+CACHED = ("tensorrt", "openvino")  # these compile the model, and keep the result in cache_folder()
+ORT_ERRORS = (
+    *(e for e in vars(ort_state).values() if isinstance(e, type) and issubclass(e, Exception)),
+    RuntimeError,  # what a node raises that finds no memory
+    MemoryError,
+)
+TOO_OLD = ("IR version", "opset versions", "model file format version")  # in ONNX Runtime's words on a newer file
 
 # the contract with export.py
 CONTRACT = "1"
@@ -81,6 +99,9 @@ METADATA = ("contract", *PARSED, "precision", "checkpoint_sha256", "licence")
 RESIZE, ROTATE, ELASTIC, ELASTIC_CELL = 1.117, 10.0, 2.0, 24.0
 
 ENDINGS = {"png16": ".png", "png8": ".png", "nifti": ".nii.gz", "npy": ".npy"}
+NIFTI = (".nii", ".nii.gz")
+HELD = (-HU_OFFSET, 4095 - HU_OFFSET)  # the HU that the PNG format holds; volumes are held to them too
+LUNG_HU = -300  # a mean above it inside healthy lung, which has about -850 to -500, is no HU
 
 Shape = tuple[int, int, int]  # N, H, W of a batch
 
@@ -109,13 +130,15 @@ def open_session(
     quiet: say nothing, for a graph that the caller built and no user knows of.
     Raises Mistake for a missing, broken or foreign file, and for a provider, asked for by name, that does not load.
     """
+    if model.is_dir():
+        raise Mistake(f"{model}: a folder: name the .onnx file in it by --model")
     if not model.is_file():
         raise Mistake(f"{model}: no such file: python export.py CKPT writes it, or name another by --model")
     threads = threads or usable_cores()
     try:
         session = start(model, "cpu", {}, threads)  # reads and checks the file before anything is compiled for it
     except ORT_ERRORS as error:
-        raise Mistake(f"{model}: not a usable ONNX file ({first_line(error)}): export it again") from error
+        raise Mistake(f"{model}: {refusal(error)}") from error
     info = check_model(session, model, kind)
     reasons: dict[str, list[str]] = {}  # why not, and which providers
     for name in PROVIDERS if provider == "auto" else [provider]:
@@ -127,13 +150,14 @@ def open_session(
                 session = start(model, name, provider_options(name, info, shapes, precision, graphs), threads)
                 if session.get_providers()[0] != PROVIDERS[name]:  # trap: ONNX Runtime falls back without a word
                     reason = f"did not load{loader_error(name)}"
-            except ORT_ERRORS as error:
+            except (*ORT_ERRORS, OSError) as error:
                 reason = f"did not start ({first_line(error)})"
         if not reason:
-            cpu = f", threads: {threads}" if name == "cpu" else ""
+            how = f", threads: {threads}" if name == "cpu" else ""
+            how += ", compiled anew in every run: no cache can be made" if name in CACHED and not cache_folder() else ""
             better = "".join(f"; not {', '.join(names)}: {why}" for why, names in reasons.items())
             if not quiet:
-                print(f"{model} runs on {name}{cpu}{better}", file=sys.stderr)
+                print(f"{model} runs on {name}{how}{better}", file=sys.stderr)
             return session, info
         reasons.setdefault(reason, []).append(name)
     raise Mistake(f"--provider {provider}: {reason}: --provider auto takes the best there is")
@@ -155,10 +179,11 @@ def start(model: Path, name: str, options: dict[str, str], threads: int) -> ort.
     ort.set_default_logger_severity(4)  # what does not load is told in one line, ours
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # trap: some of their errors are plain prints
-            if name in NVIDIA:
-                Path(CACHE).mkdir(parents=True, exist_ok=True)
+            if name in CACHED and (folder := cache_folder()):
+                Path(folder).mkdir(parents=True, exist_ok=True)
+            if name in NVIDIA and hasattr(ort, "preload_dlls"):  # from 1.21 on
                 ort.preload_dlls()  # CUDA out of NVIDIA's Python packages
-            return ort.InferenceSession(model, settings, providers=chain)
+            return ort.InferenceSession(str(model), settings, providers=chain)
     finally:
         ort.set_default_logger_severity(2)
 
@@ -166,6 +191,31 @@ def start(model: Path, name: str, options: dict[str, str], threads: int) -> ort.
 def first_line(error: Exception) -> str:
     """What ONNX Runtime says, without its stack."""
     return str(error).partition("\n")[0]
+
+
+def refusal(error: Exception) -> str:
+    """Why ONNX Runtime does not load a file, and the mend."""
+    if any(words in str(error) for words in TOO_OLD):
+        mend = "pip install -U onnxruntime (export.py's files need 1.15 or newer)"
+        return f"too new for onnxruntime {ort.__version__}: {mend}"
+    if isinstance(error, MemoryError):
+        return "not enough memory to load it: end other programs"
+    return f"not a usable ONNX file ({first_line(error)}): export it again"
+
+
+def cache_folder() -> str | None:
+    """Where compiled engines are kept; they fit one GPU, driver and TensorRT: never copy them. None: nowhere."""
+    try:
+        folder = Path.home() / ".cache" / "covidgan"
+    except RuntimeError:  # a user without a home
+        return None
+    return str(folder) if writable(folder) else None
+
+
+def writable(folder: Path) -> bool:
+    """Whether a folder can be written to, or made."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
+    return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
 
 
 def check_model(session: ort.InferenceSession, model: Path, kind: str) -> dict[str, Any]:
@@ -209,8 +259,10 @@ def provider_options(
         options = {"cudnn_conv_algo_search": "HEURISTIC", "use_tf32": "0", "prefer_nhwc": half}
         return options | ({"enable_cuda_graph": "1"} if graphs else {})
     if name == "tensorrt":
-        options = {"trt_fp16_enable": half, "trt_engine_cache_enable": "1", "trt_engine_cache_path": CACHE}
-        options |= {"trt_timing_cache_enable": "1", "trt_timing_cache_path": CACHE}
+        options = {"trt_fp16_enable": half}
+        if folder := cache_folder():
+            options |= {"trt_engine_cache_enable": "1", "trt_engine_cache_path": folder}
+            options |= {"trt_timing_cache_enable": "1", "trt_timing_cache_path": folder}
         if shapes and not any(info["fixed"]):
             shapes = [(n, *canvas(height, width, info)) for n, height, width in shapes]
             axes = list(zip(*shapes, strict=True))
@@ -218,7 +270,7 @@ def provider_options(
             options |= {f"trt_profile_{k}_shapes": f"map:{'x'.join(map(str, v))}" for k, v in profile.items()}
         return options
     if name == "openvino":  # trap: a CPU without bfloat16 computes in fp32 whatever is asked, and says nothing
-        cpu = {"INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32", "CACHE_DIR": CACHE}
+        cpu = {"INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32", "CACHE_DIR": cache_folder() or ""}
         # traps: "AUTO:GPU,CPU" does not start where there is no GPU, and "AUTO" passes over load_config
         return {"device_type": "CPU", "load_config": json.dumps({"CPU": cpu})}
     if name == "coreml":
@@ -359,14 +411,15 @@ class Generator:
         """
         n, height, width = maps.shape
         shape = (self.info["fixed"][0] or self.graph_batch or n, *canvas(height, width, self.info))
-        padded = np.zeros(shape, np.uint8)
-        padded[:n, :height, :width] = maps
         try:
+            padded = np.zeros(shape, np.uint8)
+            padded[:n, :height, :width] = maps
             if shape not in self.bound:
                 self.bound[shape] = self.bind(shape)
             ct = self.bound[shape].run(padded)
         except ORT_ERRORS as error:
-            raise Mistake(f"{first_line(error)}: is there memory for {shape}? try a smaller --batch") from error
+            mend = "try a smaller --batch or smaller maps"
+            raise Mistake(f"{first_line(error)}: is there memory for {shape}? {mend}") from error
         return ct[:n, :height, :width].copy()  # the next batch goes to the same place
 
     def bind(self, shape: Shape) -> HostBinding | DeviceBinding:
@@ -396,46 +449,118 @@ class Slice(NamedTuple):
     real: np.ndarray | None
 
 
-def find_maps(folder: Path, side: str | None = None) -> list[Path]:
-    """The PNGs of a folder or of a dataset's maps/, or the one PNG given; of one side of its split.json if named.
+def find_maps(source: Path, side: str | None = None) -> dict[str, Path]:
+    """Label maps by name: the PNGs or the volumes of a folder or of a dataset's maps/, or the one file given.
 
-    Raises Mistake where there is none.
+    side: of the dataset's split.json, whose names alone are wanted.
+    Raises Mistake where there is none, a name of the split has no map, and two would give files of one name.
     """
-    if folder == Path("maps") and not folder.exists() and Path("data/phantom/maps").exists():
-        folder = Path("data/phantom/maps")
-        print(f"maps is not there: taking {folder}", file=sys.stderr)
-    if not folder.exists():
-        raise Mistake(f"{folder}: not there: give a folder of label maps")
-    folder = folder / "maps" if (folder / "maps").is_dir() else folder
-    paths = sorted(p for p in folder.iterdir() if p.suffix.lower() == ".png") if folder.is_dir() else [folder]
-    if not paths:
-        raise Mistake(f"{folder}: no PNG in it: give the folder that holds the label maps themselves")
-    if side is None:
-        return paths
-    split = folder.parent / "split.json"
-    try:
-        names = set(json.loads(split.read_text())[side])
-    except (OSError, ValueError, KeyError) as error:
-        raise Mistake(f"{split}: no list of names under {side} ({error!r}): leave out --side") from error
-    return [path for path in paths if path.stem in names]
+    if source == Path("maps") and not source.exists() and Path("data/phantom/maps").exists():
+        source = Path("data/phantom/maps")
+        print(f"maps is not there: taking {source}", file=sys.stderr)
+    if not source.exists():
+        raise Mistake(f"{source}: not there: give a folder of label maps")
+    if side and (not source.is_dir() or holds_volumes(source)):
+        raise Mistake(f"--side {side}: goes with the folder of a dataset of slices, which {source} is not")
+    found = find_files(source / "maps" if (source / "maps").is_dir() else source, "maps")
+    owners: dict[str, Path] = {}
+    for name, path in found.items():  # lower: on many disks a.png and A.png are one file
+        if (owner := owners.setdefault(name.lower(), path)) is not path:
+            raise Mistake(f"{path}: its slice would have the name of {owner}'s: rename one")
+    return of_side(found, source, side) if side else found
 
 
-def plan(paths: list[Path], variants: int) -> tuple[list[Job], list[str]]:
-    """The slices to make from maps, and a line on each map whose slice would have another's name."""
-    jobs, problems, owners = [], [], {}
-    for path in paths:
-        owner = owners.setdefault(path.stem.lower(), path)  # lower: on many disks a.png and A.png are one file
-        if owner is not path:
-            problems.append(f"{path}: its slice would have the name of {owner}'s: rename one")
-            continue
-        try:
-            with Image.open(path) as picture:  # reads the header alone
-                size = picture.height, picture.width
-        except PNG_ERRORS:
-            size = 0, 0  # load will tell why
+def find_files(source: Path, what: str) -> dict[str, Path]:
+    """PNGs or volumes of a folder by name, or the one file given. Raises Mistake where there is none, or both."""
+    if not holds_volumes(source):
+        if source.is_dir():
+            return list_pngs(source, what)
+        if source.suffix.lower() != ".png":
+            raise Mistake(f"{source}: neither PNG nor NIfTI: give .png, .nii or .nii.gz, or a folder of them")
+        return {source.stem: source}
+    need_nibabel(source)
+    from data.volumes import list_volumes, volume_name
+
+    if not source.is_dir():
+        return {volume_name(source): source}
+    if any(path.suffix.lower() == ".png" and path.name[0] != "." for path in source.iterdir()):
+        raise Mistake(f"{source}: holds both PNG and NIfTI: give a folder of either")
+    return list_volumes(source)
+
+
+def of_side(maps: dict[str, Path], dataset: Path, side: str) -> dict[str, Path]:
+    """The maps of one side of a dataset's split. Raises Mistake for a side without names, a name without map."""
+    split = (dataset if (dataset / "maps").is_dir() else dataset.parent) / "split.json"
+    names = read_split(split).get(side)
+    if not names:
+        raise Mistake(f"{split}: no names under {side}: leave out --side, or name another")
+    for name in names:
+        if name not in maps:
+            raise Mistake(f"{split}: names {name} under {side}, but there is no such map: prepare the dataset again")
+    return {name: maps[name] for name in names}
+
+
+def find_reals(source: Path, maps: dict[str, Path]) -> dict[str, Path]:
+    """The real slices or volumes by name, of a folder or of a dataset's images/; or the one of the one map given.
+
+    Raises Mistake where there is none, one for many maps, and where they are not of the maps' kind.
+    """
+    found = find_files(source / "images" if (source / "images").is_dir() else source, "real slices")
+    kinds = {is_volume(path) for path in (*maps.values(), *found.values())}
+    if len(kinds) > 1:
+        raise Mistake(f"{source}: --complement wants volumes for label volumes, and PNG for PNG")
+    if source.is_dir():
+        return found
+    if len(maps) > 1:
+        raise Mistake(f"{source}: one file for {len(maps)} maps: --complement wants the folder of the real slices")
+    return dict.fromkeys(maps, source)
+
+
+def real_of(path: Path, name: str, reals: dict[str, Path]) -> Path:
+    """The real slice or volume of a map. Raises Mistake where there is none of its name."""
+    if name not in reals:
+        raise Mistake(f"{path}: {name} is missing from --complement, which needs the real one of every map")
+    return reals[name]
+
+
+def is_volume(path: Path) -> bool:
+    """By its name."""
+    return path.name.lower().endswith(NIFTI)
+
+
+def holds_volumes(folder: Path) -> bool:
+    """Whether a folder, or the one file given, is of volumes; what begins with a dot is no data."""
+    paths = folder.iterdir() if folder.is_dir() else [folder]
+    return any(is_volume(path) and path.name[0] != "." for path in paths)
+
+
+def need_nibabel(asker: Any) -> None:
+    """Raise Mistake where nibabel, which volumes need and PNG does not, is not there."""
+    if not importlib.util.find_spec("nibabel"):
+        raise Mistake(f"{asker}: nibabel is missing: pip install nibabel")
+
+
+def plan(maps: dict[str, Path], variants: int) -> list[Job]:
+    """The slices to make from maps. Raises Mistake for a picture that is larger than Pillow's limit for bombs."""
+    jobs = []
+    for name, path in maps.items():
+        size = header_size(path)
         for k in range(1, variants + 1) if variants else [0]:
-            jobs.append(Job(f"{path.stem}v{k:02d}" if k else path.stem, path, size, k))
-    return jobs, problems
+            jobs.append(Job(f"{name}v{k:02d}" if k else name, path, size, k))
+    return jobs
+
+
+def header_size(path: Path) -> tuple[int, int]:
+    """Height and width by a PNG's header alone; 0, 0 where load will tell why it cannot be read."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        try:
+            with Image.open(path) as picture:
+                return picture.height, picture.width
+        except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+            raise Mistake(f"{path}: no slice is that large ({error}): leave it out") from error
+        except PNG_ERRORS:
+            return 0, 0
 
 
 def in_batches(jobs: list[Job], n: int) -> list[list[Job]]:
@@ -444,44 +569,46 @@ def in_batches(jobs: list[Job], n: int) -> list[list[Job]]:
     return [group[i : i + n] for group in groups for i in range(0, len(group), n)]
 
 
-def batch_shapes(batches: list[list[Job]], graph_batch: int | None, info: dict[str, Any]) -> list[str]:
+def batch_shapes(batches: Iterable[Shape], graph_batch: int | None, info: dict[str, Any]) -> list[str]:
     """The shapes NxHxW that the model would get, each once; without those of maps too large for a fixed size."""
     shapes = set()
-    for batch in (batch for batch in batches if all(batch[0].size)):  # 0, 0: a file that cannot be read
+    for n, *size in batches:
         with contextlib.suppress(Mistake):  # a run leaves these maps out, and says so
-            shapes.add((info["fixed"][0] or graph_batch or len(batch), *canvas(*batch[0].size, info)))
+            shapes.add((info["fixed"][0] or graph_batch or n, *canvas(*size, info)))
     return ["x".join(map(str, shape)) for shape in sorted(shapes)]
 
 
-def load(job: Job, n_labels: int, images: Path | None, seed: int) -> Slice:
-    """Read the map of a job, and the real slice where `images` is given; augment both for a variant.
+def shapes_of(batches: list[list[Job]]) -> list[Shape]:
+    """Of batches of slices, but for those of files that cannot be read."""
+    return [(len(batch), *batch[0].size) for batch in batches if all(batch[0].size)]
 
-    Raises Mistake for a bad map, one without lung, and an image that is missing, bad or of another size.
+
+def load(job: Job, n_labels: int, reals: dict[str, Path] | None, seed: int) -> Slice | None:
+    """Read the map of a job, and the real slice where `reals` are given; augment both for a variant.
+
+    Returns None where there is no lung in it. Raises Mistake for a bad map, and for a real slice that is missing, bad
+    or of another size.
     """
     labels, real = read_map(job.path), None
     if labels.max() >= n_labels:
         raise Mistake(f"{job.path}: label {labels.max()}: the model's labels are 0..{n_labels - 1}")
     if not labels.any():
-        raise Mistake(f"{job.path}: no lung in it: leave it out")
-    if images:
-        path = images / f"{job.path.stem}.png"
-        if not path.exists():
-            raise Mistake(f"{path}: missing: --complement needs the real slice of every map")
+        return None
+    if reals is not None:
+        path = real_of(job.path, job.path.stem, reals)
         real = read_image(path)
         if real.shape != labels.shape:
             raise Mistake(f"{path}: {real.shape} pixels, but its map has {labels.shape}: bring both to one size")
     if job.variant:
-        rng = np.random.default_rng([seed, job.variant, *job.path.stem.encode()])  # in whichever batch or shard it is
+        rng = np.random.default_rng([seed, job.variant, *os.fsencode(job.path.stem)])  # in whichever batch or shard
         rows, columns = augmentation(*labels.shape, rng)
         labels = sample_nearest(labels, rows, columns)
         real = None if real is None else sample_bilinear(real, rows, columns)
-        if not labels.any():
-            raise Mistake(f"{job.path}: variant {job.variant} crops its lung away: leave it out")
-    return Slice(job, labels, real)
+    return Slice(job, labels, real) if labels.any() else None  # a variant may crop its lung away
 
 
-def load_batch(batch: list[Job], reader: Callable[[Job], Slice]) -> tuple[list[Slice], list[str]]:
-    """Read what can be read of a batch; returns the slices, and a line on each that could not be."""
+def load_batch(batch: list[Job], reader: Callable[[Job], Slice | None]) -> tuple[list[Slice | None], list[str]]:
+    """Read what can be read of a batch; returns the slices, None without lung, and a line on each faulty one."""
     slices, problems = [], []
     for job in batch:
         try:
@@ -558,7 +685,7 @@ def targets(job: Job, args: argparse.Namespace) -> list[Path]:
 def write(made: tuple[list[Slice], np.ndarray], args: argparse.Namespace, info: dict[str, Any]) -> int:
     """Write slices with their synthetic lungs, HU int16 [N, H, W]; returns their number."""
     slices, lungs = made
-    for (job, labels, real), lung in zip(slices, lungs.clip(-HU_OFFSET, 4095 - HU_OFFSET), strict=True):
+    for (job, labels, real), lung in zip(slices, lungs.clip(*HELD), strict=True):
         completed = lung if real is None else np.where(labels > 0, lung, real)
         map_path, image_path, *panel_path = targets(job, args)
         write_map(map_path, labels)
@@ -570,23 +697,38 @@ def write(made: tuple[list[Slice], np.ndarray], args: argparse.Namespace, info: 
     return len(slices)
 
 
-def claim(args: argparse.Namespace, info: dict[str, Any]) -> None:
-    """Make OUT. Raises Mistake where it is the input's own folder, or holds slices that were made otherwise."""
-    inputs = [args.maps if args.maps.is_dir() else args.maps.parent, args.complement]
-    if {folder.resolve() for folder in inputs if folder} & {(args.out / kind).resolve() for kind in ("maps", "images")}:
-        raise Mistake(f"{args.out}: the input stands in it: give another --out")
+def claim(args: argparse.Namespace, info: dict[str, Any], kinds: Sequence[str]) -> None:
+    """Make OUT and its folders `kinds`. Raises Mistake where it holds slices that were made otherwise."""
     made_with = {"checkpoint_sha256": info["checkpoint_sha256"], "precision": info["precision"], "format": args.format}
     made_with |= {"completed": bool(args.complement), "seed": args.seed if args.variants else None}
-    record = args.out / "run.json"
-    text = json.dumps(made_with, indent=1) + "\n"
-    if record.exists() and record.read_text() != text:
+    record, content = args.out / "run.json", (json.dumps(made_with, indent=1) + "\n").encode()
+    made = [path for kind in ("images", "volumes") for path in (args.out / kind).glob("[!.]*")]
+    if made and not (record.exists() and record.read_bytes() == content):  # without slices, a failed start left it
         raise Mistake(f"{args.out}: its slices were made otherwise (see run.json): give another --out")
-    for kind in ("images", "maps", *["panels"] * args.panel):
+    for kind in kinds:
         (args.out / kind).mkdir(parents=True, exist_ok=True)
-    write_bytes(record, text.encode())
+    write_bytes(record, content)
+
+
+def check_out(out: Path, inputs: Iterable[Path]) -> None:
+    """Raise Mistake where OUT cannot be written to, or holds the input itself."""
+    folders = [out / kind for kind in ("images", "maps", "panels", "volumes")]
+    for folder in (out, *folders):
+        if not writable(folder):
+            raise Mistake(f"{folder}: cannot be written to: give another --out")
+    if {folder.resolve() for folder in {path.parent for path in inputs}} & {folder.resolve() for folder in folders}:
+        raise Mistake(f"{out}: the input stands in it: give another --out")
 
 
 # ------------------------------------------------------------------------------------------------ run
+
+
+class Tally(NamedTuple):
+    """What became of the slices or volumes to make: how many were written, how many hold no lung, what was faulty."""
+
+    written: int
+    without_lung: int
+    problems: list[str]
 
 
 def ahead(pool: ThreadPoolExecutor, work: Callable[[Any], Any], items: Iterable[Any], depth: int) -> Iterator[Any]:
@@ -601,17 +743,18 @@ def ahead(pool: ThreadPoolExecutor, work: Callable[[Any], Any], items: Iterable[
 
 
 def run(
-    batches: list[list[Job]], generator: Generator, reader: Callable[[Job], Slice], writer: Callable[[Any], int]
-) -> tuple[int, list[str]]:
-    """Make the slices, reading and writing in other threads while the model runs in this one.
-
-    Returns the number of slices written and a line on each map that was left out.
-    """
+    batches: list[list[Job]], generator: Generator, reader: Callable[[Job], Slice | None], writer: Callable[[Any], int]
+) -> Tally:
+    """Make the slices, reading and writing in other threads while the model runs in this one."""
     problems: list[str] = []
+    without = 0
     bar = tqdm(total=sum(map(len, batches)), unit=" slices")
 
-    def synthesized(loaded: Iterable[tuple[list[Slice], list[str]]]) -> Iterator[tuple[list[Slice], np.ndarray]]:
-        for slices, lines in loaded:
+    def synthesized(loaded: Iterable[tuple[list[Any], list[str]]]) -> Iterator[tuple[list[Slice], np.ndarray]]:
+        nonlocal without
+        for read, lines in loaded:
+            slices = [one for one in read if one]
+            without += len(read) - len(slices)
             try:
                 if slices:
                     yield slices, generator(np.stack([one.labels for one in slices]))
@@ -627,19 +770,120 @@ def run(
         loaded = ahead(pool, partial(load_batch, reader=reader), batches, 2 * workers)
         for n in ahead(pool, writer, synthesized(loaded), 2 * workers):
             bar.update(n)
-    return bar.n, problems
+    return Tally(bar.n, without, problems)
+
+
+# ------------------------------------------------------------------------------------------------ volumes
+
+
+def load_volume(path: Path, real: Path | None, n_labels: int) -> tuple["Volume", np.ndarray, np.ndarray | None]:
+    """Read a label volume, and the CT to paste into where `real` is given.
+
+    Returns the volume whose grid the result shall have, labels uint8 and the CT's HU int16 [Z, H, W] in display.
+    Raises Mistake for a bad volume, an unknown label, a CT on another grid and one that does not hold HU.
+    """
+    from data import volumes  # needs nibabel
+
+    allowed = tuple(range(n_labels))
+    if real is None:
+        return *volumes.read_label_volume(path, allowed), None
+    ct = volumes.read_volume(real)
+    labels = volumes.read_labels(path, allowed, like=ct)
+    return ct, labels, whole_hu(real, ct.voxels, labels)
+
+
+def whole_hu(path: Path, voxels: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """The voxels of a CT as HU int16, fractions rounded. Raises Mistake where they can be no HU."""
+    low, high, limits = voxels.min(), voxels.max(), np.iinfo(np.int16)
+    if not (limits.min <= low and high <= limits.max):  # nan is neither
+        raise Mistake(f"{path}: values {low:g} to {high:g} are no HU: write them as HU again")
+    lung = voxels[labels == 1]
+    if lung.size and (mean := lung.mean(dtype=float)) > LUNG_HU:
+        raise Mistake(f"{path}: mean {mean:+.0f} in healthy lung, which has HU of -850 to -500: convert it to HU")
+    hu = voxels.astype(np.int16) if voxels.dtype.kind in "iu" else np.rint(voxels).astype(np.int16)
+    if (hu != voxels).any():
+        print(f"note: {path}: fractions of a HU are rounded", file=sys.stderr)
+    return hu
+
+
+def fill_volume(path: Path, labels: np.ndarray, generator: Generator, n: int) -> np.ndarray:
+    """HU int16 of labels uint8, both [Z, H, W], n slices at a time; slices without lung hold the window's floor.
+
+    Raises Mistake that names `path`, as the generator does.
+    """
+    floor = round(generator.info["level"] - generator.info["width"] / 2)
+    hu = np.full(labels.shape, floor, np.int16)
+    with_lung = np.flatnonzero(labels.any((1, 2)))
+    try:
+        with tqdm(total=len(with_lung), desc=path.name, unit=" slices") as bar:
+            for z in (with_lung[i : i + n] for i in range(0, len(with_lung), n)):
+                hu[z] = generator(labels[z])
+                bar.update(len(z))
+    except Mistake as mistake:
+        raise Mistake(f"{path}: {mistake}") from mistake
+    return hu.clip(*HELD)
+
+
+def make_volume(path: Path, real: Path | None, target: Path, generator: Generator, n: int) -> bool:
+    """Write the CT volume of a label volume; returns False, and writes nothing, where no lung is in it."""
+    from data.volumes import write_volume  # needs nibabel
+
+    like, labels, ct = load_volume(path, real, len(generator.info["labels"]))
+    if not labels.any():
+        return False
+    hu = fill_volume(path, labels, generator, n)
+    write_volume(target, like, hu if ct is None else np.where(labels > 0, hu, ct))
+    return True
+
+
+def run_volumes(
+    volumes: dict[str, Path], reals: dict[str, Path] | None, out: Path, generator: Generator, n: int
+) -> Tally:
+    """Make the volumes one at a time: it may be all that fits into memory."""
+    made, problems = [], []
+    for name, path in volumes.items():
+        try:
+            real = real_of(path, name, reals) if reals else None
+            made.append(make_volume(path, real, volume_file(out, name), generator, n))
+        except Mistake as mistake:
+            problems.append(str(mistake))
+            print(f"error: {mistake}", file=sys.stderr)
+    return Tally(made.count(True), made.count(False), problems)
+
+
+def volume_file(out: Path, name: str) -> Path:
+    """The file of one volume."""
+    return out / "volumes" / f"{name}.nii.gz"
+
+
+def survey(volumes: dict[str, Path], reals: dict[str, Path] | None) -> list[Shape]:
+    """Slices with lung, height and width of the volumes that can be read; it reads them all."""
+    shapes = []
+    for name, path in volumes.items():
+        with contextlib.suppress(Mistake):  # the run will tell
+            labels = load_volume(path, real_of(path, name, reals) if reals else None, len(LABELS))[1]
+            shapes.append((np.count_nonzero(labels.any((1, 2))), *labels.shape[1:]))
+    return shapes
+
+
+def in_parts(shapes: list[Shape], n: int) -> list[Shape]:
+    """Stacks of slices [N, H, W] as batches of up to n."""
+    return [(min(n, count - i), *size) for count, *size in shapes for i in range(0, count, n)]
+
+
+# ------------------------------------------------------------------------------------------------ command line
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """The command line, checked. Raises Mistake."""
     parser = OneLineParser(__doc__)
     option = parser.add_argument
-    option("maps", type=Path, help="folder of label maps, or one: palette PNG, or RGB in the paper's colours")
+    option("maps", type=Path, help="folder of label maps, or one: palette PNG, RGB in the paper's colours, or NIfTI")
     option("--side", choices=("train", "test", "seg_test"), help="that side of a dataset's split alone")
     option("--model", type=Path, default=Path("generator.onnx"), help="what export.py wrote")
     option("--out", type=Path, default=Path("synthetic"), help="folder to write to")
-    option("--format", choices=ENDINGS, default="png16", help="of the slices")
-    option("--complement", type=Path, metavar="IMAGES", help="folder of the real slices to paste into")
+    option("--format", choices=ENDINGS, help="of the slices (default: png16)")
+    option("--complement", type=Path, metavar="IMAGES", help="folder of the real slices, or CT volumes, to paste into")
     option("--variants", type=int, default=0, metavar="K", help="make K augmentations of each map, in its place")
     option("--seed", type=int, default=0, help="of the variants")
     option("--panel", action="store_true", help="write pictures of map, synthesis and completion")
@@ -658,59 +902,119 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if not (part.isdecimal() and parts.isdecimal() and 1 <= int(part) <= int(parts)):
         raise Mistake(f"--shard {args.shard}: give I/N with I from 1 to N, like 1/4")
     args.part, args.parts = int(part), int(parts)
-    if args.complement and not args.complement.is_dir():
+    if args.complement and not args.complement.exists():
         raise Mistake(f"{args.complement}: not there: --complement wants the folder of the real slices")
     if args.precision == "bf16" and args.provider != "openvino":
         raise Mistake("--precision bf16: goes with --provider openvino alone")
     if args.cuda_graph and args.provider != "cuda":  # TensorRT captures whole models alone, and has no int16
         raise Mistake("--cuda-graph: goes with --provider cuda alone")
-    if args.format == "nifti" and not importlib.util.find_spec("nibabel"):
-        raise Mistake("--format nifti: nibabel is missing: pip install nibabel")
+    if args.format == "nifti":
+        need_nibabel("--format nifti")
     return args
 
 
-def main(argv: list[str]) -> int:
-    """Do what the command line says. Returns the exit status: 2 where maps were left out."""
-    args = parse(argv)
-    paths = find_maps(args.maps, args.side)
-    jobs, problems = plan(paths, args.variants)
-    shapes = [(len(batch), *batch[0].size) for batch in in_batches(jobs, args.batch or NVIDIA_BATCH)]
-    special = {"shapes": shapes, "precision": args.precision, "graphs": args.cuda_graph}
+def open_for(args: argparse.Namespace, shapes: list[Shape]) -> tuple[ort.InferenceSession, dict[str, Any], str, int]:
+    """The session, the model's metadata, the provider's name and the batch; a dry run may fall back on the CPU."""
     try:
-        session, info = open_session(args.model, args.provider, args.threads, **special)
+        wanted = {"shapes": shapes, "precision": args.precision, "graphs": args.cuda_graph}
+        session, info = open_session(args.model, args.provider, args.threads, **wanted)
     except Mistake as mistake:
         if not args.dry_run:
             raise
         session, info = open_session(args.model, "cpu", args.threads)  # which says again what is wrong with the file
         print(f"note: {mistake}", file=sys.stderr)
-    side = info["size"]
-    if any(job.size != (side, side) for job in jobs):
-        print(f"note: not all maps are {side} x {side}, the size the model was trained at", file=sys.stderr)
-    mine = jobs[args.part - 1 :: args.parts]
-    todo = [job for job in mine if not all(path.exists() for path in targets(job, args))]
     name = next(k for k, v in PROVIDERS.items() if v == session.get_providers()[0])
     name = name if args.provider == "auto" else args.provider  # in a dry run it may not be here
-    n = info["fixed"][0] or args.batch or (NVIDIA_BATCH if name in NVIDIA else 1)
+    return session, info, name, info["fixed"][0] or args.batch or (NVIDIA_BATCH if name in NVIDIA else 1)
+
+
+def describe(
+    args: argparse.Namespace, info: dict[str, Any], name: str, n: int, to_come: list[Shape], todo: list[Shape]
+) -> None:
+    """Print what a dry run is for: the options that open_for gave for the batches to come, the shapes still to do."""
+    options = provider_options(name, info, to_come, args.precision, args.cuda_graph)
+    print(f"provider options: {options}\n{name}, CUDA graphs: {'yes' if args.cuda_graph else 'no'}")
+    print(f"batch shapes: {', '.join(batch_shapes(todo, n if args.cuda_graph else None, info)) or 'none'}")
+
+
+def share(items: list[Any], args: argparse.Namespace) -> list[Any]:
+    """The shard's part."""
+    mine = items[args.part - 1 :: args.parts]
+    if not mine:
+        print(f"note: nothing is left for shard {args.shard}: there are only {len(items)}", file=sys.stderr)
+    return mine
+
+
+def make_slices(args: argparse.Namespace, maps: dict[str, Path], reals: dict[str, Path] | None) -> int:
+    """Make CT slices of PNG maps. Returns the exit status."""
+    args.format = args.format or "png16"
+    jobs = plan(maps, args.variants)
+    to_come = shapes_of(in_batches(jobs, args.batch or NVIDIA_BATCH))
+    session, info, name, n = open_for(args, to_come)
+    if any(job.size != (info["size"], info["size"]) for job in jobs):
+        side = info["size"]
+        print(f"note: not all maps are {side} x {side}, the size the model was trained at", file=sys.stderr)
+    mine = share(jobs, args)
+    todo = [job for job in mine if not all(path.exists() for path in targets(job, args))]
     batches = in_batches(todo, n)
     finished = len(mine) - len(todo)
-    print(f"{len(paths)} maps: {finished} slices finished, {len(todo)} to make in {len(batches)} batches of up to {n}")
+    print(f"{len(maps)} maps: {finished} slices finished, {len(todo)} to make in {len(batches)} batches of up to {n}")
     if args.dry_run:
-        options = provider_options(name, info, **special)
-        print(f"provider options: {options}\n{name}, CUDA graphs: {'yes' if args.cuda_graph else 'no'}")
-        print(f"batch shapes: {', '.join(batch_shapes(batches, n if args.cuda_graph else None, info)) or 'none'}")
+        describe(args, info, name, n, to_come, shapes_of(batches))
         return 0
     generator = Generator(session, info, n if args.cuda_graph else None)
-    claim(args, info)
-    for line in problems:
-        print(f"error: {line}", file=sys.stderr)
-    reader = partial(load, n_labels=len(info["labels"]), images=args.complement, seed=args.seed)
-    written, bad = run(batches, generator, reader, partial(write, args=args, info=info))
-    problems += bad
-    print(f"{written} slices written to {args.out}")
-    if problems:
-        print("\n  ".join([f"{len(problems)} left out:", *problems]), file=sys.stderr)
-    return 2 if problems else 0
+    claim(args, info, ("images", "maps", *["panels"] * args.panel))
+    reader = partial(load, n_labels=len(info["labels"]), reals=reals, seed=args.seed)
+    tally = run(batches, generator, reader, partial(write, args=args, info=info))
+    return report(args, "slices", tally, len(jobs))
+
+
+def make_volumes(args: argparse.Namespace, volumes: dict[str, Path], reals: dict[str, Path] | None) -> int:
+    """Make CT volumes of label volumes. Returns the exit status."""
+    for option in ("format", "variants", "panel"):
+        if getattr(args, option):
+            raise Mistake(f"--{option}: is of slices, and {args.maps} holds volumes: leave it out")
+    args.format = "volume"
+    mine = share(list(volumes), args)
+    todo = {name: volumes[name] for name in mine if not volume_file(args.out, name).exists()}
+    sizes = survey(todo, reals) if args.dry_run or args.provider == "tensorrt" else []  # nobody else asks before
+    to_come = in_parts(sizes, args.batch or NVIDIA_BATCH)
+    session, info, name, n = open_for(args, to_come)
+    finished = len(mine) - len(todo)
+    print(f"{len(volumes)} volumes: {finished} finished, {len(todo)} to make, {n} slices at a time")
+    if args.dry_run:
+        describe(args, info, name, n, to_come, in_parts(sizes, n))
+        return 0
+    generator = Generator(session, info, n if args.cuda_graph else None)
+    claim(args, info, ["volumes"])
+    return report(args, "volumes", run_volumes(todo, reals, args.out, generator, n), len(volumes))
+
+
+def report(args: argparse.Namespace, what: str, tally: Tally, total: int) -> int:
+    """Say how it went. Returns the exit status, 2 where some were left out as faulty; Mistake where none has a lung."""
+    if tally.without_lung == total:
+        raise Mistake(f"{args.maps}: no lung in any of the {total} {what}: give maps with labels above 0")
+    print(f"{tally.written} {what} written to {args.out}")
+    if tally.without_lung:
+        print(f"note: {tally.without_lung} {what} without lung are left out", file=sys.stderr)
+    if tally.problems:
+        print("\n  ".join([f"{len(tally.problems)} left out:", *tally.problems]), file=sys.stderr)
+    return 2 if tally.problems else 0
+
+
+def main(argv: list[str]) -> int:
+    """Do what the command line says. Returns the exit status: 2 where maps were left out as faulty. Raises Mistake."""
+    args = parse(argv)
+    maps = find_maps(args.maps, args.side)
+    reals = find_reals(args.complement, maps) if args.complement else None
+    check_out(args.out, [*maps.values(), *(reals or {}).values()])
+    make = make_volumes if is_volume(next(iter(maps.values()))) else make_slices
+    try:
+        return make(args, maps, reals)
+    except MemoryError as error:
+        raise Mistake(f"not enough memory ({error}): try a smaller --batch or smaller maps") from error
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # a path may hold what the terminal's encoding does not
     exit_on_mistake(main, stopped="stopped: the same command goes on from here")
