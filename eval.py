@@ -4,15 +4,16 @@
     python eval.py REAL FAKE --maps MAPS                    # for the complete image and for the lung alone
     python eval.py data/phantom synthetic                   # datasets: their images/, and FAKE's or REAL's maps/
     python eval.py REAL FAKE --features features.onnx       # FID and KID, and their floor: real against real
-    python eval.py REAL FAKE --maps MAPS --unet unet.onnx   # Dice, sensitivity, specificity of the lesions (§IV-B.2)
+    python eval.py REAL FAKE --maps MAPS --unet unet.onnx   # Dice, sensitivity, specificity (section IV-B.2)
     python eval.py REAL FAKE --maps MAPS --train data/ct    # does the generator copy its training images?
 
 REAL and FAKE hold 16-bit PNG of HU + 1024, paired by file name. With maps, the complete image is the synthesis inside
 the lung (label above 0) and the real slice elsewhere, bit for bit, and the lung alone is black elsewhere; without
-maps FAKE is taken as it is. Images are measured through the lung window, as 0..1.
-Results are printed as a table, and written as JSON with --json. OUT/eval_cases.png: the best, median and worst case
-by SSIM, as map | real | synthetic | difference. OUT/eval_memorisation.png: the synthetic lungs that are nearest to a
-training image, each beside it. Research only, not for diagnosis.
+maps FAKE is taken as it is. Slices without lung are left out, and counted. Images are measured through the lung
+window, as 0..1. What a person reads is printed; --json has every figure in every dimension.
+OUT/eval_cases.png: the best, median and worst case by SSIM, as map | real | synthetic | difference.
+OUT/eval_memorisation.png: the synthetic lungs that are nearest to a training image, each beside it. Research only,
+not for diagnosis.
 """
 
 import argparse
@@ -20,6 +21,7 @@ import json
 import math
 import sys
 import tempfile
+import textwrap
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -42,12 +44,14 @@ from data.slices import (
     OneLineParser,
     coloured,
     exit_on_mistake,
+    list_pngs,
     read_image,
     read_map,
+    read_split,
     windowed,
     write_bytes,
 )
-from infer_onnx import ORT_ERRORS, PROVIDERS, ahead, open_session, usable_cores
+from infer_onnx import ORT_ERRORS, PROVIDERS, ahead, first_line, open_session, usable_cores
 
 SIDES = ("fake", "real")
 LESIONS = {"GGO": (2,), "consolidation": (3,), "infection": (2, 3)}  # labels of each
@@ -55,6 +59,7 @@ THUMBNAIL = 64  # pixels a side at which lungs are compared for memorisation
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
 SSIM_WINDOW = 11
 SEED = 0  # of the floor's halves and of KID's subsets
+COLUMNS = 100  # of what is printed, at most
 
 Rows = dict[str, dict[str, Any]]  # of a table: row -> column -> value
 
@@ -81,13 +86,7 @@ class Batch(NamedTuple):
 
 def pngs(folder: Path, part: str) -> dict[str, Path]:
     """PNGs of a folder by name; of a dataset those of its part, "images" or "maps". Raises Mistake where none is."""
-    folder = folder / part if (folder / part).is_dir() else folder
-    if not folder.is_dir():
-        raise Mistake(f"{folder}: no such folder: give one of PNG {part}, or a dataset that holds {part}/")
-    found = {path.stem: path for path in sorted(folder.iterdir()) if path.suffix.lower() == ".png"}
-    if not found:
-        raise Mistake(f"{folder}: no PNG in it: give the folder of the {part}")
-    return found
+    return list_pngs(folder / part if (folder / part).is_dir() else folder, part)
 
 
 def find_pairs(real: Path, fake: Path, maps: Path | None = None, strict: bool = False) -> list[Pair]:
@@ -96,13 +95,13 @@ def find_pairs(real: Path, fake: Path, maps: Path | None = None, strict: bool = 
     maps None: those of the dataset FAKE or REAL, where it is one. Raises Mistake for no pair and for a missing map.
     """
     reals, fakes = pngs(real, "images"), pngs(fake, "images")
-    both, single = sorted(reals.keys() & fakes.keys()), len(reals.keys() ^ fakes.keys())
+    both, single = sorted(reals.keys() & fakes.keys()), sorted(reals.keys() ^ fakes.keys())
     if not both:
-        raise Mistake(f"{fake}: none of its file names is in {real}: name each synthetic slice as its real one")
+        raise Mistake(f"{fake}: {min(fakes)} and all others are not in {real}: name each slice as its real one")
     if single:
         line = f"{len(reals) - len(both)} names are in {real} only, {len(fakes) - len(both)} in {fake} only"
         if strict:
-            raise Mistake(f"{line}: without --strict they are left out")
+            raise Mistake(f"{line}, {single[0]} first: without --strict they are left out")
         print(f"note: {line}: left out", file=sys.stderr)
     maps = maps or next((dataset / "maps" for dataset in (fake, real) if (dataset / "maps").is_dir()), None)
     labels = pngs(maps, "maps") if maps else {}
@@ -119,16 +118,14 @@ def check_sizes(path: Path, array: np.ndarray, other_path: Path, other: np.ndarr
 
 
 def read_lung(image: Path, labels: Path) -> tuple[np.ndarray, np.ndarray]:
-    """A slice, HU int16 [H, W], and its map, uint8 [H, W]. Raises Mistake for sizes that differ and for no lung."""
+    """A slice, HU int16 [H, W], and its map, uint8 [H, W]. Raises Mistake for a bad file and sizes that differ."""
     hu, drawn = read_image(image), read_map(labels)
     check_sizes(labels, drawn, image, hu)
-    if not drawn.any():
-        raise Mistake(f"{labels}: no lung in it, all is background: leave this slice out")
     return hu, drawn
 
 
 def read_pair(pair: Pair) -> Batch:
-    """A pair as a batch of one. Raises Mistake for a bad file, sizes that differ, and no lung."""
+    """A pair as a batch of one. Raises Mistake for a bad file and sizes that differ."""
     real = read_image(pair.real)
     if min(real.shape) < SSIM_WINDOW:
         raise Mistake(f"{pair.real}: {real.shape} pixels: SSIM needs {SSIM_WINDOW} each way")
@@ -140,20 +137,25 @@ def read_pair(pair: Pair) -> Batch:
     return Batch(real[None], np.where(labels > 0, fake, real)[None], labels[None])
 
 
-def batches(pairs: list[Pair], size: int) -> Iterator[Batch]:
-    """Pairs in their order, neighbours of one size together, `size` at most; a few are read ahead in threads."""
-    held: list[Batch] = []
+def batches(pairs: list[Pair], size: int) -> Iterator[tuple[list[Pair], Batch]]:
+    """Pairs with lung in their order, neighbours of one size together, `size` at most; a few are read ahead."""
+    held: list[tuple[Pair, Batch]] = []
 
-    def joined() -> Batch:
-        return Batch(*(np.concatenate(arrays) for arrays in zip(*held, strict=True)))
+    def joined() -> tuple[list[Pair], Batch]:
+        members, ones = zip(*held, strict=True)
+        return list(members), Batch(*(np.concatenate(arrays) for arrays in zip(*ones, strict=True)))
 
     with ThreadPoolExecutor(usable_cores()) as pool:
-        for one in ahead(pool, read_pair, pairs, 4 * usable_cores()):
-            if held and (len(held) == size or one.real.shape != held[0].real.shape):
+        read = tqdm(ahead(pool, read_pair, pairs, 4 * usable_cores()), "pairs", len(pairs), delay=1)
+        for pair, one in zip(pairs, read, strict=True):
+            if not one.labels.any():
+                continue
+            if held and (len(held) == size or one.real.shape != held[0][1].real.shape):
                 yield joined()
                 held.clear()
-            held.append(one)
-    yield joined()
+            held.append((pair, one))
+    if held:
+        yield joined()
 
 
 class Window:
@@ -188,16 +190,20 @@ def interval(values: list[float]) -> tuple[float | None, float | None, int]:
     return float(np.mean(values)) if n else None, half, n
 
 
+def patient(name: str) -> str:
+    """The patient of a slice: what stands before the last "_" of its name."""
+    return name.rsplit("_", 1)[0]
+
+
 def estimate(values: np.ndarray, names: list[str]) -> dict[str, float | None]:
     """Mean, half its 95 % interval and n of values [n], NaN left out: over slices, and over the patients' means.
 
-    Slices of one patient are alike, so that the interval over slices is too narrow for new patients. A slice's
-    patient is what stands before the last "_" of its name.
+    Slices of one patient are alike, so that the interval over slices is too narrow for new patients.
     """
     patients = defaultdict(list)
     for name, value in zip(names, values, strict=True):
         if not math.isnan(value):
-            patients[name.rsplit("_", 1)[0]].append(float(value))
+            patients[patient(name)].append(float(value))
     over_slices = interval([value for group in patients.values() for value in group])
     over_patients = interval([float(np.mean(group)) for group in patients.values()])
     columns = ("mean", "interval", "n", "patients_mean", "patients_interval", "patients_n")
@@ -281,7 +287,7 @@ def pixel_graph(height: int, width: int, level: float, window: float) -> onnx.Mo
         luminance = (mean * mean + mean * mean_d) * 2 + 0.01**2  # 2 mean(real) mean(fake) + C1
         structure = (variance + covariance) * 2 + 0.03**2  # 2 cov(real, fake) + C2
         score = luminance * structure / ((luminance + squared_d) * (structure + variance_d))
-        return (score * weights).mean(3).mean(2).mean(1)
+        return ((score - 1) * weights).mean(3).mean(2).mean(1) + 1  # the weights' own rounding meets what is lost alone
 
     def power(image: Node) -> Node:  # [N, H, W] -> [N]; in two steps: in one, fp32 loses two digits on even areas
         return (image * image).mean(2).mean(1)
@@ -301,21 +307,22 @@ def pixel_graph(height: int, width: int, level: float, window: float) -> onnx.Mo
     return model
 
 
-def run(session: ort.InferenceSession, outputs: list[str], **inputs: np.ndarray) -> list[np.ndarray]:
-    """Run a model for the outputs named. Raises Mistake where ONNX Runtime fails, out of memory perhaps."""
+def run(model: Path | str, session: ort.InferenceSession, outputs: list[str], **inputs: np.ndarray) -> list[np.ndarray]:
+    """Run a model for the outputs named. Raises Mistake, naming the model, where ONNX Runtime or memory fails."""
     try:
         return session.run(outputs, inputs)
-    except (*ORT_ERRORS, ValueError) as error:  # ValueError: another input's name
+    except (*ORT_ERRORS, RuntimeError, MemoryError, ValueError) as error:  # ValueError: another input's name
         shapes = ", ".join(f"{name} {array.shape}" for name, array in inputs.items())
-        raise Mistake(f"ONNX Runtime on {shapes}: {str(error).splitlines()[0]}; a smaller --batch may help") from error
+        reason = first_line(error) or type(error).__name__
+        raise Mistake(f"{model}: ONNX Runtime on {shapes}: {reason}; if memory is short, a smaller --batch") from error
 
 
 class PixelMetrics:
     """PSNR, SSIM, RMSE and NRMSE of every pair (Table II).
 
     PSNR in dB has peak 1 and is at most 100; NRMSE is RMSE over the real image's root mean square, the scale of
-    Table II. PSNR and RMSE of the lung alone are those of the complete image by construction: both differences are 0
-    outside the lung, and both are means over the full frame.
+    Table II, and NaN where the real image is black. PSNR and RMSE of the lung alone are those of the complete image
+    by construction: both differences are 0 outside the lung, and both are means over the full frame.
     """
 
     def __init__(self, window: Window, provider: str, regions: list[str]) -> None:
@@ -330,17 +337,19 @@ class PixelMetrics:
                 path = Path(folder) / f"metrics_{height}x{width}.onnx"
                 onnx.save(pixel_graph(height, width, self.window.level, self.window.width), path)
                 # one thread: the other cores are at the next pairs' PNGs
-                self.sessions[height, width], _ = open_session(path, self.provider, threads=1, kind="metrics")
+                session, _ = open_session(path, self.provider, threads=1, kind="metrics", quiet=True)
+                self.sessions[height, width] = session
         return self.sessions[height, width]
 
     def update(self, batch: Batch) -> None:
         """Measure a batch."""
         session = self.session(*batch.real.shape[1:])
         outputs = [output.name for output in session.get_outputs()]
-        found = dict(zip(outputs, run(session, outputs, **batch._asdict()), strict=True))
+        found = dict(zip(outputs, run("metrics", session, outputs, **batch._asdict()), strict=True))
         mse = found["mse"].astype(np.float64)
         for region in self.regions:
-            rms = np.sqrt(found[f"{region} power"].astype(np.float64)).clip(1e-12)
+            rms = np.sqrt(found[f"{region} power"].astype(np.float64))
+            rms[rms == 0] = np.nan
             self.found[f"{region} PSNR"].append(-10 * np.log10(mse.clip(1e-10)))
             self.found[f"{region} SSIM"].append(found[f"{region} ssim"])
             self.found[f"{region} RMSE"].append(np.sqrt(mse))
@@ -419,7 +428,7 @@ class Features:
     def __init__(
         self, model: Path, provider: str, dimension: str | None, force: bool, window: Window, regions: list[str]
     ) -> None:
-        self.session, info = open_session(model, provider, kind="features")
+        self.model, (self.session, info) = model, open_session(model, provider, kind="features")
         self.name, self.force, self.window, self.regions = info.get("name", model.stem), force, window, regions
         offered = [output.name for output in self.session.get_outputs()]
         if dimension and dimension not in offered:
@@ -428,26 +437,27 @@ class Features:
         self.found: dict[tuple[str, str, str], list[np.ndarray]] = defaultdict(list)  # [N, d] of each batch
 
     def update(self, batch: Batch) -> None:
-        """Compute the features of a batch."""
+        """Compute the features of a batch. Raises Mistake for features that are no vectors of finite numbers."""
         for region in self.regions:
             for side in SIDES:
                 image = self.window(getattr(batch, side), batch.labels if region == "lung" else None)
-                features = run(self.session, self.dimensions, image=image)
+                features = run(self.model, self.session, self.dimensions, image=image)
                 for dimension, of_batch in zip(self.dimensions, features, strict=True):
+                    if of_batch.shape[:-1] != (len(image),) or not np.isfinite(of_batch).all():
+                        raise Mistake(f"{self.model}: {dimension} is not finite, or not [N, d]: export it again")
                     self.found[dimension, region, side].append(of_batch)
 
     def result(self, names: list[str]) -> dict[str, Rows]:
         """Table "features"; the floor is one random half of the real images against the other."""
         rows: Rows = {}
         halves = np.array_split(np.random.default_rng(SEED).permutation(len(names) // 2 * 2), 2)
-        for dimension in self.dimensions:
-            for region in self.regions:
-                fake, real = (np.concatenate(self.found[dimension, region, side]) for side in SIDES)
-                for figure in ("FID", "KID"):
-                    row = {"features": self.name, "dimension": real.shape[1]}
-                    row |= distance(figure, real, fake, self.force)
-                    floor = distance(figure, *(real[half] for half in halves), self.force)
-                    rows[f"{region} {figure} {dimension}"] = row | {f"floor_{key}": v for key, v in floor.items()}
+        all_of_them = [(dimension, region) for dimension in self.dimensions for region in self.regions]
+        for dimension, region in tqdm(all_of_them, "FID and KID", delay=1):
+            fake, real = (np.concatenate(self.found[dimension, region, side]) for side in SIDES)
+            for figure in ("FID", "KID"):
+                row = {"features": self.name, "dimension": real.shape[1]} | distance(figure, real, fake, self.force)
+                floor = distance(figure, *(real[half] for half in halves), self.force)
+                rows[f"{region} {figure} {dimension}"] = row | {f"floor_{key}": v for key, v in floor.items()}
         return {"features": rows}
 
 
@@ -471,17 +481,20 @@ class Segmentation:
     """Lesions that a U-Net finds in the complete images, synthetic and, as the ceiling, real, against the maps."""
 
     def __init__(self, model: Path, provider: str) -> None:
-        self.session, info = open_session(model, provider, kind="unet")
+        self.model, (self.session, info) = model, open_session(model, provider, kind="unet")
         self.multiple = int(info.get("multiple", 16))
         self.found: dict[str, list[np.ndarray]] = defaultdict(list)  # row -> [N] of each batch
         self.empty: Counter[str] = Counter()
 
     def segment(self, hu: np.ndarray) -> np.ndarray:
-        """HU int16 [N, H, W] of any H and W to labels uint8 [N, H, W]: pad with air, run, crop."""
+        """HU int16 [N, H, W] of any H and W to labels uint8 [N, H, W]: pad with air, run, crop. May raise Mistake."""
         _, height, width = hu.shape
         padding = (0, 0), (0, -height % self.multiple), (0, -width % self.multiple)
         padded = np.pad(hu, padding, constant_values=-HU_OFFSET)
-        return run(self.session, ["map"], ct=padded)[0][:, :height, :width]
+        (labels,) = run(self.model, self.session, ["map"], ct=padded)
+        if labels.dtype != np.uint8 or labels.shape != padded.shape:
+            raise Mistake(f"{self.model}: its map is {labels.dtype} {labels.shape}, not labels of {padded.shape}")
+        return labels[:, :height, :width]
 
     def update(self, batch: Batch) -> None:
         """Segment a batch and compare it with its maps."""
@@ -529,20 +542,25 @@ class Memorisation:
     """
 
     def __init__(self, train: Path, window: Window) -> None:
-        self.window, self.files = window, training_files(train)
-        self.lungs = np.empty((len(self.files), THUMBNAIL**2), np.float32)
+        self.window, self.files, found = window, {}, training_files(train)  # files of the slices with lung, by name
+        self.lungs = np.empty((len(found), THUMBNAIL**2), np.float32)
         with ThreadPoolExecutor(usable_cores()) as pool:
-            thumbs = ahead(pool, self.read, self.files.values(), 4 * usable_cores())
-            for k, lung in enumerate(tqdm(thumbs, "training lungs", len(self.files))):
-                self.lungs[k] = lung
+            thumbs = tqdm(ahead(pool, self.read, found.values(), 4 * usable_cores()), "training lungs", len(found))
+            for (name, files), lung in zip(found.items(), thumbs, strict=True):
+                if lung is not None:
+                    self.lungs[len(self.files)] = lung
+                    self.files[name] = files
+        if not self.files:
+            raise Mistake(f"{train}: no lung in any of its {len(found)} training maps: give the set trained on")
+        self.lungs, self.without_lung = self.lungs[: len(self.files)], len(found) - len(self.files)
         self.squares = (self.lungs**2).sum(1)  # [n_train]
         self.nearest: dict[str, list[np.ndarray]] = defaultdict(list)  # side -> index [N] of each batch
         self.distance: dict[str, list[np.ndarray]] = defaultdict(list)  # side -> RMS [N] of each batch
 
-    def read(self, files: tuple[Path, Path]) -> np.ndarray:
-        """The thumbnail [THUMBNAIL^2] of a training lung."""
+    def read(self, files: tuple[Path, Path]) -> np.ndarray | None:
+        """The thumbnail [THUMBNAIL^2] of a training lung; None of a slice without."""
         hu, labels = read_lung(*files)
-        return thumbnails(self.window(hu, labels)[None])[0]
+        return thumbnails(self.window(hu, labels)[None])[0] if labels.any() else None
 
     def update(self, batch: Batch) -> None:
         """Find the training lungs nearest to a batch."""
@@ -571,7 +589,7 @@ class Memorisation:
         fake, real = (np.concatenate(self.distance[side]).astype(np.float64) for side in SIDES)
         unseen = real[real > 1e-6]
         rows: Rows = {
-            "training": {"lungs": len(self.lungs)},
+            "training": {"lungs": len(self.lungs), "without_lung": self.without_lung},
             "fake": {"lungs": len(fake), "median": np.median(fake), "minimum": fake.min()},
             "real": {"lungs": len(unseen)},
         }
@@ -590,14 +608,13 @@ def training_files(train: Path) -> dict[str, tuple[Path, Path]]:
     Raises Mistake where one is missing.
     """
     images, maps, split = pngs(train, "images"), pngs(train / "maps", "maps"), train / "split.json"
-    try:
-        names = json.loads(split.read_text())["train"] if split.is_file() else list(images)
-    except (ValueError, KeyError, TypeError) as error:
-        raise Mistake(f'{split}: no JSON with names under "train" ({error}): prepare the data again') from error
-    missing = [name for name in names if name not in images or name not in maps]
+    sides = read_split(split) if split.is_file() else {"train": list(images)}
+    if not sides.get("train"):
+        raise Mistake(f'{split}: no names under "train": prepare the data again')
+    missing = [name for name in sides["train"] if name not in images or name not in maps]
     if missing:
         raise Mistake(f"{train}: {missing[0]} and {len(missing) - 1} more lack image or map: prepare the data again")
-    return {name: (images[name], maps[name]) for name in names}
+    return {name: (images[name], maps[name]) for name in sides["train"]}
 
 
 # ------------------------------------------------------------------------------------------------ pictures
@@ -616,7 +633,7 @@ def picture(rows: list[list[np.ndarray]]) -> bytes:
     return iio.imwrite("<bytes>", sheet, extension=".png")
 
 
-def case(pair: Pair, window: Window) -> list[np.ndarray]:
+def tiles(pair: Pair, window: Window) -> list[np.ndarray]:
     """Tiles of a pair: map where there is one, real, synthetic, absolute difference."""
     one = read_pair(pair)
     real, fake = window(one.real[0]), window(one.fake[0])
@@ -624,22 +641,124 @@ def case(pair: Pair, window: Window) -> list[np.ndarray]:
     return [coloured(one.labels[0])] * bool(pair.labels) + [real, fake, difference]
 
 
+# ------------------------------------------------------------------------------------------------ what a person reads
+
+
+def text(value: Any) -> str:
+    """A cell: floats to 4 digits, names cut to 40 columns, "-" for None; no letter that the output cannot show."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    encoding = sys.stdout.encoding or "ascii"
+    word = "-" if value is None else str(value).encode(encoding, "backslashreplace").decode(encoding)
+    most = 40 if word.isascii() else 20  # other letters may be two columns wide
+    return word if len(word) <= most else f"{word[: most // 2 - 1]}..{word[1 - most // 2 :]}"
+
+
+def aligned(grid: list[list[Any]], *notes: str) -> str:
+    """Rows of cells as lines, the first column to the left and the others to the right; below them the notes."""
+    cells = [[text(value) for value in row] for row in grid]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in cells]
+    return "\n".join(lines + [textwrap.fill(note, COLUMNS, subsequent_indent="  ") for note in notes])
+
+
+def means(title: str, rows: Rows, *notes: str) -> str:
+    """Rows named "kind figure" with the figures down and the kinds across: mean, and half of its two intervals."""
+    kinds, figures = (list(dict.fromkeys(words)) for words in zip(*(row.split(" ", 1) for row in rows), strict=True))
+    heads = [("synthetic" if kind == "fake" else kind, "+-slices", "+-patients") for kind in kinds]
+    grid = [[title, "n", *(head for three in heads for head in three)]]
+    for figure in figures:
+        grid.append([figure, rows[f"{kinds[0]} {figure}"]["n"]])
+        for row in (rows[f"{kind} {figure}"] for kind in kinds):
+            halves = (row["interval"], row["patients_interval"])
+            grid[-1] += [row["mean"], *(half and float(f"{half:.2g}") for half in halves)]
+    return aligned(grid, *notes)
+
+
+def distances(rows: Rows) -> str:
+    """FID and KID beside their floors, each in the largest dimension that it is given in, and what is left out."""
+    first, regions = next(iter(rows.values())), list(dict.fromkeys(row.split()[0] for row in rows))
+    grid = [[first["features"], "n", *(head for region in regions for head in (region, "floor"))]]
+    notes = [f"floor: half of the real slices against the other half, {first['floor_N']} each: FID rises as n falls"]
+    for figure, need in (("FID", "more slices than dimensions"), ("KID", "two slices")):
+        found = [row for name, row in rows.items() if name.split()[1] == figure]
+        found.sort(key=lambda row: row["dimension"])
+        if absent := list(dict.fromkeys(str(row["dimension"]) for row in found if row["value"] is None)):
+            dimensions = " and ".join(", ".join(absent).rsplit(", ", 1))
+            notes.append(f"{figure} at {dimensions} left out: {first['N']} slices; it needs {need}")
+        if given := [row for row in found if row["value"] is not None][-len(regions) :]:
+            dimension, values = given[0]["dimension"], [row[key] for row in given for key in ("value", "floor_value")]
+            grid.append([f"{figure}, {dimension} dimensions", first["N"], *values])
+            if values[1] is None:
+                notes.append(f"{figure}'s floor left out: {first['floor_N']} slices in each half; it needs {need}")
+            if figure == "FID" and first["N"] <= dimension:
+                notes.append(f"FID at {dimension} is forced, and too high: {first['N']} slices; it needs {need}")
+    return aligned(grid, *notes)
+
+
+def memories(rows: Rows) -> str:
+    """How near synthetic lungs come to training lungs, beside real ones."""
+    fake, columns, training = rows["fake"], ("lungs", "median", "minimum"), rows["training"]
+    grid = [["nearest training lung", *columns], ["synthetic", *map(fake.get, columns)]]
+    grid.append(["real", *map(rows["real"].get, columns)])
+    notes = [f"RMS distance to {training['lungs']} training lungs: copies are far nearer than real lungs"]
+    if training["without_lung"]:
+        notes[0] += f"; {training['without_lung']} without lung left out"
+    if "ratio" in fake:
+        share = f"{100 * fake['share']:.3g} % nearer than the real 5th percentile (by chance 5 %)"
+        notes.append(f"synthetic: median {fake['ratio']:.3g} of the real, {share}")
+    if "real, in training" in rows:
+        notes.append(f"{rows['real, in training']['lungs']} real lungs are training lungs themselves: not measured")
+    return aligned(grid, *notes)
+
+
+def report(results: dict[str, Rows]) -> str:
+    """What a person reads of the results, COLUMNS wide at most; the rest is in the JSON alone."""
+    window, pairs = results["run"]["window, HU"], results["run"]["pairs"]
+    head = f"pairs: {pairs['measured']}, patients: {pairs['patients']} (by name, up to the last _)"
+    head += f", level {window['level']:g}, width {window['width']:g} HU"
+    head += f"\n{pairs['without_lung']} pairs without lung left out" if pairs["without_lung"] else ""
+    intervals = "+-: half of the mean's 95 % interval over slices; over patients, it holds for new patients too"
+    limits = "at best: PSNR 100 dB, SSIM 1, RMSE and NRMSE 0"
+    if "lung PSNR" in results["pixels"]:
+        limits += "; the lung's PSNR and RMSE are the complete image's"
+    blocks = [head, means("pair by pair", results["pixels"], intervals, limits)]
+    if "features" in results:
+        blocks.append(distances(results["features"]))
+    if "segmentation" in results:
+        note = "real: the ceiling; sensitivity: of slices with the lesion; Dice: 1 where neither map nor U-Net has it"
+        blocks.append(means("lesions by U-Net", results["segmentation"], note))
+    if "memorisation" in results:
+        blocks.append(memories(results["memorisation"]))
+    for title, picture_name in (("suspects", "eval_memorisation.png"), ("cases", "eval_cases.png")):
+        if rows := results.get(title):
+            grid = [[name, *row.values()] for name, row in rows.items()]
+            blocks.append(aligned([[picture_name, *next(iter(rows.values()))], *grid]))
+    return "\n\n".join(blocks)
+
+
 # ------------------------------------------------------------------------------------------------ main
 
 
-def table(results: dict[str, Rows]) -> str:
-    """Tables one below the other, columns aligned; "-" where there is no value."""
+def check_target(path: Path) -> None:
+    """Raise Mistake where a file could not be written, before the long work; leaves nothing behind."""
+    if path.is_dir():
+        raise Mistake(f"{path}: is a folder: name a file")
+    try:
+        folder = next(parent for parent in path.absolute().parents if parent.exists())
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(4096))  # finds a full disk
+    except OSError as error:
+        raise Mistake(f"{path}: cannot be written ({error.strerror}): name another place") from error
 
-    def text(value: Any) -> str:
-        return "-" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
 
-    lines = []
-    for title, rows in results.items():
-        columns = list(dict.fromkeys(column for row in rows.values() for column in row))
-        grid = [[title, *columns], *([name, *(text(row.get(c)) for c in columns)] for name, row in rows.items())]
-        widths = [max(map(len, cells)) for cells in zip(*grid, strict=True)]
-        lines += ["  ".join(map(str.ljust, cells, widths)).rstrip() for cells in grid] + [""]
-    return "\n".join(lines)
+def save(path: Path, content: bytes) -> None:
+    """Write a file and the folders it needs, whole or not at all. Raises Mistake where that fails."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(path, content)
+    except OSError as error:  # which for a full disk does not name the file
+        raise Mistake(f"{path}: cannot be written ({error.strerror}): name another place") from error
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -657,26 +776,28 @@ def parse(argv: list[str]) -> argparse.Namespace:
     option("--train", type=Path, metavar="DIR", help="dataset that the generator was trained on: memorisation")
     option("--level", type=float, default=LEVEL, help="of the window, HU")
     option("--width", type=float, default=WIDTH, help="of the window, HU")
-    option("--json", type=Path, metavar="FILE", help="write the results there too")
+    option("--json", type=Path, metavar="FILE", help="write all results there")
     option("--out", type=Path, default=Path("eval"), help="folder of the pictures")
     option("--batch", type=int, default=1, metavar="N", help="slices at a time; more pays on a GPU alone")
     option("--provider", choices=("auto", *PROVIDERS), default="auto", help="what graphs and models run on")
     args = parser.parse_args(argv)
-    if args.batch < 1 or args.width <= 0:
-        raise Mistake(f"--batch {args.batch}, --width {args.width:g}: give 1 or more, and a width above 0")
-    if args.out.exists() and not args.out.is_dir():
-        raise Mistake(f"{args.out}: is a file: give --out a folder for the pictures")
+    if args.batch < 1 or not (0 < args.width < math.inf and math.isfinite(args.level)):
+        given = f"--batch {args.batch}, --level {args.level:g}, --width {args.width:g}"
+        raise Mistake(f"{given}: give a batch of 1 or more, and a width above 0")
     return args
 
 
 def main(argv: list[str]) -> None:
-    """Evaluate what the command line names: print the tables, write pictures and JSON. Raises Mistake."""
+    """Evaluate what the command line names: print the report, write pictures and JSON. Raises Mistake."""
     args = parse(argv)
     pairs = find_pairs(args.real, args.fake, args.maps, args.strict)
-    with_maps, names = pairs[0].labels is not None, [pair.name for pair in pairs]
+    with_maps = pairs[0].labels is not None
     for needy in ("unet", "train"):
         if getattr(args, needy) and not with_maps:
             raise Mistake(f"--{needy}: the label maps are missing: give --maps")
+    cases_file, suspects_file = args.out / "eval_cases.png", args.out / "eval_memorisation.png"
+    for path in [cases_file, *[suspects_file] * bool(args.train), *[args.json] * bool(args.json)]:
+        check_target(path)
     regions, window = ["complete", "lung"] if with_maps else ["complete"], Window(args.level, args.width)
 
     pixels = PixelMetrics(window, args.provider, regions)
@@ -686,31 +807,36 @@ def main(argv: list[str]) -> None:
     if args.unet:
         meters.append(Segmentation(args.unet, args.provider))
     if args.train:
-        meters.append(Memorisation(args.train, window))
-    with tqdm(total=len(pairs), desc="pairs", delay=1) as bar:  # after the models' lines
-        for batch in batches(pairs, args.batch):
+        memory = Memorisation(args.train, window)
+        meters.append(memory)
+    kept: list[Pair] = []
+    try:
+        for members, batch in batches(pairs, args.batch):
             for meter in meters:
                 meter.update(batch)
-            bar.update(len(batch.real))
+            kept += members
+    except MemoryError as error:
+        raise Mistake(f"out of memory ({error}): give a smaller --batch") from error
+    if not kept:
+        raise Mistake(f"{pairs[0].labels} and all other maps of the {len(pairs)} pairs: no lung in them: give others")
 
-    results: dict[str, Rows] = {"run": {"window, HU": {"level": args.level, "width": args.width}}}
+    names, ssim = [pair.name for pair in kept], pixels.of_pairs("complete SSIM")
+    counts = {"measured": len(kept), "without_lung": len(pairs) - len(kept), "patients": len({*map(patient, names)})}
+    results: dict[str, Rows] = {"run": {"window, HU": {"level": args.level, "width": args.width}, "pairs": counts}}
     for meter in meters:
         results |= meter.result(names)
-    order = pixels.of_pairs("complete SSIM").argsort(kind="stable")[::-1]
+    order = ssim.argsort(kind="stable")[::-1]
     shown = {"best": order[0], "median": order[len(order) // 2], "worst": order[-1]}
-    results["cases"] = {c: {"name": names[k], "SSIM": pixels.of_pairs("complete SSIM")[k]} for c, k in shown.items()}
-    print(table(results))
+    results["cases"] = {case: {"name": names[k], "SSIM": ssim[k]} for case, k in shown.items()}
+    print(report(results))
 
-    args.out.mkdir(parents=True, exist_ok=True)
-    write_bytes(args.out / "eval_cases.png", picture([case(pairs[k], window) for k in shown.values()]))
+    save(cases_file, picture([tiles(kept[k], window) for k in shown.values()]))
     if args.train:
-        fakes, trained = {pair.name: (pair.fake, pair.labels) for pair in pairs}, training_files(args.train)
-        couples = [(fakes[name], trained[row["nearest"]]) for name, row in results["suspects"].items()]
-        tiles = [[window(*read_lung(*files)) for files in couple] for couple in couples]
-        write_bytes(args.out / "eval_memorisation.png", picture(tiles))
+        fakes = {pair.name: (pair.fake, pair.labels) for pair in kept}
+        couples = [(fakes[name], memory.files[row["nearest"]]) for name, row in results["suspects"].items()]
+        save(suspects_file, picture([[window(*read_lung(*files)) for files in couple] for couple in couples]))
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(args.json, (json.dumps(results, indent=1, allow_nan=False) + "\n").encode())
+        save(args.json, (json.dumps(results, indent=1, allow_nan=False) + "\n").encode())
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
 """`eval.py` against scikit-image, scipy, closed forms and figures worked out by hand."""
 
 import json
+import os
 import re
 import subprocess
 import sys
+import unicodedata
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -166,8 +168,9 @@ def test_a_constant_offset_has_the_metrics_of_the_closed_form():
         assert rows[f"complete {figure}"] == pytest.approx(value, abs=1e-6)
 
 
-def test_identical_images_have_100_db_and_an_ssim_of_exactly_1(rng):
-    labels = lungs()
+@pytest.mark.parametrize("width", [WIDTH, 100, 620])
+def test_identical_images_have_100_db_and_an_ssim_of_exactly_1(width, rng):
+    labels = lungs(HEIGHT, width)
     real = slice_of(labels, rng)
     rows = pixel_rows(real, real, labels)
     assert rows["complete PSNR"] == rows["lung PSNR"] == 100
@@ -447,13 +450,22 @@ def spoil(sets, what):
     if what == "missing map":
         (sets / "real/maps/P01_S003.png").unlink()
         return [], "the maps of 1 pairs are missing, P01_S003.png first"
-    if what == "no lung":
-        write_map(sets / "real/maps/P00_S000.png", np.zeros((HEIGHT, WIDTH), np.uint8))
-        return [], "no lung in it"
+    if what == "no lung in any":
+        for path in (sets / "real/maps").iterdir():
+            write_map(path, np.zeros((HEIGHT, WIDTH), np.uint8))
+        return [], "P00_S000.png and all other maps of the 9 pairs: no lung in them"
+    if what == "no lung in training":
+        for path in (sets / "train/maps").iterdir():
+            write_map(path, np.zeros((HEIGHT, WIDTH), np.uint8))
+        return ["--train", sets / "train"], "no lung in any of its 9 training maps"
+    if what == "JPEG":
+        for path in (sets / "real/maps").iterdir():
+            path.rename(path.with_suffix(".jpg"))
+        return [], "real/maps: JPEG"
     if what == "no pair":
         for path in (sets / "fake").iterdir():
             path.rename(path.with_name("other_" + path.name))
-        return [], "none of its file names is in"
+        return [], "fake: other_P00_S000 and all others are not in"
     if what == "broken image":
         first.write_bytes(first.read_bytes()[:60])
         return [], f"{first}: "
@@ -464,22 +476,32 @@ def spoil(sets, what):
         (sets / "train/maps/P90_S000.png").unlink()
         return ["--train", sets / "train"], "P90_S000 and 0 more lack image or map"
     if what == "split":
-        (sets / "train/split.json").write_text("[]")
-        return ["--train", sets / "train"], "split.json: no JSON with names"
+        (sets / "train/split.json").write_text('{"test": ["P90_S000"]}')
+        return ["--train", sets / "train"], 'split.json: no names under "train"'
+    if what == "name of the split":
+        (sets / "train/split.json").write_text('{"train": ["P90_S000.png", "P91_S000.png", "P92_S000"]}')
+        return ["--train", sets / "train"], "P91_S000 and 1 more lack image or map"
+    if what in ("no folder to write to", "no folder for the JSON"):
+        (sets / "file").touch()
+        option = "--out" if what == "no folder to write to" else "--json"
+        return [option, sets / "file/new/name"], "file/new/name"
     return {
         "width": (["--width", 0], "--width 0"),
         "batch": (["--batch", 0], "--batch 0"),
         "folder of the maps": (["--maps", sets / "no"], "no such folder"),
         "maps of others": (["--maps", sets / "train"], "the maps of 9 pairs are missing"),
-        "out": (["--out", sets / "fake/P00_S000.png"], "is a file"),
+        "out": (["--out", sets / "fake/P00_S000.png"], "P00_S000.png/eval_cases.png: cannot be written"),
+        "folder as JSON": (["--json", sets / "fake"], "fake: is a folder: name a file"),
+        "level": (["--level", "nan"], "--level nan"),
         "no features file": (["--features", sets / "no.onnx"], "no.onnx: no such file"),
     }[what]
 
 
-MISTAKES = (
-    "8-bit image, size, size of the map, missing map, no lung, no pair, broken image, training map, split, width, "
+MISTAKES = """8-bit image, size, size of the map, missing map, no lung in any, no lung in training, JPEG, no pair,
+broken image, training map, split, name of the split, width, level, batch, folder of the maps, maps of others, out,
+folder as JSON, no folder to write to, no folder for the JSON, no features file, U-Net without maps""".replace(
+    "\n", " "
 )
-MISTAKES += "batch, folder of the maps, maps of others, out, no features file, U-Net without maps"
 
 
 @pytest.mark.parametrize("what", MISTAKES.split(", "))
@@ -500,8 +522,220 @@ def test_a_foreign_model_is_refused_by_name(sets, features, unet):
     outputs = {"2": (TensorProto.UINT8, ["N", "H", "W"])}
     node = helper.make_node("Identity", ["picture"], ["2"])
     foreign = save_model(sets / "foreign.onnx", [node], {"picture": TensorProto.UINT8}, outputs, kind="features")
-    with pytest.raises(Mistake, match=r"ONNX Runtime on image \(1, 48, 64\): .*picture"):
+    with pytest.raises(Mistake, match=r"foreign\.onnx: ONNX Runtime on image \(1, 48, 64\): .*picture"):
         evaluate(sets, "--features", foreign)
+    for option in ("--features", "--unet"):
+        (sets / "cut.onnx").write_bytes(features.read_bytes()[:100])
+        with pytest.raises(Mistake, match=r"cut\.onnx: not a usable ONNX file"):
+            evaluate(sets, option, sets / "cut.onnx")
+
+
+def test_features_that_are_no_numbers_are_refused(sets):
+    nodes = [
+        helper.make_node("Cast", ["image"], ["float"], to=TensorProto.FLOAT),
+        helper.make_node("Sub", ["float", "float"], ["zero"]),
+        helper.make_node("Div", ["zero", "zero"], ["nan"]),
+        helper.make_node("Flatten", ["nan"], ["9"]),
+    ]
+    inputs, outputs = {"image": TensorProto.UINT8}, {"9": (TensorProto.FLOAT, ["N", None])}
+    path = save_model(sets / "nan.onnx", nodes, inputs, outputs, kind="features")
+    with pytest.raises(Mistake, match=r"nan\.onnx: 9 is not finite"):
+        evaluate(sets, "--features", path)
+
+
+def test_a_unet_whose_map_is_no_labels_of_its_slice_is_refused(sets):
+    outputs = {"map": (TensorProto.INT16, ["N", "H", "W"])}
+    node = helper.make_node("Identity", ["ct"], ["map"])
+    path = save_model(sets / "odd.onnx", [node], {"ct": TensorProto.INT16}, outputs, kind="unet")
+    with pytest.raises(Mistake, match=r"odd\.onnx: its map is int16"):
+        evaluate(sets, "--unet", path)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("bad allocation"), MemoryError()])
+def test_a_failure_of_onnx_runtime_is_a_mistake_that_names_the_model_and_the_mend(error):
+    class Session:
+        def run(self, outputs, inputs):
+            raise error
+
+    with pytest.raises(Mistake, match=r"unet\.onnx: .*ct \(1, 2, 3\): (bad allocation|MemoryError); .*--batch"):
+        evaluation.run("unet.onnx", Session(), ["map"], ct=np.zeros((1, 2, 3)))
+
+
+def test_a_full_disk_is_one_line_that_names_the_file_and_leaves_nothing(sets, monkeypatch):
+    def full(path, content):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(Mistake, match=r"out/eval_cases\.png: cannot be written \(No space left on device\)"):
+        evaluate(sets)
+    assert list((sets / "out").iterdir()) == []
+
+
+# ------------------------------------------------------------------------------------------------ slices without lung
+
+
+def remove_lung(*maps):
+    for path in maps:
+        write_map(path, np.zeros((HEIGHT, WIDTH), np.uint8))
+
+
+def test_pairs_without_lung_count_as_if_they_were_not_there(sets, features, unet, capsys):
+    names = ["P00_S000.png", "P01_S004.png"]
+    options = ["--features", features, "--unet", unet, "--train", sets / "train", "--batch", 4]
+    remove_lung(*(sets / "real/maps" / name for name in names))
+    left_out = evaluate(sets, *options)
+    assert "2 pairs without lung left out" in capsys.readouterr().out
+    assert left_out["run"]["pairs"] == {"measured": 7, "without_lung": 2, "patients": 3}
+    for name in names:
+        (sets / "fake" / name).unlink()
+    absent = evaluate(sets, *options)
+    assert "without lung" not in capsys.readouterr().out
+    assert absent["run"].pop("pairs") == {"measured": 7, "without_lung": 0, "patients": 3}
+    del left_out["run"]["pairs"]
+    assert left_out == absent
+
+
+def test_training_slices_without_lung_are_left_out_and_counted(sets, capsys):
+    remove_lung(*(sets / "train/maps" / f"P90_S00{k}.png" for k in (0, 3)))
+    results = evaluate(sets, "--train", sets / "train")
+    assert results["memorisation"]["training"] == {"lungs": 7, "without_lung": 2}
+    assert "RMS distance to 7 training lungs" in (out := capsys.readouterr().out)
+    assert "2 without lung left out" in out
+    assert not {row["nearest"] for row in results["suspects"].values()} & {"P90_S000", "P90_S003"}
+
+
+def test_the_nearest_training_lung_keeps_its_name_after_slices_without_lung(sets):
+    remove_lung(sets / "train/maps/P90_S000.png")
+    write_image(sets / "fake/P01_S004.png", read_image(sets / "train/images/P90_S007.png"))
+    write_map(sets / "real/maps/P01_S004.png", read_map(sets / "train/maps/P90_S007.png"))
+    assert evaluate(sets, "--train", sets / "train")["suspects"]["P01_S004"]["nearest"] == "P90_S007"
+
+
+def test_a_black_real_lung_has_no_nrmse(sets):
+    labels = read_map(sets / "real/maps/P00_S000.png")
+    write_image(sets / "real/images/P00_S000.png", np.where(labels > 0, -1000, 0))
+    rows = evaluate(sets, "--level", 0, "--width", 400)["pixels"]
+    assert (rows["lung NRMSE"]["n"], rows["complete NRMSE"]["n"], rows["lung RMSE"]["n"]) == (8, 9, 9)
+
+
+# ------------------------------------------------------------------------------------------------ files as they are
+
+
+@pytest.fixture(scope="session")
+def cases(tmp_path_factory):
+    """Folders of slices as people really have them."""
+    script = REPO.parent / "shared/cases/make_cases.py"
+    if not script.exists():
+        pytest.skip("the cases are not on this machine")
+    folder = tmp_path_factory.mktemp("cases")
+    subprocess.run([sys.executable, script, folder], check=True, capture_output=True, timeout=120)
+    return folder / "slices"
+
+
+def of_case(real, fake, tmp_path, *options):
+    out = ["--out", str(tmp_path / "out"), "--json", str(tmp_path / "r.json"), "--provider", "cpu"]
+    evaluation.main([str(real), str(fake), *out, *map(str, options)])
+    return json.loads((tmp_path / "r.json").read_text())
+
+
+@pytest.mark.parametrize("case", ["upper_case", "indexed_colours", "split_with_endings", "size_620x460"])
+def test_a_case_as_real_fake_and_training_set_gives_what_the_base_gives(case, cases, tmp_path):
+    base = cases / (case if case == "size_620x460" else "base")
+    (tmp_path / "fake").mkdir()
+    for path in sorted((base / "images").iterdir()):
+        write_image(tmp_path / "fake" / path.name, read_image(path).astype(int) // 2)
+    (cases / case / "images/._P01_S000.png").write_bytes(b"a Mac's")
+    expected = of_case(base, tmp_path / "fake", tmp_path)["pixels"]
+    results = of_case(cases / case, tmp_path / "fake", tmp_path, "--train", cases / case)
+    assert results["pixels"] == expected
+    assert results["memorisation"]["training"]["lungs"] == (12 if case == "split_with_endings" else 18)
+    assert of_case(base, cases / case, tmp_path)["pixels"]["complete SSIM"]["mean"] == 1
+
+
+def test_five_of_the_cases_slices_without_lung_are_left_out(cases, tmp_path):
+    case = cases / "no_lung_in_some"
+    results = of_case(cases / "base", case, tmp_path, "--train", case)
+    assert results["run"]["pairs"] == {"measured": 13, "without_lung": 5, "patients": 3}
+    assert results["memorisation"]["training"] == {"lungs": 13, "without_lung": 5}
+
+
+def test_maps_as_jpeg_are_told_in_one_line(cases, tmp_path):
+    with pytest.raises(Mistake, match="jpeg_maps/maps: JPEG"):
+        of_case(cases / "jpeg_maps", cases / "base", tmp_path, "--maps", cases / "jpeg_maps/maps")
+
+
+# ------------------------------------------------------------------------------------------------ what is printed
+
+
+def shown(line, start):
+    """Numbers of the printed line that begins with start."""
+    return [float(word) for word in line.removeprefix(start).split() if word != "-"]
+
+
+def test_the_printed_figures_are_those_of_the_json(sets, features, unet, capsys):
+    options = ["--features", features, "--unet", unet, "--train", sets / "train"]
+    results = evaluate(sets, *options)
+    lines = capsys.readouterr().out.splitlines()
+
+    def line(start):
+        (found,) = [line for line in lines if line.startswith(f"{start} ")]
+        return shown(found, start)
+
+    def both(rows, kinds, figure):
+        keys = ("mean", "interval", "patients_interval")
+        return [rows[f"{kinds[0]} {figure}"]["n"], *(rows[f"{kind} {figure}"][key] for kind in kinds for key in keys)]
+
+    for figure in ("PSNR", "SSIM", "RMSE", "NRMSE"):
+        assert line(figure) == pytest.approx(both(results["pixels"], ("complete", "lung"), figure), rel=0.06)
+        assert line(figure)[1] == pytest.approx(results["pixels"][f"complete {figure}"]["mean"], rel=6e-4)
+    for figure in ("GGO Dice", "consolidation sensitivity", "infection specificity"):
+        assert line(figure) == pytest.approx(both(results["segmentation"], ("fake", "real"), figure), rel=0.06)
+    for figure, dimension in (("FID", 2), ("KID", 16)):  # the largest that 9 slices allow
+        rows = [results["features"][f"{region} {figure} {dimension}"] for region in ("complete", "lung")]
+        values = [row[key] for row in rows for key in ("value", "floor_value")]
+        assert line(f"{figure}, {dimension} dimensions") == pytest.approx([9, *values], rel=1e-3)
+    nearest = results["memorisation"]["fake"]
+    assert line("synthetic") == pytest.approx([9, nearest["median"], nearest["minimum"]], rel=1e-3)
+    assert any(results["cases"]["worst"]["name"] in line for line in lines if line.startswith("worst"))
+
+
+def test_what_is_left_out_is_one_line_and_no_row(sets, features, capsys):
+    evaluate(sets, "--features", features)
+    done = capsys.readouterr()
+    assert "FID at 16 left out: 9 slices; it needs more slices than dimensions" in done.out.splitlines()
+    assert "refused" not in done.out
+    assert done.out.count("FID, ") == done.out.count("KID, ") == 1
+    assert "metrics_" not in done.err  # the graph that no user knows of
+    evaluate(sets, "--features", features, "--force")
+    assert "FID at 16 is forced, and too high: 9 slices" in capsys.readouterr().out
+
+
+def test_where_no_dimension_is_allowed_kid_stands_alone(sets, features, capsys):
+    evaluate(sets, "--features", features, "--dim", 16)
+    lines = capsys.readouterr().out.splitlines()
+    assert not any(line.startswith("FID, ") for line in lines)
+    assert any(line.startswith("KID, 16 dimensions") for line in lines)
+
+
+@pytest.mark.parametrize(
+    "prefix", ["P", "a_very_long_name_of_a_patient_of_some_hospital_" * 3, "患者的肺部扫描切片" * 4]
+)
+def test_what_is_printed_is_never_wider_than_100_columns(sets, features, unet, prefix, capsys):
+    for folder in ("real/images", "real/maps", "fake", "train/images", "train/maps"):
+        for k, path in enumerate(sorted((sets / folder).iterdir())):
+            path.rename(path.with_name(f"{prefix}{k}_{path.name}"))
+    options = ["--features", features, "--unet", unet, "--train", sets / "train", "--strict"]
+    results = evaluate(sets, *options)
+    lines = capsys.readouterr().out.splitlines()
+    wide = [sum(1 + (unicodedata.east_asian_width(sign) in "WF") for sign in line) for line in lines]
+    assert max(wide) <= 100
+    assert results["run"]["pairs"]["patients"] == 9
+    for rows in (results["pixels"], results["segmentation"]):
+        for row in rows.values():  # as narrow as intervals get, of as many slices as anyone has
+            row |= {"mean": 1.2345e-5, "interval": 1.234e-5, "patients_interval": 1.234e-5, "n": 99_999}
+    for row in results["features"].values():
+        row |= {"features": prefix, "value": -1.2345e-5, "floor_value": -1.2345e-5, "N": 99_999, "floor_N": 49_999}
+    assert max(map(len, evaluation.report(results).splitlines())) <= 100
 
 
 # ------------------------------------------------------------------------------------------------ the whole program
@@ -509,24 +743,29 @@ def test_a_foreign_model_is_refused_by_name(sets, features, unet):
 WITHOUT_TORCH = "import sys; sys.modules['torch'] = None; import runpy; runpy.run_path('eval.py', run_name='__main__')"
 
 
-def program(*arguments):
+def program(*arguments, env=None):
     command = [sys.executable, "-c", WITHOUT_TORCH, *map(str, arguments)]
-    return subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=120, env=env)
 
 
-def test_without_torch_all_runs_and_the_json_has_the_tables_numbers(sets, features, unet):
+def test_without_torch_all_runs_and_writes_all(sets, features, unet):
     out = sets / "out"
     options = ["--features", features, "--unet", unet, "--train", sets / "train", "--json", sets / "all.json"]
     done = program(sets / "real", sets / "fake", *options, "--out", out)
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in out.iterdir()) == ["eval_cases.png", "eval_memorisation.png"]
-    lines = done.stdout.splitlines()
     results = json.loads((sets / "all.json").read_text())
     assert set(results) == {"run", "pixels", "features", "segmentation", "memorisation", "suspects", "cases"}
-    for rows in results.values():
-        for name, row in rows.items():
-            texts = ["-" if v is None else f"{v:.6g}" if isinstance(v, float) else str(v) for v in row.values()]
-            assert any(line.startswith(name) and all(text in line for text in texts) for line in lines), (name, row)
+
+
+def test_an_ascii_terminal_and_no_home_are_no_obstacle(sets):
+    for path in [*(sets / "real").glob("*/P00_S000.png"), sets / "fake/P00_S000.png"]:
+        path.rename(path.with_name("Jürgen_S000.png"))
+    env = {"PYTHONIOENCODING": "ascii", "PATH": os.environ["PATH"]}
+    done = program(sets / "real", sets / "fake", "--out", sets / "out", env=env)
+    assert done.returncode == 0, done.stderr
+    assert r"best            J\xfcrgen_S000" in done.stdout
+    assert program("-h", env=env).returncode == 0
 
 
 def test_a_mistake_on_the_command_line_ends_with_status_2_and_one_line(sets):
