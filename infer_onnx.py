@@ -183,7 +183,8 @@ def start(model: Path, name: str, options: dict[str, str], threads: int) -> ort.
                 Path(folder).mkdir(parents=True, exist_ok=True)
             if name in NVIDIA and hasattr(ort, "preload_dlls"):  # from 1.21 on
                 ort.preload_dlls()  # CUDA out of NVIDIA's Python packages
-            return ort.InferenceSession(str(model), settings, providers=chain)
+            # in UTF-8, as ONNX Runtime wants it, whatever the locale; a str, as it wants it before 1.17
+            return ort.InferenceSession(os.fsencode(model).decode(errors="replace"), settings, providers=chain)
     finally:
         ort.set_default_logger_severity(2)
 
@@ -698,13 +699,15 @@ def write(made: tuple[list[Slice], np.ndarray], args: argparse.Namespace, info: 
 
 
 def claim(args: argparse.Namespace, info: dict[str, Any], kinds: Sequence[str]) -> None:
-    """Make OUT and its folders `kinds`. Raises Mistake where it holds slices that were made otherwise."""
+    """Make OUT and its folders `kinds`, not in a dry run. Raises Mistake where its slices were made otherwise."""
     made_with = {"checkpoint_sha256": info["checkpoint_sha256"], "precision": info["precision"], "format": args.format}
     made_with |= {"completed": bool(args.complement), "seed": args.seed if args.variants else None}
     record, content = args.out / "run.json", (json.dumps(made_with, indent=1) + "\n").encode()
     made = [path for kind in ("images", "volumes") for path in (args.out / kind).glob("[!.]*")]
     if made and not (record.exists() and record.read_bytes() == content):  # without slices, a failed start left it
         raise Mistake(f"{args.out}: its slices were made otherwise (see run.json): give another --out")
+    if args.dry_run:
+        return
     for kind in kinds:
         (args.out / kind).mkdir(parents=True, exist_ok=True)
     write_bytes(record, content)
@@ -831,6 +834,9 @@ def make_volume(path: Path, real: Path | None, target: Path, generator: Generato
     like, labels, ct = load_volume(path, real, len(generator.info["labels"]))
     if not labels.any():
         return False
+    if labels.shape[1:] != (side := generator.info["size"], side):
+        height, width = labels.shape[1:]
+        print(f"note: {path}: {height} x {width}, the model was trained at {side} x {side}", file=sys.stderr)
     hu = fill_volume(path, labels, generator, n)
     write_volume(target, like, hu if ct is None else np.where(labels > 0, hu, ct))
     return True
@@ -941,7 +947,7 @@ def share(items: list[Any], args: argparse.Namespace) -> list[Any]:
     """The shard's part."""
     mine = items[args.part - 1 :: args.parts]
     if not mine:
-        print(f"note: nothing is left for shard {args.shard}: there are only {len(items)}", file=sys.stderr)
+        print(f"note: shard {args.shard} is empty: there are only {len(items)} to make", file=sys.stderr)
     return mine
 
 
@@ -951,6 +957,7 @@ def make_slices(args: argparse.Namespace, maps: dict[str, Path], reals: dict[str
     jobs = plan(maps, args.variants)
     to_come = shapes_of(in_batches(jobs, args.batch or NVIDIA_BATCH))
     session, info, name, n = open_for(args, to_come)
+    claim(args, info, ("images", "maps", *["panels"] * args.panel))
     if any(job.size != (info["size"], info["size"]) for job in jobs):
         side = info["size"]
         print(f"note: not all maps are {side} x {side}, the size the model was trained at", file=sys.stderr)
@@ -963,7 +970,6 @@ def make_slices(args: argparse.Namespace, maps: dict[str, Path], reals: dict[str
         describe(args, info, name, n, to_come, shapes_of(batches))
         return 0
     generator = Generator(session, info, n if args.cuda_graph else None)
-    claim(args, info, ("images", "maps", *["panels"] * args.panel))
     reader = partial(load, n_labels=len(info["labels"]), reals=reals, seed=args.seed)
     tally = run(batches, generator, reader, partial(write, args=args, info=info))
     return report(args, "slices", tally, len(jobs))
@@ -973,20 +979,20 @@ def make_volumes(args: argparse.Namespace, volumes: dict[str, Path], reals: dict
     """Make CT volumes of label volumes. Returns the exit status."""
     for option in ("format", "variants", "panel"):
         if getattr(args, option):
-            raise Mistake(f"--{option}: is of slices, and {args.maps} holds volumes: leave it out")
+            raise Mistake(f"{args.maps}: of volumes, and --{option} goes with PNG maps alone: leave it out")
     args.format = "volume"
     mine = share(list(volumes), args)
     todo = {name: volumes[name] for name in mine if not volume_file(args.out, name).exists()}
     sizes = survey(todo, reals) if args.dry_run or args.provider == "tensorrt" else []  # nobody else asks before
     to_come = in_parts(sizes, args.batch or NVIDIA_BATCH)
     session, info, name, n = open_for(args, to_come)
+    claim(args, info, ["volumes"])
     finished = len(mine) - len(todo)
     print(f"{len(volumes)} volumes: {finished} finished, {len(todo)} to make, {n} slices at a time")
     if args.dry_run:
         describe(args, info, name, n, to_come, in_parts(sizes, n))
         return 0
     generator = Generator(session, info, n if args.cuda_graph else None)
-    claim(args, info, ["volumes"])
     return report(args, "volumes", run_volumes(todo, reals, args.out, generator, n), len(volumes))
 
 
