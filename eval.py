@@ -311,7 +311,7 @@ def run(model: Path | str, session: ort.InferenceSession, outputs: list[str], **
     """Run a model for the outputs named. Raises Mistake, naming the model, where ONNX Runtime or memory fails."""
     try:
         return session.run(outputs, inputs)
-    except (*ORT_ERRORS, RuntimeError, MemoryError, ValueError) as error:  # ValueError: another input's name
+    except (*ORT_ERRORS, ValueError) as error:  # ValueError: another input's name
         shapes = ", ".join(f"{name} {array.shape}" for name, array in inputs.items())
         reason = first_line(error) or type(error).__name__
         raise Mistake(f"{model}: ONNX Runtime on {shapes}: {reason}; if memory is short, a smaller --batch") from error
