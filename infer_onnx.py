@@ -271,7 +271,9 @@ def provider_options(
             options |= {f"trt_profile_{k}_shapes": f"map:{'x'.join(map(str, v))}" for k, v in profile.items()}
         return options
     if name == "openvino":  # trap: a CPU without bfloat16 computes in fp32 whatever is asked, and says nothing
-        cpu = {"INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32", "CACHE_DIR": cache_folder() or ""}
+        cpu = {"INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32"}
+        if folder := cache_folder():
+            cpu["CACHE_DIR"] = folder
         # traps: "AUTO:GPU,CPU" does not start where there is no GPU, and "AUTO" passes over load_config
         return {"device_type": "CPU", "load_config": json.dumps({"CPU": cpu})}
     if name == "coreml":

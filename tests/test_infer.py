@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +25,7 @@ import infer_onnx
 from data.slices import COLOURS, LABELS, Mistake, coloured, read_image, read_map, windowed, write_image, write_map
 
 HERE = Path(__file__).resolve().parent.parent
+CASES = HERE.parent / "shared" / "cases" / "make_cases.py"
 METADATA = {
     "kind": "generator",
     "contract": "1",
@@ -375,11 +377,11 @@ def test_every_format_holds_the_same_hu(infer, maps, images):
         assert np.array_equal(iio.imread(out / "images" / f"{name}.png"), windowed(expected, -600, 1500))
 
 
-def test_a_nifti_slice_is_read_by_prepare_as_it_was(infer, maps):
-    from data.prepare import read_volume
+def test_a_nifti_slice_is_read_in_display_as_it_was(infer, maps):
+    from data.volumes import read_volume
 
     _, out, _ = infer(maps, "--format", "nifti")
-    volume = read_volume(out / "images/P01_S003.nii.gz")[0]
+    volume = read_volume(out / "images/P01_S003.nii.gz").voxels
     _, out, _ = infer(maps, out="png16")
     assert np.array_equal(volume[0], read_image(out / "images/P01_S003.png"))
 
@@ -436,6 +438,20 @@ def test_slices_of_two_kinds_do_not_mix_in_one_folder(infer, maps, images, tmp_p
     status, out, told = infer(maps, *options, **other)
     assert status == 2
     assert told.startswith(f"error: {out}: its slices were made otherwise")
+
+
+def test_what_a_failed_start_left_is_gone_on_with_and_slices_of_others_are_not_taken_for_finished(infer, maps):
+    _, out, _ = infer(maps)
+    images = files(out / "images")
+    for path in (out / "images").iterdir():
+        path.unlink()
+    (out / "images/.P00_S000.png.7.tmp").write_bytes(b"")
+    (out / "run.json").write_text("{}")
+    assert infer(maps)[0] == 0
+    assert files(out / "images").items() > images.items()
+    (out / "run.json").unlink()
+    status, _, told = infer(maps)
+    assert status == 2 and told.startswith(f"error: {out}: its slices were made otherwise")
 
 
 def test_a_killed_run_leaves_nothing_half_written_and_is_gone_on_with(infer, maps, tmp_path):
@@ -558,6 +574,143 @@ def test_one_side_of_a_dataset_is_made_and_no_other_map(infer, maps, tmp_path):
     assert sorted(path.stem for path in (out / "images").iterdir()) == held_out
 
 
+def test_names_of_a_split_may_end_in_png_and_a_byte_order_mark_is_no_mistake(infer, maps, tmp_path):
+    split = json.dumps({"train": [], "test": ["P00_S001.png", "P02_S004.png"]})
+    (tmp_path / "split.json").write_text("\ufeff" + split, encoding="utf-8")
+    for source, out in ((tmp_path, "a"), (maps, "b")):
+        status, made, _ = infer(source, "--side", "test", out=out)
+        assert status == 0
+        assert sorted(path.stem for path in (made / "images").iterdir()) == ["P00_S001", "P02_S004"]
+
+
+@pytest.mark.parametrize(
+    "test, complaint",
+    [
+        (["P00_S001", "P07_S000", "P08_S000"], "names P07_S000 under test, but there is no such map"),
+        ([], "no names under test"),
+    ],
+)
+def test_names_without_map_and_a_side_without_names_are_errors(infer, maps, tmp_path, test, complaint):
+    (tmp_path / "split.json").write_text(json.dumps({"train": ["P00_S000"], "test": test}))
+    status, out, told = infer(tmp_path, "--side", "test")
+    assert status == 2
+    assert told.startswith(f"error: {tmp_path / 'split.json'}: {complaint}")
+    assert "\n" not in told and not out.exists()
+
+
+def test_maps_without_lung_are_left_out_with_a_count_again_and_again(infer, maps):
+    for k in (7, 8):
+        write_map(maps / f"P09_S00{k}.png", np.zeros((64, 64)))
+    for _ in range(2):
+        status, out, told = infer(maps)
+        assert status == 0
+        assert told.splitlines()[-1] == "note: 2 slices without lung are left out"
+        assert len(list((out / "images").iterdir())) == len(list((out / "maps").iterdir())) == 5
+
+
+def test_variants_that_crop_their_lung_away_are_left_out_with_a_count(infer, tmp_path):
+    (tmp_path / "corner").mkdir()
+    labels = np.zeros((64, 64), np.uint8)
+    labels[:2, :2] = 1
+    write_map(tmp_path / "corner/P00_S000.png", labels)
+    status, out, told = infer(tmp_path / "corner", "--variants", 20)
+    made = len(list((out / "images").iterdir()))
+    assert 0 < made < 20
+    assert status == 0 and told.endswith(f"note: {20 - made} slices without lung are left out")
+
+
+def test_maps_that_are_all_without_lung_are_an_error(infer, maps, tmp_path):
+    (tmp_path / "empty").mkdir()
+    write_map(tmp_path / "empty/P00_S000.png", np.zeros((64, 64)))
+    status, _, told = infer(tmp_path / "empty")
+    assert status == 2
+    assert told.splitlines()[-1].startswith("error: ") or told.startswith("error: ")
+    assert f"{tmp_path / 'empty'}: no lung in any of the 1 slices" in told
+
+
+def test_a_shard_that_is_empty_and_a_run_that_is_finished_are_fine(infer, maps):
+    status, _, told = infer(maps, "--shard", "7/7")
+    assert status == 0 and "note: shard 7/7 is empty: there are only 5 to make" in told
+    assert infer(maps)[0] == infer(maps)[0] == 0
+
+
+def test_complete_with_a_dataset_s_images_or_the_one_slice_of_the_one_map(infer, maps, images, tmp_path):
+    for path in list(images.iterdir()):
+        path.rename(path.with_suffix(".PNG"))
+    _, whole, _ = infer(maps, "--complement", images)
+    _, dataset, _ = infer(tmp_path, "--complement", tmp_path, out="dataset")
+    assert files(whole) == files(dataset)
+    _, one, _ = infer(maps / "P00_S001.png", "--complement", images / "P00_S001.PNG", out="one")
+    assert (one / "images/P00_S001.png").read_bytes() == (whole / "images/P00_S001.png").read_bytes()
+    assert "one file for 5 maps" in infer(maps, "--complement", images / "P00_S001.PNG", out="none")[2]
+
+
+def test_a_header_that_claims_a_giant_picture_is_one_line(infer, maps):
+    content = bytearray((maps / "P00_S001.png").read_bytes())
+    for side in (60000, 10000):  # Pillow's error, and its warning
+        content[16:24] = side.to_bytes(4, "big") * 2
+        content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
+        (maps / "P00_S001.png").write_bytes(content)
+        status, out, told = infer(maps)
+        assert (status, told.count("\n")) == (2, 0)
+        assert told.startswith(f"error: {maps / 'P00_S001.png'}: no slice is that large")
+        assert not out.exists()
+
+
+# ------------------------------------------------------------------------------------------------ real files
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory):
+    if not CASES.exists():
+        pytest.skip("shared/cases is not here")
+    folder = tmp_path_factory.mktemp("cases")
+    subprocess.run([sys.executable, CASES, folder], check=True, timeout=60)
+    return folder / "slices"
+
+
+@pytest.mark.parametrize("case", ["upper_case", "indexed_colours"])
+def test_endings_and_palettes_as_people_have_them_give_the_same_slices(infer, cases, case):
+    outs = [infer(cases / c, "--complement", cases / c, out=c)[1] for c in ("base", case)]
+    assert len(files(outs[0])) == 2 * 18 + 1
+    assert files(outs[0]) == files(outs[1])
+
+
+def test_jpeg_maps_are_one_line(infer, cases):
+    status, out, told = infer(cases / "jpeg_maps")
+    assert (status, told.count("\n")) == (2, 0)
+    assert told.startswith(f"error: {cases / 'jpeg_maps/maps'}: JPEG, which changes grey levels and labels")
+    assert not out.exists()
+
+
+def test_slices_without_lung_are_left_out_of_a_real_dataset(infer, cases):
+    whole, (status, out, told) = infer(cases / "base", out="whole")[1], infer(cases / "no_lung_in_some")
+    assert status == 0 and told.endswith("note: 5 slices without lung are left out")
+    made = files(out / "images")
+    assert len(made) == 13 and made.items() <= files(whole / "images").items()
+
+
+def test_the_sides_of_a_split_with_endings_are_the_whole(infer, cases):
+    whole = files(infer(cases / "base", out="whole")[1])
+    for side in ("train", "test"):
+        status, out, _ = infer(cases / "split_with_endings", "--side", side, out="sides")
+        assert status == 0
+    assert files(out) == whole
+    assert "no names under seg_test" in infer(cases / "split_with_endings", "--side", "seg_test", out="none")[2]
+
+
+def test_sides_that_are_no_multiple_of_16_are_padded_and_cropped(infer, cases, model):
+    status, out, _ = infer(cases / "size_620x460")
+    assert status == 0
+    labels = read_map(cases / "size_620x460/maps/P02_S003.png")
+    expected = direct(model, np.pad(labels, ((0, 4), (0, 4))))[:460, :620]
+    assert labels.shape == (460, 620)
+    assert np.array_equal(read_image(out / "images/P02_S003.png"), expected)
+
+
+# ------------------------------------------------------------------------------------------------ usage
+
+
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
@@ -571,10 +724,12 @@ def test_one_side_of_a_dataset_is_made_and_no_other_map(infer, maps, tmp_path):
         (["MAPS", "--complement", "nowhere"], "nowhere: not there"),
         (["MAPS", "--frobnicate"], "unrecognized arguments: --frobnicate"),
         (["MAPS", "--side", "test"], "no JSON with lists of names"),
+        (["MAPS/P00_S000.png", "--side", "test"], "--side test: goes with the folder of a dataset"),
+        (["SCRIPT"], "neither PNG nor NIfTI"),
     ],
 )
 def test_bad_usage_is_one_line(infer, maps, options, complaint):
-    status, _, told = infer(*[option.replace("MAPS", str(maps)) for option in options])
+    status, _, told = infer(*[option.replace("MAPS", str(maps)).replace("SCRIPT", __file__) for option in options])
     assert status == 2
     assert told.startswith("error: ")
     assert complaint in told
@@ -586,6 +741,7 @@ def test_a_dataset_cannot_be_its_own_output(infer, maps, tmp_path):
     status, _, told = infer(maps, out=".")
     assert status == 2
     assert "the input stands in it" in told
+    assert "the input stands in it" in infer(maps.parent, out=".")[2]
     assert files(maps) == before
 
 
@@ -627,6 +783,23 @@ def test_a_broken_model_is_refused_by_name_without_noise(infer, maps, model, tmp
     assert status == 2
     assert told.startswith(f"error: {path}: not a usable ONNX file (")
     assert "\n" not in told
+
+
+@pytest.mark.parametrize("version", ["ir", "opset"])
+def test_a_file_that_is_too_new_is_told_with_the_command_that_helps(infer, maps, model, version):
+    newer = onnx.load(model)
+    newer.ir_version = 99 if version == "ir" else 8
+    newer.opset_import[0].version = 99 if version == "opset" else 18
+    onnx.save(newer, model)
+    status, _, told = infer(maps)
+    assert status == 2
+    assert told.startswith(f"error: {model}: too new for onnxruntime {ort.__version__}: pip install -U onnxruntime")
+    assert "\n" not in told and "export it again" not in told
+
+
+def test_a_folder_is_no_model(infer, maps, tmp_path):
+    status, _, told = infer(maps, model=tmp_path)
+    assert (status, told) == (2, f"error: {tmp_path}: a folder: name the .onnx file in it by --model")
 
 
 def test_a_missing_model_is_told_with_the_command_that_makes_one(infer, maps, tmp_path):
@@ -907,12 +1080,97 @@ def test_readers_are_never_far_ahead_of_the_model():
     assert begun == sorted(begun)
 
 
-def test_a_disk_that_refuses_is_one_line(maps, model, tmp_path):
-    (tmp_path / "out").write_text("a file where the folder should be")
-    done = script(maps, "--model", model, "--out", tmp_path / "out", "--threads", "1")
+@pytest.mark.parametrize("out", ["file", "file/below"])
+def test_an_out_that_cannot_be_is_found_out_before_the_model_is_loaded(maps, tmp_path, out):
+    (tmp_path / "file").write_text("a file where the folder should be")
+    done = script(maps, "--model", tmp_path / "missing.onnx", "--out", tmp_path / out)
     assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith("error: ")
+    assert done.stderr == f"error: {tmp_path / out}: cannot be written to: give another --out\n"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX")
+def test_a_full_disk_is_one_line_and_the_next_run_goes_on(infer, maps, model, tmp_path):
+    import resource
+
+    def limit():  # of a file's size: like a full disk, it fails in the middle of a file
+        resource.setrlimit(resource.RLIMIT_FSIZE, (300, resource.RLIM_INFINITY))
+
+    argv = [maps, "--model", model, "--out", tmp_path / "out", "--provider", "cpu", "--threads", "1"]
+    done = script(*argv, preexec_fn=limit)
+    assert done.returncode == 2
     assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: ")
+    assert not list((tmp_path / "out").rglob(".*"))
+    assert infer(maps)[0] == 0
+    assert files(tmp_path / "out") == files(infer(maps, out="whole")[1])
+
+
+def test_memory_that_does_not_suffice_is_one_line_with_the_mend(model):
+    """In a process of its own, which may grow by 100 MB, with a map that wants more."""
+    code = f"""if True:
+        import resource, numpy as np, infer_onnx
+        from pathlib import Path
+        generator = infer_onnx.Generator(*infer_onnx.open_session(Path({str(model)!r}), "cpu", threads=1))
+        now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        for more in (10, 100):
+            resource.setrlimit(resource.RLIMIT_AS, (now + more * 2**20, resource.RLIM_INFINITY))
+            try:
+                generator(np.ones((1, 4096, 2048), np.uint8))
+            except infer_onnx.Mistake as mistake:
+                print(mistake)
+    """
+    if not Path("/proc/self/statm").exists():
+        pytest.skip("needs Linux's /proc")
+    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, timeout=60)
+    lines = done.stdout.splitlines()
+    assert len(lines) == 2, done.stderr
+    for line in lines:
+        assert line.endswith("is there memory for (1, 4096, 2048)? try a smaller --batch or smaller maps")
+
+
+def test_a_map_that_memory_does_not_hold_is_one_line(infer, maps, monkeypatch):
+    def starved(path):
+        raise MemoryError("Unable to allocate 9 TiB")
+
+    monkeypatch.setattr(infer_onnx, "read_map", starved)
+    status, _, told = infer(maps)
+    assert status == 2
+    assert "error: not enough memory (Unable to allocate 9 TiB): try a smaller --batch or smaller maps" in told
+
+
+def test_a_terminal_that_is_not_utf_8_and_names_that_are_change_nothing(infer, maps, model, tmp_path):
+    (maps / "P00_S000.png").rename(maps / "P00_S\u00e4.png")
+    whole = files(infer(maps, "--variants", 1, out="whole")[1])
+    model.rename(tmp_path / "mod\u00e8le.onnx")
+    for k, told in enumerate(({"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"})):
+        env = {**os.environ, "PYTHONUTF8": "0", **told}
+        out = tmp_path / f"d\u00e9j\u00e0{k}"
+        argv = ["--model", tmp_path / "mod\u00e8le.onnx", "--out", out, "--variants", 1]
+        done = script(maps, *argv, "--provider", "cpu", "--threads", "1", env=env)
+        assert done.returncode == 0, done.stderr
+        assert (done.stdout + done.stderr).isascii()
+        assert files(out) == whole
+
+
+@pytest.mark.parametrize("home", [None, "/dev/null/nobody"])
+def test_auto_needs_no_home(maps, model, tmp_path, home):
+    env = {key: value for key, value in os.environ.items() if key != "HOME"} | ({"HOME": home} if home else {})
+    code = "import os, pwd, sys; pwd.getpwuid = {}.__getitem__; import runpy; sys.argv = sys.argv[1:]; "
+    code += "sys.path.insert(0, '.'); runpy.run_path('infer_onnx.py', run_name='__main__')"
+    argv = ["infer_onnx.py", maps, "--model", model, "--out", tmp_path / "out", "--threads", "1"]
+    command = [sys.executable, "-c", code, *map(str, argv)]
+    done = subprocess.run(command, cwd=HERE, env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "out/images").iterdir())) == 5
+
+
+def test_a_compiling_provider_goes_without_a_cache_where_none_can_be_made(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert infer_onnx.provider_options("tensorrt", INFO)["trt_engine_cache_path"].startswith(str(tmp_path))
+    assert not list(tmp_path.iterdir())  # options alone make no folder
+    (tmp_path / ".cache").write_text("a file")
+    assert infer_onnx.provider_options("tensorrt", INFO) == {"trt_fp16_enable": "1"}
+    assert "CACHE_DIR" not in infer_onnx.provider_options("openvino", INFO)["load_config"]
 
 
 def test_png_of_the_fast_level_is_the_format_s(tmp_path):
