@@ -17,6 +17,7 @@ not for diagnosis.
 """
 
 import argparse
+import contextlib
 import json
 import math
 import sys
@@ -726,7 +727,7 @@ def report(results: dict[str, Rows]) -> str:
     if "features" in results:
         blocks.append(distances(results["features"]))
     if "segmentation" in results:
-        note = "real: the ceiling; sensitivity: of slices with the lesion; Dice: 1 where neither map nor U-Net has it"
+        note = "real is the ceiling; where the map has no lesion, Dice is 1 if none is found, sensitivity is void"
         blocks.append(means("lesions by U-Net", results["segmentation"], note))
     if "memorisation" in results:
         blocks.append(memories(results["memorisation"]))
@@ -740,25 +741,30 @@ def report(results: dict[str, Rows]) -> str:
 # ------------------------------------------------------------------------------------------------ main
 
 
-def check_target(path: Path) -> None:
-    """Raise Mistake where a file could not be written, before the long work; leaves nothing behind."""
-    if path.is_dir():
-        raise Mistake(f"{path}: is a folder: name a file")
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn a failure to write a file into a Mistake that names it, as a full disk's own words do not."""
     try:
-        folder = next(parent for parent in path.absolute().parents if parent.exists())
-        with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(bytes(4096))  # finds a full disk
+        yield
     except OSError as error:
         raise Mistake(f"{path}: cannot be written ({error.strerror}): name another place") from error
 
 
+def check_target(path: Path) -> None:
+    """Raise Mistake where a file could not be written, before the long work; leaves nothing behind."""
+    with writing(path):
+        if path.is_dir():
+            raise Mistake(f"{path}: is a folder: name a file")
+        folder = next(parent for parent in path.absolute().parents if parent.exists())
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(4096))  # finds a full disk
+
+
 def save(path: Path, content: bytes) -> None:
     """Write a file and the folders it needs, whole or not at all. Raises Mistake where that fails."""
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(path, content)
-    except OSError as error:  # which for a full disk does not name the file
-        raise Mistake(f"{path}: cannot be written ({error.strerror}): name another place") from error
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
