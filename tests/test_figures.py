@@ -9,6 +9,7 @@ import torch
 from skimage.metrics import normalized_root_mse, peak_signal_noise_ratio, structural_similarity
 
 import covidgan
+from covidgan import Covidgan
 
 STRIP = 16  # pixels of caption above a panel
 
@@ -81,7 +82,7 @@ def test_psnr_is_averaged_over_images_not_over_pixels():
 
 @pytest.fixture(scope="module")
 def trainer(tiny):
-    return covidgan.Trainer(tiny(batch=4))
+    return covidgan.Trainer(Covidgan, tiny(batch=4))
 
 
 @pytest.mark.parametrize("stage", covidgan.STAGES)
@@ -224,7 +225,7 @@ def test_panel_draws_labels_beyond_the_papers(tmp_path):
 
 
 def test_curves_are_a_picture(tmp_path, whole_run):
-    covidgan.write_curves(tmp_path / "curves.png", whole_run[0] / "stats.jsonl")
+    covidgan.write_curves(tmp_path / "curves.png", whole_run[0] / "stats.jsonl", Covidgan.curves)
     picture = iio.imread(tmp_path / "curves.png")
     assert min(picture.shape[:2]) > 300
     assert len(np.unique(picture.reshape(-1, picture.shape[-1]), axis=0)) > 10
@@ -234,7 +235,7 @@ def test_curves_are_a_picture(tmp_path, whole_run):
 def test_curves_of_one_step_are_a_picture(tmp_path, whole_run):
     line = (whole_run[0] / "stats.jsonl").read_text().splitlines()[0]
     (tmp_path / "stats.jsonl").write_text(line + "\n")
-    covidgan.write_curves(tmp_path / "curves.png", tmp_path / "stats.jsonl")
+    covidgan.write_curves(tmp_path / "curves.png", tmp_path / "stats.jsonl", Covidgan.curves)
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import covidgan
+from covidgan import Covidgan
 
 NDF = 2  # so that beta's net takes features of 8 channels
 
@@ -223,39 +224,40 @@ def test_entropy_bonus_is_the_entropy_of_beta():
 @pytest.fixture
 def trainer(tiny):
     """A trainer at the joint stage whose weighting nets are off their start and whose optimisers do not move."""
-    made = covidgan.Trainer(tiny(batch=2))
+    made = covidgan.Trainer(Covidgan, tiny(batch=2))
     torch.manual_seed(0)
-    for net in (made.nets["dfm"].net, made.nets["g"].desums[0].net):
+    for net in (made.method.dfm.net, made.method.g.desums[0].net):
         nn.init.normal_(net.fc[-1].weight, 0, 0.5)
-    for net in [*made.nets["d"].scales]:  # past the first steps, where gradients of both players are tiny
+    for net in [*made.method.d.scales]:  # past the first steps, where gradients of both players are tiny
         nn.init.normal_(net.blocks[-1].weight, 0, 0.3)
     made.begin("joint")
-    made.opt_g.step = made.opt_d.step = lambda: None
+    for optimizer in made.optimizers.values():
+        optimizer.step = lambda: None
     return made
 
 
 def losses_of(trainer, target, onehot, image):
     """Eq. 2 anew for a synthesized image: D's loss, G's loss, beta's loss."""
-    scales, c = list(trainer.nets["d"].scales), trainer.c
-    real, fake = covidgan.judge(scales, onehot, target), covidgan.judge(scales, onehot, image)
-    dfm, beta, _ = trainer.nets["dfm"](real, fake)
+    d, c = trainer.method.d, trainer.c
+    real, fake = d(onehot, target), d(onehot, image)
+    dfm, beta, _ = trainer.method.dfm(real, fake)
     of_d = sum(covidgan.gan_loss_d(r[-1], f[-1], "bce") for r, f in zip(real, fake, strict=True))
     of_g = sum(covidgan.gan_loss_g(f[-1], "bce") for f in fake)
     return of_d, of_g + c.lambda_dfm * dfm, beta
 
 
 def test_each_player_gets_the_gradient_of_its_own_loss_alone(trainer, monkeypatch):
-    for optimizer in (trainer.opt_g, trainer.opt_d):
+    for optimizer in trainer.optimizers.values():
         monkeypatch.setattr(optimizer, "zero_grad", lambda: None)  # the step's end would free what is looked at
     state = trainer.rng.get_state()
     target, labels, _ = trainer.batch()
     trainer.rng.set_state(state)
     trainer.step()
-    onehot, g, d = covidgan.one_hot(labels, 4), trainer.nets["g"], trainer.nets["d"]
+    onehot, g, d = covidgan.one_hot(labels, 4), trainer.method.g, trainer.method.d
     players = {
         "d": [*d.parameters()],
         "g": [*g.g1.trunk.parameters(), *g.locals.parameters(), *g.desums.parameters()],
-        "beta": [*trainer.nets["dfm"].parameters()],
+        "beta": [*trainer.method.dfm.parameters()],
     }
     # the discriminators' from a synthesis that is cut off, the generator's from discriminators that stand still
     of_d = torch.autograd.grad(losses_of(trainer, target, onehot, g(onehot)[0].detach())[0], players["d"])
@@ -273,9 +275,9 @@ def test_each_player_gets_the_gradient_of_its_own_loss_alone(trainer, monkeypatc
 def test_generator_matches_features_without_moving_beta_and_beta_without_moving_others(trainer):
     target, labels, _ = trainer.batch()
     onehot = covidgan.one_hot(labels, 4)
-    losses = covidgan.step_losses(trainer.nets, onehot, target, "joint", trainer.c)
-    beta = [*trainer.nets["dfm"].parameters()]
-    others = [*trainer.nets["g"].parameters(), *trainer.nets["d"].parameters()]
+    losses = trainer.method.losses(onehot, target, "joint")
+    beta = [*trainer.method.dfm.parameters()]
+    others = [*trainer.method.g.parameters(), *trainer.method.d.parameters()]
     reached = torch.autograd.grad(losses["g"], beta, allow_unused=True, retain_graph=True)
     assert all(g is None or not g.any() for g in reached)
     reached = torch.autograd.grad(losses["dfm"], beta, allow_unused=True, retain_graph=True)
@@ -288,14 +290,14 @@ def test_generator_matches_features_without_moving_beta_and_beta_without_moving_
 
 def test_generators_loss_is_the_adversarial_one_and_lambda_times_feature_matching(trainer):
     target, labels, _ = trainer.batch()
-    losses = covidgan.step_losses(trainer.nets, covidgan.one_hot(labels, 4), target, "joint", trainer.c)
+    losses = trainer.method.losses(covidgan.one_hot(labels, 4), target, "joint")
     assert losses["g"].item() == pytest.approx((losses["gan"] + 10 * losses["dfm"]).item(), rel=1e-6)
 
 
 def test_without_feature_matching_only_the_adversarial_loss_is_left(tiny, trainer):
     target, labels, _ = trainer.batch()
     c = tiny(dfm="off")
-    losses = covidgan.step_losses(covidgan.build_networks(c), covidgan.one_hot(labels, 4), target, "joint", c)
+    losses = covidgan.build(Covidgan, c).losses(covidgan.one_hot(labels, 4), target, "joint")
     assert losses["g"].item() == losses["gan"].item()
 
 
@@ -303,14 +305,14 @@ def test_without_feature_matching_only_the_adversarial_loss_is_left(tiny, traine
 def test_each_stage_is_judged_at_its_size_by_its_discriminators(trainer, monkeypatch, stage, side, judges):
     seen = []
 
-    def judge(scales, onehot, image, real_judge=covidgan.judge):
-        seen.append((scales, onehot, image))
-        return real_judge(scales, onehot, image)
+    def judge(self, onehot, image, first=0, real_judge=covidgan.Discriminators.forward):
+        seen.append((self.scales[first:], onehot, image))
+        return real_judge(self, onehot, image, first)
 
-    monkeypatch.setattr(covidgan, "judge", judge)
+    monkeypatch.setattr(covidgan.Discriminators, "forward", judge)
     target, labels, _ = trainer.batch()
-    covidgan.step_losses(trainer.nets, covidgan.one_hot(labels, 4), target, stage, trainer.c)
-    d1, d2 = trainer.nets["d"].scales
+    trainer.method.losses(covidgan.one_hot(labels, 4), target, stage)
+    d1, d2 = trainer.method.d.scales
     for scales, onehot, image in seen:
         assert [id(s) for s in scales] == [id(s) for s in ([d2] if judges == 1 else [d1, d2])]
         assert image.shape[-1] == onehot.shape[-1] == side
@@ -330,7 +332,9 @@ def test_half_size_scale_sees_block_means_of_the_image_and_every_second_label():
 
     torch.manual_seed(0)
     onehot, image = torch.randn(1, 4, 8, 8), torch.randn(1, 1, 8, 8)
-    covidgan.judge([Spy(), Spy(), Spy()], onehot, image)
+    d = covidgan.Discriminators(covidgan.Config(ndf=4, n_dis=3))
+    d.scales = nn.ModuleList([Spy(), Spy(), Spy()])
+    d(onehot, image)
     assert torch.equal(seen[0], torch.cat([onehot, image], 1))
     for k, x in enumerate(seen[1:], start=1):
         n = 8 // 2**k

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 import covidgan
+from covidgan import Covidgan
 
 
 def count(*modules):
@@ -23,12 +24,12 @@ def maps_of(toy, n, n_labels=4):
 def paper_size():
     """The networks of the paper's widths, without memory."""
     with torch.device("meta"):
-        return covidgan.build_networks(covidgan.Config())
+        return covidgan.build(Covidgan, covidgan.Config())
 
 
 @pytest.fixture
 def nets(tiny):
-    return covidgan.build_networks(tiny())
+    return covidgan.build(Covidgan, tiny())
 
 
 def train_mock(net):
@@ -43,7 +44,7 @@ def train_mock(net):
 @pytest.fixture
 def trained(nets):
     """Networks whose weighting nets are off their start."""
-    train_mock(nets["g"].desums[0].net)
+    train_mock(nets.g.desums[0].net)
     return nets
 
 
@@ -51,31 +52,31 @@ def trained(nets):
 
 
 def test_parameter_counts_are_those_of_the_papers_widths(paper_size):
-    g1, g2 = paper_size["g"].g1, paper_size["g"].locals
+    g1, g2 = paper_size.g.g1, paper_size.g.locals
     assert count(g1) == 45_590_209
     assert count(g1.trunk, g2) == 45_853_473
-    assert count(paper_size["g"].desums) == 112_897
-    assert count(paper_size["dfm"]) == 223_489
-    assert [count(scale) for scale in paper_size["d"].scales] == [2_766_785] * 2
+    assert count(paper_size.g.desums) == 112_897
+    assert count(paper_size.dfm) == 223_489
+    assert [count(scale) for scale in paper_size.d.scales] == [2_766_785] * 2
 
 
 @pytest.mark.parametrize(("side", "decisions"), [(512, 67), (256, 35)])
 def test_discriminator_decides_on_a_matrix_of_patches(paper_size, side, decisions):
     pair = torch.empty(1, 5, side, side, device="meta")
-    features = paper_size["d"].scales[0](pair)
+    features = paper_size.d.scales[0](pair)
     assert features[-1].shape == (1, 1, decisions, decisions)
     assert [f.shape[1] for f in features] == [64, 128, 256, 512, 1]
 
 
 def test_generator_gives_512_pixels_and_g1_alone_256_at_the_papers_size(paper_size):
     onehot = torch.empty(1, 4, 512, 512, device="meta")
-    assert paper_size["g"](onehot, "joint")[0].shape == (1, 1, 512, 512)
-    assert paper_size["g"](onehot, "g1")[0].shape == (1, 1, 256, 256)
+    assert paper_size.g(onehot, "joint")[0].shape == (1, 1, 512, 512)
+    assert paper_size.g(onehot, "g1")[0].shape == (1, 1, 256, 256)
 
 
 def test_discriminators_second_scale_sees_half_the_size(paper_size):
     onehot, image = torch.empty(1, 4, 512, 512, device="meta"), torch.empty(1, 1, 512, 512, device="meta")
-    judged = covidgan.judge(list(paper_size["d"].scales), onehot, image)
+    judged = paper_size.d(onehot, image)
     assert [features[-1].shape[-1] for features in judged] == [67, 35]
 
 
@@ -84,7 +85,7 @@ def test_one_decision_sees_70_by_70_pixels():
     net = covidgan.PatchGAN(5, 4).double()
     for block in net.blocks[:-1]:  # instance norm sees the whole image: leave it out
         for k, layer in enumerate(block):
-            if isinstance(layer, covidgan.InstanceNorm):
+            if isinstance(layer, nn.InstanceNorm2d):
                 block[k] = nn.Identity()
     pair = torch.randn(1, 5, 200, 200, dtype=torch.float64, requires_grad=True)
     decisions = net(pair)[-1]
@@ -102,7 +103,7 @@ def test_one_decision_sees_70_by_70_pixels():
 
 @pytest.mark.parametrize(("stage", "side"), [("g1", 32), ("g2", 64), ("joint", 64)])
 def test_image_of_each_stage_has_its_size_and_range(nets, toy, stage, side):
-    image, alpha = nets["g"](maps_of(toy, 3), stage)
+    image, alpha = nets.g(maps_of(toy, 3), stage)
     assert image.shape == (3, 1, side, side)
     assert image.dtype == torch.float32
     assert image.abs().max() <= 1
@@ -126,14 +127,14 @@ VARIANTS = [
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_every_variant_trains_a_step_in_each_of_its_stages(tiny, variant):
-    trainer = covidgan.Trainer(tiny(batch=2, **variant))
+    trainer = covidgan.Trainer(Covidgan, tiny(batch=2, **variant))
     for stage in trainer.stages:
         trainer.begin(stage)
-        before = [p.detach().clone() for p in covidgan.parameters(trainer.opt_g)]
+        moving = [p for player in trainer.players.values() if player.loss == "g" for p in player.parameters]
+        before = [p.detach().clone() for p in moving]
         figures = trainer.step()
         assert all(np.isfinite(value) for value in figures.values())
-        after = covidgan.parameters(trainer.opt_g)
-        assert any(not torch.equal(b, a) for b, a in zip(before, after, strict=True))
+        assert any(not torch.equal(b, a) for b, a in zip(before, moving, strict=True))
 
 
 @pytest.mark.parametrize(("n_gen", "side"), [(1, 64), (2, 32), (3, 16)])
@@ -145,9 +146,9 @@ def test_each_more_generator_halves_the_size_of_g1(tiny, toy, n_gen, side):
 
 def test_g1_at_reduced_size_sees_a_map_of_labels(nets, toy):
     seen = []
-    nets["g"].g1.trunk.register_forward_hook(lambda _module, inputs, _output: seen.append(inputs[0]))
+    nets.g.g1.trunk.register_forward_hook(lambda _module, inputs, _output: seen.append(inputs[0]))
     for stage in ("g1", "joint"):
-        nets["g"](maps_of(toy, 2), stage)
+        nets.g(maps_of(toy, 2), stage)
     assert torch.equal(seen[0], seen[1])
     assert set(seen[0].unique().tolist()) == {0.0, 1.0}
     assert (seen[0].sum(1) == 1).all()
@@ -170,21 +171,21 @@ def reference_norm(x):
 def test_instance_norm_agrees_with_float64():
     torch.manual_seed(1)
     x = torch.randn(3, 5, 17, 13) * torch.tensor([0.01, 1.0, 30.0]).view(3, 1, 1, 1) + 2
-    got = covidgan.InstanceNorm()(x).numpy()
+    got = covidgan.ChannelsLastNorm()(x).numpy()
     assert np.abs(got - reference_norm(x.numpy())).max() < 2e-4
 
 
 def test_instance_norm_keeps_fp32_accurate_where_a_map_makes_features_constant():
     x = torch.full((1, 1, 512, 512), 0.7321)  # sums of equal numbers round all to one side
     x[..., 200:260, 200:260] = 1.9
-    got = covidgan.InstanceNorm()(x).numpy()
+    got = covidgan.ChannelsLastNorm()(x).numpy()
     assert np.abs(got - reference_norm(x.numpy())).max() < 1e-4
 
 
 def test_instance_norm_in_bfloat16_keeps_values_gradients_and_layout():
     torch.manual_seed(1)
     x = (3 * torch.randn(3, 32, 17, 13) + 1).bfloat16().to(memory_format=torch.channels_last).requires_grad_()
-    y = covidgan.InstanceNorm()(x)
+    y = covidgan.ChannelsLastNorm()(x)
     assert y.dtype == torch.bfloat16
     assert y.is_contiguous(memory_format=torch.channels_last)
     assert np.abs(y.detach().double().numpy() - reference_norm(x.detach().double().numpy())).max() < 0.03
@@ -199,24 +200,26 @@ def test_instance_norm_in_bfloat16_keeps_values_gradients_and_layout():
 def test_instance_norm_treats_each_image_alone(dtype):
     torch.manual_seed(1)
     x = torch.randn(4, 3, 8, 8).to(dtype)
-    together = covidgan.InstanceNorm()(x)
-    assert torch.equal(together[2:3], covidgan.InstanceNorm()(x[2:3]))
-    assert torch.equal(covidgan.InstanceNorm().eval()(x), together)
+    together = covidgan.ChannelsLastNorm()(x)
+    assert torch.equal(together[2:3], covidgan.ChannelsLastNorm()(x[2:3]))
+    assert torch.equal(covidgan.ChannelsLastNorm().eval()(x), together)
 
 
 def test_instance_norm_of_a_flat_image_is_zero():
     x = torch.tensor([-1.0, 0.0, 0.3]).view(1, 3, 1, 1).expand(1, 3, 16, 16).clone().requires_grad_()
-    y = covidgan.InstanceNorm()(x)
+    y = covidgan.ChannelsLastNorm()(x)
     y.square().sum().backward()
     assert y.abs().max() < 1e-3
     assert x.grad.isfinite().all()
 
 
 def test_initial_weights_are_normal_with_deviation_0_02_and_zero_bias(tiny):
-    nets = covidgan.build_networks(tiny(ngf=16, ndf=16, n_blocks=2))
+    nets = covidgan.build(Covidgan, tiny(ngf=16, ndf=16, n_blocks=2))
     for name in ("g", "d"):
-        plain = [m for m in nets[name].modules() if isinstance(m, nn.Conv2d | nn.ConvTranspose2d)]
-        weighting = [m for net in nets[name].modules() if isinstance(net, covidgan.WeightingNet) for m in net.modules()]
+        plain = [m for m in getattr(nets, name).modules() if isinstance(m, nn.Conv2d | nn.ConvTranspose2d)]
+        weighting = [
+            m for net in getattr(nets, name).modules() if isinstance(net, covidgan.WeightingNet) for m in net.modules()
+        ]
         plain = [m for m in plain if not any(m is other for other in weighting)]
         assert all((m.bias == 0).all() for m in plain)
         big = [m.weight.flatten() for m in plain if m.weight.numel() > 30_000]
@@ -228,7 +231,7 @@ def test_initial_weights_are_normal_with_deviation_0_02_and_zero_bias(tiny):
 
 
 def test_the_same_seed_gives_the_same_weights(tiny):
-    a, b, c = (covidgan.build_networks(tiny(seed=seed)).state_dict() for seed in (5, 5, 6))
+    a, b, c = (covidgan.build(Covidgan, tiny(seed=seed)).state_dict() for seed in (5, 5, 6))
     assert all(torch.equal(a[key], b[key]) for key in a)
     weights = [key for key in a if a[key].dim() == 4]
     assert not any(torch.equal(a[key], c[key]) for key in weights)
@@ -237,7 +240,7 @@ def test_the_same_seed_gives_the_same_weights(tiny):
 def test_building_networks_leaves_the_global_generator_alone(tiny):
     torch.manual_seed(11)
     before = torch.get_rng_state()
-    covidgan.build_networks(tiny())
+    covidgan.build(Covidgan, tiny())
     assert torch.equal(before, torch.get_rng_state())
 
 
@@ -245,14 +248,14 @@ def test_building_networks_leaves_the_global_generator_alone(tiny):
 
 
 def test_alpha_and_beta_start_at_a_half_for_every_image(nets, toy):
-    _, alpha = nets["g"](maps_of(toy, 4), "joint")
+    _, alpha = nets.g(maps_of(toy, 4), "joint")
     assert alpha.tolist() == [0.5] * 4
-    weight = nets["dfm"].net(torch.randn(3, 32, 9, 9))
+    weight = nets.dfm.net(torch.randn(3, 32, 9, 9))
     assert weight.tolist() == [0.5] * 3
 
 
 def test_alpha_is_one_number_an_image_between_0_and_1(trained, toy):
-    _, alpha = trained["g"](maps_of(toy, 5), "joint")
+    _, alpha = trained.g(maps_of(toy, 5), "joint")
     assert alpha.shape == (5,)
     assert ((alpha > 0) & (alpha < 1)).all()
     assert len(set(alpha.tolist())) == 5
@@ -268,18 +271,18 @@ def test_desum_weighs_local_by_alpha_and_global_by_the_rest():
 
 def test_with_alpha_1_the_joint_image_is_g2s_own(trained, toy):
     onehot = maps_of(toy, 2)
-    nn.init.constant_(trained["g"].desums[0].net.fc[-1].bias, 1e4)
-    joint, alpha = trained["g"](onehot, "joint")
+    nn.init.constant_(trained.g.desums[0].net.fc[-1].bias, 1e4)
+    joint, alpha = trained.g(onehot, "joint")
     assert alpha.tolist() == [1.0, 1.0]
-    assert torch.equal(joint, trained["g"](onehot, "g2")[0])
+    assert torch.equal(joint, trained.g(onehot, "g2")[0])
 
 
 def test_with_alpha_0_the_joint_image_rests_on_g1(trained, toy):
     onehot = maps_of(toy, 2)
-    nn.init.constant_(trained["g"].desums[0].net.fc[-1].bias, -1e4)
-    before, _ = trained["g"](onehot, "joint")
-    nn.init.normal_(trained["g"].locals[0].down[1].weight)  # G2's way down no longer counts
-    assert torch.equal(before, trained["g"](onehot, "joint")[0])
+    nn.init.constant_(trained.g.desums[0].net.fc[-1].bias, -1e4)
+    before, _ = trained.g(onehot, "joint")
+    nn.init.normal_(trained.g.locals[0].down[1].weight)  # G2's way down no longer counts
+    assert torch.equal(before, trained.g(onehot, "joint")[0])
 
 
 def test_plain_sum_is_twice_the_fixed_one():

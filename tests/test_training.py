@@ -13,6 +13,7 @@ import torch
 from conftest import ROOT
 
 import covidgan
+from covidgan import Covidgan
 
 
 def flatten(tree, path=""):
@@ -88,11 +89,11 @@ def test_order_of_samples_is_a_function_of_its_seed():
 
 
 def test_optimisers_get_the_scheduled_learning_rate(tiny):
-    trainer = covidgan.Trainer(tiny(batch=2, epochs=2, epoch_len=4))  # four steps a stage
+    trainer = covidgan.Trainer(Covidgan, tiny(batch=2, epochs=2, epoch_len=4))  # four steps a stage
     for step, share in enumerate((1, 1, 1, 0.5)):
         trainer.step_done = step
         assert trainer.step()["lr"] == pytest.approx(share * 2e-4)
-        groups = trainer.opt_g.param_groups + trainer.opt_d.param_groups
+        groups = [group for optimizer in trainer.optimizers.values() for group in optimizer.param_groups]
         assert [group["lr"] for group in groups] == pytest.approx([share * 2e-4] * len(groups))
         assert all(group["betas"] == (0.5, 0.999) for group in groups)
 
@@ -107,8 +108,8 @@ def test_stats_tell_the_learning_rate_of_every_step(whole_run):
 
 @pytest.mark.parametrize("stage", covidgan.STAGES)
 def test_a_stage_moves_its_own_parameters_and_no_others(tiny, stage):
-    trainer = covidgan.Trainer(tiny(batch=2))
-    g, (d1, d2), dfm = trainer.nets["g"], trainer.nets["d"].scales, trainer.nets["dfm"]
+    trainer = covidgan.Trainer(Covidgan, tiny(batch=2))
+    g, (d1, d2), dfm = trainer.method.g, trainer.method.d.scales, trainer.method.dfm
     parts = {
         "G1 trunk": g.g1.trunk,
         "G1 head": g.g1.head,
@@ -135,9 +136,9 @@ def test_a_stage_moves_its_own_parameters_and_no_others(tiny, stage):
 
 
 def test_g1_stands_still_for_the_epochs_that_fix_it_and_then_moves(tiny):
-    trainer = covidgan.Trainer(tiny(batch=2, epochs=2, epoch_len=4, fix_global=1))
+    trainer = covidgan.Trainer(Covidgan, tiny(batch=2, epochs=2, epoch_len=4, fix_global=1))
     trainer.begin("joint")
-    g = trainer.nets["g"]
+    g = trainer.method.g
     trunk, local, alpha = snapshot(g.g1), snapshot(g.locals), snapshot(g.desums)
     for _ in range(2):
         trainer.step()
@@ -149,21 +150,20 @@ def test_g1_stands_still_for_the_epochs_that_fix_it_and_then_moves(tiny):
 
 
 def test_g1_is_fixed_in_the_joint_stage_alone(tiny):
-    trainer = covidgan.Trainer(tiny(batch=2, fix_global=1))
-    trunk = snapshot(trainer.nets["g"].g1.trunk)
+    trainer = covidgan.Trainer(Covidgan, tiny(batch=2, fix_global=1))
+    trunk = snapshot(trainer.method.g.g1.trunk)
     trainer.step()
-    assert moved(trainer.nets["g"].g1.trunk, trunk)
+    assert moved(trainer.method.g.g1.trunk, trunk)
 
 
 def test_networks_carry_over_between_stages_and_optimisers_start_anew(tiny):
-    trainer = covidgan.Trainer(tiny(batch=2))
+    trainer = covidgan.Trainer(Covidgan, tiny(batch=2))
     for stage in ("g2", "joint"):
         trainer.step()
-        before = snapshot(trainer.nets)
+        before = snapshot(trainer.method)
         trainer.begin(stage)
-        assert not moved(trainer.nets, before)
-        assert not trainer.opt_g.state
-        assert not trainer.opt_d.state
+        assert not moved(trainer.method, before)
+        assert not any(optimizer.state for optimizer in trainer.optimizers.values())
         assert trainer.step_done == 0
 
 
@@ -203,7 +203,7 @@ def test_checkpoint_is_a_plain_dict_of_tensors_and_numbers(whole_run):
     assert type(checkpoint) is dict
     kinds = {type(leaf) for leaf in flatten(checkpoint).values()}
     assert kinds <= {torch.Tensor, int, float, str, bool, type(None)}
-    assert {"g", "d", "dfm", "opt_g", "opt_d", "rng", "config", "stage", "step"} <= checkpoint.keys()
+    assert {"method", "networks", "optimizers", "rng", "config", "stage", "step"} <= checkpoint.keys()
     assert (checkpoint["stage"], checkpoint["step"]) == ("joint", 10)
     assert checkpoint["config"]["ngf"] == 8
 
@@ -217,7 +217,7 @@ def likeness(trainer):
 
 def test_training_on_one_slice_learns_it(tiny):
     still = dict(resize=1.0, rotate=0.0, elastic=0.0, noise=0.0)
-    trainer = covidgan.Trainer(tiny(batch=1, lr=2e-3, epochs=2, epoch_len=40, **still))
+    trainer = covidgan.Trainer(Covidgan, tiny(batch=1, lr=2e-3, epochs=2, epoch_len=40, **still))
     train = trainer.train
     trainer.train = covidgan.Slices(train.names[3:4], train.hu[3:4], train.labels[3:4])
     assert abs(likeness(trainer)) < 0.15
@@ -229,7 +229,7 @@ def test_training_on_one_slice_learns_it(tiny):
 def test_the_same_seed_trains_the_same_and_another_does_not(tiny):
     ends = []
     for seed in (0, 0, 1):
-        trainer = covidgan.Trainer(tiny(batch=2, seed=seed))
+        trainer = covidgan.Trainer(Covidgan, tiny(batch=2, seed=seed))
         trainer.begin("joint")
         ends.append([trainer.step()["g"] for _ in range(3)])
     assert ends[0] == ends[1]
@@ -239,10 +239,10 @@ def test_the_same_seed_trains_the_same_and_another_does_not(tiny):
 def test_bfloat16_trains_close_to_float32(tiny):
     figures = []
     for dtype in ("float32", "bfloat16"):
-        trainer = covidgan.Trainer(tiny(batch=2, dtype=dtype))
+        trainer = covidgan.Trainer(Covidgan, tiny(batch=2, dtype=dtype))
         trainer.begin("joint")
         figures.append(trainer.step())
-        assert all(p.dtype == torch.float32 for p in trainer.nets.parameters())
+        assert all(p.dtype == torch.float32 for p in trainer.method.parameters())
     for name in ("d", "gan", "dfm"):
         assert figures[0][name] == pytest.approx(figures[1][name], rel=0.05)
 
@@ -256,13 +256,13 @@ def test_stopped_anywhere_in_a_stage_a_run_goes_on_bit_for_bit(tiny, tmp_path, m
     """Asked, it stops after its step; killed, it has written steps to stats.jsonl that its checkpoint knows not."""
     monkeypatch.setattr(covidgan.Trainer, "draw", lambda self: None)
     options = dict(batch=2, epoch_len=16, interval=3)  # eight steps
-    straight = covidgan.Trainer(tiny(out=str(tmp_path), **options))
+    straight = covidgan.Trainer(Covidgan, tiny(out=str(tmp_path), **options))
     straight.begin(stage)
     for _ in range(8):
         straight.step()
 
     at = random.choice((5, 6))  # beyond the checkpoint of step 3
-    first = covidgan.Trainer(tiny(out=str(tmp_path), **options))
+    first = covidgan.Trainer(Covidgan, tiny(out=str(tmp_path), **options))
     first.begin(stage)
     step = first.step
 
@@ -277,8 +277,8 @@ def test_stopped_anywhere_in_a_stage_a_run_goes_on_bit_for_bit(tiny, tmp_path, m
     with pytest.raises(covidgan.Stopped if soft else KeyError):
         first.run_stage()
     c = tiny(out=str(tmp_path), resume=True, **options)
-    covidgan.prepare_out(c)
-    second = covidgan.Trainer(c)
+    covidgan.prepare_out(c, Covidgan)
+    second = covidgan.Trainer(Covidgan, c)
     second.load(tmp_path / "ckpt.pt")
     assert (second.stage, second.step_done) == (stage, at if soft else (at - 1) // 3 * 3)
     second.run_stage()
@@ -343,7 +343,7 @@ def test_stats_beyond_the_checkpoint_and_cut_lines_are_dropped_on_resume(tiny, t
     out = copy(whole_run[0])
     with open(out / "stats.jsonl", "a") as stats:
         stats.write('{"stage": "joint", "step": 11, "g": 1.0}\n{"stage": "joint", "ste')
-    covidgan.prepare_out(tiny(out=str(out), resume=True))
+    covidgan.prepare_out(tiny(out=str(out), resume=True), Covidgan)
     assert steps_of(out) == EVERY_STEP
 
 
@@ -410,14 +410,14 @@ def test_resume_of_another_architecture_is_refused(whole_run, here):
 def test_a_non_finite_loss_stops_with_its_step_and_files_and_keeps_the_checkpoint(
     toy, small_run, here, tmp_path, monkeypatch, value
 ):
-    calls, real_losses = [], covidgan.step_losses
+    calls, real_losses = [], Covidgan.losses
 
-    def poisoned(nets, onehot, *more):
+    def poisoned(self, onehot, *more):
         calls.append(len(onehot))
-        losses = real_losses(nets, onehot, *more)
+        losses = real_losses(self, onehot, *more)
         return losses if len(calls) < 6 else {**losses, "g": losses["g"] * value}
 
-    monkeypatch.setattr(covidgan, "step_losses", poisoned)
+    monkeypatch.setattr(Covidgan, "losses", poisoned)
     names = []
     batch = covidgan.Trainer.batch
     monkeypatch.setattr(covidgan.Trainer, "batch", lambda self: names.append(batch(self)[2]) or batch(self))
@@ -436,13 +436,13 @@ def test_a_non_finite_loss_stops_with_its_step_and_files_and_keeps_the_checkpoin
 
 
 def test_a_non_finite_loss_moves_no_weight(tiny, monkeypatch):
-    trainer = covidgan.Trainer(tiny(batch=2))
-    before = snapshot(trainer.nets)
-    real_losses = covidgan.step_losses
-    monkeypatch.setattr(covidgan, "step_losses", lambda *a: {**real_losses(*a), "d": torch.tensor(float("nan"))})
+    trainer = covidgan.Trainer(Covidgan, tiny(batch=2))
+    before = snapshot(trainer.method)
+    real_losses = Covidgan.losses
+    monkeypatch.setattr(Covidgan, "losses", lambda *a: {**real_losses(*a), "d": torch.tensor(float("nan"))})
     with pytest.raises(covidgan.Mistake, match="d nan"):
         trainer.step()
-    assert not moved(trainer.nets, before)
+    assert not moved(trainer.method, before)
 
 
 FLAT = {
@@ -456,13 +456,13 @@ FLAT = {
 @pytest.mark.parametrize("kind", FLAT)
 @pytest.mark.parametrize("stage", covidgan.STAGES)
 def test_flat_slices_train_without_trouble(tiny, stage, kind):
-    trainer = covidgan.Trainer(tiny(batch=2, noise=0.0))
+    trainer = covidgan.Trainer(Covidgan, tiny(batch=2, noise=0.0))
     label, hu = FLAT[kind]
     trainer.train.labels[:], trainer.train.hu[:] = label, hu
     trainer.begin(stage)
     for _ in range(3):
         trainer.step()
-    assert all(p.isfinite().all() for p in trainer.nets.parameters())
+    assert all(p.isfinite().all() for p in trainer.method.parameters())
     trainer.test.labels[:], trainer.test.hu[:] = label, hu
     results = flatten(covidgan.evaluate(trainer))
     assert all(np.isfinite(value) for value in results.values())
@@ -498,11 +498,10 @@ def test_two_processes_train_as_one_on_the_joined_batch(toy, small_run, cli, her
         assert one["step"] == two["step"]
         for name in ("d", "g", "dfm", "alpha", "beta", "d_real", "d_fake"):
             assert one[name] == pytest.approx(two[name], rel=1e-3), name
-    start = flatten(covidgan.build_networks(covidgan.Config(**ranks[0]["config"])).state_dict())
+    start = flatten(covidgan.build(Covidgan, covidgan.Config(**ranks[0]["config"])).state_dict())
     one, two = leaves(single / "ckpt.pt"), flatten(ranks[0])
     for path, w in start.items():  # what was learnt, by the weights: Adam makes steps of rounding in idle biases
-        net, name = path[1:].split(".", 1)
-        a, b = one[f"/{net}/{name}"] - w, two[f"/{net}/{name}"] - w
+        a, b = one[f"/networks{path}"] - w, two[f"/networks{path}"] - w
         if w.dim() == 4 and a.any():
             # the same step in another memory layout, so in another order of summation, comes to 0.026 by itself
             assert (a - b).norm() < 0.04 * a.norm(), path
