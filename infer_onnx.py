@@ -463,37 +463,39 @@ def find_maps(source: Path, side: str | None = None) -> dict[str, Path]:
         print(f"maps is not there: taking {source}", file=sys.stderr)
     if not source.exists():
         raise Mistake(f"{source}: not there: give a folder of label maps")
-    if side and (not source.is_dir() or holds_volumes(source)):
-        raise Mistake(f"--side {side}: goes with the folder of a dataset of slices, which {source} is not")
-    found = find_files(source / "maps" if (source / "maps").is_dir() else source, "maps")
+    folder = source / "maps" if (source / "maps").is_dir() else source
+    found = find_files(folder, "maps")
     owners: dict[str, Path] = {}
     for name, path in found.items():  # lower: on many disks a.png and A.png are one file
         if (owner := owners.setdefault(name.lower(), path)) is not path:
             raise Mistake(f"{path}: its slice would have the name of {owner}'s: rename one")
-    return of_side(found, source, side) if side else found
+    if not side:
+        return found
+    if folder.is_file() or any(map(is_volume, found.values())):
+        raise Mistake(f"--side {side}: goes with the folder of a dataset of slices, which {source} is not")
+    return of_side(found, folder.parent / "split.json", side)
 
 
 def find_files(source: Path, what: str) -> dict[str, Path]:
     """PNGs or volumes of a folder by name, or the one file given. Raises Mistake where there is none, or both."""
-    if not holds_volumes(source):
-        if source.is_dir():
-            return list_pngs(source, what)
-        if source.suffix.lower() != ".png":
-            raise Mistake(f"{source}: neither PNG nor NIfTI: give .png, .nii or .nii.gz, or a folder of them")
-        return {source.stem: source}
-    need_nibabel(source)
-    from data.volumes import list_volumes, volume_name
-
-    if not source.is_dir():
-        return {volume_name(source): source}
-    if any(path.suffix.lower() == ".png" and path.name[0] != "." for path in source.iterdir()):
+    paths = [path for path in source.iterdir() if path.name[0] != "."] if source.is_dir() else [source]
+    volumes, pngs = any(map(is_volume, paths)), any(path.suffix.lower() == ".png" for path in paths)
+    if volumes and pngs:
         raise Mistake(f"{source}: holds both PNG and NIfTI: give a folder of either")
-    return list_volumes(source)
+    if volumes:
+        need_nibabel(source)
+        from data.volumes import list_volumes, volume_name
+
+        return list_volumes(source) if source.is_dir() else {volume_name(source): source}
+    if source.is_dir():
+        return list_pngs(source, what)
+    if not pngs:
+        raise Mistake(f"{source}: neither PNG nor NIfTI: give .png, .nii or .nii.gz, or a folder of them")
+    return {source.stem: source}
 
 
-def of_side(maps: dict[str, Path], dataset: Path, side: str) -> dict[str, Path]:
+def of_side(maps: dict[str, Path], split: Path, side: str) -> dict[str, Path]:
     """The maps of one side of a dataset's split. Raises Mistake for a side without names, a name without map."""
-    split = (dataset if (dataset / "maps").is_dir() else dataset.parent) / "split.json"
     names = read_split(split).get(side)
     if not names:
         raise Mistake(f"{split}: no names under {side}: leave out --side, or name another")
@@ -529,12 +531,6 @@ def real_of(path: Path, name: str, reals: dict[str, Path]) -> Path:
 def is_volume(path: Path) -> bool:
     """By its name."""
     return path.name.lower().endswith(NIFTI)
-
-
-def holds_volumes(folder: Path) -> bool:
-    """Whether a folder, or the one file given, is of volumes; what begins with a dot is no data."""
-    paths = folder.iterdir() if folder.is_dir() else [folder]
-    return any(is_volume(path) and path.name[0] != "." for path in paths)
 
 
 def need_nibabel(asker: Any) -> None:
