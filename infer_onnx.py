@@ -101,7 +101,7 @@ RESIZE, ROTATE, ELASTIC, ELASTIC_CELL = 1.117, 10.0, 2.0, 24.0
 ENDINGS = {"png16": ".png", "png8": ".png", "nifti": ".nii.gz", "npy": ".npy"}
 NIFTI = (".nii", ".nii.gz")
 HELD = (-HU_OFFSET, 4095 - HU_OFFSET)  # the HU that the PNG format holds; volumes are held to them too
-LUNG_HU = -300  # a mean above it inside healthy lung, which has about -850 to -500, is no HU
+LUNG_HU = (-1000, -300)  # a mean beyond them in healthy lung, which has about -850 to -500, is no HU
 
 Shape = tuple[int, int, int]  # N, H, W of a batch
 
@@ -799,7 +799,7 @@ def whole_hu(path: Path, voxels: np.ndarray, labels: np.ndarray) -> np.ndarray:
     if not (limits.min <= low and high <= limits.max):  # nan is neither
         raise Mistake(f"{path}: values {low:g} to {high:g} are no HU: write them as HU again")
     lung = voxels[labels == 1]
-    if lung.size and (mean := lung.mean(dtype=float)) > LUNG_HU:
+    if lung.size and not LUNG_HU[0] <= (mean := lung.mean(dtype=float)) <= LUNG_HU[1]:
         raise Mistake(f"{path}: mean {mean:+.0f} in healthy lung, which has HU of -850 to -500: convert it to HU")
     hu = voxels.astype(np.int16) if voxels.dtype.kind in "iu" else np.rint(voxels).astype(np.int16)
     if (hu != voxels).any():
@@ -825,34 +825,39 @@ def fill_volume(path: Path, labels: np.ndarray, generator: Generator, n: int) ->
     return hu.clip(*HELD)
 
 
-def make_volume(path: Path, real: Path | None, target: Path, generator: Generator, n: int) -> bool:
-    """Write the CT volume of a label volume; returns False, and writes nothing, where no lung is in it."""
-    from data.volumes import write_volume  # needs nibabel
-
-    like, labels, ct = load_volume(path, real, len(generator.info["labels"]))
+def make_volume(path: Path, real: Path | None, generator: Generator, n: int) -> tuple["Volume", np.ndarray] | None:
+    """The CT volume of a label volume: whose grid it lies on, and HU int16 [Z, H, W]; None where no lung is in it."""
+    grid, labels, ct = load_volume(path, real, len(generator.info["labels"]))
     if not labels.any():
-        return False
+        return None
     if labels.shape[1:] != (side := generator.info["size"], side):
         height, width = labels.shape[1:]
         print(f"note: {path}: {height} x {width}, the model was trained at {side} x {side}", file=sys.stderr)
     hu = fill_volume(path, labels, generator, n)
-    write_volume(target, like, hu if ct is None else np.where(labels > 0, hu, ct))
-    return True
+    return grid, hu if ct is None else np.where(labels > 0, hu, ct)
 
 
 def run_volumes(
     volumes: dict[str, Path], reals: dict[str, Path] | None, out: Path, generator: Generator, n: int
 ) -> Tally:
-    """Make the volumes one at a time: it may be all that fits into memory."""
-    made, problems = [], []
+    """Make the volumes one at a time. Raises Mistake, at once, where one cannot be written."""
+    from data.volumes import write_volume  # needs nibabel
+
+    written, without, problems = 0, 0, []
     for name, path in volumes.items():
+        made = None  # lets go of the last one: a volume may be all that fits into memory
         try:
-            real = real_of(path, name, reals) if reals else None
-            made.append(make_volume(path, real, volume_file(out, name), generator, n))
+            made = make_volume(path, real_of(path, name, reals) if reals else None, generator, n)
         except Mistake as mistake:
             problems.append(str(mistake))
             print(f"error: {mistake}", file=sys.stderr)
-    return Tally(made.count(True), made.count(False), problems)
+            continue
+        if made:
+            write_volume(volume_file(out, name), *made)
+            written += 1
+        else:
+            without += 1
+    return Tally(written, without, problems)
 
 
 def volume_file(out: Path, name: str) -> Path:

@@ -1,6 +1,7 @@
 """infer_onnx.py on label volumes, against its own PNG way and against nibabel's reorientation."""
 
 import os
+import sys
 
 import nibabel as nib
 import numpy as np
@@ -252,6 +253,7 @@ def test_a_volume_without_lung_is_left_out_and_none_with_a_lung_is_an_error(infe
 
 BAD_CTS = {
     "without intercept": (lambda hu: hu + 1024, RAS, "mean +224 in healthy lung"),
+    "intercept twice": (lambda hu: hu - 1024, RAS, "mean -1824 in healthy lung"),
     "fractions of one": (lambda hu: hu / 4096, RAS, "mean -0 in healthy lung"),
     "nan": (lambda hu: np.where(hu == hu.max(), np.nan, hu), RAS, "values nan to nan are no HU"),
     "beyond int16": (lambda hu: hu * 4.0, RAS, "are no HU"),
@@ -269,6 +271,23 @@ def test_a_ct_that_does_not_fit_is_one_line_and_nothing_is_written(infer, tmp_pa
     assert status == 2
     assert complaint in told
     assert not list(volumes.iterdir())
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX")
+def test_a_full_disk_stops_the_run_with_one_line_and_the_next_goes_on(infer, folder, tmp_path):
+    import resource
+
+    def limit():  # of a file's size: like a full disk, it fails in the middle of a file
+        resource.setrlimit(resource.RLIMIT_FSIZE, (800, resource.RLIM_INFINITY))
+
+    argv = ["--model", tmp_path / "generator.onnx", "--out", tmp_path / "out", "--provider", "cpu", "--threads", "1"]
+    done = script(folder, *argv, preexec_fn=limit)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert len(errors) == 1 and f"{tmp_path / 'out/volumes/a.nii.gz'}: cannot be written" in errors[0]
+    assert not list((tmp_path / "out/volumes").iterdir())
+    assert infer(folder)[0] == 0
+    assert len(list((tmp_path / "out/volumes").iterdir())) == 3
 
 
 def test_a_ct_that_is_missing_is_told_by_name(infer, folder, tmp_path):
