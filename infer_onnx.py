@@ -1007,7 +1007,7 @@ def report(args: argparse.Namespace, what: str, tally: Tally, total: int) -> int
     if tally.without_lung:
         print(f"note: {tally.without_lung} {what} without lung are left out", file=sys.stderr)
     if tally.problems:
-        print("\n  ".join([f"{len(tally.problems)} left out:", *tally.problems]), file=sys.stderr)
+        print(f"left out as faulty: {len(tally.problems)}, see the errors above", file=sys.stderr)
     return 2 if tally.problems else 0
 
 
