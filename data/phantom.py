@@ -11,7 +11,6 @@ base. `slices.py` tells the format of the result.
 """
 
 import argparse
-import json
 import multiprocessing
 import os
 import sys
@@ -29,6 +28,8 @@ from data.slices import (
     Mistake,
     OneLineParser,
     exit_on_mistake,
+    held_split,
+    make_room,
     slice_name,
     write_contact_sheet,
     write_image,
@@ -478,29 +479,6 @@ def split_patients(patients: int, seed: int) -> dict[str, list[int]]:
     return {side: sorted(part) for side, part in zip(SIDES, parts, strict=True)}
 
 
-def make_room(out: Path, drawn: dict, overwrite: bool) -> bool:
-    """Make empty folders for a set; False if `out` holds this very set whole already. Raises Mistake for another."""
-    try:
-        held = json.loads((out / "split.json").read_text())["drawn"]
-    except (OSError, ValueError, TypeError, KeyError):  # none, or no split
-        held = None
-    if held == drawn:
-        return False
-    if out.is_dir() and any(out.iterdir()) and not overwrite:
-        raise Mistake(
-            f"{out}: holds another set or an unfinished one; give --overwrite to replace it, or another --out"
-        )
-    try:
-        for folder in (out / "images", out / "maps"):
-            folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise Mistake(f"{out}: cannot be made a folder ({error.strerror}); give another --out") from error
-    (out / "split.json").unlink(missing_ok=True)  # first: without it the set counts as unfinished
-    for path in out.glob("*/P*_S*.png"):
-        path.unlink()
-    return True
-
-
 def summary(sides: dict[str, list[int]], pixels: dict[int, np.ndarray]) -> str:
     """Table of each side's patients, slices and pixels of each label."""
     lines = [f"{'':9}{'patients':>9}{'slices':>8}" + "".join(f"{label:>22}" for label in LABELS)]
@@ -533,9 +511,10 @@ def main(argv: list[str] | None = None) -> None:
         "source": "phantom", "by": "patient", "seed": args.seed, "size": args.size,
         "patients": args.patients, "slices": args.slices,
     }  # fmt: skip
-    if not make_room(args.out, drawn, args.overwrite):
+    if held_split(args.out).get("drawn") == drawn:
         print(f"{args.out} already holds this set, whole; nothing to do")
         return
+    make_room(args.out, args.overwrite)
 
     numbers = range(1, args.patients + 1)
     make = partial(make_patient, seed=args.seed, size=args.size, count=args.slices, out=args.out)

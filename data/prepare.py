@@ -1,7 +1,7 @@
 """Chest CT volumes with lesion masks (NIfTI) to a dataset of slices, split by patient or by slice.
 
-    python data/prepare.py SRC                           # by patient, into data/radiopaedia
-    python data/prepare.py SRC --by slice                # as the paper: neighbouring slices on both sides
+    python data/prepare.py SRC                                   # by patient, into data/radiopaedia
+    python data/prepare.py SRC --by slice                        # as the paper: neighbouring slices on both sides
     python data/prepare.py SRC --exclude-patient 3 --out data/radiopaedia_without_3
 
 SRC is laid out like the public download, volume N being patient N:
@@ -10,24 +10,32 @@ SRC is laid out like the public download, volume N being patient N:
     SRC/rp_lung_msk/N.nii.gz    0 outside, 1 lung; or 1 and 2, one value a side
     SRC/rp_msk/N.nii.gz         0 none, 1 ground-glass opacity, 2 consolidation, 3 pleural effusion
 
+Other public sets, whose names pair the files (* stands for the name where masks are called otherwise):
+
+    ... --images CT --lungs Lung_Mask --lesions Infection_Mask --binary                       # 20 volumes, Ma et al.
+    ... --images 'studies/CT-1/*.nii.gz' --lesions 'masks/*_mask.nii.gz' --lungs auto --binary          # MosMed
+    ... --images 'Train/*_ct.nii.gz' --lesions 'Train/*_seg.nii.gz' --lungs auto --binary          # COVID-19-20
+    ... --stacked --images tr_im.nii.gz --lesions tr_mask.nii.gz --lungs auto                # 100 slices, MedSeg
+
 Every volume is turned, by its affine, to radiological display: row 0 is anterior (the spine is at the
-bottom), column 0 is the patient's right. Slice P03_S041 is the 42nd from the feet in the turned volume.
+bottom), column 0 is the patient's right. Slice P03_S041 is the 42nd from the feet in the turned volume;
+what stands before "_S" is the patient, and a second scan of a patient goes on where the first ended.
 Every volume is read and checked before anything is written. `slices.py` tells the format of the result.
 """
 
 import argparse
-import gzip
-import json
+import itertools
+import re
 import sys
-import zlib
+from collections.abc import Callable, Sequence
+from functools import partial
+from heapq import nsmallest
 from pathlib import Path
+from typing import NamedTuple
 
-import nibabel as nib
 import numpy as np
-from nibabel.filebasedimages import ImageFileError
-from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation, ornt_transform
-from nibabel.spatialimages import HeaderDataError
 from PIL import Image
+from scipy import ndimage
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, only data/ itself is on it
@@ -38,77 +46,135 @@ from data.slices import (
     Mistake,
     OneLineParser,
     exit_on_mistake,
+    held_split,
+    make_room,
     slice_name,
     write_contact_sheet,
     write_image,
     write_map,
     write_split,
 )
+from data.volumes import list_volumes, read_labels, read_stored, read_volume, volume_name
 
 IMAGES, LUNG_MASKS, LESION_MASKS = "rp_im", "rp_lung_msk", "rp_msk"
-AIR = -HU_OFFSET  # the lowest HU that the format holds
+AIR, HIGHEST = -HU_OFFSET, 4095 - HU_OFFSET  # the range of HU that the format holds
+# Means over patients lie well inside: lung that is not diseased -890..-717, soft tissue 0..140.
+LUNG_HU, TISSUE_HU = (-960, -450), (-100, 200)
+AUTO = "auto"
+# A public case of Radiopaedia is a patient, with one or more studies and scans: radiopaedia_CASE_STUDY_SCAN.
+PATIENT = r"radiopaedia_\d+(?=_)|.+"
+WAYS = 3_000_000  # of sharing patients out, weighed in all
+SHEET = 60  # pictures at most on a contact sheet
 
-Slice = tuple[int, int]  # (patient, z), z counted upwards from the feet
+Slice = tuple[int, int]  # (patient, position), counted upwards from the feet
 
 
-def find_patients(src: Path, excluded: list[int]) -> list[int]:
-    """List the patient numbers in `src`, in numerical order, without those `excluded`.
+class Scan(NamedTuple):
+    """The files of one scan; `lung` is None where the lungs are to be found in the CT."""
 
-    Raises Mistake for a missing or empty folder, a volume not named by a number, a volume that lacks a
-    mask, and an excluded patient that is not there. A mask without a volume is only warned of.
+    name: str
+    patient: int
+    ct: Path
+    lung: Path | None
+    lesion: Path
+
+
+def find_scans(args: argparse.Namespace) -> list[Scan]:
+    """List the scans by patient number and name, without the patients excluded.
+
+    Raises Mistake for a missing or empty folder, a volume that lacks a mask, a name that --patient does not match
+    and an excluded patient that is not there. A mask without a volume is only warned of.
     """
-    if not (src / IMAGES).is_dir():
-        raise Mistake(f"{src / IMAGES}: no such folder; SRC must hold {IMAGES}, {LUNG_MASKS} and {LESION_MASKS}")
-    names = [path.name.removesuffix(".nii.gz") for path in sorted((src / IMAGES).glob("*.nii.gz"))]
-    if not names:
-        raise Mistake(f"{src / IMAGES}: holds no volume; put 1.nii.gz, 2.nii.gz, ... there")
-    for name in names:
-        if not name.isdecimal() or name != str(int(name)):
-            raise Mistake(f"{src / IMAGES / name}.nii.gz: not named by a patient number; rename it like 7.nii.gz")
-    for absent in sorted(set(excluded) - set(map(int, names))):
-        raise Mistake(f"{src / IMAGES / str(absent)}.nii.gz: not there, so patient {absent} cannot be excluded")
-    patients = sorted(set(map(int, names)) - set(excluded))
-    for folder in (LUNG_MASKS, LESION_MASKS):
-        for patient in patients:
-            mask = src / folder / f"{patient}.nii.gz"
-            if not mask.is_file():
-                raise Mistake(f"{mask}: missing; add this mask or give --exclude-patient {patient}")
-        for mask in sorted((src / folder).glob("*.nii.gz")):
-            if mask.name.removesuffix(".nii.gz") not in names:
-                print(f"warning: {mask}: a mask without a volume, ignored", file=sys.stderr)
-    return patients
+    lungs = None if args.lungs == AUTO else args.lungs
+    if args.stacked:
+        ct = Path(args.images)
+        return [Scan(volume_name(ct), 0, ct, Path(lungs) if lungs else None, Path(args.lesions))]
+    images, masks = find_files(args.images), {each: find_files(each) for each in (lungs, args.lesions) if each}
+    patients = {name: patient_of(name, args.patient) for name in images}
+    for absent in sorted(set(args.exclude_patient) - {*patients, *patients.values()}):
+        raise Mistake(f"{missing(args.images, absent)}: not there, so patient {absent} cannot be excluded")
+    excluded = {name for name in images if {name, patients[name]} & set(args.exclude_patient)}
+    for where, files in masks.items():
+        for name in images:
+            if name not in files and name not in excluded:
+                mend = f"add this mask or give --exclude-patient {name}"
+                if not files.keys() & images.keys():
+                    mend = "names pair the files; where they differ, give a pattern such as 'DIR/*_mask.nii.gz'"
+                raise Mistake(f"{missing(where, name)}: missing; {mend}")
+        for name in files.keys() - images.keys():
+            print(f"warning: {files[name]}: a mask without a volume, ignored", file=sys.stderr)
+    numbers = number_patients({*patients.values()})
+    scans = [
+        Scan(name, numbers[patients[name]], path, masks[lungs][name] if lungs else None, masks[args.lesions][name])
+        for name, path in images.items()
+        if name not in excluded
+    ]
+    return sorted(scans, key=lambda scan: (scan.patient, scan.name))
 
 
-def read_volume(path: Path, allowed: tuple[int, ...] | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Read a NIfTI file in radiological display, whatever its storage order.
+def find_files(where: str) -> dict[str, Path]:
+    """Volumes of a folder by name, sorted; in a pattern such as DIR/*_ct.nii.gz the star stands for the name."""
+    folder, pattern = Path(where).parent, Path(where).name
+    if Path(where).is_file():
+        raise Mistake(f"{where}: a file; give its folder, or --stacked if each of its slices is a patient of its own")
+    if "*" not in pattern:
+        return list_volumes(Path(where))
+    before, _, after = pattern.partition("*")
+    files = {
+        path.name[len(before) : len(path.name) - len(after)]: path
+        for path in sorted(folder.glob(pattern))
+        if not path.name.startswith(".")
+    }
+    if not files:
+        raise Mistake(f"{where}: no file there is called so; put it into quotes, with one star")
+    return files
 
-    Returns the volume [Z, H, W] (z upwards, rows to posterior, columns to the patient's left), any real
-    type, and the height and width of a pixel in mm [2]. Raises Mistake for a file that cannot be read or
-    is no 3-D volume and, where `allowed` is given, for the first voxel that holds any other value.
+
+def missing(where: str, name: str) -> str:
+    """Path at which the file of this name was looked for."""
+    return where.replace("*", name) if "*" in where else str(Path(where) / f"{name}.nii.gz")
+
+
+def patient_of(name: str, pattern: str) -> str:
+    """The part of a name that tells the patient: the pattern's first group, or all that it matches."""
+    match = re.match(pattern, name)
+    if not match:
+        raise Mistake(f"--patient {pattern}: does not match {name}; give a pattern for the part that names the patient")
+    return match[1] if match.re.groups else match[0]
+
+
+def number_patients(patients: set[str]) -> dict[str, int]:
+    """Patient N is number N where all are called by plain numbers; else the order of their names numbers them."""
+    if all(patient.isdecimal() and patient == str(int(patient)) for patient in patients):
+        return {patient: int(patient) for patient in patients}
+    return {patient: number for number, patient in enumerate(sorted(patients), start=1)}
+
+
+def read_scan(
+    scan: Scan, args: argparse.Namespace, note: Callable[[str], None]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, bool]:
+    """Read and check a scan: HU [Z, H, W], labels uint8 [Z, H, W], height and width of a pixel in mm, was it grey.
+
+    `note` is told what was assumed. Raises Mistake for a file that cannot be used, naming it.
     """
-    try:
-        image = nib.squeeze_image(nib.load(path))  # [X, Y, Z, 1] is a volume too
-        with gzip.open(path) as stream:
-            while stream.read(2**24):  # to the end, where gzip compares its checksum: nibabel stops before it
-                pass
-        stored = np.asanyarray(image.dataobj)  # in the file's own axis order
-    except (ImageFileError, HeaderDataError) as error:
-        raise Mistake(f"{path}: no NIfTI file; put a real .nii.gz there") from error
-    except (EOFError, OSError, zlib.error) as error:  # gzip.BadGzipFile is an OSError
-        raise Mistake(f"{path}: cut short or damaged ({error}); get the file again") from error
-    axes = io_orientation(image.affine)
-    if stored.ndim != 3 or stored.dtype.kind not in "iuf" or stored.size == 0 or np.isnan(axes).any():
-        raise Mistake(f"{path}: {stored.dtype} {stored.shape} is no 3-D volume of numbers with a usable affine")
-    if allowed is not None:
-        unknown = ~np.isin(stored, allowed)
-        if unknown.any():
-            voxel = tuple(int(i) for i in np.unravel_index(unknown.argmax(), stored.shape))
-            known = ", ".join(map(str, allowed))
-            raise Mistake(f"{path}: unknown label {stored[voxel]:g} at voxel {voxel}; correct it to one of {known}")
-    turn = ornt_transform(axes, axcodes2ornt("LPS"))
-    volume = apply_orientation(stored, turn).transpose(2, 1, 0)  # [Z, H, W]
-    millimetres = nib.affines.voxel_sizes(image.affine)[np.argsort(turn[:, 0])]  # of W, H, Z
-    return volume, millimetres[[1, 0]]
+    volume = read_volume(scan.ct, note)
+    lesion = read_labels(scan.lesion, (0, 1) if args.binary else (0, 1, 2, 3), volume, note)
+    lung = None if scan.lung is None else read_labels(scan.lung, (0, 1, 2), volume, note) > 0
+    hu, grey = to_hu(scan.ct, volume.voxels, args)
+    nowhere = np.isnan(hu)
+    if nowhere.any():
+        if (nowhere & ((lesion > 0) | (lung if lung is not None else False))).any():
+            raise Mistake(f"{scan.ct}: values that are no number inside the lung; get the volume again")
+        note(f"{scan.ct}: {nowhere.sum()} values are no number, outside the lung; taken as air")
+        hu[nowhere] = AIR
+    if lung is None:
+        lung = auto_lungs(scan.ct, hu, lesion, volume.millimetres, args.stacked, note)
+    if not args.unchecked:
+        check_hu(scan, hu, lung, lesion)
+    hu = np.clip(hu, AIR, HIGHEST)  # before resizing, which would mix padding of -3024 into its neighbours
+    if args.binary:
+        lesion = part_by_density(hu, lesion, volume.millimetres, args.consolidation_above)
+    return hu, merge_masks(lung, lesion), volume.millimetres, grey
 
 
 def merge_masks(lung: np.ndarray, lesion: np.ndarray) -> np.ndarray:
@@ -122,30 +188,143 @@ def merge_masks(lung: np.ndarray, lesion: np.ndarray) -> np.ndarray:
     return labels
 
 
-def read_patient(src: Path, patient: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Read volume N and its masks: CT [Z, H, W] as stored, labels uint8 [Z, H, W], height and width of a pixel in mm.
+def part_by_density(hu: np.ndarray, lesion: np.ndarray, millimetres: np.ndarray, threshold: float) -> np.ndarray:
+    """Part a lesion mask [Z, H, W] of 0 and 1 into ground glass 1 and, above a density in HU, consolidation 2."""
+    smooth = ndimage.gaussian_filter(hu.astype(np.float32), (0, *(1 / millimetres)))  # 1 mm: noise parts nothing
+    return np.where(lesion > 0, 1 + (smooth > threshold), 0).astype(np.uint8)
 
-    Raises Mistake as `read_volume` does, and where the shapes differ.
+
+# ---- what the numbers of a CT mean
+
+
+def to_hu(path: Path, voxels: np.ndarray, args: argparse.Namespace) -> tuple[np.ndarray, bool]:
+    """HU of a volume, and whether it held grey levels 0..255, which the grey window maps back; NaN stays.
+
+    Raises Mistake for what can be neither: in HU, the air around and in a body is about -1000.
     """
-    paths = [src / folder / f"{patient}.nii.gz" for folder in (IMAGES, LUNG_MASKS, LESION_MASKS)]
-    volume, millimetres = read_volume(paths[0])
-    lung, _ = read_volume(paths[1], allowed=(0, 1, 2))
-    lesion, _ = read_volume(paths[2], allowed=(0, 1, 2, 3))
-    for path, mask in zip(paths[1:], (lung, lesion), strict=True):
-        if mask.shape != volume.shape:
-            shapes = f"{mask.shape} slices, rows, columns, but its volume {volume.shape}"
-            raise Mistake(f"{path}: {shapes}; bring both to one grid")
-    return volume, merge_masks(lung, lesion), millimetres
+    finite = voxels[~np.isnan(voxels)]
+    low, high = (finite.min(), finite.max()) if finite.size else (0, 0)
+    if low >= -64 and 1 < high <= 320:  # resampling by splines reaches a little beyond 0 and 255
+        bottom, top = args.grey_window
+        return bottom + np.clip(voxels, 0, 255).astype(np.float32) * ((top - bottom) / 255), True
+    if np.isinf([low, high]).any() or (low > -800 and not args.unchecked):
+        raise Mistake(f"{path}: values {low:g} to {high:g} are neither HU nor grey levels 0..255; convert it to HU")
+    return voxels.astype(np.promote_types(voxels.dtype, np.int16)), False  # a copy, which may be corrected
 
 
-def is_grey(path: Path, volume: np.ndarray) -> bool:
-    """Tell grey levels 0..255 from HU, where air is about -1000; raise Mistake for what can be neither."""
-    low, high = volume.min(), volume.max()  # nan if any voxel is
-    if low >= 0 and 1 < high <= 255:
-        return True
-    if -np.inf < low < 0 and high < np.inf:
-        return False
-    raise Mistake(f"{path}: values {low:g} to {high:g} are neither HU nor grey levels 0..255; convert it to HU")
+def check_hu(scan: Scan, hu: np.ndarray, lung: np.ndarray, lesion: np.ndarray) -> None:
+    """Raise Mistake where the lung, or the soft tissue around it, is not as dense as on any chest CT in HU.
+
+    It catches a lost intercept, and a lung mask that lies wrong.
+    """
+    inside = lung | (lesion > 0)
+    healthy = lung & (lesion == 0)
+    if np.count_nonzero(healthy) < 0.05 * np.count_nonzero(inside):
+        healthy = inside
+    if not healthy.any():
+        raise Mistake(f"{scan.lung or scan.ct}: no lung in it; give a lung mask, or --unchecked to go on")
+    mean = hu[healthy].mean()
+    if not LUNG_HU[0] <= mean <= LUNG_HU[1]:
+        cause = "see that it is HU and that the lung mask lies on it"
+        for intercept, text in ((-1024, "the intercept -1024 seems lost"), (1024, "-1024 seems added twice")):
+            if LUNG_HU[0] <= mean + intercept <= LUNG_HU[1]:
+                cause = f"{text}; convert it again"
+        raise Mistake(
+            f"{scan.ct}: mean {mean:+.0f} HU inside the lung mask, where lung is {LUNG_HU[0]} to {LUNG_HU[1]}: {cause},"
+            " or give --unchecked"
+        )
+    tissue = hu[(hu > -200) & ~inside]
+    median = np.median(tissue) if tissue.size else np.nan
+    if not TISSUE_HU[0] <= median <= TISSUE_HU[1]:
+        raise Mistake(
+            f"{scan.ct}: median {median:+.0f} HU in what is denser than fat around the lung, where soft tissue is 0 to"
+            " 100: see that it is HU (--grey-window for grey levels), or give --unchecked"
+        )
+
+
+# ---- lungs found in the CT
+
+
+def auto_lungs(
+    path: Path, hu: np.ndarray, lesion: np.ndarray, millimetres: np.ndarray, stacked: bool, note: Callable[[str], None]
+) -> np.ndarray:
+    """Find the lungs, bool [Z, H, W], each slice for itself if stacked; tell where a lesion lies in no lung."""
+    parts = [slice(z, z + 1) for z in range(len(hu))] if stacked else [slice(None)]
+    lungs = np.concatenate([find_lungs(hu[part], lesion[part], millimetres) for part in parts])
+    lost = np.flatnonzero((lesion > 0).any((1, 2)) & ~(lungs & (lesion == 0)).any((1, 2)))
+    if lost.size:
+        note(f"{path}: no lung found about the lesion of {lost.size} slices, the first {lost[0]}; look at them")
+    return lungs
+
+
+def find_lungs(hu: np.ndarray, lesion: np.ndarray, millimetres: np.ndarray) -> np.ndarray:
+    """Find the lungs, bool [Z, H, W], in HU [Z, H, W]; lesion [Z, H, W] belongs to them.
+
+    The steps are the usual ones: air inside the body, without gas, in large pieces; then vessels are taken in.
+    """
+    air = np.stack([enclosed_air(plane, hu.min(), millimetres) for plane in hu])
+    if not air.any():
+        return lesion > 0
+    in_plane = np.zeros((3, 3, 3), bool)
+    in_plane[1] = ndimage.generate_binary_structure(2, 1)
+    pieces, count = ndimage.label(air, in_plane)
+    means = ndimage.mean(hu, pieces, np.arange(count + 1))
+    means[0] = 0
+    gas = (np.median(hu[air]) - 1000) / 2  # windpipe, stomach and bowel are halfway to air, or further
+    pieces, _ = ndimage.label(air & (means >= gas)[pieces])
+    sizes = np.bincount(pieces.ravel())
+    sizes[0] = 0
+    lungs = (sizes > 0.05 * sizes.max())[pieces] | (lesion > 0)
+    return np.stack([close(plane, millimetres) if plane.any() else plane for plane in lungs])
+
+
+def enclosed_air(hu: np.ndarray, padding: float, millimetres: np.ndarray) -> np.ndarray:
+    """Air inside the body, bool [H, W], of one slice of HU [H, W].
+
+    The slice ends where nothing but `padding` follows: its corners are outside the body, and lungs that a close
+    crop cuts off are not.
+    """
+    enclosed = np.zeros(hu.shape, bool)
+    rows, columns = (np.flatnonzero((hu > padding).any(axis)) for axis in (1, 0))
+    if not rows.size:
+        return enclosed
+    field = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    air = ndimage.gaussian_filter(hu[field].astype(np.float32), 0.7 / millimetres) < -380
+    thick = widen(shrink(~air, 2.5, millimetres), 2.5, millimetres) & ~air  # without the table's shell and tubes
+    pieces, _ = ndimage.label(thick)
+    sizes = np.bincount(pieces.ravel())
+    sizes[0] = 0
+    body = (sizes > 0.05 * sizes.max())[pieces]
+    spaces, _ = ndimage.label(~body)
+    outside = spaces[[0, 0, -1, -1], [0, -1, 0, -1]]
+    enclosed[field] = air & ~body & ~np.isin(spaces, outside)
+    return enclosed
+
+
+def close(lungs: np.ndarray, millimetres: np.ndarray) -> np.ndarray:
+    """Take vessels and bronchi into a lung mask [H, W]: gaps of up to 10 mm and holes of up to 3 square centimetres.
+
+    Larger holes stay: the liver's dome is one.
+    """
+    closed = lungs | shrink(widen(lungs, 5, millimetres), 5, millimetres)
+    holes, _ = ndimage.label(~closed)
+    areas = np.bincount(holes.ravel()) * millimetres.prod()
+    areas[np.concatenate([holes[[0, -1]].ravel(), holes[:, [0, -1]].ravel()])] = np.inf  # open to the border
+    areas[0] = 0
+    return (areas < 300)[holes]
+
+
+def widen(mask: np.ndarray, radius: float, millimetres: np.ndarray) -> np.ndarray:
+    """Dilate a mask [H, W] by a radius in mm."""
+    return ndimage.distance_transform_edt(~mask, sampling=millimetres) <= radius if mask.any() else mask
+
+
+def shrink(mask: np.ndarray, radius: float, millimetres: np.ndarray) -> np.ndarray:
+    """Erode a mask [H, W] by a radius in mm, but not from the border of the slice."""
+    return ~widen(~mask, radius, millimetres)
+
+
+# ---- slices
 
 
 def fit(pixels: np.ndarray, millimetres: np.ndarray, size: int, fill: int) -> np.ndarray:
@@ -164,21 +343,31 @@ def fit(pixels: np.ndarray, millimetres: np.ndarray, size: int, fill: int) -> np
     return square
 
 
-def survey(src: Path, patients: list[int], size: int) -> tuple[dict[Slice, np.ndarray], list[int]]:
-    """Read and check every volume, one at a time; write nothing.
+def survey(
+    scans: list[Scan], args: argparse.Namespace
+) -> tuple[dict[Slice, np.ndarray], dict[Slice, tuple[Scan, int]], list[str]]:
+    """Read and check every scan, one at a time; write nothing.
 
-    Returns the pixels of each label [4] in every slice, counted at the size written (so that a lesion
-    that shrinking loses is not promised), and the patients whose volume holds grey levels.
+    Returns the pixels of each label [4] in every slice, counted at the size written (so that a lesion that
+    shrinking loses is not promised), where each slice comes from (scan, z), and the names of scans of grey levels.
     """
-    pixels, grey = {}, []
-    with tqdm(patients, desc="checking volumes", disable=None) as bar:  # closed before an error is printed
-        for patient in bar:
-            volume, labels, millimetres = read_patient(src, patient)
-            if is_grey(src / IMAGES / f"{patient}.nii.gz", volume):
-                grey.append(patient)
+    pixels, places, grey = {}, {}, []
+    with tqdm(scans, desc="checking volumes", disable=None) as bar:  # closed before an error is printed
+        for scan in bar:
+            _, labels, millimetres, is_grey = read_scan(scan, args, note=warn)
+            if is_grey:
+                grey.append(scan.name)
+            start = sum(patient == scan.patient for patient, _ in pixels)  # behind the patient's other scans
             for z, label_map in enumerate(labels):
-                pixels[patient, z] = np.bincount(fit(label_map, millimetres, size, fill=0).ravel(), minlength=4)
-    return pixels, grey
+                key = (z + 1, z) if args.stacked else (scan.patient, start + z)
+                pixels[key] = np.bincount(fit(label_map, millimetres, args.size, fill=0).ravel(), minlength=4)
+                places[key] = scan, z
+    return pixels, places, grey
+
+
+def warn(text: str) -> None:
+    """Warn on stderr, beside a progress bar."""
+    tqdm.write(f"warning: {text}", file=sys.stderr)
 
 
 def split_by_slice(kept: list[Slice], counts: list[int], rng: np.random.Generator) -> list[list[Slice]]:
@@ -212,7 +401,7 @@ def split_by_patient(kept: list[Slice], counts: list[int], rng: np.random.Genera
     parts = 3 if len(sizes) > 2 and counts[2] else 2
     targets = [count * len(kept) / sum(counts[:parts]) for count in counts[:parts]]
     # Exact search: ways that fill the parts alike are equally good, so one of them is enough. That leaves
-    # at most slices ** 2 / 2 ways instead of 3 ** patients.
+    # at most slices ** 2 / 2 ways instead of 3 ** patients. Of a large set's the most even ones are followed.
     order = rng.permutation(sorted(sizes)).tolist()
     ways = {(0,) * parts: ()}  # slices in each part -> the part of each patient so far
     for patient in order:
@@ -221,69 +410,46 @@ def split_by_patient(kept: list[Slice], counts: list[int], rng: np.random.Genera
             for part in range(parts):
                 after = (*filled[:part], filled[part] + sizes[patient], *filled[part + 1 :])
                 longer.setdefault(after, (*chosen, part))
+        if len(longer) > WAYS // len(order):
+            done = sum(next(iter(longer))) / len(kept)
+            even = partial(deviation, targets=[target * done for target in targets])
+            longer = {filled: longer[filled] for filled in nsmallest(WAYS // len(order), longer, key=even)}
         ways = longer
-    best = min(filter(all, ways), key=lambda filled: sum(abs(n - t) for n, t in zip(filled, targets, strict=True)))
+    best = min(filter(all, ways), key=partial(deviation, targets=targets))
     part_of = dict(zip(order, ways[best], strict=True))
     sides = [[key for key in kept if part_of[key[0]] == part] for part in range(parts)]
     return sides if parts == 3 else [*sides, sides[1]]
 
 
-def make_room(out: Path, split: dict, names: list[str], overwrite: bool) -> None:
-    """Make the folders of a dataset, refusing (Mistake) to touch a folder that holds anything else.
-
-    The same set, whole or interrupted, may be written again. With `overwrite` the slices of any other set
-    are removed, and nothing but slices. split.json goes first: a set without it counts as unfinished.
-    """
-    folders = out / "images", out / "maps"
-    slices = {folder / f"{name}.png" for folder in folders for name in names}
-    ours = slices | {out / "contact_sheet.png"}
-    if holds(out / "split.json", split):
-        ours.add(out / "split.json")
-    for path in sorted(out.rglob("*")):
-        if path.is_file() and path not in ours and not path.name.startswith(".") and not overwrite:
-            raise Mistake(f"{path}: of another set; give another --out, or --overwrite to replace it")
-    try:
-        for folder in folders:
-            folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise Mistake(f"{out}: cannot be made a folder ({error.strerror}); give another --out") from error
-    (out / "split.json").unlink(missing_ok=True)
-    left_by_a_kill = out.rglob(".*.png.*.tmp")
-    for path in {*out.glob("images/P*_S*.png"), *out.glob("maps/P*_S*.png"), *left_by_a_kill} - slices:
-        path.unlink()
+def deviation(counts: Sequence[int], targets: list[float]) -> float:
+    """Sum of the differences."""
+    return sum(abs(count - target) for count, target in zip(counts, targets, strict=True))
 
 
-def holds(path: Path, split: dict) -> bool:
-    """Tell whether a file is there and holds exactly this split."""
-    try:
-        return path.exists() and json.loads(path.read_text()) == split
-    except ValueError:  # no JSON
-        return False
-
-
-def write_slices(src: Path, out: Path, chosen: list[Slice], size: int, grey_windows: dict[int, list[float]]) -> None:
-    """Write the image and the map of every slice `chosen`, then a contact sheet: each patient's most diseased slice.
-
-    `grey_windows` gives, for a patient whose volume holds grey levels, the HU of levels 0 and 255.
-    """
-    pairs = []
+def write_slices(
+    args: argparse.Namespace,
+    chosen: list[Slice],
+    places: dict[Slice, tuple[Scan, int]],
+    pixels: dict[Slice, np.ndarray],
+) -> None:
+    """Write the image and the map of every slice `chosen`, then a contact sheet: each patient's most diseased slice."""
+    shown = {}  # by patient
+    for key in chosen:
+        shown[key[0]] = max(shown.get(key[0], key), key, key=lambda key: pixels[key][2:].sum())
+    pairs = {}
     with tqdm(total=len(chosen), desc="writing slices", disable=None) as bar:
-        for patient in sorted({patient for patient, _ in chosen}):
-            volume, labels, millimetres = read_patient(src, patient)
-            positions = [z for p, z in chosen if p == patient]
-            shown = positions[np.count_nonzero(labels[positions] > 1, axis=(1, 2)).argmax()]
-            for z in positions:
-                hu = volume[z].astype(np.float32)
-                if patient in grey_windows:
-                    low, high = grey_windows[patient]
-                    hu = low + hu * ((high - low) / 255)
-                hu, label_map = fit(hu, millimetres, size, fill=AIR), fit(labels[z], millimetres, size, fill=0)
-                write_image(out / "images" / f"{slice_name(patient, z)}.png", hu)
-                write_map(out / "maps" / f"{slice_name(patient, z)}.png", label_map)
-                if z == shown:
-                    pairs.append((hu, label_map))
+        for scan, keys in itertools.groupby(chosen, key=lambda key: places[key][0]):
+            hu, labels, millimetres, _ = read_scan(scan, args, note=lambda _: None)  # told when it was checked
+            for patient, position in keys:
+                z = places[patient, position][1]
+                pixels_hu = fit(hu[z].astype(np.float32), millimetres, args.size, fill=AIR)
+                label_map = fit(labels[z], millimetres, args.size, fill=0)
+                write_image(args.out / "images" / f"{slice_name(patient, position)}.png", pixels_hu)
+                write_map(args.out / "maps" / f"{slice_name(patient, position)}.png", label_map)
+                if shown[patient] == (patient, position) and len(pairs) < SHEET:
+                    pairs[patient] = pixels_hu, label_map
                 bar.update()
-    write_contact_sheet(out / "contact_sheet.png", pairs)
+    write_contact_sheet(args.out / "contact_sheet.png", [*pairs.values()])
 
 
 def summary(sides: dict[str, list[Slice]], pixels: dict[Slice, np.ndarray]) -> str:
@@ -306,54 +472,123 @@ def three_counts(text: str) -> list[int]:
     return [int(part) for part in parts]
 
 
+def regex(text: str) -> str:
+    """A pattern that compiles, or raise Mistake."""
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise Mistake(f"--patient {text}: no regular expression ({error})") from error
+    return text
+
+
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """Parse the command line; `argv` None means the program's own."""
+    """Parse the command line; `argv` None means the program's own. SRC gives what the three options do not."""
     parser = OneLineParser(__doc__)
     option = parser.add_argument
-    option("src", type=Path, metavar="SRC", help=f"folder that holds {IMAGES}, {LUNG_MASKS} and {LESION_MASKS}")
+    option("src", nargs="?", metavar="SRC", help=f"folder that holds {IMAGES}, {LUNG_MASKS} and {LESION_MASKS}")
+    option("--images", metavar="CT", help="folder of the CTs, or a quoted pattern such as 'DIR/*_ct.nii.gz'")
+    option("--lungs", metavar="MASKS", help="the same of the lung masks, or auto: find the lungs in the CT")
+    option("--lesions", metavar="MASKS", help="the same of the lesion masks")
+    option("--stacked", action="store_true", help="the three are files, each slice of them a patient of its own")
+    help_ = "lesion masks hold 0 and 1 for any lesion, parted by density; --no-binary: 1 is ground glass alone"
+    option("--binary", action=argparse.BooleanOptionalAction, help=help_)
+    option("--consolidation-above", type=float, default=-400.0, metavar="HU", help="where --binary parts lesions")
+    option("--patient", type=regex, default=PATIENT, metavar="REGEX", help="the part of a name that tells the patient")
     option("--out", type=Path, default=Path("data/radiopaedia"), help="folder to write")
     option("--by", choices=("patient", "slice"), default="patient", help="what to draw")
     option("--split", type=three_counts, default="300,73,73", help="slices in train,test,seg_test")
     option("--size", type=int, default=512, help="side of the slices written, in pixels")
     option("--all-slices", action="store_true", help="keep slices without lesion too")
-    option("--exclude-patient", type=int, nargs="+", default=[], metavar="N", help="patients to leave out")
+    option("--exclude-patient", nargs="+", default=[], metavar="NAME", help="patients, or scans, to leave out")
     help_ = "HU of levels 0 and 255 where a volume holds grey levels"
     option("--grey-window", type=float, nargs=2, default=[-1250.0, 250.0], metavar=("LOW", "HIGH"), help=help_)
+    option("--unchecked", action="store_true", help="take a CT whose lung or tissue has not the density of any chest's")
     option("--seed", type=int, default=0, help="seed of the draw")
     option("--overwrite", action="store_true", help="replace another set in --out instead of refusing")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for name, folder in {"images": IMAGES, "lungs": LUNG_MASKS, "lesions": LESION_MASKS}.items():
+        if getattr(args, name) is None and (args.src is None or args.stacked):
+            raise Mistake(f"--{name}: missing; give it, or SRC with {IMAGES}, {LUNG_MASKS} and {LESION_MASKS} in it")
+        setattr(args, name, getattr(args, name) or str(Path(args.src) / folder))
+    if args.size < 1 or args.seed < 0 or args.grey_window[0] >= args.grey_window[1]:
+        raise Mistake("--size must be at least 1, --seed at least 0 and --grey-window LOW below HIGH")
+    return args
+
+
+def check_kinds(scans: list[Scan], args: argparse.Namespace) -> None:
+    """Raise Mistake where no mask tells consolidation from ground glass and --[no-]binary does not say why."""
+    if args.binary is not None:
+        return
+    lesion = False
+    for scan in scans:
+        _, stored = read_stored(scan.lesion)
+        if (stored > 1.5).any():
+            return
+        lesion |= bool((stored > 0.5).any())
+    if lesion:
+        raise Mistake(
+            f"{args.lesions}: no mask holds a 2, consolidation: give --binary if 1 is any lesion, to be parted by"
+            " density, or --no-binary if 1 is ground glass alone"
+        )
+
+
+def provenance(args: argparse.Namespace, places: dict[Slice, tuple[Scan, int]], grey: list[str]) -> dict:
+    """How a set is drawn, for split.json; "patients" tells the scans of each patient number."""
+    patients = {}
+    for (patient, _), (scan, z) in places.items():
+        patients.setdefault(str(patient), {})[f"{scan.name}[{z}]" if args.stacked else scan.name] = None
+    return {
+        "source": Path(args.src or args.images).resolve().name,
+        "patients": {patient: [*names] for patient, names in patients.items()},
+        "excluded": sorted(set(args.exclude_patient)),
+        "grey_volumes": grey,
+        "lungs": AUTO if args.lungs == AUTO else "masks",
+        "consolidation_above": args.consolidation_above if args.binary else None,
+        **{key: vars(args)[key] for key in ("grey_window", "by", "split", "size", "all_slices", "unchecked", "seed")},
+    }
+
+
+def remarks(args: argparse.Namespace, drawn: dict) -> list[str]:
+    """Lines on what was not in the files but assumed or derived."""
+    lines = []
+    if drawn["grey_volumes"]:
+        low, high = args.grey_window
+        names = ", ".join(drawn["grey_volumes"])
+        lines.append(f"grey levels 0..255 mapped back to {low:g}..{high:g} HU in volumes {names}")
+    if args.lungs == AUTO:
+        lines.append("lungs found in the CT, not drawn by a radiologist; contact_sheet.png shows them")
+    if args.binary:
+        threshold = f"{args.consolidation_above:g} HU"
+        lines.append(f"lesions parted by density: consolidation where, smoothed by 1 mm, it is above {threshold}")
+    if any([number] != names for number, names in drawn["patients"].items()):
+        lines.append("patients are numbered in the order of their names; split.json lists them")
+    return [*lines, f"split by {args.by}; slices asked for: {', '.join(map(str, args.split))}"]
 
 
 def main(argv: list[str] | None = None) -> None:
     """Prepare a dataset and print its summary; raises Mistake, before anything is written, for bad input."""
     args = parse_arguments(argv)
-    if args.size < 1 or args.seed < 0 or args.grey_window[0] >= args.grey_window[1]:
-        raise Mistake("--size must be at least 1, --seed at least 0 and --grey-window LOW below HIGH")
-    excluded = sorted(set(args.exclude_patient))
-    patients = find_patients(args.src, excluded)
-    pixels, grey = survey(args.src, patients, args.size)
+    scans = find_scans(args)
+    check_kinds(scans, args)
+    pixels, places, grey = survey(scans, args)
     kept = [key for key, counts in pixels.items() if args.all_slices or counts[2:].any()]
     if not kept:
-        raise Mistake(f"{args.src}: no slice left after selection; give --all-slices or exclude fewer patients")
+        where = args.src or args.images
+        raise Mistake(f"{where}: no slice left after selection; give --all-slices or exclude fewer patients")
 
     draw = split_by_slice if args.by == "slice" else split_by_patient
     drawn_sides = draw(kept, args.split, np.random.default_rng(args.seed))
     sides = {side: sorted(slices) for side, slices in zip(SIDES, drawn_sides, strict=True)}
     chosen = sorted(set().union(*sides.values()))
-    drawn = {"source": args.src.resolve().name, "patients": patients, "excluded": excluded, "grey_volumes": grey}
-    drawn |= {key: vars(args)[key] for key in ("grey_window", "by", "split", "size", "all_slices", "seed")}
-    split = {side: [slice_name(*key) for key in slices] for side, slices in sides.items()} | {"drawn": drawn}
+    split = {side: [slice_name(*key) for key in slices] for side, slices in sides.items()}
+    split["drawn"] = provenance(args, places, grey)
 
-    make_room(args.out, split, [slice_name(*key) for key in chosen], args.overwrite)
-    write_slices(args.src, args.out, chosen, args.size, dict.fromkeys(grey, args.grey_window))
+    make_room(args.out, args.overwrite, same=held_split(args.out) == split)
+    write_slices(args, chosen, places, pixels)
     write_split(args.out / "split.json", **split)  # last: it says that the set is whole
 
-    print(f"{len(patients)} volumes, {len(pixels)} slices: {len(kept)} selected, {len(chosen)} written to {args.out}")
-    if grey:
-        low, high = args.grey_window
-        print(f"grey levels 0..255 mapped back to {low:g}..{high:g} HU in volumes {', '.join(map(str, grey))}")
-    print(f"split by {args.by}; slices asked for: {', '.join(map(str, args.split))}")
-    print(summary(sides, pixels))
+    print(f"{len(scans)} volumes, {len(pixels)} slices: {len(kept)} selected, {len(chosen)} written to {args.out}")
+    print("\n".join([*remarks(args, split["drawn"]), summary(sides, pixels)]))
 
 
 if __name__ == "__main__":

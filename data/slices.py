@@ -11,6 +11,7 @@ temporary name and renamed, so that an interrupted run leaves nothing half-writt
 
 import argparse
 import io
+import itertools
 import json
 import os
 import sys
@@ -24,6 +25,7 @@ from PIL import Image
 LABELS = ("background", "lung", "ground-glass opacity", "consolidation")
 COLOURS = ((0, 0, 0), (255, 0, 0), (0, 0, 255), (0, 255, 0))  # Fig. 1: lung red, GGO blue, consolidation green
 SIDES = ("train", "test", "seg_test")  # of a split
+UNFINISHED = ".unfinished"  # in a folder: its set is being written, or the run that wrote it was cut off
 HU_OFFSET = 1024  # stored value = HU + 1024: air is 24, water 1024
 PNG_ERRORS = (OSError, SyntaxError, ValueError)  # what Pillow raises for a broken PNG
 LEVEL, WIDTH = -600, 1500  # the lung window that pictures for people are shown in, HU
@@ -75,14 +77,19 @@ def slice_name(patient: int, position: int) -> str:
 def read_png(path: Path) -> tuple[str, np.ndarray, np.ndarray | None]:
     """Mode, in Pillow's words, pixels, and the palette, uint8 [colours, 3], where the PNG has one.
 
-    Raises Mistake for a file that is cut short, broken or no PNG.
+    A transparent entry of the palette is black. Raises Mistake for a file that is cut short, broken or no PNG.
     """
     try:
         with Image.open(path) as picture:
+            clear = picture.info.get("transparency", b"")  # one index, or an opacity for each of the first
             pixels, palette = np.asarray(picture), picture.getpalette("RGB")
     except PNG_ERRORS as error:
         raise Mistake(f"{path}: not a readable PNG ({error}): write it again") from error
-    return picture.mode, pixels, None if palette is None else np.array(palette, np.uint8).reshape(-1, 3)
+    if palette is None:
+        return picture.mode, pixels, None
+    colours = np.array(palette, np.uint8).reshape(-1, 3)
+    colours[[clear] if isinstance(clear, int) else [i for i, opacity in enumerate(clear) if opacity == 0]] = 0
+    return picture.mode, pixels, colours
 
 
 def read_image(path: Path) -> np.ndarray:
@@ -110,20 +117,28 @@ def read_map(path: Path) -> np.ndarray:
     """Read a label map, uint8 [H, W]: grey PNG of label values, or RGB or palette in exactly the paper's COLOURS.
 
     Where a palette holds the paper's colours, colour decides, since a paint program orders a palette as it likes; a
-    palette without them only dresses label values up. Raises Mistake that names the file, the value or colour and the
-    pixel.
+    palette without them only dresses label values up. What is transparent is background. Raises Mistake that names
+    the file, the value or colour and the pixel.
     """
     mode, pixels, palette = read_png(path)
+    if mode == "RGBA":
+        pixels = np.where(pixels[..., 3:] > 0, pixels, 0)  # an eraser leaves the colour below
     if mode in ("RGB", "RGBA"):
         return from_colours(pixels[..., :3], path)
     if mode not in ("P", "L"):
         raise Mistake(f"{path}: a PNG of mode {mode} is no label map: give 8-bit palette, or RGB in {COLOURS}")
-    if palette is not None and {*COLOURS[1:]} & {*map(tuple, palette.tolist())}:
+    if palette is not None and decides(palette, pixels):
         return from_colours(palette[pixels], path)
     if pixels.max() >= len(LABELS):
         y, x = np.argwhere(pixels >= len(LABELS))[0]
         raise Mistake(f"{path}: label {pixels[y, x]} at row {y}, column {x}: labels are 0..{len(LABELS) - 1}")
     return pixels
+
+
+def decides(palette: np.ndarray, pixels: np.ndarray) -> bool:
+    """Tell whether a palette [colours, 3] tells the label: it holds the paper's colours, or all is plain black."""
+    empty = np.ptp(pixels) == 0 and not palette[pixels[0, 0]].any()  # a slice without lung, black being any index
+    return empty or bool({*COLOURS[1:]} & {*map(tuple, palette.tolist())})
 
 
 def list_pngs(folder: Path, what: str) -> dict[str, Path]:
@@ -147,27 +162,36 @@ def list_pngs(folder: Path, what: str) -> dict[str, Path]:
 
 
 def read_split(path: Path) -> dict[str, list[str]]:
-    """Names of each side (train, test, seg_test) of a split.json; names may end in .png.
+    """Names of each side (train, test, seg_test) of a split.json; names may end in .png, in any case.
 
     Raises Mistake where it is no JSON of lists of names, and for a name that would lead out of the folder.
     """
     try:
         split = json.loads(path.read_text(encoding="utf-8-sig"))  # a byte order mark is no mistake
-        sides = {side: [name.removesuffix(".png") for name in split[side]] for side in SIDES if side in split}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError) as error:
         raise Mistake(f"{path}: no JSON with lists of names under train and test ({error})") from error
-    for name in (name for names in sides.values() for name in names):
-        if Path(name).name != name or name.startswith("."):
+    sides = {side: split[side] for side in SIDES if side in split} if isinstance(split, dict) else {}
+    if not sides or not all(isinstance(names, list) for names in sides.values()):
+        raise Mistake(f"{path}: no lists of names under train and test: give a list for each")
+    for name in itertools.chain(*sides.values()):
+        if not isinstance(name, str) or Path(name).name != name or not stem(name) or name.startswith("."):
             raise Mistake(f"{path}: {name!r} is no name of a slice: give names without folders")
-    return sides
+    return {side: [stem(name) for name in names] for side, names in sides.items()}
+
+
+def stem(name: str) -> str:
+    """A name without .png, in any case."""
+    return name[: -len(".png")] if name.lower().endswith(".png") else name
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file so that it is either whole or absent."""
+    """Write a file so that it is either whole or absent. Raises Mistake, naming it, where it cannot be written."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         unfinished.write_bytes(content)
         unfinished.replace(path)
+    except OSError as error:  # of a full disk, which does not say whose
+        raise Mistake(f"{path}: cannot be written ({error.strerror}); make room, or choose another place") from error
     finally:
         unfinished.unlink(missing_ok=True)
 
@@ -193,9 +217,50 @@ def write_map(path: Path, labels: np.ndarray) -> None:
 
 
 def write_split(path: Path, train: list[str], test: list[str], seg_test: list[str], drawn: dict) -> None:
-    """Write split.json: the slice names of each side, and how they were drawn (seed, by what, source)."""
+    """Write split.json: the slice names of each side, and how they were drawn (seed, by what, source).
+
+    It is the last file of a set: with it the set is whole.
+    """
     split = {"train": train, "test": test, "seg_test": seg_test, "drawn": drawn}
     write_bytes(path, (json.dumps(split, indent=1) + "\n").encode())
+    (path.parent / UNFINISHED).unlink(missing_ok=True)
+
+
+def held_split(out: Path) -> dict:
+    """What OUT/split.json holds; nothing if it is not there or no JSON object."""
+    try:
+        held = json.loads((out / "split.json").read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError):
+        return {}
+    return held if isinstance(held, dict) else {}
+
+
+def make_room(out: Path, overwrite: bool, same: bool = False) -> None:
+    """Make the empty folders of a dataset. Raises Mistake for a folder that holds anything else.
+
+    Slices, split and contact sheet that are there give way with `overwrite`, if they are the `same` set's, and if a
+    run that did not finish left them, which UNFINISHED tells. No other file is ever removed.
+    """
+    folders = out / "images", out / "maps"
+    slices = {path for folder in folders for path in folder.glob("P*_S*.png")}
+    ours = slices | {out / "contact_sheet.png", out / "split.json"}
+    unfinished = (out / UNFINISHED).exists() and not (out / "split.json").exists()
+    for path in sorted(out.rglob("*")):
+        replaceable = path.name.startswith(".") or (path in ours and (same or unfinished))
+        if path.is_file() and not replaceable and not overwrite:
+            raise Mistake(f"{path}: of another set; give another --out, or --overwrite to replace it")
+    if unfinished and slices:
+        print(f"{out}: a run before did not finish; its {len(slices)} files are replaced", file=sys.stderr)
+    try:
+        for folder in folders:
+            folder.mkdir(parents=True, exist_ok=True)
+        (out / UNFINISHED).touch()
+    except OSError as error:
+        raise Mistake(f"{out}: cannot be made a folder ({error.strerror}); give another --out") from error
+    left_by_a_kill = out.rglob(".*.png.*.tmp")
+    (out / "split.json").unlink(missing_ok=True)  # first: without it no reader takes the set for whole
+    for path in {*slices, *left_by_a_kill}:
+        path.unlink()
 
 
 def windowed(hu: np.ndarray, level: float = LEVEL, width: float = WIDTH) -> np.ndarray:

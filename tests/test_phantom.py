@@ -1,6 +1,8 @@
 """The phantom against what is known of chest CT, and its folder against what the format promises."""
 
+import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -291,11 +293,36 @@ def test_another_set_is_refused_and_kept(folder):
     assert contents(folder) == before
 
 
-def test_an_unfinished_set_is_refused(tmp_path):
+def test_slices_that_no_run_of_ours_left_are_refused(tmp_path):
     (tmp_path / "images").mkdir()
-    (tmp_path / "images" / "P01_S001.png").write_bytes(b"")
-    with pytest.raises(Mistake, match="unfinished"):
+    (tmp_path / "images" / "P01_S001.png").write_bytes(b"mine")
+    with pytest.raises(Mistake, match="--overwrite"):
         phantom.main(["--out", str(tmp_path)])
+    assert (tmp_path / "images" / "P01_S001.png").read_bytes() == b"mine"
+
+
+def test_what_a_run_that_was_cut_off_left_is_replaced_without_a_question(folder, tmp_path, monkeypatch, capsys):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    options = ["--out", str(tmp_path), "--size", "64", "--patients", "3", "--slices", "2"]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(phantom, "write_contact_sheet", stop)
+        phantom.main(options)
+    assert len(list(tmp_path.glob("images/*.png"))) == 6
+    draw_set(tmp_path, workers=1)  # another set
+    assert contents(tmp_path) == contents(folder)
+
+
+def test_a_full_disk_is_one_line_that_names_the_file(tmp_path, monkeypatch):
+    def full(path, content):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full)
+        with pytest.raises(Mistake, match=r"P01_S001\.png: cannot be written \(No space left on device\)"):
+            phantom.make_patient(1, seed=0, size=64, count=2, out=tmp_path)
+    assert contents(tmp_path) == {}
 
 
 def test_overwrite_replaces_the_set_and_leaves_no_old_slice(folder, tmp_path):
