@@ -18,9 +18,10 @@
 
 Variants are named P03_S041v01, ...: what stands before the last "_" is still the patient. With --complement, the real
 slice is resampled (bilinear) by the same crop, rotation and elastic displacement as the map before the lung goes in.
-A label volume goes through the model slice by slice in radiological display, as data/prepare.py writes slices. With
---complement CT the result lies on the CT's grid, and every voxel outside the lung is the CT's own, to the HU; fractions
-of a HU are rounded, with a note. Slices without lung are left out; in a volume they are background, or the real slice.
+Label volumes, like maps, hold 0 background, 1 lung, 2 ground-glass opacity, 3 consolidation. They go through the model
+slice by slice in radiological display, as data/prepare.py writes slices. With --complement the result lies on the CT's
+grid, and every voxel outside the lung is the CT's own, to the HU; fractions of a HU are rounded, with a note. Maps and
+volumes without lung are left out and counted; slices without lung within a volume are background, or the real slice.
 The same command goes on with a stopped run: finished files are skipped. HU below -1024, which the format cannot hold,
 are written as -1024; so is everything outside a lung that is not pasted. Research only, not for diagnosis.
 """
