@@ -229,7 +229,7 @@ def whole_labels(path: Path, stored: np.ndarray, allowed: tuple[int, ...]) -> np
     if not known.all():
         voxel = tuple(int(i) for i in np.unravel_index(known.argmin(), stored.shape))
         labels = ", ".join(map(str, allowed))
-        raise Mistake(f"{path}: unknown label {stored[voxel]:.10g} at voxel {voxel}; correct it to one of {labels}")
+        raise Mistake(f"{path}: unknown label {stored[voxel]:.6g} at voxel {voxel}; correct it to one of {labels}")
     return nearest.astype(np.uint8)
 
 

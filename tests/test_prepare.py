@@ -425,7 +425,7 @@ BAD_FILES = {
     "a gzipped text file": ("rp_im/2.nii.gz", lambda p: p.write_bytes(gzip.compress(b"hello" * 999)), "no NIfTI"),
     "a series in time": ("rp_im/2.nii.gz", lambda p: change(p, lambda v: np.stack([v, v], 3)), "no 3-D volume"),
     "a flat picture": ("rp_im/2.nii.gz", lambda p: change(p, lambda v: v[..., 0]), "no 3-D volume"),
-    "values that are no number": ("rp_im/2.nii.gz", lambda p: change(p, with_voxel(np.nan, np.float32)), "inside the lung"),
+    "no number in the lung": ("rp_im/2.nii.gz", lambda p: change(p, with_voxel(np.nan, np.float32)), "inside the lung"),
     "infinite values": ("rp_im/2.nii.gz", lambda p: change(p, with_voxel(np.inf, np.float32)), "neither HU"),
     "values above 255 and no air": ("rp_im/2.nii.gz", lambda p: change(p, lambda v: v + 1024), "neither HU"),
 }

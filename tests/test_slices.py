@@ -1,0 +1,250 @@
+"""The readers and writers of `data/slices.py` on files as paint programs, scripts and people leave them."""
+
+import errno
+import itertools
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data import slices
+from data.slices import Mistake
+
+BLACK, RED, BLUE, GREEN, WHITE = (0, 0, 0), (255, 0, 0), (0, 0, 255), (0, 255, 0), (255, 255, 255)
+PAPER = (BLACK, RED, BLUE, GREEN)  # labels 0 to 3, Fig. 1 of the paper
+LABELS = np.array([[0, 1, 2, 3], [3, 2, 1, 0], [0, 0, 1, 1]], np.uint8)
+
+
+def indexed(path, indices, palette, **options):
+    """Save an indexed PNG with this palette, in this order."""
+    picture = Image.fromarray(np.asarray(indices, np.uint8))
+    picture.putpalette(bytes(itertools.chain(*palette)))
+    picture.save(path, **options)
+    return path
+
+
+def painted(labels, mode="RGB"):
+    return Image.fromarray(np.array(PAPER, np.uint8)[labels]).convert(mode)
+
+
+# Maps: when colour decides, and when the value does
+
+
+@pytest.mark.parametrize("order", itertools.permutations(range(4)))
+def test_colour_decides_whatever_the_order_of_the_palette(tmp_path, order):
+    palette = [PAPER[label] for label in order]
+    path = indexed(tmp_path / "map.png", np.argsort(order)[LABELS], palette)
+    np.testing.assert_array_equal(slices.read_map(path), LABELS)
+
+
+def test_colours_that_no_pixel_has_do_not_matter(tmp_path):
+    palette = [WHITE, GREEN, (1, 2, 3), BLACK, RED, (255, 0, 255), BLUE]
+    path = indexed(tmp_path / "map.png", np.array([3, 4, 6, 1])[LABELS], palette)
+    np.testing.assert_array_equal(slices.read_map(path), LABELS)
+
+
+def test_a_palette_cut_to_the_colours_in_use_is_read_by_colour(tmp_path):
+    path = indexed(tmp_path / "map.png", [[0, 1], [1, 1]], [BLUE, BLACK])
+    assert slices.read_map(path).tolist() == [[2, 0], [0, 0]]
+
+
+def test_a_slice_without_lung_is_empty_whatever_the_index_of_black(tmp_path):
+    assert not slices.read_map(indexed(tmp_path / "map.png", np.full((4, 4), 2), [WHITE, (9, 9, 9), BLACK])).any()
+
+
+@pytest.mark.parametrize("palette", [[(i, i, i) for i in range(256)], [(0, 0, 0), (128, 0, 0), (0, 128, 0), (9, 9, 9)]])
+def test_a_palette_without_the_papers_colours_only_dresses_label_values_up(tmp_path, palette):
+    np.testing.assert_array_equal(slices.read_map(indexed(tmp_path / "map.png", LABELS, palette)), LABELS)
+
+
+@pytest.mark.parametrize("save", ["grey", "RGB", "RGBA", "palette of a full colour picture"])
+def test_one_map_in_every_form_gives_the_same_labels(tmp_path, save):
+    pictures = {
+        "grey": Image.fromarray(LABELS),
+        "RGB": painted(LABELS),
+        "RGBA": painted(LABELS, "RGBA"),
+        "palette of a full colour picture": painted(LABELS).quantize(8),
+    }
+    pictures[save].save(tmp_path / "map.png")
+    np.testing.assert_array_equal(slices.read_map(tmp_path / "map.png"), LABELS)
+
+
+def test_a_colour_that_is_not_the_papers_is_named_with_its_pixel(tmp_path):
+    path = indexed(tmp_path / "map.png", [[0, 1], [2, 1]], [BLACK, RED, (254, 0, 0)])
+    with pytest.raises(Mistake, match=r"map\.png: colour \[254, 0, 0\] at row 1, column 0"):
+        slices.read_map(path)
+
+
+def test_what_was_erased_is_background_though_its_colour_is_left_below(tmp_path):
+    pixels = np.array(painted(LABELS, "RGBA"))
+    pixels[0, 1, 3] = 0  # red
+    Image.fromarray(pixels).save(tmp_path / "rgba.png")
+    expected = LABELS.copy()
+    expected[0, 1] = 0
+    np.testing.assert_array_equal(slices.read_map(tmp_path / "rgba.png"), expected)
+    for transparency in (4, bytes([255, 255, 255, 255, 0])):
+        indices = np.where(expected == LABELS, LABELS, 4)
+        path = indexed(tmp_path / "map.png", indices, [*PAPER, RED], transparency=transparency)
+        np.testing.assert_array_equal(slices.read_map(path), expected)
+
+
+def test_a_transparent_background_changes_no_label(tmp_path):
+    path = indexed(tmp_path / "map.png", LABELS, PAPER, transparency=0)
+    np.testing.assert_array_equal(slices.read_map(path), LABELS)
+
+
+@pytest.mark.parametrize("mode", ["1", "LA", "I;16"])
+def test_a_picture_of_another_kind_is_no_map(tmp_path, mode):
+    picture = Image.fromarray(LABELS.astype(np.uint16)) if mode == "I;16" else Image.fromarray(LABELS).convert(mode)
+    picture.save(tmp_path / "map.png")
+    with pytest.raises(Mistake, match=r"map\.png: a PNG of mode .* is no label map"):
+        slices.read_map(tmp_path / "map.png")
+
+
+def test_what_is_written_is_read_again(tmp_path):
+    slices.write_map(tmp_path / "map.png", LABELS)
+    np.testing.assert_array_equal(slices.read_map(tmp_path / "map.png"), LABELS)
+    slices.write_image(tmp_path / "image.png", np.array([[-2000.0, -1024.4], [0.6, 9999]]))
+    assert slices.read_image(tmp_path / "image.png").tolist() == [[-1024, -1024], [1, 3071]]
+
+
+# Folders
+
+
+def touch(folder, *names):
+    folder.mkdir(exist_ok=True)
+    for name in names:
+        (folder / name).touch()
+    return folder
+
+
+def test_pngs_are_listed_in_any_case_and_dot_files_are_no_data(tmp_path):
+    touch(tmp_path, "b.PNG", "a.png", "._a.png", ".DS_Store", "notes.txt", "c.Png")
+    listed = slices.list_pngs(tmp_path, "maps")
+    assert list(listed) == ["a", "b", "c"]
+    assert listed["b"] == tmp_path / "b.PNG"
+
+
+def test_two_pngs_of_one_name_are_refused(tmp_path):
+    with pytest.raises(Mistake, match=r"a\.png: a\.PNG has the same name"):
+        slices.list_pngs(touch(tmp_path, "a.png", "a.PNG"), "maps")
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.JPEG"])
+def test_jpeg_is_told_to_change_labels(tmp_path, name):
+    with pytest.raises(Mistake, match=f"{tmp_path}: JPEG, which changes .*give the maps as PNG"):
+        slices.list_pngs(touch(tmp_path, name), "maps")
+
+
+def test_a_folder_that_is_absent_or_without_a_png_is_named(tmp_path):
+    with pytest.raises(Mistake, match="absent: no such folder"):
+        slices.list_pngs(tmp_path / "absent", "images")
+    with pytest.raises(Mistake, match="empty: no PNG in it"):
+        slices.list_pngs(touch(tmp_path / "empty", "._a.png"), "images")
+
+
+# split.json
+
+
+def split_file(tmp_path, content, encoding="utf-8"):
+    path = tmp_path / "split.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding=encoding)
+    return path
+
+
+def test_a_split_is_read_with_or_without_endings_and_byte_order_mark(tmp_path):
+    split = {"train": ["P01_S001.png", "P01_S002.PNG"], "test": ["P02_S001"], "seg_test": [], "drawn": {"seed": 1}}
+    expected = {"train": ["P01_S001", "P01_S002"], "test": ["P02_S001"], "seg_test": []}
+    for encoding in ("utf-8", "utf-8-sig"):
+        assert slices.read_split(split_file(tmp_path, split, encoding)) == expected
+
+
+def test_a_side_that_is_not_there_is_left_out(tmp_path):
+    assert slices.read_split(split_file(tmp_path, {"test": ["a"]})) == {"test": ["a"]}
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[]", '["P01_S001"]', '"train"', "3", "{}", {"train": "abc"}, {"train": {"a": 1}}, {"train": None}],
+)
+def test_what_is_no_split_is_named_in_one_line(tmp_path, content):
+    path = split_file(tmp_path, content)
+    with pytest.raises(Mistake, match=f"^{path}: no ") as error:
+        slices.read_split(path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["../a", "/etc/passwd", "maps/a", "..", ".", ".a", "", ".png", 3, None, ["a"]])
+def test_a_name_that_is_no_slices_name_is_told(tmp_path, name):
+    with pytest.raises(Mistake, match="is no name of a slice"):
+        slices.read_split(split_file(tmp_path, {"train": ["P01_S001", name]}))
+
+
+# Writing
+
+
+def test_a_file_that_cannot_be_written_is_named_and_the_old_one_stays(tmp_path, monkeypatch):
+    path = tmp_path / "map.png"
+    path.write_bytes(b"old")
+
+    def full(self, content):
+        with open(self, "wb") as stream:
+            stream.write(content[:10])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(Mistake, match=rf"^{path}: cannot be written \(No space left on device\)"):
+        slices.write_map(path, LABELS)
+    assert [(each.name, each.read_bytes()) for each in tmp_path.iterdir()] == [("map.png", b"old")]
+
+
+def make_set(out, unfinished):
+    slices.make_room(out, overwrite=False)
+    slices.write_map(out / "maps" / "P01_S001.png", LABELS)
+    if not unfinished:
+        slices.write_split(out / "split.json", ["P01_S001"], [], [], {})
+
+
+def names(folder):
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def test_a_whole_set_gives_way_only_to_itself_or_on_request(tmp_path):
+    make_set(tmp_path, unfinished=False)
+    assert names(tmp_path) == ["maps/P01_S001.png", "split.json"]
+    with pytest.raises(Mistake, match="of another set"):
+        slices.make_room(tmp_path, overwrite=False)
+    assert names(tmp_path) == ["maps/P01_S001.png", "split.json"]
+    slices.make_room(tmp_path, overwrite=False, same=True)
+    assert names(tmp_path) == [".unfinished"]
+    make_set(tmp_path, unfinished=False)
+    slices.make_room(tmp_path, overwrite=True)
+    assert names(tmp_path) == [".unfinished"]
+
+
+def test_an_unfinished_set_gives_way_with_a_word(tmp_path, capsys):
+    make_set(tmp_path, unfinished=True)
+    slices.make_room(tmp_path, overwrite=False)
+    assert names(tmp_path) == [".unfinished"]
+    assert str(tmp_path) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("unfinished", [True, False])
+@pytest.mark.parametrize("own", ["notes.txt", "maps/mine.png", "images/sub/P01_S001.png", "P01_S001.png"])
+def test_a_users_own_file_is_never_removed(tmp_path, unfinished, own):
+    make_set(tmp_path, unfinished)
+    (tmp_path / own).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / own).write_text("mine")
+    with pytest.raises(Mistake, match="--overwrite"):
+        slices.make_room(tmp_path, overwrite=False, same=True)
+    slices.make_room(tmp_path, overwrite=True)
+    assert (tmp_path / own).read_text() == "mine"
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(Mistake, match=rf"^{tmp_path}/file: cannot be made a folder"):
+        slices.make_room(tmp_path / "file", overwrite=False)
