@@ -290,14 +290,10 @@ def enclosed_air(hu: np.ndarray, padding: float, millimetres: np.ndarray) -> np.
         return enclosed
     field = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     air = ndimage.gaussian_filter(hu[field].astype(np.float32), 0.7 / millimetres) < -380
-    thick = widen(shrink(~air, 2.5, millimetres), 2.5, millimetres) & ~air  # without the table's shell and tubes
-    pieces, _ = ndimage.label(thick)
-    sizes = np.bincount(pieces.ravel())
-    sizes[0] = 0
-    body = (sizes > 0.05 * sizes.max())[pieces]
+    body = widen(shrink(~air, 2.5, millimetres), 2.5, millimetres) & ~air  # without the table's shell and tubes
     spaces, _ = ndimage.label(~body)
     outside = spaces[[0, 0, -1, -1], [0, -1, 0, -1]]
-    enclosed[field] = air & ~body & ~np.isin(spaces, outside)
+    enclosed[field] = air & ~np.isin(spaces, outside)
     return enclosed
 
 

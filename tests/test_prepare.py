@@ -16,7 +16,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "data"))
 
-from data import prepare
+from data import phantom, prepare
 from data.slices import Mistake
 
 REPO = Path(__file__).resolve().parents[1]
@@ -503,7 +503,366 @@ def test_from_the_shell_a_mistake_is_one_line_and_status_2(src, out):
     assert result.stderr.count("\n") == 1
 
 
+# What the numbers of a CT mean
+
+
+def test_grey_levels_a_little_below_0_and_above_255_are_grey_levels(src, out, capsys):
+    hu, lung, lesion = body()
+    grey = np.clip((hu + 1250.0) * (255 / 1500), 0, 255).astype(np.float32)
+    grey[:, 0, 0], grey[:, -1, -1] = -12, 268
+    put_patient(src, 2, (grey, lung, lesion))
+    run(src, out)
+    assert "volumes 2\n" in capsys.readouterr().out
+    assert np.abs(hu_of(out, "P02_S001") - hu[1].clip(-1024))[1:-1].max() <= 4
+    assert (hu_of(out, "P02_S001")[0, 0], hu_of(out, "P02_S001")[-1, -1]) == (-1024, 250)
+
+
+UNLIKE_ANY_CHEST = {
+    "no intercept, padding far below": (
+        lambda hu: np.where(hu < -900, -2000, hu + 1024),
+        r"mean \+17\d HU .*intercept",
+    ),
+    "the intercept twice": (lambda hu: hu - 1024, r"mean -187\d HU .*twice"),
+    "nothing but -1024": (lambda hu: hu * 0 - 1024, "mean -1024 HU"),
+    "air everywhere": (lambda hu: hu * 0 - 1000, "mean -1000 HU"),
+    "too dense by 500": (lambda hu: hu + np.where(hu > -990, 500, 0), "mean -35. HU inside the lung mask"),
+    "soft tissue as dense as bone": (lambda hu: np.where(hu > -200, hu + 400, hu), r"median \+4.. HU"),
+    "nothing around the lung": (lambda hu: np.where(hu > -700, -1000, hu), r"median \+?nan HU"),
+}
+
+
+@pytest.mark.parametrize(("change", "complaint"), UNLIKE_ANY_CHEST.values(), ids=UNLIKE_ANY_CHEST)
+def test_a_ct_unlike_any_chest_is_refused_with_its_figure_unless_overruled(src, out, change, complaint):
+    hu, lung, lesion = body()
+    put_patient(src, 2, (change(hu.astype(np.int32)).astype(np.int16), lung, lesion))
+    with pytest.raises(Mistake, match=rf"rp_im/2\.nii\.gz: {complaint}.*--unchecked") as error:
+        run(src, out)
+    assert "\n" not in str(error.value) and not out.exists()
+    run(src, out, "--unchecked")
+
+
+def test_a_lung_mask_that_lies_beside_the_lung_is_refused(src, out):
+    hu, lung, lesion = body()
+    put_patient(src, 2, (hu, np.roll(lung, 6, 2), lesion))
+    with pytest.raises(Mistake, match=r"mean -?\d+ HU inside the lung mask|mean [+]\d+"):
+        run(src, out)
+
+
+def test_a_lung_that_is_almost_all_diseased_is_taken(src, out):
+    hu, lung, _ = body()
+    put_patient(src, 2, (np.where(lung == 1, -600, hu).astype(np.int16), lung, lung))
+    run(src, out)
+
+
+@pytest.mark.parametrize("padding", [-2000, -3024, -32768])
+def test_padding_is_air_and_does_not_darken_its_neighbours_when_resized(src, out, padding):
+    hu, lung, lesion = body()
+    hu[:, :2] = padding
+    put_patient(src, 2, (hu, lung, lesion))
+    prepare.main([str(src), "--out", str(out), "--size", str(2 * SIZE)])
+    rows = hu_of(out, "P02_S001")[:, 24]
+    assert (rows[:3] == -1024).all() and (np.diff(rows[:8]) >= -45).all()  # noise alone goes down
+    assert rows[4] > -800  # the first row of the body, blended with air and not with the padding
+
+
+def test_no_number_outside_the_lung_is_air_and_told(src, out, capsys):
+    hu, lung, lesion = body()
+    hu = hu.astype(np.float32)
+    hu[:, 0] = np.nan
+    put_patient(src, 2, (hu, lung, lesion))
+    run(src, out)
+    assert (hu_of(out, "P02_S001")[0] == -1024).all()
+    assert f"2.nii.gz: {6 * SIZE} values are no number" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+def test_a_volume_of_nothing_but_no_number_is_refused(src, out, value):
+    hu, lung, lesion = body()
+    put_patient(src, 2, (hu * np.float32(value), lung, lesion))
+    with pytest.raises(Mistake, match=r"rp_im/2\.nii\.gz: "):
+        run(src, out)
+
+
+# Other public sets
+
+
+def put_named(folder, names, ending="{}.nii.gz", **volumes):
+    for number, name in enumerate(names):
+        for part, volume in zip(("ct", "lung", "lesion"), volumes.get(name) or body(seed=number), strict=True):
+            save(folder / part / ending.format(name), volume)
+
+
+def run_named(folder, out, *options, lungs=True):
+    prepare.main(
+        ["--images", str(folder / "ct"), "--lesions", str(folder / "lesion"), "--out", str(out), "--size", str(SIZE)]
+        + (["--lungs", str(folder / "lung")] if lungs else [])
+        + [str(option) for option in options]
+    )
+    return json.loads((out / "split.json").read_text())
+
+
+PUBLIC = [
+    "coronacases_001", "coronacases_002", "radiopaedia_10_85902_1", "radiopaedia_10_85902_3",
+    "radiopaedia_29_86490_1", "radiopaedia_29_86491_1", "radiopaedia_4_85506_1",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_scans_of_one_patient_are_one_patient_and_never_on_two_sides(tmp_path, out, seed):
+    put_named(tmp_path, PUBLIC)
+    split = run_named(tmp_path, out, "--seed", seed)
+    assert split["drawn"]["patients"] == {
+        "1": PUBLIC[:1], "2": PUBLIC[1:2], "3": PUBLIC[2:4], "4": PUBLIC[4:6], "5": PUBLIC[6:]
+    }  # fmt: skip
+    sides = [{name.split("_")[0] for name in split[side]} for side in ("train", "test", "seg_test")]
+    assert sum(map(len, sides)) == len(set.union(*sides)) == 5
+    assert len(list((out / "images").iterdir())) == 7 * 6
+    second = body(seed=3)[0]
+    for z in range(6):  # the second scan goes on where the first ended
+        np.testing.assert_array_equal(hu_of(out, f"P03_S{6 + z:03d}"), second[z].clip(-1024))
+
+
+def test_the_part_of_a_name_that_tells_the_patient_is_an_option(tmp_path, out):
+    put_named(tmp_path, ["a-before-x", "b-before", "a-after-x", "c-before"])
+    split = run_named(tmp_path, out, "--patient", "([a-z])-")
+    assert split["drawn"]["patients"] == {"1": ["a-after-x", "a-before-x"], "2": ["b-before"], "3": ["c-before"]}
+    with pytest.raises(Mistake, match=r"--patient \(\[a-b\]\)-: does not match c-before"):
+        run_named(tmp_path, out, "--patient", "([a-b])-")
+    with pytest.raises(Mistake, match=r"--patient \(: no regular expression"):
+        run_named(tmp_path, out, "--patient", "(")
+
+
+def test_a_named_patient_can_be_left_out_and_the_others_keep_their_numbers(tmp_path, out):
+    put_named(tmp_path, PUBLIC)
+    split = run_named(tmp_path, out, "--exclude-patient", "radiopaedia_10", "coronacases_001")
+    assert list(split["drawn"]["patients"]) == ["2", "4", "5"]
+
+
+def test_a_star_stands_for_the_name_where_files_are_called_otherwise(tmp_path, out):
+    for number, name in enumerate(("study_1", "study_2", "study_3")):
+        hu, lung, lesion = body(seed=number)
+        for ending, volume in (("ct", hu), ("lung", lung), ("seg", lesion)):
+            save(tmp_path / f"{name}_{ending}.nii.gz", volume)
+    (tmp_path / "._study_1_ct.nii.gz").write_bytes(b"of a Mac")
+    names = [f"--{what}={tmp_path}/*_{ending}.nii.gz" for what, ending in zip(
+        ("images", "lungs", "lesions"), ("ct", "lung", "seg"), strict=True
+    )]  # fmt: skip
+    prepare.main([*names, "--out", str(out), "--size", str(SIZE)])
+    assert json.loads((out / "split.json").read_text())["drawn"]["patients"] == {
+        "1": ["study_1"], "2": ["study_2"], "3": ["study_3"]
+    }  # fmt: skip
+
+
+def test_the_first_name_without_a_partner_is_told_with_the_mend(tmp_path, out):
+    put_named(tmp_path, ["a", "b"])
+    (tmp_path / "lesion" / "b.nii.gz").unlink()
+    with pytest.raises(Mistake, match=r"lesion/b\.nii\.gz: missing; .*--exclude-patient b"):
+        run_named(tmp_path, out)
+    (tmp_path / "lesion" / "a.nii.gz").rename(tmp_path / "lesion" / "a_mask.nii.gz")
+    with pytest.raises(Mistake, match=r"lesion/a\.nii\.gz: missing; names pair .*pattern"):
+        run_named(tmp_path, out)
+
+
+def test_what_is_left_out_of_the_command_is_named(tmp_path, out):
+    with pytest.raises(Mistake, match="--lungs: missing"):
+        run_named(tmp_path, out, lungs=False)
+    with pytest.raises(Mistake, match="--images: missing"):
+        prepare.main(["--out", str(out)])
+    (tmp_path / "ct").write_text("")
+    with pytest.raises(Mistake, match="--stacked"):
+        run_named(tmp_path, out)
+
+
+def test_in_a_stack_each_slice_is_a_patient_of_its_own(tmp_path, out, capsys):
+    put_named(tmp_path, ["tr"], tr=body(depth=10))
+    files_ = [f"--{what}={tmp_path / part / 'tr.nii.gz'}" for what, part in
+              {"images": "ct", "lungs": "lung", "lesions": "lesion"}.items()]  # fmt: skip
+    prepare.main(["--stacked", *files_, "--out", str(out), "--size", str(SIZE), "--split", "6,2,2"])
+    split = json.loads((out / "split.json").read_text())
+    sides = [{name.split("_")[0] for name in split[side]} for side in ("train", "test", "seg_test")]
+    assert [len(side) for side in sides] == [6, 2, 2] and len(set.union(*sides)) == 10
+    assert split["drawn"]["patients"]["3"] == ["tr[2]"]
+    np.testing.assert_array_equal(hu_of(out, "P03_S002"), body(depth=10)[0][2].clip(-1024))
+    rows = {line.split()[0]: line.split()[1:3] for line in capsys.readouterr().out.splitlines()}
+    assert rows["train"] == ["6", "6"]
+
+
+def binary(seed):
+    """A body whose lesion mask holds 0 and 1, and what is consolidation in truth."""
+    hu, lung, lesion = body(seed=seed)
+    dense = lesion == 2
+    dense[:, 8:15, 15:19] = True
+    hu[dense] = 20
+    return (hu, lung, ((lesion > 0) | dense).astype(np.uint8)), dense
+
+
+def test_masks_that_tell_no_consolidation_need_a_word(tmp_path, out, capsys):
+    names = ["a", "b", "c"]
+    put_named(tmp_path, names, **{name: binary(i)[0] for i, name in enumerate(names)})
+    with pytest.raises(Mistake, match=r"lesion: no mask holds a 2.*--binary.*--no-binary"):
+        run_named(tmp_path, out)
+    split = run_named(tmp_path, out, "--no-binary")
+    assert set(np.unique(map_of(out, "P01_S000"))) == {0, 1, 2}
+    assert split["drawn"]["consolidation_above"] is None
+    run_named(tmp_path, out, "--binary", "--overwrite")
+    assert "consolidation where, smoothed by 1 mm, it is above -400 HU" in capsys.readouterr().out
+    (_, _, lesion), dense = binary(0)
+    parted = map_of(out, "P01_S000")
+    assert set(parted[lesion[0] > 0]) == {2, 3}
+    assert (parted[9:14, 16:18] == 3).all() and (parted[7:10, 4:7] == 2).all() and dense[0, 9:14, 16:18].all()
+    split = run_named(tmp_path, out, "--binary", "--consolidation-above", 200, "--overwrite")
+    assert 3 not in map_of(out, "P01_S000") and split["drawn"]["consolidation_above"] == 200
+
+
+def test_masks_that_do_tell_consolidation_are_not_taken_for_binary(tmp_path, out):
+    put_named(tmp_path, ["a", "b"])
+    with pytest.raises(Mistake, match="unknown label 2"):
+        run_named(tmp_path, out, "--binary")
+
+
+def test_one_noisy_pixel_does_not_part_a_lesion():
+    hu = np.full((1, 9, 9), -600, np.int16)
+    hu[0, 4, 4], hu[0, :, 7:] = -300, 0
+    parted = prepare.part_by_density(hu, np.ones_like(hu, np.uint8), np.array([0.7, 0.7]), -400)
+    assert parted[0, 4, 4] == 1 and (parted[0, :, 7:] == 2).all() and (parted[0, :, :5] == 1).all()
+
+
+# Lungs found in the CT
+
+
+def dice(a, b):
+    return 2 * np.count_nonzero(a & b) / (np.count_nonzero(a) + np.count_nonzero(b))
+
+
+@pytest.fixture(scope="module")
+def chest():
+    """A whole chest with air around it: HU [Z, H, W], labels, 1.4 mm a pixel."""
+    patient = phantom.draw_patient(0, 1)
+    planes = [phantom.draw_slice(patient, level, 256) for level in np.linspace(0.9, 0.1, 10)]
+    hu, labels = (np.stack(each) for each in zip(*planes, strict=True))
+    return hu.clip(-1024).astype(np.int16), labels, np.array([1.4, 1.4])
+
+
+def found(hu, labels, millimetres):
+    return prepare.find_lungs(hu, labels > 1, millimetres)
+
+
+def test_the_lungs_of_a_whole_chest_are_found(chest):
+    assert dice(found(*chest), chest[1] > 0) > 0.97
+
+
+@pytest.mark.parametrize("padding", [-1024, -2000, -3024])
+def test_the_lungs_are_found_in_a_round_field(chest, padding):
+    hu, labels, millimetres = chest
+    y, x = np.mgrid[:256, :256] - 127.5
+    hu = np.where(np.hypot(x, y) < 127, hu, padding)
+    assert dice(found(hu, labels, millimetres), labels > 0) > 0.97
+
+
+def test_the_lungs_are_found_in_a_crop_that_cuts_them(chest):
+    hu, labels, millimetres = chest
+    rows, columns = (np.flatnonzero((labels > 0).any(axis)) for axis in ((0, 2), (0, 1)))
+    field = np.s_[:, rows[0] + 3 : rows[-1] - 3, columns[0] + 3 : columns[-1] - 3]
+    crop, kept = np.full_like(hu, -1024), np.zeros_like(labels)
+    crop[field], kept[field] = np.maximum(hu[field], -1023), labels[field]
+    assert dice(found(crop, kept, millimetres), kept > 0) > 0.95
+
+
+def test_table_windpipe_and_stomach_gas_are_no_lung(chest):
+    hu, labels, millimetres = (each.copy() for each in chest)
+    hu[:, 235:245, 40:220], hu[:, [234, 245], 40:220] = -950, 100  # foam in a thin shell
+    air = hu < -900
+    lungs = found(hu, labels, millimetres)
+    assert not lungs[:, 230:].any()
+    assert np.mean(lungs[air & (labels == 0)]) < 0.02
+    assert dice(lungs, labels > 0) > 0.97
+
+
+def test_no_slice_and_a_body_without_lungs_give_no_lung():
+    hu = np.full((2, 32, 32), -1000, np.int16)
+    hu[:, 4:28, 4:28] = 40
+    assert not prepare.find_lungs(hu, np.zeros_like(hu), np.ones(2)).any()
+    assert not prepare.find_lungs(hu * 0 - 1024, np.zeros_like(hu), np.ones(2)).any()
+
+
+def test_lungs_auto_is_said_and_recorded(tmp_path, out, chest, capsys):
+    hu, labels, _ = chest
+    for name, planes in {"a": np.s_[:5], "b": np.s_[5:]}.items():
+        save(tmp_path / "ct" / f"{name}.nii.gz", hu[planes], spacing=(1.4, 1.4, 5))
+        save(tmp_path / "lesion" / f"{name}.nii.gz", (labels[planes].clip(1) - 1), spacing=(1.4, 1.4, 5))
+    split = run_named(tmp_path, out, "--lungs", "auto", "--size", 256, lungs=False)
+    assert split["drawn"]["lungs"] == "auto"
+    assert "lungs found in the CT" in capsys.readouterr().out
+    written = np.stack([map_of(out, path.stem) for path in sorted((out / "maps").iterdir())])
+    kept = labels[(labels > 1).any((1, 2))]
+    assert dice(written > 0, kept > 0) > 0.97
+    np.testing.assert_array_equal(written > 1, kept > 1)
+
+
 # Real volumes
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory):
+    """Files as people really have them, each kind beside `base`, the truth."""
+    make = REPO.parent / "shared" / "cases" / "make_cases.py"
+    if not make.is_file():
+        pytest.skip(f"no {make}")
+    folder = tmp_path_factory.mktemp("cases")
+    subprocess.run([sys.executable, make, folder], check=True)
+    run(folder / "volumes" / "base", folder / "base", "--size", 128)
+    return folder
+
+
+def pictures(out):
+    return {name: content for name, content in files(out).items() if name.endswith(".png")}
+
+
+@pytest.mark.parametrize("case", ["masks_scaled_header", "mac_copies", "plain_nii", "not_compressed"])
+def test_a_case_gives_the_same_slices_as_base_without_a_warning(cases, out, capsys, case):
+    run(cases / "volumes" / case, out, "--size", 128)
+    assert pictures(out) == pictures(cases / "base")
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_masks_with_an_identity_affine_give_the_same_slices_with_a_warning_for_each(cases, out, capsys):
+    run(cases / "volumes" / "masks_identity_affine", out, "--size", 128)
+    assert pictures(out) == pictures(cases / "base")
+    masks = [*(cases / "volumes" / "masks_identity_affine").glob("rp_*msk/*.nii.gz")]
+    lost = [mask for mask in masks if np.array_equal(nib.load(mask).affine, np.eye(4))]
+    warnings = capsys.readouterr().err
+    assert lost and warnings.count("warning: ") == len(lost) and all(str(mask) in warnings for mask in lost)
+
+
+def test_a_ct_without_its_intercept_is_refused_in_one_line(cases, out):
+    with pytest.raises(Mistake, match=r"rp_im/1\.nii\.gz: mean \+2\d\d HU inside the lung mask.*intercept"):
+        run(cases / "volumes" / "ct_without_intercept", out, "--size", 128)
+    assert not out.exists()
+
+
+def test_public_names_give_the_same_slices_and_two_scans_of_a_patient_on_one_side(cases, out):
+    split = run(cases / "volumes" / "public_names", out, "--size", 128)
+    renamed = {"P03_S": "P02_S", "P02_S": "P02_S", "P01_S": "P01_S"}
+    base = {
+        path.relative_to(cases / "base").as_posix().replace(path.stem, renamed[path.stem[:5]] + f"{z:03d}"): path
+        for path in (cases / "base").glob("*/*.png")
+        for z in [int(path.stem[5:]) + (6 if path.stem.startswith("P03") else 0)]
+    }
+    assert {name: path.read_bytes() for name, path in base.items()} == {
+        name: content for name, content in pictures(out).items() if "/" in name
+    }
+    assert not {name[:3] for name in split["train"]} & {name[:3] for name in split["test"]}
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason=f"no real CT in {REAL}; COVIDGAN_CT names another folder")
+@pytest.mark.parametrize("volume", ["3", "11", "12"])  # much consolidation, grey levels, much ground glass
+def test_the_lungs_found_in_real_crops_are_those_that_radiologists_drew(volume):
+    args = prepare.parse_arguments([str(REAL)])
+    scan = prepare.Scan(
+        volume, 1, *(REAL / folder / f"{volume}.nii.gz" for folder in ("rp_im", "rp_lung_msk", "rp_msk"))
+    )
+    hu, labels, millimetres, _ = prepare.read_scan(scan, args, note=str)
+    assert dice(found(hu, labels, millimetres), labels > 0) > 0.97
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason=f"no real CT in {REAL}; COVIDGAN_CT names another folder")

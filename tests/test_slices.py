@@ -33,7 +33,7 @@ def painted(labels, mode="RGB"):
 # Maps: when colour decides, and when the value does
 
 
-@pytest.mark.parametrize("order", itertools.permutations(range(4)))
+@pytest.mark.parametrize("order", [*itertools.permutations(range(4))])
 def test_colour_decides_whatever_the_order_of_the_palette(tmp_path, order):
     palette = [PAPER[label] for label in order]
     path = indexed(tmp_path / "map.png", np.argsort(order)[LABELS], palette)
