@@ -6,7 +6,7 @@ BIN := .venv/bin
 .PHONY: demo test clean
 
 demo: $(BIN)/ready
-	$(BIN)/python covidgan.py --stage all --resume
+	$(BIN)/python covidgan.py --stage all $(if $(wildcard out/ckpt.pt),--resume)
 	$(BIN)/python export.py ckpt.pt
 	$(BIN)/python export.py --features efficientnet-lite0
 	$(BIN)/python infer_onnx.py data/phantom --side test --complement data/phantom/images --panel --out out/synthetic

@@ -26,7 +26,6 @@ import inspect
 import json
 import math
 import os
-import pickle
 import signal
 import subprocess
 import sys
@@ -49,6 +48,7 @@ from tqdm import tqdm
 LABELS = ("background", "lung", "ground-glass opacity", "consolidation")
 COLOURS = ((0, 0, 0), (255, 0, 0), (0, 0, 255), (0, 255, 0))  # Fig. 1: lung red, GGO blue, consolidation green
 HU_OFFSET = 1024  # a stored pixel is HU + 1024, 0..4095
+LUNG_HU = (-1000, -400)  # what a patient's mean of lung without lesion must lie in
 STAGES = ("g1", "g2", "joint")  # §III-A, in their order
 PHANTOM = "data/phantom"  # the built-in data; a folder whose name begins so is made when it is not there
 
@@ -73,6 +73,7 @@ class LoopConfig:
     level: float = -600.0  # window level, HU
     width: float = 1500.0  # window width, HU: [-1350, 150] HU <-> [-1, 1]
     n_labels: int = 4  # labels of a map, background among them
+    unchecked: bool = False  # take images whose lung has no lung's HU
     # augmentation (Table I names the kinds; the ranges are ours), lengths in pixels of a 512-pixel slice
     resize: float = 1.117  # random resize to 1..this times, then random crop
     rotate: float = 10.0  # random rotation, +- degrees
@@ -592,6 +593,15 @@ class Slices:
     hu: Tensor
     labels: Tensor
 
+    def with_lung(self) -> "Slices":
+        """Those whose map is not all background."""
+        kept = (self.labels > 0).flatten(1).any(1)
+        names = [name for name, keep in zip(self.names, kept.tolist(), strict=True) if keep]
+        return Slices(names, self.hu[kept], self.labels[kept])
+
+    def __str__(self) -> str:
+        return f"{len(self.names)} slices of {len({*map(patient_of, self.names)})} patients"
+
 
 def window(hu: Tensor, c: LoopConfig) -> Tensor:
     """HU to [-1, 1] through the window: level - width/2 and below is -1, level + width/2 and above is 1."""
@@ -650,7 +660,7 @@ def sample_order(n: int, length: int, seed: list[int]) -> np.ndarray:
 
 
 class Trainer:
-    """The loop with its state: a method's networks, its players' optimisers, stage, step, random generator."""
+    """The loop with its state: a method's networks, its players' optimisers, stage and step."""
 
     def __init__(self, method: type[Method], c: LoopConfig) -> None:
         self.c, self.out = c, Path(c.out)
@@ -664,7 +674,7 @@ class Trainer:
         if c.compile:
             for net in self.method.children():
                 net.compile(dynamic=False)
-        self.rng = torch.Generator(self.device).manual_seed(c.seed)
+        self.rng = torch.Generator(self.device)
         self.all_stages = method.stages(c)
         self.stages = self.all_stages if c.stage == "all" else (c.stage,)
         self.epoch_steps = c.epoch_len // c.batch
@@ -687,8 +697,14 @@ class Trainer:
         order = sample_order(len(self.train.names), self.c.epoch_len, seed)
         chosen = torch.from_numpy(order[i * self.c.batch : (i + 1) * self.c.batch])
         hu, labels = self.train.hu[chosen].to(self.device), self.train.labels[chosen].to(self.device)
+        self.rng.manual_seed(self.step_seed())
         target, labels = augment(hu, labels, self.c, self.rng)  # every process draws for the whole batch
         return target[self.rank :: self.world], labels[self.rank :: self.world], [self.train.names[k] for k in chosen]
+
+    def step_seed(self, *more: int) -> int:
+        """Seed of a step's draws, a pure function of the step: nothing to restore, on whatever device a run goes on."""
+        numbers = [self.c.seed, self.all_stages.index(self.stage), self.step_done, *more]
+        return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
     def step(self) -> dict[str, float]:
         """One update of every player of the stage; returns its losses. Raises Mistake at a non-finite loss.
@@ -697,9 +713,8 @@ class Trainer:
         """
         self.set_learning_rates()
         target, labels, names = self.batch()
-        numbers = [self.c.seed, self.all_stages.index(self.stage), self.step_done, self.rank]
-        seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
-        with seeded(seed, self.device), torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+        autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+        with seeded(self.step_seed(self.rank), self.device), autocast:
             losses = self.method.losses(one_hot(labels, self.c.n_labels), target, self.stage)
         figures = self.share(dict(zip(losses, torch.stack([*losses.values()]).tolist(), strict=True)))
         if not all(map(math.isfinite, figures.values())):
@@ -759,7 +774,6 @@ class Trainer:
             "stage": self.stage,
             "step": self.step_done,
             "steps": self.steps,
-            "rng": self.rng.get_state(),
             "networks": self.method.state_dict(),
             "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
         }
@@ -774,7 +788,6 @@ class Trainer:
         checkpoint = read_checkpoint(path, type(self.method))
         try:
             self.method.load_state_dict(checkpoint["networks"])
-            self.rng.set_state(checkpoint["rng"])
             self.begin(checkpoint["stage"])
             for name, optimizer in self.optimizers.items():
                 optimizer.load_state_dict(checkpoint["optimizers"][name])
@@ -790,7 +803,10 @@ class Trainer:
         for stage in self.stages[first:]:
             if stage != self.stage:
                 self.begin(stage)
-            self.run_stage()
+            try:
+                self.run_stage()
+            except OSError as error:
+                raise unwritable(self.out / "stats.jsonl", error) from error
 
     def run_stage(self) -> None:
         """Train the stage to its end. On SIGTERM or SIGINT finish the step, write the checkpoint and leave."""
@@ -847,7 +863,7 @@ def choose_cases(side: Slices, n: int = 4) -> list[int]:
     pixels = [(side.labels == label).sum((1, 2, 3)) for label in (2, 3)]
     worth = torch.minimum(*pixels) + 1e-3 * sum(pixels)
     ranked = sorted(range(len(side.names)), key=lambda i: (-worth[i].item(), i))
-    patients = [side.names[i].rpartition("_")[0] for i in ranked]
+    patients = [patient_of(side.names[i]) for i in ranked]
     turn = [patients[:k].count(patient) for k, patient in enumerate(patients)]  # 0 for each patient's best
     return [i for _, i in sorted(zip(turn, ranked, strict=True), key=lambda pair: pair[0])][:n]
 
@@ -945,9 +961,10 @@ def nearest_copy(train: Slices, labels: Tensor, c: LoopConfig) -> Tensor:
 def evaluate(trainer: Trainer) -> dict[str, dict[str, dict[str, float]]]:
     """Quality on the test side of our images and of the two floors, each complete and lung-only (Table II's columns).
 
-    In stage g1 everything is measured at G1's reduced size.
+    Slices without lung, where there is nothing to synthesize, are left out. In stage g1 everything is measured at G1's
+    reduced size.
     """
-    c, test, train = trainer.c, trainer.test, trainer.train
+    c, test, train = trainer.c, trainer.test.with_lung(), trainer.train
     ours = trainer.method.name
     images = {ours: trainer.synthesize(test.labels)}
     shrink = c.size // images[ours].shape[-1]
@@ -1048,18 +1065,30 @@ class Mistake(Exception):
     """A mistake of the user's: one line that names the file or option and the mend; exit status 2."""
 
 
-def read_png(path: Path) -> tuple[str, np.ndarray]:
-    """Mode, in Pillow's words, and pixels of a PNG. Raises Mistake for a file that is cut short, broken or none."""
+def list_pngs(folder: Path) -> dict[str, Path]:
+    """PNGs of a folder by name without ending, .PNG too; what begins with a dot is no data. Raises Mistake by lack."""
+    files = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    found = {path.stem: path for path in files if path.suffix.lower() == ".png"}
+    if not found and any(path.suffix.lower() in (".jpg", ".jpeg") for path in files):
+        raise Mistake(f"{folder}: JPEG, which changes grey levels and labels: give PNG")
+    if not found:
+        raise Mistake(f"{folder}: no PNG in it: each slice has one in images/ and one in maps/")
+    return found
+
+
+def read_png(path: Path) -> tuple[str, np.ndarray, np.ndarray | None]:
+    """Mode, in Pillow's words, pixels, and the palette [colours, 3] where there is one. Raises Mistake for no PNG."""
     try:
         with Image.open(path) as picture:
-            return picture.mode, np.asarray(picture)
-    except (OSError, SyntaxError, ValueError) as error:  # Pillow's words for a broken PNG
+            pixels, palette = np.asarray(picture), picture.getpalette("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # Pillow's words for a broken PNG
         raise Mistake(f"{path}: not a readable PNG ({error}): write it again") from error
+    return picture.mode, pixels, None if palette is None else np.array(palette, np.uint8).reshape(-1, 3)
 
 
 def read_image(path: Path) -> np.ndarray:
     """Read a 16-bit grey PNG of HU + 1024 as HU, int16 [H, W]. Raises Mistake for anything else."""
-    mode, stored = read_png(path)
+    mode, stored, _ = read_png(path)
     if stored.dtype != np.uint16 or stored.ndim != 2:
         raise Mistake(f"{path}: a PNG of mode {mode} is no slice: give 16-bit grey PNG of HU + {HU_OFFSET}")
     if stored.max() > 4095:
@@ -1068,53 +1097,59 @@ def read_image(path: Path) -> np.ndarray:
 
 
 def read_map(path: Path, n_labels: int) -> np.ndarray:
-    """Read a label map, uint8 [H, W]: palette or grey PNG of label values, or RGB in exactly the paper's COLOURS.
+    """Read a label map, uint8 [H, W]: grey PNG of label values, or RGB or palette in exactly the paper's COLOURS.
 
-    Raises Mistake that names the file, the value or colour and the pixel.
+    Where a palette holds the paper's colours in another order, colour decides: a paint program orders as it likes. A
+    palette without them only dresses label values up. Raises Mistake that names the file, the value or colour and the
+    pixel.
     """
-    colours = COLOURS[:n_labels]
-    mode, pixels = read_png(path)
-    if mode in ("RGB", "RGBA"):
-        labels = np.full(pixels.shape[:2], 255, np.uint8)
-        for label, colour in enumerate(colours):
-            labels[(pixels[..., :3] == colour).all(-1)] = label
-        if (labels == 255).any():
-            y, x = np.argwhere(labels == 255)[0]
-            raise Mistake(f"{path}: colour {pixels[y, x].tolist()} at row {y}, column {x} is none of {colours}")
-        return labels
-    if mode not in ("P", "L"):
-        raise Mistake(f"{path}: a PNG of mode {mode} is no label map: give 8-bit palette, or RGB in {colours}")
-    if pixels.max() >= n_labels:
+    mode, pixels, palette = read_png(path)
+    if mode not in ("P", "L", "RGB", "RGBA"):
+        raise Mistake(f"{path}: a PNG of mode {mode} is no label map: give 8-bit palette, or RGB in {COLOURS}")
+    if palette is not None:
+        entries = [*map(tuple, palette.tolist())]
+        if {*COLOURS[1:]} & {*entries} and entries[: len(COLOURS)] != [*COLOURS]:
+            pixels = palette[pixels]
+    if pixels.ndim == 2 and pixels.max() >= n_labels:
         y, x = np.argwhere(pixels >= n_labels)[0]
         raise Mistake(f"{path}: label {pixels[y, x]} at row {y}, column {x}: the model's labels are 0..{n_labels - 1}")
-    return pixels
+    if pixels.ndim == 2:
+        return pixels
+    matches = [(pixels[..., :3] == colour).all(-1) for colour in COLOURS[:n_labels]]
+    unknown = ~np.logical_or.reduce(matches)
+    if unknown.any():
+        y, x = np.argwhere(unknown)[0]
+        raise Mistake(f"{path}: colour {pixels[y, x].tolist()} at row {y}, column {x} is none of {COLOURS[:n_labels]}")
+    return np.argmax(matches, axis=0).astype(np.uint8)
+
+
+def patient_of(name: str) -> str:
+    """The patient of a slice: what stands before the last "_" of its name."""
+    return name.rpartition("_")[0]
 
 
 def read_split(folder: Path, seed: int) -> dict[str, list[str]]:
     """Names of the train and test slices: from split.json, else about a fifth of the patients held out, drawn by seed.
 
-    A patient is what stands before the last "_" of a name. Where all slices have one patient, the last fifth is held
-    out. Raises Mistake for a missing or unusable folder.
+    Where all slices have one patient, the last fifth is held out. Raises Mistake for a missing or unusable folder.
     """
     if not (folder / "images").is_dir() or not (folder / "maps").is_dir():
         raise Mistake(f"{folder}: no images/ and maps/ in it: data/prepare.py or data/phantom.py makes such a folder")
-    if (folder / "split.json").exists():
+    if (path := folder / "split.json").exists():
         try:
-            split = json.loads((folder / "split.json").read_text())
-            split = {side: [str(name) for name in split[side]] for side in ("train", "test")}
-        except (ValueError, KeyError, TypeError) as error:
-            raise Mistake(f"{folder}/split.json: lists of names under train and test are wanted ({error!r})") from error
+            split = json.loads(path.read_text(encoding="utf-8-sig"))  # a byte order mark is no mistake
+            split = {side: [name.removesuffix(".png") for name in split[side]] for side in ("train", "test")}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise Mistake(f"{path}: lists of names under train and test are wanted ({error!r})") from error
     else:
-        names = sorted(path.stem for path in (folder / "maps").glob("*.png"))
-        patients = sorted({name.rpartition("_")[0] for name in names})
+        names = sorted(list_pngs(folder / "maps"))
+        patients = sorted({*map(patient_of, names)})
+        held: set[str] = set()
         if len(patients) > 1:
-            order = np.random.default_rng(seed).permutation(patients)
-            held = set(order[: max(1, len(order) // 5)])
-        else:
-            held = set()
+            held = {*np.random.default_rng(seed).permutation(patients)[: max(1, len(patients) // 5)].tolist()}
         cut = len(names) - max(1, len(names) // 5)
-        test = [name for i, name in enumerate(names) if (name.rpartition("_")[0] in held if held else i >= cut)]
-        split = {"train": [name for name in names if name not in set(test)], "test": test}
+        test = [name for i, name in enumerate(names) if (patient_of(name) in held if held else i >= cut)]
+        split = {"train": [name for name in names if name not in {*test}], "test": test}
     if not split["train"] or not split["test"]:
         counts = f"{len(split['train'])} slices to train, {len(split['test'])} to test"
         raise Mistake(f"{folder}: {counts}: both need one")
@@ -1124,15 +1159,16 @@ def read_split(folder: Path, seed: int) -> dict[str, list[str]]:
 def load_slices(folder: Path, names: list[str], c: LoopConfig) -> Slices:
     """Read and check every slice of a side, resampled to c.size: image anti-aliased, map nearest.
 
-    Raises Mistake where a file is missing or bad, image and map differ in size, a slice is not square,
-    or the whole side holds grey levels 0..255 where HU + 1024 is expected.
+    Raises Mistake where a file is missing or bad, image and map differ in size, a slice is not square, no map holds
+    lung, or the images hold no HU (see check_hu).
     """
+    images, maps = list_pngs(folder / "images"), list_pngs(folder / "maps")
 
     def load(name: str) -> tuple[Tensor, Tensor]:
-        image_path, map_path = folder / "images" / f"{name}.png", folder / "maps" / f"{name}.png"
-        for path in (image_path, map_path):
-            if not path.exists():
-                raise Mistake(f"{path}: missing: each slice has an image and a map of one name")
+        for part, files in (("images", images), ("maps", maps)):
+            if name not in files:
+                raise Mistake(f"{folder / part / name}.png: missing: each slice has an image and a map of one name")
+        image_path, map_path = images[name], maps[name]
         hu, labels = read_image(image_path), read_map(map_path, c.n_labels)
         if hu.shape != labels.shape:
             raise Mistake(f"{map_path}: {labels.shape} is not its image's size {hu.shape}")
@@ -1147,16 +1183,34 @@ def load_slices(folder: Path, names: list[str], c: LoopConfig) -> Slices:
     with ThreadPoolExecutor() as pool:
         hu, labels = zip(*pool.map(load, names), strict=True)
     side = Slices(names, torch.cat(hu), torch.cat(labels))
-    if side.hu.max() <= 255 - HU_OFFSET:
-        raise Mistake(f"{folder}/images: no value above 255, so grey levels, not HU + 1024: convert them first")
+    if not side.labels.any():
+        raise Mistake(f"{folder}/maps: no lung in any of {len(names)} maps, {names[0]}.png first: all is background")
+    if not c.unchecked:
+        check_hu(folder / "images", side)
     return side
+
+
+def check_hu(folder: Path, side: Slices) -> None:
+    """Raise Mistake where a side holds grey levels 0..255, or a patient's lung (label 1) has no lung's HU."""
+    if side.hu.max() <= 255 - HU_OFFSET:
+        raise Mistake(f"{folder}: no value above 255, so grey levels, not HU + {HU_OFFSET}: convert them first")
+    patients = [*map(patient_of, side.names)]
+    for patient in dict.fromkeys(patients):
+        theirs = torch.tensor([one == patient for one in patients])
+        lung = side.hu[theirs][side.labels[theirs] == 1].float()
+        if len(lung) and not LUNG_HU[0] <= lung.mean() <= LUNG_HU[1]:
+            first = folder / f"{side.names[patients.index(patient)]}.png"
+            told = (
+                f"mean {lung.mean():.0f} HU where the patient's maps say lung, which has {LUNG_HU[0]} to {LUNG_HU[1]}"
+            )
+            raise Mistake(f"{first}: {told}: store HU + {HU_OFFSET}, mend the maps, or overrule by --unchecked")
 
 
 def read_weights(path: Path) -> dict[str, Any]:
     """Read a file of torch.save that holds one plain dict of tensors and numbers. Raises Mistake for anything else."""
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+    except Exception as error:  # out of a broken file the unpickler brings any error there is
         raise Mistake(f"{path}: not a checkpoint that can be read ({type(error).__name__})") from error
     if not isinstance(weights, dict):
         raise Mistake(f"{path}: holds a {type(weights).__name__}, not a checkpoint's dict")
@@ -1176,10 +1230,41 @@ def read_checkpoint(path: Path, method: type[Method]) -> dict[str, Any]:
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let write(temporary path) make a file that appears under its name only when whole."""
+    """Let write(temporary path) make a file that appears under its name only when whole.
+
+    Raises Mistake where it cannot be written, and leaves nothing behind.
+    """
     unfinished = path.with_name(f".{path.name}.tmp")
-    write(unfinished)
-    os.replace(unfinished, path)
+    try:
+        write(unfinished)
+        os.replace(unfinished, path)
+    except (OSError, RuntimeError) as error:  # torch.save's word for a full disk is a RuntimeError
+        raise unwritable(path, error) from error
+    finally:
+        with contextlib.suppress(OSError):
+            unfinished.unlink(missing_ok=True)
+
+
+def check_writable(path: Path) -> None:
+    """Raise Mistake, before any work, where a file could not be written."""
+    if path.is_dir():
+        raise Mistake(f"{path}: is a folder: give the name of a file")
+    unfinished = path.with_name(f".{path.name}.tmp")
+    try:
+        unfinished.touch()
+        unfinished.unlink()
+    except OSError as error:
+        raise unwritable(path, error) from error
+
+
+def unwritable(path: Path, error: Exception) -> Mistake:
+    """The complaint that a file cannot be written."""
+    return Mistake(f"{path}: cannot be written ({first_line(error)}): make room, or give another place")
+
+
+def first_line(error: Exception) -> str:
+    """An error's own words, without a stack behind them."""
+    return (getattr(error, "strerror", None) or str(error) or type(error).__name__).partition("\n")[0]
 
 
 # --------------------------------------------------------------------------------------------------------- command line
@@ -1222,9 +1307,14 @@ def parse_config(argv: list[str], method: type[Method] = Covidgan) -> LoopConfig
     if preset not in method.presets:
         raise Mistake(f"--preset {preset}: give one of {', '.join(method.presets)}")
     base = method.presets[preset]
-    checkpoint = Path(given.get("out", method.options.out)) / "ckpt.pt"
-    if given.get("resume") and checkpoint.exists():
+    if given.get("resume") and given.get("overwrite"):
+        raise Mistake("--resume and --overwrite: give one of them")
+    if given.get("resume"):
+        checkpoint = Path(given.get("out", method.options.out)) / "ckpt.pt"
+        if not checkpoint.exists():
+            raise Mistake(f"{checkpoint}: not there, so nothing to go on from: mend --out, or leave --resume out")
         base = read_checkpoint(checkpoint, method)["config"]
+        base |= {"out": str(checkpoint.parent), "device": method.options.device}  # of this machine, not of that run
         for name in method.architecture:
             if name in given and given[name] != base[name]:
                 raise Mistake(f"{checkpoint} has {name} {base[name]}, not {given[name]}: leave the option out")
@@ -1247,7 +1337,6 @@ def check_config(c: LoopConfig, method: type[Method]) -> None:
         (c.seed >= 0, f"--seed {c.seed}: give 0 or more"),
         (c.resize >= 1 and min(c.rotate, c.elastic, c.noise) >= 0, "--resize below 1, or a negative augmentation"),
         (c.elastic_cell >= 4, f"--elastic-cell {c.elastic_cell:g}: give 4 pixels or more"),
-        (not (c.resume and c.overwrite), "--resume and --overwrite: give one of them"),
         (c.batch % world_size() == 0, f"--batch {c.batch}: give a multiple of the {world_size()} processes"),
         (c.device != "cuda" or torch.cuda.is_available(), "--device cuda: no CUDA device here, leave it out"),
         (c.device != "mps" or torch.backends.mps.is_available(), "--device mps: no Metal device here, leave it out"),
@@ -1261,9 +1350,12 @@ def check_config(c: LoopConfig, method: type[Method]) -> None:
 
 
 def prepare_out(c: LoopConfig, method: type[Method]) -> None:
-    """Make OUT ready, on --resume with what its checkpoint knew. Raises Mistake where another run stands in it."""
+    """Make OUT ready, on --resume with what its checkpoint knew. Raises Mistake where another run stands in it.
+
+    A run is what has a checkpoint: what a start that failed has left is written over.
+    """
     out, stats = Path(c.out), Path(c.out) / "stats.jsonl"
-    if (stats.exists() or (out / "ckpt.pt").exists()) and not (c.resume or c.overwrite):
+    if (out / "ckpt.pt").exists() and not (c.resume or c.overwrite):
         raise Mistake(f"{out}: holds another run: give --resume to go on, --overwrite to discard it, or another --out")
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -1314,12 +1406,10 @@ def main(argv: list[str], method: type[Method] = Covidgan) -> None:
     if Path(c.out, "ckpt.pt").exists():
         trainer.load(Path(c.out, "ckpt.pt"))
     if trainer.rank == 0:
-        train, test = len(trainer.train.names), len(trainer.test.names)
-        print(f"{c.data}: {train} slices to train, {test} to test, at {c.size} pixels")
-        sizes = ", ".join(
-            f"{name} {sum(p.numel() for p in net.parameters()):,}" for name, net in trainer.method.named_children()
-        )
-        print(f"parameters: {sizes}; {trainer.device}, {'bfloat16' if trainer.bf16 else 'float32'}", flush=True)
+        print(f"{c.data}: {trainer.train} to train, {trainer.test} to test, at {c.size} pixels")
+        sizes = {name: sum(p.numel() for p in net.parameters()) for name, net in trainer.method.named_children()}
+        told = ", ".join(f"{name} {n:,}" for name, n in sizes.items())
+        print(f"parameters: {told}; {trainer.device}, {'bfloat16' if trainer.bf16 else 'float32'}", flush=True)
     trainer.run()
     if trainer.rank == 0:
         report(trainer)
@@ -1329,23 +1419,39 @@ def main(argv: list[str], method: type[Method] = Covidgan) -> None:
 
 def report(trainer: Trainer) -> None:
     """Print the table of results and write it as OUT/results.json."""
-    c, results = trainer.c, evaluate(trainer)
-    text = json.dumps({"stage": trainer.stage, "n": len(trainer.test.names), "size": c.size, **results}, indent=1)
+    c, results, test = trainer.c, evaluate(trainer), trainer.test.with_lung()
+    n, without_lung = len(test.names), len(trainer.test.names) - len(test.names)
+    head = {"stage": trainer.stage, "n": n, "without_lung": without_lung, "size": c.size}
+    text = json.dumps({**head, **results}, indent=1)
     write_atomically(Path(c.out, "results.json"), lambda path: path.write_text(text + "\n"))
-    print(f"\n{len(trainer.test.names)} test slices of {c.data}:\n{table(results)}\n")
+    left_out = f" ({without_lung} without lung left out)" if without_lung else ""
+    print(f"\n{n} test slices of {c.data}{left_out}:\n{table(results)}\n")
     print(f"wrote {c.out}/: ckpt.pt, results.json, stats.jsonl, curves.png and panels")
 
 
 def exit_on_mistake(program: Callable[[list[str]], None]) -> None:
     """Run a program on the command line's arguments; a mistake of the user's is one line and exit status 2."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # a terminal that lacks a sign is no reason to stop
     try:
         program(sys.argv[1:])
-    except Mistake as mistake:
+    except (Mistake, OSError) as mistake:
         print(f"error: {mistake}", file=sys.stderr)
+        sys.exit(2)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print(f"error: out of memory ({first_line(error)}): less --batch, --size or --ngf needs less", file=sys.stderr)
         sys.exit(2)
     except (Stopped, KeyboardInterrupt) as stop:
         print(f"\n{stop or 'stopped'}", file=sys.stderr)
         sys.exit(130)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out, on whatever device: PyTorch has a type of its own for CUDA alone."""
+    words = ("out of memory", "can't allocate memory", "alloc_cpu")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(word in str(error) for word in words)
 
 
 if __name__ == "__main__":

@@ -425,9 +425,9 @@ def export_checkpoint(path: Path, out: Path | None, fp16: bool, target: str) -> 
             raise Mistake(f"{source}: a U-Net has no --fp16, leave it out")
         if target != "any":
             raise Mistake(f"{source}: a U-Net has no --target, leave it out")
-        out = out or Path("unet.onnx")
+        covidgan.check_writable(out := out or Path("unet.onnx"))
         return source, out, export_unet(checkpoint, digest, out)
-    out = out or Path("generator.onnx")
+    covidgan.check_writable(out := out or Path("generator.onnx"))
     checkpoint = covidgan.read_checkpoint(source, method_of(checkpoint, source))
     return source, out, export_generator(checkpoint, digest, out, fp16, target)
 
@@ -462,6 +462,7 @@ def main(argv: list[str]) -> None:
             raise Mistake(complaint)
     if args.features:
         source, path = find_weights(args.features, args.weights, args.download), args.out or Path("features.onnx")
+        covidgan.check_writable(path)
         line = export_features(args.features, source, path)
     else:
         source, path, line = export_checkpoint(args.checkpoint, args.out, args.fp16, args.target)

@@ -203,7 +203,7 @@ def test_checkpoint_is_a_plain_dict_of_tensors_and_numbers(whole_run):
     assert type(checkpoint) is dict
     kinds = {type(leaf) for leaf in flatten(checkpoint).values()}
     assert kinds <= {torch.Tensor, int, float, str, bool, type(None)}
-    assert {"method", "networks", "optimizers", "rng", "config", "stage", "step"} <= checkpoint.keys()
+    assert {"method", "networks", "optimizers", "config", "stage", "step"} <= checkpoint.keys()
     assert (checkpoint["stage"], checkpoint["step"]) == ("joint", 10)
     assert checkpoint["config"]["ngf"] == 8
 
@@ -463,7 +463,8 @@ def test_flat_slices_train_without_trouble(tiny, stage, kind):
     for _ in range(3):
         trainer.step()
     assert all(p.isfinite().all() for p in trainer.method.parameters())
-    trainer.test.labels[:], trainer.test.hu[:] = label, hu
+    if label:  # without lung there is nothing to measure
+        trainer.test.labels[:], trainer.test.hu[:] = label, hu
     results = flatten(covidgan.evaluate(trainer))
     assert all(np.isfinite(value) for value in results.values())
 
