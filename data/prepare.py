@@ -138,9 +138,9 @@ def missing(where: str, name: str) -> str:
 def patient_of(name: str, pattern: str) -> str:
     """The part of a name that tells the patient: the pattern's first group, or all that it matches."""
     match = re.match(pattern, name)
-    if not match:
+    if not match or not match[0]:
         raise Mistake(f"--patient {pattern}: does not match {name}; give a pattern for the part that names the patient")
-    return match[1] if match.re.groups else match[0]
+    return (match[1] if match.re.groups else None) or match[0]
 
 
 def number_patients(patients: set[str]) -> dict[str, int]:
@@ -239,6 +239,30 @@ def check_hu(scan: Scan, hu: np.ndarray, lung: np.ndarray, lesion: np.ndarray) -
         raise Mistake(
             f"{scan.ct}: median {median:+.0f} HU in what is denser than fat around the lung, where soft tissue is 0 to"
             " 100: see that it is HU (--grey-window for grey levels), or give --unchecked"
+        )
+    if scan.lung:
+        check_turn(scan, hu, healthy)
+
+
+def check_turn(scan: Scan, hu: np.ndarray, lung: np.ndarray) -> None:
+    """Raise Mistake where a lung mask, bool [Z, H, W], lies on less dense voxels when it is reversed: it is turned.
+
+    No affine is asked. It is reversed within its own bounds, where the air around the body is out of reach. On 14
+    volumes, a mask that lies right loses 59 HU or more by it, and one that lies wrong gains.
+    """
+    bounds = ndimage.find_objects(lung.astype(np.uint8))[0]
+    step = max(1, hu.shape[2] // 128)
+    hu, lung = hu[bounds][:, ::step, ::step], lung[bounds][:, ::step, ::step]
+    if not lung.any():
+        return
+    axes = [axes for count in (1, 2, 3) for axes in itertools.combinations(range(3), count)]
+    mean, flips = hu[lung].mean(), {each: hu[np.flip(lung, each)].mean() for each in axes}
+    best = min(flips, key=flips.get)
+    if flips[best] < mean - 20:
+        turn = " and ".join(("slices", "rows", "columns")[axis] for axis in best)
+        raise Mistake(
+            f"{scan.lung}: lies on {mean:+.0f} HU, with {turn} reversed on {flips[best]:+.0f}: it is turned against"
+            " its CT; save both on one grid, or give --unchecked"
         )
 
 
@@ -506,6 +530,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         if getattr(args, name) is None and (args.src is None or args.stacked):
             raise Mistake(f"--{name}: missing; give it, or SRC with {IMAGES}, {LUNG_MASKS} and {LESION_MASKS} in it")
         setattr(args, name, getattr(args, name) or str(Path(args.src) / folder))
+    if args.stacked and args.exclude_patient:
+        raise Mistake("--exclude-patient: slices of a stack have no names to exclude them by; leave it out")
     if args.size < 1 or args.seed < 0 or args.grey_window[0] >= args.grey_window[1]:
         raise Mistake("--size must be at least 1, --seed at least 0 and --grey-window LOW below HIGH")
     return args

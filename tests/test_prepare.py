@@ -548,6 +548,15 @@ def test_a_lung_mask_that_lies_beside_the_lung_is_refused(src, out):
         run(src, out)
 
 
+@pytest.mark.parametrize(("axis", "called"), [(1, "rows"), (2, "columns")])
+def test_a_lung_mask_turned_against_its_ct_is_refused_though_its_affine_agrees(src, out, axis, called):
+    hu, lung, lesion = body()
+    put_patient(src, 2, (hu, np.flip(lung, axis), np.flip(lesion, axis)))
+    with pytest.raises(Mistake, match=rf"rp_lung_msk/2\.nii\.gz: lies on .* with {called} reversed.*--unchecked"):
+        run(src, out)
+    run(src, out, "--unchecked")
+
+
 def test_a_lung_that_is_almost_all_diseased_is_taken(src, out):
     hu, lung, _ = body()
     put_patient(src, 2, (np.where(lung == 1, -600, hu).astype(np.int16), lung, lung))
@@ -682,6 +691,8 @@ def test_in_a_stack_each_slice_is_a_patient_of_its_own(tmp_path, out, capsys):
     sides = [{name.split("_")[0] for name in split[side]} for side in ("train", "test", "seg_test")]
     assert [len(side) for side in sides] == [6, 2, 2] and len(set.union(*sides)) == 10
     assert split["drawn"]["patients"]["3"] == ["tr[2]"]
+    with pytest.raises(Mistake, match="--exclude-patient"):
+        prepare.main(["--stacked", *files_, "--exclude-patient", "3"])
     np.testing.assert_array_equal(hu_of(out, "P03_S002"), body(depth=10)[0][2].clip(-1024))
     rows = {line.split()[0]: line.split()[1:3] for line in capsys.readouterr().out.splitlines()}
     assert rows["train"] == ["6", "6"]
