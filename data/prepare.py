@@ -12,10 +12,10 @@ SRC is laid out like the public download, volume N being patient N:
 
 Other public sets, whose names pair the files (* stands for the name where masks are called otherwise):
 
-    ... --images CT --lungs Lung_Mask --lesions Infection_Mask --binary                       # 20 volumes, Ma et al.
-    ... --images 'studies/CT-1/*.nii.gz' --lesions 'masks/*_mask.nii.gz' --lungs auto --binary          # MosMed
+    ... --images CT --lungs Lung_Mask --lesions Infection_Mask --binary                            # Ma et al.
+    ... --images studies/CT-1 --lesions 'masks/*_mask.nii.gz' --lungs auto --binary --masked-only  # MosMed
     ... --images 'Train/*_ct.nii.gz' --lesions 'Train/*_seg.nii.gz' --lungs auto --binary          # COVID-19-20
-    ... --stacked --images tr_im.nii.gz --lesions tr_mask.nii.gz --lungs auto                # 100 slices, MedSeg
+    ... --stacked --images tr_im.nii.gz --lesions tr_mask.nii.gz --lungs auto                      # MedSeg, 100 slices
 
 Every volume is turned, by its affine, to radiological display: row 0 is anterior (the spine is at the
 bottom), column 0 is the patient's right. Slice P03_S041 is the 42nd from the feet in the turned volume;
@@ -90,6 +90,10 @@ def find_scans(args: argparse.Namespace) -> list[Scan]:
         ct = Path(args.images)
         return [Scan(volume_name(ct), 0, ct, Path(lungs) if lungs else None, Path(args.lesions))]
     images, masks = find_files(args.images), {each: find_files(each) for each in (lungs, args.lesions) if each}
+    if args.masked_only:
+        masked = {name: path for name, path in images.items() if all(name in files for files in masks.values())}
+        print(f"{len(masked)} of {len(images)} volumes have masks")
+        images = masked or images  # of none that have, the first is told below
     patients = {name: patient_of(name, args.patient) for name in images}
     for absent in sorted(set(args.exclude_patient) - {*patients, *patients.values()}):
         raise Mistake(f"{missing(args.images, absent)}: not there, so patient {absent} cannot be excluded")
@@ -101,7 +105,7 @@ def find_scans(args: argparse.Namespace) -> list[Scan]:
                 if not files.keys() & images.keys():
                     mend = "names pair the files; where they differ, give a pattern such as 'DIR/*_mask.nii.gz'"
                 raise Mistake(f"{missing(where, name)}: missing; {mend}")
-        for name in files.keys() - images.keys():
+        for name in sorted(files.keys() - images.keys()):
             print(f"warning: {files[name]}: a mask without a volume, ignored", file=sys.stderr)
     numbers = number_patients({*patients.values()})
     scans = [
@@ -513,6 +517,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     help_ = "lesion masks hold 0 and 1 for any lesion, parted by density; --no-binary: 1 is ground glass alone"
     option("--binary", action=argparse.BooleanOptionalAction, help=help_)
     option("--consolidation-above", type=float, default=-400.0, metavar="HU", help="where --binary parts lesions")
+    option("--masked-only", action="store_true", help="leave out volumes without masks instead of refusing")
     option("--patient", type=regex, default=PATIENT, metavar="REGEX", help="the part of a name that tells the patient")
     option("--out", type=Path, default=Path("data/radiopaedia"), help="folder to write")
     option("--by", choices=("patient", "slice"), default="patient", help="what to draw")

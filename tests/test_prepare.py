@@ -672,6 +672,14 @@ def test_the_first_name_without_a_partner_is_told_with_the_mend(tmp_path, out):
         run_named(tmp_path, out)
 
 
+def test_volumes_without_masks_can_be_left_out_with_a_word(tmp_path, out, capsys):
+    put_named(tmp_path, ["a", "b", "c", "d"])
+    (tmp_path / "lesion" / "b.nii.gz").unlink()
+    split = run_named(tmp_path, out, "--masked-only")
+    assert [*split["drawn"]["patients"].values()] == [["a"], ["c"], ["d"]]
+    assert "3 of 4 volumes have masks" in capsys.readouterr().out
+
+
 def test_what_is_left_out_of_the_command_is_named(tmp_path, out):
     with pytest.raises(Mistake, match="--lungs: missing"):
         run_named(tmp_path, out, lungs=False)
