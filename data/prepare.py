@@ -27,6 +27,7 @@ import argparse
 import itertools
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from heapq import nsmallest
@@ -63,7 +64,7 @@ LUNG_HU, TISSUE_HU = (-960, -450), (-100, 200)
 AUTO = "auto"
 # A public case of Radiopaedia is a patient, with one or more studies and scans: radiopaedia_CASE_STUDY_SCAN.
 PATIENT = r"radiopaedia_\d+(?=_)|.+"
-WAYS = 3_000_000  # of sharing patients out, weighed in all
+WAYS = 40_000_000  # of sharing patients out are followed, over the square of their number: all for 14 of 600 slices
 SHEET = 60  # pictures at most on a contact sheet
 
 Slice = tuple[int, int]  # (patient, position), counted upwards from the feet
@@ -101,7 +102,7 @@ def find_scans(args: argparse.Namespace) -> list[Scan]:
     for where, files in masks.items():
         for name in images:
             if name not in files and name not in excluded:
-                mend = f"add this mask or give --exclude-patient {name}"
+                mend = f"add this mask, or leave the volume out by --exclude-patient {name} or --masked-only"
                 if not files.keys() & images.keys():
                     mend = "names pair the files; where they differ, give a pattern such as 'DIR/*_mask.nii.gz'"
                 raise Mistake(f"{missing(where, name)}: missing; {mend}")
@@ -277,22 +278,24 @@ def auto_lungs(
     path: Path, hu: np.ndarray, lesion: np.ndarray, millimetres: np.ndarray, stacked: bool, note: Callable[[str], None]
 ) -> np.ndarray:
     """Find the lungs, bool [Z, H, W], each slice for itself if stacked; tell where a lesion lies in no lung."""
+    diseased = (lesion == 1) | (lesion == 2)  # an effusion is beside the lung
     parts = [slice(z, z + 1) for z in range(len(hu))] if stacked else [slice(None)]
-    lungs = np.concatenate([find_lungs(hu[part], lesion[part], millimetres) for part in parts])
-    lost = np.flatnonzero((lesion > 0).any((1, 2)) & ~(lungs & (lesion == 0)).any((1, 2)))
+    lungs = np.concatenate([find_lungs(hu[part], diseased[part], millimetres) for part in parts])
+    sick, healthy = diseased.sum((1, 2)), (lungs & ~diseased).sum((1, 2))
+    lost = np.flatnonzero(healthy < 0.1 * sick)  # what closing adds at the rim of a lesion is no lung
     if lost.size:
-        note(f"{path}: no lung found about the lesion of {lost.size} slices, the first {lost[0]}; look at them")
+        note(f"{path}: hardly any lung found about the lesion in {lost.size} slices, the first {lost[0]}; look at them")
     return lungs
 
 
-def find_lungs(hu: np.ndarray, lesion: np.ndarray, millimetres: np.ndarray) -> np.ndarray:
-    """Find the lungs, bool [Z, H, W], in HU [Z, H, W]; lesion [Z, H, W] belongs to them.
+def find_lungs(hu: np.ndarray, diseased: np.ndarray, millimetres: np.ndarray) -> np.ndarray:
+    """Find the lungs, bool [Z, H, W], in HU [Z, H, W]; what is diseased, bool [Z, H, W], belongs to them.
 
     The steps are the usual ones: air inside the body, without gas, in large pieces; then vessels are taken in.
     """
     air = np.stack([enclosed_air(plane, hu.min(), millimetres) for plane in hu])
     if not air.any():
-        return lesion > 0
+        return diseased
     in_plane = np.zeros((3, 3, 3), bool)
     in_plane[1] = ndimage.generate_binary_structure(2, 1)
     pieces, count = ndimage.label(air, in_plane)
@@ -302,7 +305,7 @@ def find_lungs(hu: np.ndarray, lesion: np.ndarray, millimetres: np.ndarray) -> n
     pieces, _ = ndimage.label(air & (means >= gas)[pieces])
     sizes = np.bincount(pieces.ravel())
     sizes[0] = 0
-    lungs = (sizes > 0.05 * sizes.max())[pieces] | (lesion > 0)
+    lungs = (sizes > 0.05 * sizes.max())[pieces] | diseased
     return np.stack([close(plane, millimetres) if plane.any() else plane for plane in lungs])
 
 
@@ -419,7 +422,7 @@ def split_by_patient(kept: list[Slice], counts: list[int], rng: np.random.Genera
     patients out, one with the least sum of deviations is taken, the seed deciding between equals.
     With fewer than three patients (or a third count of 0) seg_test is test.
     """
-    sizes = {patient: sum(p == patient for p, _ in kept) for patient, _ in kept}
+    sizes = Counter(patient for patient, _ in kept)
     if len(sizes) < 2:
         raise Mistake(f"patient {next(iter(sizes))} is the only one with slices to split; give --by slice")
     parts = 3 if len(sizes) > 2 and counts[2] else 2
@@ -434,10 +437,10 @@ def split_by_patient(kept: list[Slice], counts: list[int], rng: np.random.Genera
             for part in range(parts):
                 after = (*filled[:part], filled[part] + sizes[patient], *filled[part + 1 :])
                 longer.setdefault(after, (*chosen, part))
-        if len(longer) > WAYS // len(order):
+        if len(longer) > (limit := max(1, WAYS // len(order) ** 2)):
             done = sum(next(iter(longer))) / len(kept)
             even = partial(deviation, targets=[target * done for target in targets])
-            longer = {filled: longer[filled] for filled in nsmallest(WAYS // len(order), longer, key=even)}
+            longer = {filled: longer[filled] for filled in nsmallest(limit, longer, key=even)}
         ways = longer
     best = min(filter(all, ways), key=partial(deviation, targets=targets))
     part_of = dict(zip(order, ways[best], strict=True))

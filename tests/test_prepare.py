@@ -208,6 +208,15 @@ def test_by_patient_the_counts_are_the_nearest_that_whole_patients_allow(targets
     assert reached == min(np.abs(counts - targets).sum() for counts in ways)
 
 
+def test_by_patient_a_large_set_is_shared_out_evenly_and_soon():
+    sizes = np.random.default_rng(0).integers(5, 60, 300)  # far too many ways to try them all
+    kept = [(patient, z) for patient, size in enumerate(sizes) for z in range(size)]
+    drawn = prepare.split_by_patient(kept, [300, 73, 73], np.random.default_rng(0))
+    targets = np.array([300, 73, 73]) * len(kept) / 446
+    assert np.abs([len(side) for side in drawn] - targets).max() < 10
+    assert sum(len({patient for patient, _ in side}) for side in drawn) == 300
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_by_patient_two_parts_have_no_use_for_the_third_count(seed):
     kept = [(1, z) for z in range(5)] + [(2, z) for z in range(10)]
@@ -800,8 +809,24 @@ def test_table_windpipe_and_stomach_gas_are_no_lung(chest):
 def test_no_slice_and_a_body_without_lungs_give_no_lung():
     hu = np.full((2, 32, 32), -1000, np.int16)
     hu[:, 4:28, 4:28] = 40
-    assert not prepare.find_lungs(hu, np.zeros_like(hu), np.ones(2)).any()
-    assert not prepare.find_lungs(hu * 0 - 1024, np.zeros_like(hu), np.ones(2)).any()
+    assert not prepare.find_lungs(hu, hu > 99, np.ones(2)).any()
+    assert not prepare.find_lungs(hu * 0 - 1024, hu > 99, np.ones(2)).any()
+
+
+def test_an_effusion_beside_the_lung_is_not_taken_into_it(chest):
+    hu, labels, millimetres = chest
+    lesion = np.where(labels > 1, labels - 1, 0).astype(np.uint8)
+    lesion[:, 240:] = 3
+    lungs = prepare.auto_lungs(Path("ct.nii"), hu, lesion, millimetres, stacked=False, note=str)
+    assert not lungs[:, 240:].any() and lungs[labels > 1].all()
+
+
+def test_a_lesion_about_which_no_lung_is_found_is_told(chest):
+    hu, labels, millimetres = chest
+    hu, lesion, told = hu.copy(), (labels > 1).astype(np.uint8), []
+    hu[4][labels[4] > 0] = 40
+    prepare.auto_lungs(Path("ct.nii"), hu, lesion, millimetres, stacked=False, note=told.append)
+    assert len(told) == 1 and "ct.nii" in told[0] and "in 1 slices, the first 4" in told[0]
 
 
 def test_lungs_auto_is_said_and_recorded(tmp_path, out, chest, capsys):
