@@ -30,6 +30,7 @@ from data.slices import (
     exit_on_mistake,
     held_split,
     make_room,
+    patient_of,
     slice_name,
     write_contact_sheet,
     write_image,
@@ -511,8 +512,11 @@ def main(argv: list[str] | None = None) -> None:
         "source": "phantom", "by": "patient", "seed": args.seed, "size": args.size,
         "patients": args.patients, "slices": args.slices,
     }  # fmt: skip
-    if held_split(args.out).get("drawn") == drawn:
-        print(f"{args.out} already holds this set, whole; nothing to do")
+    held = held_split(args.out)
+    if held.get("drawn") == drawn:
+        sides = {side: names for side, names in held.items() if side in SIDES}
+        counts = [f"{side} {len({*map(patient_of, names)})}, {len(names)}" for side, names in sides.items()]
+        print(f"{args.out} already holds this set, whole (patients, slices: {'; '.join(counts)}); nothing to do")
         return
     make_room(args.out, args.overwrite)
 

@@ -95,7 +95,7 @@ def find_scans(args: argparse.Namespace) -> list[Scan]:
         masked = {name: path for name, path in images.items() if all(name in files for files in masks.values())}
         print(f"{len(masked)} of {len(images)} volumes have masks")
         images = masked or images  # of none that have, the first is told below
-    patients = {name: patient_of(name, args.patient) for name in images}
+    patients = {name: patient_by(name, args.patient) for name in images}
     for absent in sorted(set(args.exclude_patient) - {*patients, *patients.values()}):
         raise Mistake(f"{missing(args.images, absent)}: not there, so patient {absent} cannot be excluded")
     excluded = {name for name in images if {name, patients[name]} & set(args.exclude_patient)}
@@ -140,7 +140,7 @@ def missing(where: str, name: str) -> str:
     return where.replace("*", name) if "*" in where else str(Path(where) / f"{name}.nii.gz")
 
 
-def patient_of(name: str, pattern: str) -> str:
+def patient_by(name: str, pattern: str) -> str:
     """The part of a name that tells the patient: the pattern's first group, or all that it matches."""
     match = re.match(pattern, name)
     if not match or not match[0]:

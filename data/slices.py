@@ -4,6 +4,7 @@
     NAME/maps/P03_S041.png     8-bit palette PNG, value = label, palette = the paper's colours (Fig. 1)
     NAME/split.json            {"train": [...], "test": [...], "seg_test": [...]} and how it was drawn
     NAME/contact_sheet.png     a look at the whole
+    NAME/.unfinished           while it is being written, and after a run that was cut off
 
 Raw HU survive in the images: windows are applied on reading. Every file is written under a
 temporary name and renamed, so that an interrupted run leaves nothing half-written.
@@ -72,6 +73,11 @@ def exit_on_mistake(program: Callable[[list[str]], int | None], stopped: str = "
 def slice_name(patient: int, position: int) -> str:
     """Name of one slice without its ending; what stands before "_S" is the patient."""
     return f"P{patient:02d}_S{position:03d}"
+
+
+def patient_of(name: str) -> str:
+    """The patient of a slice: what stands before the last "_"."""
+    return name.rpartition("_")[0] or name
 
 
 def read_png(path: Path) -> tuple[str, np.ndarray, np.ndarray | None]:

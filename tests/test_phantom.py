@@ -283,6 +283,7 @@ def test_a_complete_set_is_left_alone(folder):
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     done = run("--out", folder, "--size", 64, "--patients", 4, "--slices", 6)
     assert done.returncode == 0 and len(done.stdout.splitlines()) == 1 and str(folder) in done.stdout
+    assert "train 2, 12; test 1, 6; seg_test 1, 6" in done.stdout
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
 
 
