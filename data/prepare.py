@@ -168,7 +168,8 @@ def read_scan(
     hu, grey = to_hu(scan.ct, volume.voxels, args)
     nowhere = np.isnan(hu)
     if nowhere.any():
-        if (nowhere & ((lesion > 0) | (lung if lung is not None else False))).any():
+        inside = lesion > 0 if lung is None else lung | (lesion > 0)
+        if (nowhere & inside).any():
             raise Mistake(f"{scan.ct}: values that are no number inside the lung; get the volume again")
         note(f"{scan.ct}: {nowhere.sum()} values are no number, outside the lung; taken as air")
         hu[nowhere] = AIR
@@ -293,7 +294,8 @@ def find_lungs(hu: np.ndarray, diseased: np.ndarray, millimetres: np.ndarray) ->
 
     The steps are the usual ones: air inside the body, without gas, in large pieces; then vessels are taken in.
     """
-    air = np.stack([enclosed_air(plane, hu.min(), millimetres) for plane in hu])
+    padding = hu.min()
+    air = np.stack([enclosed_air(plane, padding, millimetres) for plane in hu])
     if not air.any():
         return diseased
     in_plane = np.zeros((3, 3, 3), bool)
