@@ -26,6 +26,7 @@ import inspect
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -1077,13 +1078,21 @@ def list_pngs(folder: Path) -> dict[str, Path]:
 
 
 def read_png(path: Path) -> tuple[str, np.ndarray, np.ndarray | None]:
-    """Mode, in Pillow's words, pixels, and the palette [colours, 3] where there is one. Raises Mistake for no PNG."""
+    """Mode, in Pillow's words, pixels, and the palette [colours, 3] where there is one, black where it is transparent.
+
+    Raises Mistake for a file that is cut short, broken or no PNG.
+    """
     try:
         with Image.open(path) as picture:
+            clear = picture.info.get("transparency", b"")  # of a palette: one index, or opacities of the first ones
             pixels, palette = np.asarray(picture), picture.getpalette("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # Pillow's words for a broken PNG
         raise Mistake(f"{path}: not a readable PNG ({error}): write it again") from error
-    return picture.mode, pixels, None if palette is None else np.array(palette, np.uint8).reshape(-1, 3)
+    if palette is None:
+        return picture.mode, pixels, None
+    colours = np.array(palette, np.uint8).reshape(-1, 3)
+    colours[[clear] if isinstance(clear, int) else [i for i, opacity in enumerate(clear) if opacity == 0]] = 0
+    return picture.mode, pixels, colours
 
 
 def read_image(path: Path) -> np.ndarray:
@@ -1100,16 +1109,19 @@ def read_map(path: Path, n_labels: int) -> np.ndarray:
     """Read a label map, uint8 [H, W]: grey PNG of label values, or RGB or palette in exactly the paper's COLOURS.
 
     Where a palette holds the paper's colours in another order, colour decides: a paint program orders as it likes. A
-    palette without them only dresses label values up. Raises Mistake that names the file, the value or colour and the
-    pixel.
+    palette without them only dresses label values up. What is transparent is background. Raises Mistake that names the
+    file, the value or colour and the pixel.
     """
     mode, pixels, palette = read_png(path)
     if mode not in ("P", "L", "RGB", "RGBA"):
         raise Mistake(f"{path}: a PNG of mode {mode} is no label map: give 8-bit palette, or RGB in {COLOURS}")
     if palette is not None:
         entries = [*map(tuple, palette.tolist())]
-        if {*COLOURS[1:]} & {*entries} and entries[: len(COLOURS)] != [*COLOURS]:
+        empty = np.ptp(pixels) == 0 and not palette[pixels[0, 0]].any()  # no lung, black being any index
+        if empty or ({*COLOURS[1:]} & {*entries} and entries[: len(COLOURS)] != [*COLOURS]):
             pixels = palette[pixels]
+    if mode == "RGBA":
+        pixels = np.where(pixels[..., 3:] > 0, pixels, 0)  # an eraser leaves the colour below
     if pixels.ndim == 2 and pixels.max() >= n_labels:
         y, x = np.argwhere(pixels >= n_labels)[0]
         raise Mistake(f"{path}: label {pixels[y, x]} at row {y}, column {x}: the model's labels are 0..{n_labels - 1}")
@@ -1138,8 +1150,8 @@ def read_split(folder: Path, seed: int) -> dict[str, list[str]]:
     if (path := folder / "split.json").exists():
         try:
             split = json.loads(path.read_text(encoding="utf-8-sig"))  # a byte order mark is no mistake
-            split = {side: [name.removesuffix(".png") for name in split[side]] for side in ("train", "test")}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            split = {side: [re.sub(r"(?i)\.png$", "", name) for name in split[side]] for side in ("train", "test")}
+        except (ValueError, KeyError, TypeError) as error:
             raise Mistake(f"{path}: lists of names under train and test are wanted ({error!r})") from error
     else:
         names = sorted(list_pngs(folder / "maps"))

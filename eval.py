@@ -46,6 +46,7 @@ from data.slices import (
     coloured,
     exit_on_mistake,
     list_pngs,
+    patient_of,
     read_image,
     read_map,
     read_split,
@@ -191,11 +192,6 @@ def interval(values: list[float]) -> tuple[float | None, float | None, int]:
     return float(np.mean(values)) if n else None, half, n
 
 
-def patient(name: str) -> str:
-    """The patient of a slice: what stands before the last "_" of its name."""
-    return name.rsplit("_", 1)[0]
-
-
 def estimate(values: np.ndarray, names: list[str]) -> dict[str, float | None]:
     """Mean, half its 95 % interval and n of values [n], NaN left out: over slices, and over the patients' means.
 
@@ -204,7 +200,7 @@ def estimate(values: np.ndarray, names: list[str]) -> dict[str, float | None]:
     patients = defaultdict(list)
     for name, value in zip(names, values, strict=True):
         if not math.isnan(value):
-            patients[patient(name)].append(float(value))
+            patients[patient_of(name)].append(float(value))
     over_slices = interval([value for group in patients.values() for value in group])
     over_patients = interval([float(np.mean(group)) for group in patients.values()])
     columns = ("mean", "interval", "n", "patients_mean", "patients_interval", "patients_n")
@@ -827,7 +823,7 @@ def main(argv: list[str]) -> None:
         raise Mistake(f"{pairs[0].labels} and all other maps of the {len(pairs)} pairs: no lung in them: give others")
 
     names, ssim = [pair.name for pair in kept], pixels.of_pairs("complete SSIM")
-    counts = {"measured": len(kept), "without_lung": len(pairs) - len(kept), "patients": len({*map(patient, names)})}
+    counts = {"measured": len(kept), "without_lung": len(pairs) - len(kept), "patients": len({*map(patient_of, names)})}
     results: dict[str, Rows] = {"run": {"window, HU": {"level": args.level, "width": args.width}, "pairs": counts}}
     for meter in meters:
         results |= meter.result(names)

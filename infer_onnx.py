@@ -53,8 +53,10 @@ from tqdm import tqdm
 
 from data.slices import (
     COLOURS,
+    HELD,
     HU_OFFSET,
     LABELS,
+    NIFTI,
     PNG_ERRORS,
     Mistake,
     OneLineParser,
@@ -100,8 +102,6 @@ METADATA = ("contract", *PARSED, "precision", "checkpoint_sha256", "licence")
 RESIZE, ROTATE, ELASTIC, ELASTIC_CELL = 1.117, 10.0, 2.0, 24.0
 
 ENDINGS = {"png16": ".png", "png8": ".png", "nifti": ".nii.gz", "npy": ".npy"}
-NIFTI = (".nii", ".nii.gz")
-HELD = (-HU_OFFSET, 4095 - HU_OFFSET)  # the HU that the PNG format holds; volumes are held to them too
 LUNG_HU = (-1000, -300)  # a mean beyond them in healthy lung, which has about -850 to -500, is no HU
 
 Shape = tuple[int, int, int]  # N, H, W of a batch
@@ -1026,5 +1026,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # a path may hold what the terminal's encoding does not
     exit_on_mistake(main, stopped="stopped: the same command goes on from here")

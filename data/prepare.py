@@ -41,7 +41,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, only data/ itself is on it
 from data.slices import (
-    HU_OFFSET,
+    HELD,
     LABELS,
     SIDES,
     Mistake,
@@ -58,7 +58,7 @@ from data.slices import (
 from data.volumes import list_volumes, read_labels, read_stored, read_volume, volume_name
 
 IMAGES, LUNG_MASKS, LESION_MASKS = "rp_im", "rp_lung_msk", "rp_msk"
-AIR, HIGHEST = -HU_OFFSET, 4095 - HU_OFFSET  # the range of HU that the format holds
+AIR = HELD[0]
 # Means over patients lie well inside: lung that is not diseased -890..-717, soft tissue 0..140.
 LUNG_HU, TISSUE_HU = (-960, -450), (-100, 200)
 AUTO = "auto"
@@ -177,7 +177,7 @@ def read_scan(
         lung = auto_lungs(scan.ct, hu, lesion, volume.millimetres, args.stacked, note)
     if not args.unchecked:
         check_hu(scan, hu, lung, lesion)
-    hu = np.clip(hu, AIR, HIGHEST)  # before resizing, which would mix padding of -3024 into its neighbours
+    hu = np.clip(hu, *HELD)  # before resizing, which would mix padding of -3024 into its neighbours
     if args.binary:
         lesion = part_by_density(hu, lesion, volume.millimetres, args.consolidation_above)
     return hu, merge_masks(lung, lesion), volume.millimetres, grey

@@ -28,7 +28,9 @@ COLOURS = ((0, 0, 0), (255, 0, 0), (0, 0, 255), (0, 255, 0))  # Fig. 1: lung red
 SIDES = ("train", "test", "seg_test")  # of a split
 UNFINISHED = ".unfinished"  # in a folder: its set is being written, or the run that wrote it was cut off
 HU_OFFSET = 1024  # stored value = HU + 1024: air is 24, water 1024
-PNG_ERRORS = (OSError, SyntaxError, ValueError)  # what Pillow raises for a broken PNG
+HELD = (-HU_OFFSET, 4095 - HU_OFFSET)  # the HU that the format holds
+NIFTI = (".nii", ".nii.gz")  # endings of volumes
+PNG_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # Pillow's, for a PNG that is none
 LEVEL, WIDTH = -600, 1500  # the lung window that pictures for people are shown in, HU
 
 
@@ -60,10 +62,15 @@ def exit_on_mistake(program: Callable[[list[str]], int | None], stopped: str = "
 
     A mistake of the user's, a full disk and the like are one line and exit status 2; Ctrl-C is the line `stopped`, 130.
     """
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # a terminal that lacks a sign is no reason to stop
     try:
         sys.exit(program(sys.argv[1:]))
     except (Mistake, OSError) as mistake:
         print(f"error: {mistake}", file=sys.stderr)
+        sys.exit(2)
+    except MemoryError as error:
+        print(f"error: out of memory ({error}): give less at a time", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print(stopped, file=sys.stderr)

@@ -20,10 +20,9 @@ from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, 
 from nibabel.spatialimages import HeaderDataError
 from nibabel.wrapstruct import WrapStructError
 
-from data.slices import Mistake, write_bytes
+from data.slices import NIFTI, Mistake, write_bytes
 
 DISPLAY = axcodes2ornt("LPS")  # columns to the left, rows to the back, slices upwards
-ENDINGS = (".nii", ".nii.gz")
 # What of a header says where the voxels lie. The rest is not carried on: free text may name a patient.
 GRID_FIELDS = (
     "pixdim", "xyzt_units", "qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d",
@@ -73,7 +72,7 @@ def list_volumes(folder: Path) -> dict[str, Path]:
         raise Mistake(f"{folder}: no such folder; give a folder of .nii or .nii.gz files")
     found: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
-        if path.name.startswith(".") or not path.name.lower().endswith(ENDINGS) or not path.is_file():
+        if path.name.startswith(".") or not path.name.lower().endswith(NIFTI) or not path.is_file():
             continue
         name = volume_name(path)
         if name in found:
@@ -138,7 +137,7 @@ def write_volume(path: Path, like: Volume, hu: np.ndarray) -> None:
 
     The file is whole or absent. Raises Mistake for another ending, OSError where it cannot be written.
     """
-    if not path.name.lower().endswith(ENDINGS):
+    if not path.name.lower().endswith(NIFTI):
         raise Mistake(f"{path}: volumes are written as .nii or .nii.gz")
     stored = apply_orientation(hu.astype(np.int16).transpose(2, 1, 0), stored_turn(like))
     image = nib.Nifti1Image(stored, like.affine)

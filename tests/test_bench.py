@@ -1,6 +1,7 @@
-"""bench.py: its yardstick does the same work as ours, and its arithmetic, memory and judges are right."""
+"""bench.py: its yardstick does the same work as ours, and its ratios, fractions, contenders and judges are right."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -16,36 +17,46 @@ from covidgan import Mistake
 # ---- the yardstick
 
 
+@pytest.fixture
+def both(tiny):
+    """Our trainer and the plain step of a stage, with a batch for both: (trainer, plain, onehot, target)."""
+
+    def make(stage, batch):
+        c = tiny(stage=stage, batch=batch)
+        trainer, plain = covidgan.Trainer(covidgan.Covidgan, c), bench.PlainStep(c, stage)
+        target, labels, names = trainer.batch()
+        trainer.batch = lambda: (target, labels, names)
+        trainer.set_learning_rates = lambda: None  # which they have from the start
+        return trainer, plain, covidgan.one_hot(labels, c.n_labels), target
+
+    return make
+
+
 @pytest.mark.parametrize("stage", covidgan.STAGES)
-def test_the_plain_step_has_our_losses_and_our_updates(tiny, monkeypatch, stage):
-    """Three discriminator passes, all features kept and gradients thrown away, or one pass and none: the same step."""
-    c = tiny(stage=stage, batch=2)
-    trainer, plain = covidgan.Trainer(c), bench.PlainStep(c, stage)
-    target, labels, names = trainer.batch()
-    monkeypatch.setattr(trainer, "batch", lambda: (target, labels, names))
-    start = {name: weight.clone() for name, weight in trainer.nets.state_dict().items()}
+def test_the_plain_step_has_our_losses_and_our_updates(both, stage):
+    """Three passes of the discriminators and gradients thrown away, or one pass and none: the same step."""
+    trainer, plain, onehot, target = both(stage, batch=2)
+    start = {name: weight.clone() for name, weight in trainer.method.state_dict().items()}
     for step in range(3):
-        monkeypatch.setattr(trainer, "set_learning_rate", lambda: c.lr)  # which it has from the start
-        ours, theirs = trainer.step(), plain(covidgan.one_hot(labels, c.n_labels), target)
+        ours, theirs = trainer.step(), plain(onehot, target)
         for loss in ("d", "g"):
             assert ours[loss] == pytest.approx(theirs[loss], rel=1e-5 if step == 0 else 1e-3)
-    moved = 0
-    for (name, a), b in zip(trainer.nets.state_dict().items(), plain.nets.state_dict().values(), strict=True):
+    moved, weights = 0, plain.method.state_dict()
+    for name, a in trainer.method.state_dict().items():
         if a.dim() == 4 and not torch.equal(a, start[name]):
-            assert (a - b).norm() < 0.05 * (a - start[name]).norm(), name  # Adam makes steps of rounding, too
+            assert (a - weights[name]).norm() < 0.05 * (a - start[name]).norm(), (
+                name
+            )  # Adam makes steps of rounding, too
             moved += 1
         elif a.dim() == 4:
-            assert torch.equal(b, start[name]), name
+            assert torch.equal(weights[name], start[name]), name
     assert moved > 10
 
 
-def test_the_plain_step_spends_two_passes_of_the_discriminators_more_and_no_convolution_is_recomputed(tiny):
+def test_the_plain_step_spends_two_passes_of_the_discriminators_more(both):
     """The third pass forward, and the generator's gradient of D's weights; all else is the same arithmetic."""
-    c = tiny(stage="joint", batch=1)
-    trainer, plain = covidgan.Trainer(c), bench.PlainStep(c, "joint")
-    target, labels, _ = trainer.batch()
-    onehot = covidgan.one_hot(labels, c.n_labels)
-    one_pass = bench.counted(lambda: covidgan.judge(list(trainer.nets["d"].scales), onehot, target))
+    trainer, plain, onehot, target = both("joint", batch=1)
+    one_pass = bench.counted(lambda: trainer.method.d(onehot, target))
     ours, theirs = bench.counted(trainer.step), bench.counted(lambda: plain(onehot, target))
     assert theirs - ours == pytest.approx(2 * one_pass, rel=0.001)
 
@@ -58,13 +69,12 @@ def test_arithmetic_of_the_papers_generator_is_the_published_count():
     assert bench.counted(lambda: generator(onehot)) / 2e9 == pytest.approx(70.5, abs=0.1)
 
 
-# ---- taking turns
+# ---- taking turns: makers are called in processes of their own
 
 
-def make_hoard(megabytes):
-    """A contender that holds so much for good, and once more while it runs."""
-    held = np.ones(megabytes * 2**17)
-    return (lambda: held + 1), {"flop": 8}
+def make_hoard():
+    held = np.ones(200 * 2**17)  # 200 MiB for good, and once more while it runs
+    return (lambda: held + 1), {"environment": dict(os.environ)}
 
 
 def make_absent():
@@ -72,21 +82,38 @@ def make_absent():
 
 
 def make_broken():
-    raise ZeroDivisionError("a bug")
+    raise ZeroDivisionError("a bug\nand its stack")
 
 
-def test_a_contenders_memory_is_its_own_peak_and_an_absent_one_is_told():
-    rows = bench.interleave({"hoard": (make_hoard, {"megabytes": 200}), "absent": (make_absent, {})}, 2, "test")
+def make_killed():
+    return (lambda: os._exit(9)), {}
+
+
+def make_late():
+    runs = iter([None])
+    return (lambda: next(runs)), {}
+
+
+def test_contenders_tell_their_own_memory_run_unhindered_and_an_absent_one_says_why(monkeypatch):
+    for name in ("OPENBLAS_CORETYPE", "NVPL_BLAS_DEBUG_CPU_TYPE", "OMP_NUM_THREADS"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("HARMLESS", "1")
+    rows = bench.interleave({"hoard": make_hoard, "absent": make_absent}, 2, "test")
     assert len(rows["hoard"]["seconds"]) == 2
     assert 399 * 2**20 < rows["hoard"]["net_bytes"] < 430 * 2**20
+    assert not [name for name in rows["hoard"]["environment"] if name.startswith(bench.HINDRANCES)]
+    assert rows["hoard"]["environment"]["HARMLESS"] == os.environ["OMP_NUM_THREADS"] == "1"
     assert rows["absent"] == {"seconds": [], "missing": "not in this house"}
-    assert bench.ratio(rows["hoard"], rows["absent"]) is None
-    assert any("not in this house" in line for line in bench.row_lines(rows))
+    assert any("not in this house" in line for line in bench.table(rows))
 
 
-def test_a_contender_that_fails_is_named_with_its_error():
-    with pytest.raises(Mistake, match="broken: ZeroDivisionError: a bug"):
-        bench.interleave({"broken": (make_broken, {})}, 1, "test")
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [(make_broken, "it: ZeroDivisionError: a bug$"), (make_killed, "it: died"), (make_late, "it: StopIteration")],
+)
+def test_a_contender_that_fails_or_dies_is_named_in_one_line(make, words):
+    with pytest.raises(Mistake, match=words):
+        bench.interleave({"it": make}, 1, "test", warm=int(make is make_late))
 
 
 def test_a_ratio_is_taken_round_by_round():
@@ -94,76 +121,137 @@ def test_a_ratio_is_taken_round_by_round():
     assert bench.ratio(over, under) == {"median": 2.0, "min": 1.0, "max": 3.0}
 
 
-def test_fractions_are_of_the_fastest_product_s_fastest_round():
+# ---- ceilings
+
+
+def row(flop, *seconds, dtype="float32", **more):
+    return {"flop": flop, "seconds": [*seconds], "dtype": dtype, "net_bytes": 0, **more}
+
+
+def test_a_fraction_is_of_the_fastest_round_of_the_fastest_product_in_its_precision():
     rows = {
-        "fp32 product, a": {"flop": 100, "seconds": [1.0]},
-        "fp32 product, b": {"flop": 200, "seconds": [3.0, 1.0, 2.0]},
-        "model": {"flop": 300, "seconds": [3.0, 2.0, 9.0]},
-        "copy": {"bytes": 1, "seconds": [1.0]},
+        "slow": row(100, 1.0, ceiling="matrices"),
+        "fast": row(200, 3.0, 1.0, 2.0, ceiling="convolution"),
+        "faster in bf16": row(500, 1.0, dtype="bfloat16", ceiling="matrices"),
+        "absent": {"seconds": [], "missing": "no"},
+        "model": row(300, 3.0, 2.0, 9.0),
+        "model in bf16": row(300, 1.0, dtype="bfloat16"),
+        "what does less": {"seconds": [0.1]},
     }
-    assert bench.with_fractions(rows)["model"]["fraction_of_fp32_peak"] == 0.5
-    assert "fraction_of_fp32_peak" not in rows["copy"]
+    bench.with_fractions(rows)
+    assert rows["model"]["fraction"] == 0.5 and rows["model in bf16"]["fraction"] == 0.6
+    assert "fraction" not in rows["what does less"] and not any("error" in one for one in rows.values())
 
 
-# ---- judges
+def test_a_fraction_above_1_is_an_error_and_no_figure(monkeypatch, tmp_path, capsys):
+    rows = {"product": row(100, 1.0, ceiling="matrices"), "model": row(201, 1.0)}
+    found = {"about": "", "tables": {"": bench.with_fractions(rows)}, "figures": {"fraction_of_fp32_peak": None}}
+    monkeypatch.setattr(bench, "PARTS", {"synth": lambda args, folder: found})
+    with pytest.raises(SystemExit) as leave:
+        bench.main(["--json", str(tmp_path / "b.json")])
+    assert leave.value.code == "error: model: 2.01 times as fast as the ceiling in float32, which is thus none"
+    told = json.loads((tmp_path / "b.json").read_text())
+    assert told["errors"] == [rows["model"]["error"]] and told["fraction_of_fp32_peak"] is None
+    assert "2.01" not in capsys.readouterr().out
 
 
-def test_judges_and_eval_come_to_the_same_figures(tmp_path):
+@pytest.mark.parametrize("library", ["numpy", "torch", "onnxruntime"])
+def test_products_do_the_arithmetic_that_is_counted(monkeypatch, library):
+    monkeypatch.setattr(bench, "MATRICES", (48,))
+    monkeypatch.setattr(bench, "BLOCKS", ((16, 12),))
+    found = {name: (flop, work()) for name, flop, work in bench.products(library, "float32", "cpu")}
+    assert len(found) == {"numpy": 1, "torch": 3, "onnxruntime": 2}[library]
+    assert found["matrices of 48"][0] == 2 * 48**3 and np.shape(np.squeeze(found["matrices of 48"][1])) == (48, 48)
+    for name in found.keys() - {"matrices of 48"}:
+        assert found[name][0] == 2 * 9 * 16 * 16 * 12 * 12 and np.asarray(found[name][1]).size == 16 * 12 * 12
+    _, facts = bench.make_ceiling(library, "float32", "cpu")
+    assert facts["ceiling"] in found
+
+
+# ---- what is compared does the same
+
+
+def test_scikit_image_and_eval_come_to_the_same_figures(tmp_path):
     pytest.importorskip("skimage", reason="pip install scikit-image==0.26.0")
-    real, fake = bench.make_pairs(tmp_path, 64, 6)
-
-    def features(image):  # uint8 [n, 3, H, W] -> float32 [n, 2]
-        return (torch.stack([image[:, 0].float().mean((1, 2)), image[:, 0].float().std((1, 2))], 1),)
-
-    judged = bench.judged(real, fake, features)
+    real, fake = (bench.make_phantom(tmp_path, 64, 6, seed) for seed in (0, 1))
     evaluation.main([str(real), str(fake), "--out", str(tmp_path / "out"), "--json", str(tmp_path / "out.json")])
     pixels = json.loads((tmp_path / "out.json").read_text())["pixels"]
-    rows = [f"{region} {figure}" for region in ("complete", "lung") for figure in ("PSNR", "RMSE", "NRMSE", "SSIM")]
-    assert judged["figures"] == pytest.approx([pixels[row]["mean"] for row in rows], rel=1e-4)
-    assert len(judged["frechet"]) == 2 and min(judged["frechet"]) > 0
-
-
-def test_scipys_augmentation_without_change_is_the_lung_target(toy):
-    c = covidgan.Config(size=64, resize=1.0, rotate=0.0, elastic=0.0, noise=0.0)
-    side = covidgan.load_slices(toy.folder, toy.train[:2], c)
-    ours, _ = covidgan.augment(side.hu, side.labels, c, torch.Generator().manual_seed(0))
-    for k in range(2):
-        theirs = bench.scipy_augment(side.hu[k, 0].numpy(), side.labels[k, 0].numpy(), c, np.random.default_rng(0))
-        np.testing.assert_allclose(theirs, ours[k, 0].numpy(), atol=1e-5)
-
-
-# ---- the whole
-
-
-def test_parts_give_a_table_and_the_keys_of_their_figures(cli, tmp_path):
-    small = "--quick --rounds 1 --train-size 64 --train-width 8 --train-batch 1 --parts train augment"
-    done = cli(*small.split(), "--json", tmp_path / "b.json", timeout=300, script=ROOT / "bench.py")
-    assert done.status == 0, done.stderr
-    found = json.loads((tmp_path / "b.json").read_text())
-    assert 0.1 < found["train_step_ratio"] < 3
-    assert found["train_memory_ratio"] > 0 and found["augment_ratio"] > 0
-    rows = found["parts"]["train"]["stages"]["joint"]["rows"]
-    assert found["train_step_ratio"] == pytest.approx(rows["ours"]["seconds"][0] / rows["plain"]["seconds"][0])
-    assert "train_step_ratio" in done.stdout and "goal: at most 0.4" in done.stdout
+    names = [f"{region} {figure}" for region in ("complete", "lung") for figure in ("PSNR", "RMSE", "NRMSE", "SSIM")]
+    assert bench.judged(real, fake) == pytest.approx([pixels[name]["mean"] for name in names], rel=1e-4)
 
 
 def test_pytorch_and_the_exported_file_are_given_the_same_work(tmp_path):
-    checkpoint, maps = bench.random_checkpoint(64, 8), export.example_map(1, 64, 64, 4)
-    _, eager = bench.make_torch("eager", checkpoint, maps, "cpu")
+    checkpoint, maps = bench.random_checkpoint(tmp_path, 64, 8), export.example_map(1, 64, 64, 4)
+    _, eager = bench.make_torch("float32", checkpoint, maps, "cpu")
     _, onnx = bench.make_onnx(bench.exported(checkpoint, tmp_path), maps, "cpu")
     assert np.abs(eager["hu"].astype(int) - onnx["hu"]).max() <= export.MAX_HU
     assert eager["flop"] > 1e7
 
 
+def test_where_openvino_cannot_be_had_a_line_says_so(monkeypatch, tmp_path, capsys):
+    def refuse(*command):
+        raise Mistake("ERROR: No matching distribution found")
+
+    monkeypatch.setattr(bench, "run", refuse)
+    monkeypatch.setattr(bench, "exported", lambda *a, **more: tmp_path / "generator.onnx")
+    args = bench.parse(["--with-openvino"])
+    makers = bench.synthesizers(tmp_path / "ckpt.pt", export.example_map(1, 64, 64, 4), args, tmp_path)
+    assert not any("OpenVINO" in name for name in makers) and "generator.onnx" in makers
+    assert capsys.readouterr().err == "note: no OpenVINO here: ERROR: No matching distribution found\n"
+
+
+# ---- the whole
+
+
+def test_a_part_gives_a_table_and_the_keys_of_its_figures(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(bench, "ceilings", lambda device: {"numpy": make_fast_ceiling, "numpy bf16": make_fast_bf16})
+    small = "--quick --rounds 2 --train-size 64 --train-width 8 --batch 1 --parts train"
+    bench.main([*small.split(), "--json", str(tmp_path / "b.json")])
+    found, printed = json.loads((tmp_path / "b.json").read_text()), capsys.readouterr().out
+    rows = found["parts"]["train"]["tables"]["joint"]
+    ratios = np.divide(rows["ours"]["seconds"], rows["plain"]["seconds"])
+    assert found["train_step_ratio"] == pytest.approx(np.median(ratios))
+    assert found["train_memory_ratio"] > 0 and rows["ours"]["fraction"] < 1 and found["errors"] == []
+    assert "train_step_ratio" in printed and "at most 0.4" in printed
+    assert max(map(len, printed.splitlines())) <= bench.COLUMNS
+
+
+def make_fast_ceiling():
+    return (lambda: None), {"flop": 1e12, "dtype": "float32", "ceiling": "nothing"}
+
+
+def make_fast_bf16():
+    return (lambda: None), {"flop": 1e12, "dtype": "bfloat16", "ceiling": "nothing"}
+
+
+def test_what_is_printed_fits_100_columns():
+    ratio = {"median": 12.34, "min": 11.11, "max": 123.45}
+    told = f"{bench.shown(ratio)} of time, {bench.shown(ratio)} memory, 0.90 FLOP"
+    name = max(["generator.onnx", "OpenVINO bf16", "infer_onnx.py", "scikit-image"], key=len)
+    big = row(1e15, 1000.0, 900.0, 1234.5, ceiling="convolution, 512 x 64 x 64, channels last", told=told)
+    rows = bench.with_fractions({name: {**big, "net_bytes": 99_999e6}})
+    figures = {key: {**ratio, "by": f"{name}, 1234 HU off"} for key in bench.GOALS}
+    printed = bench.report("synth", {"about": "long " * 40, "tables": {"": rows}, "figures": figures})
+    assert max(map(len, printed.splitlines())) <= bench.COLUMNS
+
+
 @pytest.mark.parametrize(
-    "options, word",
+    ("options", "word"),
     [
-        (["--rounds", "0"], "1 or more"),
+        (["--rounds", "0"], "--rounds 0: give 1 or more"),
         (["--parts", "nothing"], "invalid choice"),
         (["--checkpoint", "nowhere.pt"], "no such checkpoint"),
-        (["--eval-pairs", "4"], "multiple of 3"),
+        (["--slices", "4"], "multiple of 3"),
+        (["--device", "cuda"], "no CUDA device"),
     ],
 )
 def test_bad_usage_is_one_line(options, word):
+    if "cuda" in options and torch.cuda.is_available():
+        pytest.skip("there is one")
     with pytest.raises(Mistake, match=word):
         bench.parse(options)
+
+
+def test_a_mistake_ends_with_status_2(cli):
+    done = cli("--rounds", "0", script=ROOT / "bench.py")
+    assert (done.status, done.stdout, done.stderr) == (2, "", "error: --rounds 0: give 1 or more\n")
