@@ -772,7 +772,7 @@ def chest():
 
 
 def found(hu, labels, millimetres):
-    return prepare.find_lungs(hu, labels > 1, millimetres)
+    return find_lungs(hu, labels > 1, millimetres)
 
 
 def test_the_lungs_of_a_whole_chest_are_found(chest):
@@ -809,8 +809,8 @@ def test_table_windpipe_and_stomach_gas_are_no_lung(chest):
 def test_no_slice_and_a_body_without_lungs_give_no_lung():
     hu = np.full((2, 32, 32), -1000, np.int16)
     hu[:, 4:28, 4:28] = 40
-    assert not prepare.find_lungs(hu, hu > 99, np.ones(2)).any()
-    assert not prepare.find_lungs(hu * 0 - 1024, hu > 99, np.ones(2)).any()
+    assert not find_lungs(hu, hu > 99, np.ones(2)).any()
+    assert not find_lungs(hu * 0 - 1024, hu > 99, np.ones(2)).any()
 
 
 def test_an_effusion_beside_the_lung_is_not_taken_into_it(chest):
