@@ -17,6 +17,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "data"))
 
 from data import phantom, prepare
+from data.lungs import find_lungs
 from data.slices import Mistake
 
 REPO = Path(__file__).resolve().parents[1]
