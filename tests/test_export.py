@@ -25,6 +25,7 @@ import covidgan
 import export
 import features
 from covidgan import Mistake
+from infer_onnx import Generator, open_session
 from paper.segment import UNet
 
 SMALL = dict(size=32, ngf=16, ndf=8, n_blocks=1, n_local_blocks=1)
@@ -410,6 +411,16 @@ def test_file_for_cpus_agrees_with_training_at_any_batch_height_and_width(export
     assert ct.shape == shape and np.abs(ct - hu).max() < 0.51  # half a unit of rounding, and float32
     assert np.abs(alpha - expected_alpha).max() < 1e-5
     assert "HU (limit 1)" in cpu.printed
+
+
+@pytest.mark.parametrize(("height", "width"), [(460, 620), (128, 128), (200, 72)])
+def test_all_files_of_a_checkpoint_give_one_slice_at_any_size(plain, exported, height, width):
+    """As infer_onnx.py runs them: padding is seen by every norm, so that all must pad alike."""
+    maps = export.example_map(1, height, width, 4)
+    slices = [Generator(*open_session(e.path, "cpu"))(maps).astype(int) for e in (plain, exported("cpu"))]
+    assert plain.metadata["checkpoint_sha256"] == exported("cpu").metadata["checkpoint_sha256"]
+    assert slices[0].shape == (1, height, width) and slices[0][maps > 0].std() > 20
+    assert np.abs(slices[0] - slices[1]).max() <= 1
 
 
 # ---- the command line
