@@ -3,7 +3,7 @@
     python bench.py --json bench.json                       # all parts at full widths: 25 minutes on two CPU cores
     python bench.py --quick                                 # the same at reduced sizes: under five minutes
     python bench.py --parts synth --checkpoint out/ckpt.pt  # of trained weights: what a file's speed costs in HU
-    python bench.py --parts synth --with-openvino           # and OpenVINO, fetched into a throw-away environment
+    python bench.py --parts synth --with-openvino           # and OpenVINO, fetched into a throw-away folder
 
     ceilings  the fastest matrix product or convolution of each library
     train     a step of each stage against the plain step (PlainStep)    train_step_ratio, train_memory_ratio
@@ -75,7 +75,7 @@ SIZES = {  # option -> full, quick; sizes in pixels a side, widths as --ngf and 
 }
 OPENVINO = "onnxruntime-openvino==1.24.1"
 HINDRANCES = ("ATEN_", "BLIS_", "DNNL_", "GOMP_", "GOTO_", "KMP_", "MKL_", "NVPL_", "OMP_", "ONEDNN_", "OPENBLAS_")
-MATRICES = (1024, 3072)  # rows and columns of the ceilings' products
+MATRICES = (1024, 2048)  # rows and columns of the ceilings' products
 BLOCKS = ((512, 32), (512, 64), (64, 256))  # channels and side of residual blocks: G1's, at 1024 pixels too, and G2's
 COLUMNS = 100  # of what is printed, at most
 
@@ -113,12 +113,18 @@ def timed(work: Work, device: str) -> float:
 
 
 @contextlib.contextmanager
-def unhindered() -> Iterator[None]:
-    """Take from the environment of processes to be started what tells a library to be slow or to spare cores."""
+def surroundings(packages: Path | None) -> Iterator[None]:
+    """What a process that is started here meanwhile inherits: nothing that tells a library to be slow or spare cores.
+
+    packages: a folder whose packages it shall import before all others.
+    """
     held = {name: os.environ.pop(name) for name in [*os.environ] if name.startswith(HINDRANCES)}
+    paths = [str(packages)] if packages else []
+    sys.path[:0] = paths
     try:
         yield
     finally:
+        del sys.path[: len(paths)]
         os.environ.update(held)
 
 
@@ -160,7 +166,7 @@ def interleave(contenders: dict[str, Maker], rounds: int, title: str, device: st
             for name, make in contenders.items():
                 pipes[name], theirs = context.Pipe()
                 processes.append(context.Process(target=serve, args=(theirs, make, device, warm), daemon=True))
-                with unhindered():
+                with surroundings(make.keywords.get("packages") if isinstance(make, partial) else None):
                     processes[-1].start()
                 theirs.close()
                 rows[name] = {"seconds": [], **heard(pipes[name], name)}
@@ -222,7 +228,7 @@ def products(library: str, dtype: str, device: str) -> Iterator[tuple[str, int, 
     shapes = {f"matrices of {n}": ((n, n), (n, n), 2 * n**3) for n in MATRICES}
     for c, side in BLOCKS if library != "numpy" else ():
         flop = 2 * 9 * (c * side) ** 2
-        shapes[f"convolution, {c} x {side} x {side}"] = ((1, c, side + 2, side + 2), (c, c, 3, 3), flop)
+        shapes[f"conv {c} x {side} x {side}"] = ((1, c, side + 2, side + 2), (c, c, 3, 3), flop)
     for name, (*both, flop) in shapes.items():
         x, w = (torch.randn(shape, device=device, dtype=getattr(torch, dtype)) for shape in both)
         if library == "numpy":
@@ -245,7 +251,7 @@ def make_ceiling(library: str, dtype: str, device: str) -> tuple[Work, dict]:
     def speed(product: tuple[str, int, Work]) -> float:
         _, flop, work = product
         work()
-        return flop / timed(work, device)
+        return flop / min(timed(work, device) for _ in range(2))
 
     name, flop, work = max(products(library, dtype, device), key=speed)
     return work, {"flop": flop, "dtype": dtype, "ceiling": name}
@@ -410,55 +416,18 @@ def make_torch(dtype: str, checkpoint: Path, maps: np.ndarray, device: str) -> t
     return work, {"hu": work(), "dtype": dtype, "flop": counted(work)}
 
 
-def make_onnx(model: Path, maps: np.ndarray, device: str) -> tuple[Work, dict]:
+def make_onnx(model: Path, maps: np.ndarray, provider: str, precision: str = "model") -> tuple[Work, dict]:
     """An exported file by ONNX Runtime, as infer_onnx.py runs it."""
-    generator = infer_onnx.Generator(*infer_onnx.open_session(model, device))
+    generator = infer_onnx.Generator(*infer_onnx.open_session(model, provider, precision=precision))
     return partial(generator, maps), {"hu": generator(maps)}
 
 
-def openvino_python(folder: Path) -> Path:
-    """The Python of a new virtual environment with OpenVINO's ONNX Runtime. Raises Mistake where that cannot be had."""
-    run(sys.executable, "-m", "venv", folder / "openvino")
-    python = next(path for path in (folder / "openvino").glob("*/python*") if path.stem == "python")
-    run(python, "-m", "pip", "install", "--quiet", OPENVINO, "numpy", "pillow", "imageio", "tqdm")
-    return python
-
-
-GUEST = """
-import sys, numpy, pathlib, infer_onnx
-model, precision, maps, made = sys.argv[1:]
-session = infer_onnx.open_session(pathlib.Path(model), "openvino", precision=precision)
-generator, maps = infer_onnx.Generator(*session), numpy.load(maps)
-numpy.save(made, generator(maps))
-print("made", flush=True)
-for line in sys.stdin:
-    generator(maps)
-    print("made", flush=True)
-"""
-
-
-def make_openvino(precision: str, python: Path, model: Path, maps: np.ndarray) -> tuple[Work, dict]:
-    """An exported file by OpenVINO: a guest process in that environment makes the slices for every line it is sent."""
+def make_openvino(model: Path, maps: np.ndarray, precision: str, *, packages: Path) -> tuple[Work, dict]:
+    """The same by OpenVINO's ONNX Runtime, which the process has imported from `packages`, see surroundings."""
     if precision == "bf16":
         need_bf16("cpu")  # trap: OpenVINO would compute in fp32 and say nothing
-    folder = Path(tempfile.mkdtemp(dir=python.parent))
-    np.save(folder / "maps.npy", maps)
-    command = [python, "-c", GUEST, model, precision, folder / "maps.npy", folder / "made.npy"]
-    environment = {**os.environ, "HOME": str(folder), "PYTHONPATH": str(HERE)}  # HOME: where its cache goes
-    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-    guest = subprocess.Popen(command, text=True, env=environment, **pipes)
-
-    def wait() -> None:
-        if guest.stdout.readline() != "made\n":
-            raise Mistake((guest.stderr.read().strip().splitlines() or ["the guest process died"])[-1])
-
-    def work() -> None:
-        guest.stdin.write("again\n")
-        guest.stdin.flush()
-        wait()
-
-    wait()
-    return work, {"hu": np.load(folder / "made.npy")}
+    os.environ["HOME"] = str(packages)  # where its cache goes, to be thrown away as well
+    return make_onnx(model, maps, "openvino", precision)
 
 
 def synthesizers(checkpoint: Path, maps: np.ndarray, args: argparse.Namespace, folder: Path) -> dict[str, Maker]:
@@ -471,9 +440,10 @@ def synthesizers(checkpoint: Path, maps: np.ndarray, args: argparse.Namespace, f
         makers[name] = partial(make_onnx, exported(checkpoint, folder, **options), maps, args.device)
     if args.with_openvino:
         try:
-            guest = dict(python=openvino_python(folder), model=exported(checkpoint, folder), maps=maps)
-            makers["OpenVINO fp32"] = partial(make_openvino, "model", **guest)
-            makers["OpenVINO bf16"] = partial(make_openvino, "bf16", **guest)
+            packages, model = folder / "openvino", exported(checkpoint, folder)
+            run(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", packages, OPENVINO)
+            for name, precision in {"OpenVINO fp32": "model", "OpenVINO bf16": "bf16"}.items():
+                makers[name] = partial(make_openvino, model, maps, precision, packages=packages)
         except Mistake as mistake:
             print(f"note: no OpenVINO here: {mistake}", file=sys.stderr)
     return makers
@@ -499,8 +469,9 @@ def bench_synth(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     figures: dict[str, Any] = {"fraction_of_fp32_peak": rows["generator.onnx"].get("fraction")}
     exact = [name for name in present if "PyTorch" not in name and rows[name]["hu_off"] <= export.MAX_HU]
     for key, names in (("fp32", exact), ("bf16", [name for name in present if "bf16" in name])):
-        if best := max(names, key=lambda name: rows[name]["speedup"]["median"], default=None):
-            figures[f"synth_{key}_ratio"] = {**rows[best]["speedup"], "by": f"{best}, {rows[best]['hu_off']} HU off"}
+        best = max(names, key=lambda name: rows[name]["speedup"]["median"], default=None)
+        told = best and {**rows[best]["speedup"], "by": f"{best}, {rows[best]['hu_off']} HU off"}
+        figures[f"synth_{key}_ratio"] = told
     return {"about": f"{size} x {size}, {about}", "tables": {"": rows}, "figures": figures}
 
 
@@ -572,7 +543,8 @@ def bench_eval(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 # ------------------------------------------------------------------------------------------------ report
 
-PARTS = {name.removeprefix("bench_"): part for name, part in [*globals().items()] if name.startswith("bench_")}
+PARTS = {"ceilings": bench_ceilings, "train": bench_train, "synth": bench_synth, "infer": bench_infer}
+PARTS["eval"] = bench_eval
 
 
 def machine(device: str) -> str:
@@ -600,12 +572,15 @@ def table(rows: Rows) -> list[str]:
         if "missing" in row:
             lines.append(f"{name:15}{row['missing']}")
             continue
-        ms, flop = 1000 * np.array(row["seconds"]), row.get("flop_per_second")
-        cells = [f"{np.median(ms):.0f} ({ms.min():.0f}..{ms.max():.0f})", f"{row['net_bytes'] / 1e6:.0f}"]
-        cells += [f"{flop / 1e9:.0f}" if flop else "", shown(row["fraction"]) if "fraction" in row else ""]
-        lines.append(
-            f"{name:15}{cells[0]:>24}{cells[1]:>7}{cells[2]:>9}{cells[3]:>9}  {row.get('ceiling', '')}".rstrip()
-        )
+        ms = 1000 * np.array(row["seconds"])
+        line = f"{name:15}{f'{np.median(ms):.0f} ({ms.min():.0f}..{ms.max():.0f})':>24}"
+        for key, unit, digits, width in (
+            ("net_bytes", 1e6, 0, 7),
+            ("flop_per_second", 1e9, 0, 9),
+            ("fraction", 1, 2, 9),
+        ):
+            line += " " * width if row.get(key) is None else f"{row[key] / unit:{width}.{digits}f}"
+        lines.append(f"{line}  {row.get('ceiling', '')}".rstrip())
         if "told" in row:
             lines.append(f"{'':15}  {row['told']}")
     return lines
