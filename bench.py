@@ -501,6 +501,9 @@ def bench_infer(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     }
     rows = interleave(makers, max(2, args.rounds // 2), "infer", warm=0)
     del rows["model alone"]["hu"]
+    rows["infer_onnx.py"]["net_bytes"] = rows["all finished"]["net_bytes"] = (
+        None  # what they hold is not seen from here
+    )
     alone, whole, start = (np.array(rows[name]["seconds"]) for name in makers)
     figures = {"infer_efficiency": spread(n * alone / (whole - start)), "infer_whole": spread(n * alone / whole)}
     about = f"{n} maps of {args.synth_size} x {args.synth_size}, widths of {args.synth_width}"
