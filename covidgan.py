@@ -58,7 +58,10 @@ PHANTOM = "data/phantom"  # the built-in data; a folder whose name begins so is 
 
 @dataclass(frozen=True)
 class LoopConfig:
-    """How a method is trained: the loop's knobs, whatever the method; defaults are the paper's setting (§IV-A)."""
+    """How a method is trained: the loop's knobs, whatever the method.
+
+    Defaults are the paper's setting (§IV-A), but for what is no part of the method and harms it: see preset paper.
+    """
 
     # run
     stage: str = "all"  # or one of the method's stages alone
@@ -80,7 +83,7 @@ class LoopConfig:
     rotate: float = 10.0  # random rotation, +- degrees
     elastic: float = 2.0  # elastic displacement, standard deviation in pixels
     elastic_cell: float = 24.0  # and the distance over which it varies
-    noise: float = 0.01  # Gaussian noise on the image's lung, of the window's range
+    noise: float = 0.0  # Gaussian noise on the image's lung, of the window's range: no generator can match it
     # optimisation
     batch: int = 16  # over all processes
     epochs: int = 20  # a stage; the learning rate is constant for the first half, then falls linearly to 0
@@ -88,6 +91,7 @@ class LoopConfig:
     lr: float = 2e-4
     adam_beta1: float = 0.5
     adam_beta2: float = 0.999
+    ema: float = 0.998  # decay of the average of the generator's weights, which is what synthesizes; 0: no average
     # system
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 autocast where the device computes it
@@ -114,12 +118,13 @@ class Config(LoopConfig):
     beta_policy: Literal["clamp", "entropy", "min", "max"] = "clamp"  # see Dfm: who moves beta, and how far
     beta_margin: float = 0.1  # clamp: beta stays in [margin, 1 - margin]
     beta_entropy: float = 0.1  # entropy: weight of the bonus that keeps beta from the ends
-    # the joint stage
-    fix_global: int = 0  # epochs in which G1 stands still (pix2pixHD's schedule would be 2 of 20)
+    # stages
+    individual: float = 1.0  # length of stages g1 and g2, of the joint one's; 0: no individual training
+    fix_global: int = 0  # epochs of the joint stage in which G1 stands still (pix2pixHD's schedule would be 2 of 20)
 
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "paper": {},
+    "paper": dict(noise=0.01, ema=0.0),
     "demo": dict(size=128, ngf=32, ndf=32, n_blocks=6, batch=4, epochs=2, epoch_len=1600, interval=200),
     "tiny": dict(data=f"{PHANTOM}64", size=64, ngf=8, ndf=8, n_blocks=2, batch=4, epochs=1, epoch_len=80, interval=10),
 }
@@ -433,6 +438,11 @@ class Method(nn.Module):
         raise NotImplementedError
 
     @classmethod
+    def length(cls, c: LoopConfig, stage: str) -> float:
+        """Length of a stage, in --epochs."""
+        return 1.0
+
+    @classmethod
     def multiple(cls, c: LoopConfig) -> int:
         """What height and width of a map must be multiples of."""
         raise NotImplementedError
@@ -485,7 +495,12 @@ class Covidgan(Method):
     @classmethod
     def stages(cls, c: Config) -> tuple[str, ...]:
         """G1 alone, G2 alone, both (§III-A); a single generator has the last alone."""
-        return STAGES if c.n_gen > 1 else STAGES[-1:]
+        return STAGES if c.n_gen > 1 and c.individual else STAGES[-1:]
+
+    @classmethod
+    def length(cls, c: Config, stage: str) -> float:
+        """The paper's stages are equally long."""
+        return 1.0 if stage == "joint" else c.individual
 
     @classmethod
     def multiple(cls, c: Config) -> int:
@@ -501,6 +516,7 @@ class Covidgan(Method):
             (min(c.ngf, c.ndf) >= 4 and c.ngf % 2 == 0, "--ngf, --ndf: give 4 or more, --ngf even"),
             (min(c.n_blocks, c.n_local_blocks) >= 1, "--n-blocks, --n-local-blocks: give 1 or more"),
             (c.dfm != "d2" or c.n_dis > 1, "--dfm d2: needs --n-dis 2 or more"),
+            (c.individual >= 0, f"--individual {c.individual:g}: give 0 or more"),
             (0 <= c.beta_margin < 0.5, f"--beta-margin {c.beta_margin:g}: give 0 to below 0.5"),
         ]
 
@@ -619,12 +635,24 @@ def one_hot(labels: Tensor, n_labels: int) -> Tensor:
     return (labels == torch.arange(n_labels, device=labels.device).view(1, -1, 1, 1)).float()
 
 
-def augment(hu: Tensor, labels: Tensor, c: LoopConfig, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+def resample(image: Tensor, labels: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Image and labels [B, 1, H, W] to a smaller or larger size: bicubic, anti-aliased, may overshoot; and nearest."""
+    if image.shape[-1] == size:
+        return image, labels
+    image = F.interpolate(image, (size, size), mode="bicubic", antialias=True)
+    return image, F.interpolate(labels.float(), (size, size), mode="nearest-exact").byte()
+
+
+def augment(
+    hu: Tensor, labels: Tensor, c: LoopConfig, rng: torch.Generator, size: int | None = None
+) -> tuple[Tensor, Tensor]:
     """Table I's augmentation on the device: random resize and crop, rotation, elastic transform, Gaussian noise.
 
-    hu [B, 1, H, W] and labels uint8 [B, 1, H, W] are resampled through one and the same grid, the image bilinear and
-    the map nearest, so that they stay aligned and a map stays a map. Returns the windowed lung target in [-1, 1] and
-    the labels. rng is on the device; draws do not depend on how a batch is later shared out among processes.
+    hu [B, 1, H, W] and labels uint8 [B, 1, H, W] are resampled through one and the same grid, the image bicubic and
+    the map nearest, so that they stay aligned and a map stays a map. Given a smaller size they are shrunk to it last,
+    as reading shrinks slices: a real image that resampling had blurred would teach D to like blur. Returns the windowed
+    lung target in [-1, 1] and the labels. rng is on the device; draws do not depend on how a batch is later shared out
+    among processes.
     """
     n, _, height, width = hu.shape
     device = hu.device
@@ -640,8 +668,9 @@ def augment(hu: Tensor, labels: Tensor, c: LoopConfig, rng: torch.Generator) -> 
     cells = math.ceil(512 / c.elastic_cell)
     coarse = torch.randn(n, 2, cells, cells, generator=rng, device=device) * (2 * c.elastic / 512)
     grid = grid + F.interpolate(coarse, (height, width), mode="bicubic").permute(0, 2, 3, 1)
-    image = F.grid_sample(window(hu, c), grid, padding_mode="border", align_corners=False)
+    image = F.grid_sample(window(hu, c), grid, mode="bicubic", padding_mode="border", align_corners=False)
     labels = F.grid_sample(labels.float(), grid, mode="nearest", align_corners=False).byte()
+    image, labels = resample(image, labels, size or height)
     image = image + 2 * c.noise * torch.randn(image.shape, generator=rng, device=device)
     return lung_target(image.clamp(-1, 1), labels), labels
 
@@ -670,7 +699,8 @@ class Trainer:
         self.bf16 = uses_bf16(c, self.device)
         self.stop_signal = 0
         split = read_split(Path(c.data), c.seed)
-        self.train, self.test = (load_slices(Path(c.data), split[side], c) for side in ("train", "test"))
+        self.train = load_slices(Path(c.data), split["train"], c, room=2)
+        self.test = load_slices(Path(c.data), split["test"], c)
         self.method = on_device(build(method, c), self.device, self.bf16)
         if c.compile:
             for net in self.method.children():
@@ -679,12 +709,14 @@ class Trainer:
         self.all_stages = method.stages(c)
         self.stages = self.all_stages if c.stage == "all" else (c.stage,)
         self.epoch_steps = c.epoch_len // c.batch
-        self.steps = c.epochs * self.epoch_steps  # of a stage
         self.begin(self.stages[0])
 
     def begin(self, stage: str) -> None:
         """Start a stage: the networks go on as they are, the optimisers anew, with the stage's parameters alone."""
         self.stage, self.step_done = stage, 0
+        self.steps = max(1, round(self.c.epochs * self.epoch_steps * self.method.length(self.c, stage)))
+        weights = self.method.generator().state_dict() if self.c.ema else {}
+        self.average = {name: weight.clone() for name, weight in weights.items()}
         self.players = {name: player for name, player in self.method.players(stage).items() if player.parameters}
         self.optimizers = {
             name: torch.optim.Adam(player.parameters, lr=player.lr, betas=player.betas, fused=True)
@@ -699,7 +731,7 @@ class Trainer:
         chosen = torch.from_numpy(order[i * self.c.batch : (i + 1) * self.c.batch])
         hu, labels = self.train.hu[chosen].to(self.device), self.train.labels[chosen].to(self.device)
         self.rng.manual_seed(self.step_seed())
-        target, labels = augment(hu, labels, self.c, self.rng)  # every process draws for the whole batch
+        target, labels = augment(hu, labels, self.c, self.rng, self.c.size)  # every process draws for the whole batch
         return target[self.rank :: self.world], labels[self.rank :: self.world], [self.train.names[k] for k in chosen]
 
     def step_seed(self, *more: int) -> int:
@@ -727,6 +759,7 @@ class Trainer:
         for optimizer in self.optimizers.values():
             optimizer.step()
             optimizer.zero_grad()  # here, not before the backward pass: the forward pass needs the memory
+        self.update_average()
         lr = lr_at(self.step_done, self.steps, self.c.lr)
         self.step_done += 1
         return {"lr": lr, **figures}
@@ -746,6 +779,27 @@ class Trainer:
         for k, (loss, parameters) in enumerate(moved.items(), start=1):
             if losses[loss].requires_grad:  # beta has nothing to weigh where a stage has one discriminator
                 losses[loss].backward(inputs=parameters, retain_graph=k < len(moved))
+
+    def update_average(self) -> None:
+        """Move the average of the generator's weights towards them; the decay grows, so that the start soon fades."""
+        decay = min(self.c.ema, (1 + self.step_done) / (10 + self.step_done))
+        weights = self.method.generator().state_dict()
+        for name, mean in self.average.items():
+            if mean.is_floating_point():
+                mean.lerp_(weights[name], 1 - decay)
+            else:  # a counter
+                mean.copy_(weights[name])
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Lend the generator its average weights, where there are any."""
+        generator = self.method.generator()
+        own = {name: weight.clone() for name, weight in generator.state_dict().items()}
+        generator.load_state_dict(self.average or own)
+        try:
+            yield
+        finally:
+            generator.load_state_dict(own)
 
     def share(self, figures: dict[str, float]) -> dict[str, float]:
         """Mean of each figure over the processes, so that all of them stop, if at all, at the same step."""
@@ -776,6 +830,7 @@ class Trainer:
             "step": self.step_done,
             "steps": self.steps,
             "networks": self.method.state_dict(),
+            "average": self.average,
             "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
         }
 
@@ -790,6 +845,8 @@ class Trainer:
         try:
             self.method.load_state_dict(checkpoint["networks"])
             self.begin(checkpoint["stage"])
+            for name, mean in self.average.items():
+                mean.copy_(checkpoint["average"][name])
             for name, optimizer in self.optimizers.items():
                 optimizer.load_state_dict(checkpoint["optimizers"][name])
             self.step_done = checkpoint["step"]
@@ -835,11 +892,12 @@ class Trainer:
         """Lung images in [-1, 1] for labels [N, 1, S, S], floor outside the lung, at the stage's size, on the CPU."""
         self.method.eval()
         images = []
-        for part in labels.split(self.c.batch):
-            part = part.to(self.device)
-            image = self.method.synthesize(one_hot(part, self.c.n_labels), self.stage)
-            shrink = part.shape[-1] // image.shape[-1]
-            images.append(lung_target(image, part[..., ::shrink, ::shrink]).cpu())
+        with self.averaged():
+            for part in labels.split(self.c.batch):
+                part = part.to(self.device)
+                image = self.method.synthesize(one_hot(part, self.c.n_labels), self.stage)
+                shrink = part.shape[-1] // image.shape[-1]
+                images.append(lung_target(image, part[..., ::shrink, ::shrink]).cpu())
         self.method.train()
         return torch.cat(images)
 
@@ -955,8 +1013,8 @@ def nearest_copy(train: Slices, labels: Tensor, c: LoopConfig) -> Tensor:
         lung = (one > 0) | (theirs > 0)
         overlap = ((one == theirs) & lung).sum(1) / lung.sum(1).clamp_min(1)
         best.append(int(overlap.argmax()))
-    image = lung_target(window(train.hu[best], c), train.labels[best])
-    return lung_target(image, labels)
+    image, theirs = resample(window(train.hu[best], c), train.labels[best], labels.shape[-1])
+    return lung_target(lung_target(image.clamp(-1, 1), theirs), labels)
 
 
 def evaluate(trainer: Trainer) -> dict[str, dict[str, dict[str, float]]]:
@@ -1168,38 +1226,39 @@ def read_split(folder: Path, seed: int) -> dict[str, list[str]]:
     return split
 
 
-def load_slices(folder: Path, names: list[str], c: LoopConfig) -> Slices:
-    """Read and check every slice of a side, resampled to c.size: image anti-aliased, map nearest.
+def load_slices(folder: Path, names: list[str], c: LoopConfig, room: int = 1) -> Slices:
+    """Read and check every slice of a side, resampled to c.size, or where they are as large to `room` times that.
 
     Raises Mistake where a file is missing or bad, image and map differ in size, a slice is not square, no map holds
     lung, or the images hold no HU (see check_hu).
     """
-    images, maps = list_pngs(folder / "images"), list_pngs(folder / "maps")
+    files = {part: list_pngs(folder / part) for part in ("images", "maps")}
+
+    def find(part: str, name: str) -> Path:
+        if name not in files[part]:
+            raise Mistake(f"{folder / part / name}.png: missing: each slice has an image and a map of one name")
+        return files[part][name]
+
+    side = c.size * (room if len(read_image(find("images", names[0]))) >= c.size * room else 1)
 
     def load(name: str) -> tuple[Tensor, Tensor]:
-        for part, files in (("images", images), ("maps", maps)):
-            if name not in files:
-                raise Mistake(f"{folder / part / name}.png: missing: each slice has an image and a map of one name")
-        image_path, map_path = images[name], maps[name]
+        image_path, map_path = find("images", name), find("maps", name)
         hu, labels = read_image(image_path), read_map(map_path, c.n_labels)
         if hu.shape != labels.shape:
             raise Mistake(f"{map_path}: {labels.shape} is not its image's size {hu.shape}")
         if hu.shape[0] != hu.shape[1]:
             raise Mistake(f"{image_path}: {hu.shape} is not square: crop or pad image and map")
-        x, y = torch.from_numpy(hu)[None, None].float(), torch.from_numpy(labels.copy())[None, None].float()
-        if len(hu) != c.size:
-            x = F.interpolate(x, (c.size, c.size), mode="bilinear", antialias=True)
-            y = F.interpolate(y, (c.size, c.size), mode="nearest-exact")
-        return x.round().short(), y.byte()
+        x, y = resample(torch.from_numpy(hu)[None, None].float(), torch.from_numpy(labels.copy())[None, None], side)
+        return x.round().clamp(-HU_OFFSET, 4095 - HU_OFFSET).short(), y
 
     with ThreadPoolExecutor() as pool:
         hu, labels = zip(*pool.map(load, names), strict=True)
-    side = Slices(names, torch.cat(hu), torch.cat(labels))
-    if not side.labels.any():
+    slices = Slices(names, torch.cat(hu), torch.cat(labels))
+    if not slices.labels.any():
         raise Mistake(f"{folder}/maps: no lung in any of {len(names)} maps, {names[0]}.png first: all is background")
     if not c.unchecked:
-        check_hu(folder / "images", side)
-    return side
+        check_hu(folder / "images", slices)
+    return slices
 
 
 def check_hu(folder: Path, side: Slices) -> None:
@@ -1346,6 +1405,7 @@ def check_config(c: LoopConfig, method: type[Method]) -> None:
         (c.epoch_len >= c.batch, f"--epoch-len {c.epoch_len}: give at least the batch of {c.batch}"),
         (c.lr > 0 and math.isfinite(c.lr), f"--lr {c.lr:g}: give a learning rate above 0"),
         (0 <= c.adam_beta1 < 1 and 0 <= c.adam_beta2 < 1, "--adam-beta1, --adam-beta2: give 0 to below 1"),
+        (0 <= c.ema < 1, f"--ema {c.ema:g}: give 0 to below 1"),
         (c.seed >= 0, f"--seed {c.seed}: give 0 or more"),
         (c.resize >= 1 and min(c.rotate, c.elastic, c.noise) >= 0, "--resize below 1, or a negative augmentation"),
         (c.elastic_cell >= 4, f"--elastic-cell {c.elastic_cell:g}: give 4 pixels or more"),

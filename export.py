@@ -332,6 +332,8 @@ def load_method(checkpoint: dict, kind: type[covidgan.Method]) -> covidgan.Metho
     """A method as a checkpoint has trained it, ready to synthesize."""
     method = covidgan.build(kind, kind.options(**checkpoint["config"]))
     method.load_state_dict(checkpoint["networks"])
+    if checkpoint.get("average"):
+        method.generator().load_state_dict(checkpoint["average"])
     return method.eval()
 
 

@@ -49,7 +49,9 @@ def test_the_default_preset_exists():
 
 def test_defaults_are_the_papers_setting():
     c = covidgan.parse_config(["--preset", "paper"])
-    assert dataclasses.replace(c, preset=covidgan.Config.preset) == covidgan.Config()
+    beside_the_method = dict(preset=covidgan.Config.preset, noise=covidgan.Config.noise, ema=covidgan.Config.ema)
+    assert dataclasses.replace(c, **beside_the_method) == covidgan.Config()
+    assert (c.noise, c.ema) == (0.01, 0.0)
     assert (c.size, c.ngf, c.n_blocks, c.n_gen, c.n_dis, c.lambda_dfm, c.batch, c.gan) == (
         512,
         64,

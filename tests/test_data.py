@@ -231,8 +231,9 @@ def test_resampling_keeps_a_map_a_map_and_the_image_in_its_range(tiny, toy, size
     assert side.hu.shape == side.labels.shape == (len(toy.train), 1, size, size)
     for k, name in enumerate(toy.train):
         assert set(side.labels[k].unique().tolist()) == set(np.unique(toy.labels[name]).tolist())
-        assert side.hu[k].min() >= toy.hu[name].clip(-1024).min() - 1
-        assert side.hu[k].max() <= toy.hu[name].max() + 1
+        overshoot = 0.1 * np.ptp(toy.hu[name])  # a bicubic filter's at an edge, at most
+        assert side.hu[k].min() >= -1024
+        assert side.hu[k].max() <= toy.hu[name].max() + overshoot
         share = [(labels > 0).mean() for labels in (side.labels[k].numpy(), toy.labels[name])]
         assert share[0] == pytest.approx(share[1], rel=0.05)
 
@@ -406,7 +407,7 @@ def test_image_and_map_stay_aligned(tiny, toy, kind):
     target, moved = covidgan.augment(hu, labels, c, rng())
     assert (moved != labels).float().mean() > 0.005  # it does something
     painted = covidgan.window(PAINT[moved.long()], c)
-    sure = inner(moved) & (moved > 0)
+    sure = inner(moved, reach=5 if kind == "all" else 4) & (moved > 0)
     assert sure.float().mean() > 0.05
     assert set(moved[sure].unique().tolist()) == {1, 2, 3}
     assert (target - painted)[sure].abs().max() < 1e-5
