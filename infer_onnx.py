@@ -132,9 +132,9 @@ def open_session(
     Raises Mistake for a missing, broken or foreign file, and for a provider, asked for by name, that does not load.
     """
     if model.is_dir():
-        raise Mistake(f"{model}: a folder: name the .onnx file in it by --model")
+        raise Mistake(f"{model}: a folder: name the .onnx file in it")
     if not model.is_file():
-        raise Mistake(f"{model}: no such file: python export.py CKPT writes it, or name another by --model")
+        raise Mistake(f"{model}: no such file: python export.py writes it, or name another")
     threads = threads or usable_cores()
     try:
         session = start(model, "cpu", {}, threads)  # reads and checks the file before anything is compiled for it

@@ -799,7 +799,7 @@ def test_a_file_that_is_too_new_is_told_with_the_command_that_helps(infer, maps,
 
 def test_a_folder_is_no_model(infer, maps, tmp_path):
     status, _, told = infer(maps, model=tmp_path)
-    assert (status, told) == (2, f"error: {tmp_path}: a folder: name the .onnx file in it by --model")
+    assert (status, told) == (2, f"error: {tmp_path}: a folder: name the .onnx file in it")
 
 
 def test_a_missing_model_is_told_with_the_command_that_makes_one(infer, maps, tmp_path):
