@@ -1,7 +1,7 @@
 """How fast, how lean, how near to what this machine can do: ratios of processes that take turns, and their spread.
 
     python bench.py --json bench.json                       # all parts at full widths: ten minutes on two CPU cores
-    python bench.py --quick                                 # the same at reduced sizes: under five minutes
+    python bench.py --quick                                 # the same at reduced sizes, fewer rounds
     python bench.py --parts synth --checkpoint out/ckpt.pt  # of trained weights: what a file's speed costs in HU
     python bench.py --parts synth --with-openvino           # and OpenVINO, fetched into a throw-away folder
 
