@@ -793,9 +793,12 @@ class Trainer:
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
         """Lend the generator its average weights, where there are any."""
+        if not self.average:
+            yield
+            return
         generator = self.method.generator()
         own = {name: weight.clone() for name, weight in generator.state_dict().items()}
-        generator.load_state_dict(self.average or own)
+        generator.load_state_dict(self.average)
         try:
             yield
         finally:

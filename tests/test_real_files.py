@@ -41,14 +41,15 @@ def loaded(folder, tiny):
 
 @pytest.mark.parametrize("case", ["indexed_colours", "upper_case", "split_with_endings"])
 def test_a_case_trains_on_the_same_slices_as_its_base(cases, tiny, case):
-    base, other = (covidgan.load_slices(cases / name, sorted(NAMES(cases)), tiny(size=64)) for name in ("base", case))
+    names, c = sorted(names_in(cases)), tiny(size=64)
+    base, other = (covidgan.load_slices(cases / name, names, c) for name in ("base", case))
     assert torch.equal(base.labels, other.labels) and torch.equal(base.hu, other.hu)
     assert base.labels.max() == 3
     split = covidgan.read_split(cases / case, 0)
-    assert {*split["train"], *split["test"]} <= NAMES(cases)
+    assert {*split["train"], *split["test"]} <= names_in(cases)
 
 
-def NAMES(cases):
+def names_in(cases):
     return {path.stem for path in (cases / "base" / "maps").iterdir()}
 
 
@@ -59,7 +60,7 @@ def test_jpeg_maps_are_told_by_name_of_their_folder(cases, tiny):
 
 def test_slices_without_lung_train_and_are_left_out_of_the_figures(cases, tiny):
     folder = cases / "no_lung_in_some"
-    names = sorted(NAMES(cases))
+    names = sorted(names_in(cases))
     slices.write_split(folder / "split.json", names[6:], names[:6], [], {})  # five of the six to test are empty
     trainer = covidgan.Trainer(Covidgan, tiny(data=str(folder), batch=2))
     figures = covidgan.evaluate(trainer)["mean HU a label"]["complete"]
