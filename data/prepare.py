@@ -298,14 +298,16 @@ def fit(pixels: np.ndarray, millimetres: np.ndarray, size: int, fill: int) -> np
 
     Proportions in mm are kept (unequal pixel sides become equal): the longer side fills the square, and
     what the shorter leaves is `fill`. Labels uint8 take the nearest pixel. HU float32 take Pillow's
-    bilinear filter, which widens when it shrinks (anti-aliasing) and never overshoots, as bicubic would.
+    bicubic filter, which widens when it shrinks (anti-aliasing), clipped to the slice's own range, since it
+    overshoots at edges; a bilinear one would blur what counts as real.
     """
     extent = pixels.shape * millimetres  # height, width in mm
     height, width = np.maximum(1, np.rint(size * extent / extent.max())).astype(int).tolist()
-    filter_ = Image.Resampling.NEAREST if pixels.dtype == np.uint8 else Image.Resampling.BILINEAR
+    filter_ = Image.Resampling.NEAREST if pixels.dtype == np.uint8 else Image.Resampling.BICUBIC
     square = np.full((size, size), fill, pixels.dtype)
     top, left = (size - height) // 2, (size - width) // 2
-    square[top : top + height, left : left + width] = Image.fromarray(pixels).resize((width, height), filter_)
+    resized = np.asarray(Image.fromarray(pixels).resize((width, height), filter_))
+    square[top : top + height, left : left + width] = resized.clip(pixels.min(), pixels.max())
     return square
 
 
