@@ -17,7 +17,7 @@
     OUT/run.json              what OUT was made with: another model or format needs another OUT
 
 Variants are named P03_S041v01, ...: what stands before the last "_" is still the patient. With --complement, the real
-slice is resampled (bilinear) by the same crop, rotation and elastic displacement as the map before the lung goes in.
+slice is resampled (bicubic) by the same crop, rotation and elastic displacement as the map before the lung goes in.
 Label volumes, like maps, hold 0 background, 1 lung, 2 ground-glass opacity, 3 consolidation. They go through the model
 slice by slice in radiological display, as data/prepare.py writes slices. With --complement the result lies on the CT's
 grid, and every voxel outside the lung is the CT's own, to the HU; fractions of a HU are rounded, with a note. Maps and
@@ -603,7 +603,7 @@ def load(job: Job, n_labels: int, reals: dict[str, Path] | None, seed: int) -> S
         rng = np.random.default_rng([seed, job.variant, *os.fsencode(job.path.stem)])  # in whichever batch or shard
         rows, columns = augmentation(*labels.shape, rng)
         labels = sample_nearest(labels, rows, columns)
-        real = None if real is None else sample_bilinear(real, rows, columns)
+        real = None if real is None else sample_bicubic(real, rows, columns)
     return Slice(job, labels, real) if labels.any() else None  # a variant may crop its lung away
 
 
@@ -643,15 +643,25 @@ def sample_nearest(labels: np.ndarray, rows: np.ndarray, columns: np.ndarray) ->
     return framed[y.clip(0, labels.shape[0] + 1), x.clip(0, labels.shape[1] + 1)]
 
 
-def sample_bilinear(hu: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """HU int16 [H, W] taken from rows and columns, the border's value beyond the border."""
-    framed = np.pad(hu.astype(np.float32), ((0, 1), (0, 1)), mode="edge")
+def sample_bicubic(hu: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """HU int16 [H, W] taken from rows and columns by cubic convolution, the border's value beyond the border.
+
+    A linear one would blur what is to train others as real. Overshoot at edges is cut to the slice's own range.
+    """
+    framed = np.pad(hu.astype(np.float32), 2, mode="edge")
     rows, columns = rows.clip(0, hu.shape[0] - 1), columns.clip(0, hu.shape[1] - 1)
     y, x = rows.astype(int), columns.astype(int)
-    v, u = rows - y, columns - x
-    above = framed[y, x] * (1 - u) + framed[y, x + 1] * u
-    below = framed[y + 1, x] * (1 - u) + framed[y + 1, x + 1] * u
-    return np.rint(above * (1 - v) + below * v).astype(np.int16)
+    down, across = cubic_weights(rows - y), cubic_weights(columns - x)
+    lines = (sum(across[j] * framed[y + 1 + i, x + 1 + j] for j in range(4)) for i in range(4))
+    mixed = sum(weight * line for weight, line in zip(down, lines, strict=True))
+    return np.rint(mixed.clip(hu.min(), hu.max())).astype(np.int16)
+
+
+def cubic_weights(t: np.ndarray) -> list[np.ndarray]:
+    """Weights of the pixels at -1, 0, 1 and 2 for a place t in 0..1: Keys's cubic convolution, exact on ramps."""
+    near = [1.5 * d**3 - 2.5 * d**2 + 1 for d in (t, 1 - t)]
+    far = [-0.5 * d**3 + 2.5 * d**2 - 4 * d + 2 for d in (1 + t, 2 - t)]
+    return [far[0], *near, far[1]]
 
 
 # ------------------------------------------------------------------------------------------------ slices out

@@ -326,15 +326,28 @@ def test_the_augmentation_of_training_and_of_inference_have_the_same_ranges():
 def test_sampling_at_every_pixel_s_own_place_changes_nothing():
     rows, columns = np.mgrid[:50, :70].astype(float)
     assert np.array_equal(infer_onnx.sample_nearest(draw_map(50, 70), rows, columns), draw_map(50, 70))
-    assert np.array_equal(infer_onnx.sample_bilinear(draw_slice(50, 70), rows, columns), draw_slice(50, 70))
+    assert np.array_equal(infer_onnx.sample_bicubic(draw_slice(50, 70), rows, columns), draw_slice(50, 70))
 
 
 def test_sampling_beyond_the_border_finds_background_in_maps_and_the_border_in_slices():
     rows, columns = np.array([[-0.4, -0.6, -9.0], [3.4, 3.6, 99.0]]), np.full((2, 3), 1.0)
     assert infer_onnx.sample_nearest(np.ones((4, 4), np.uint8), rows, columns).tolist() == [[1, 0, 0], [1, 0, 0]]
     hu = np.arange(16, dtype=np.int16).reshape(4, 4) * 10
-    assert infer_onnx.sample_bilinear(hu, rows, columns).tolist() == [[10, 10, 10], [130, 130, 130]]
-    assert infer_onnx.sample_bilinear(hu, np.array([[1.25]]), np.array([[2.5]])).tolist() == [[75]]
+    assert infer_onnx.sample_bicubic(hu, rows, columns).tolist() == [[10, 10, 10], [130, 130, 130]]
+
+
+def test_a_slice_is_sampled_exactly_on_ramps_and_sharper_than_linearly_elsewhere_within_its_range():
+    ramp = (np.arange(36, dtype=np.int16) * 10).reshape(6, 6)
+    assert infer_onnx.sample_bicubic(ramp, np.array([[2.25]]), np.array([[2.5]])).tolist() == [[160]]
+    wave = np.rint(1000 * np.sin(np.arange(60) * 2 * np.pi / 5)).astype(np.int16)[None].repeat(8, 0)
+    columns = np.arange(10, 50) + 0.5
+    rows, truth = np.full((1, 40), 4.0), 1000 * np.sin(columns * 2 * np.pi / 5)
+    linear = (wave[4, 10:50].astype(float) + wave[4, 11:51]) / 2
+    error = np.abs(infer_onnx.sample_bicubic(wave, rows, columns[None])[0] - truth).max()
+    assert error < 0.6 * np.abs(linear - truth).max()
+    step = np.where(np.arange(20) < 10, -1000, 400).astype(np.int16)[None].repeat(8, 0)
+    mixed = infer_onnx.sample_bicubic(step, rows, np.linspace(5, 15, 40)[None])
+    assert mixed.min() == -1000 and mixed.max() == 400
 
 
 def test_a_real_slice_is_resampled_with_its_variant_s_map(infer, tmp_path):
