@@ -1,9 +1,11 @@
 # make demo   phantom data, training, export, synthesis, evaluation: about ten minutes on two CPU cores
 # make test   lint and tests
+# make web    paint a map in the browser and see the CT: http://localhost:8000/web/
 PYTHON ?= python3
 BIN := .venv/bin
+ORT_WEB = $(shell grep -om1 'onnxruntime-web@[0-9.]*' web/paint.js)
 
-.PHONY: demo test clean
+.PHONY: demo test web runtime clean
 
 demo: $(BIN)/ready
 	$(BIN)/python covidgan.py --stage all $(if $(wildcard out/ckpt.pt),--resume)
@@ -16,6 +18,20 @@ test: $(BIN)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest -q
+
+web:
+	@$(MAKE) --silent runtime || echo "no npm package: the page takes ONNX Runtime Web from its public copy"
+	@echo "http://localhost:8000/web/   (Ctrl-C stops it)"
+	@$(PYTHON) -m http.server 8000 --bind 127.0.0.1
+
+# of ONNX Runtime Web what the page needs, from npm: two files of 14 MB; the page itself holds them to their hashes
+runtime: web/vendor/$(ORT_WEB)
+web/vendor/$(ORT_WEB):
+	rm -rf web/vendor && mkdir -p web/vendor
+	npm pack --silent --pack-destination web/vendor $(ORT_WEB)
+	tar -xzf web/vendor/*.tgz -C web/vendor --strip-components=2 $(addprefix package/dist/, \
+		ort.wasm.bundle.min.mjs ort-wasm-simd-threaded.wasm)
+	rm web/vendor/*.tgz && touch $@
 
 $(BIN)/ready: requirements.txt
 	$(PYTHON) -m venv .venv
