@@ -84,6 +84,7 @@ class LoopConfig:
     elastic: float = 2.0  # elastic displacement, standard deviation in pixels
     elastic_cell: float = 24.0  # and the distance over which it varies
     noise: float = 0.0  # Gaussian noise on the image's lung, of the window's range: no generator can match it
+    cut: bool = True  # D sees a synthetic image cut to its map's lung, as synthesis cuts it
     # optimisation
     batch: int = 16  # over all processes
     epochs: int = 20  # a stage; the learning rate is constant for the first half, then falls linearly to 0
@@ -124,7 +125,7 @@ class Config(LoopConfig):
 
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "paper": dict(noise=0.01, ema=0.0),
+    "paper": dict(noise=0.01, cut=False, ema=0.0),
     "demo": dict(size=128, ngf=32, ndf=32, n_blocks=6, batch=4, epochs=2, epoch_len=1600, interval=200),
     "tiny": dict(data=f"{PHANTOM}64", size=64, ngf=8, ndf=8, n_blocks=2, batch=4, epochs=1, epoch_len=80, interval=10),
 }
@@ -460,6 +461,14 @@ class Method(nn.Module):
         """Players' losses and other figures of a step, scalars, for onehot [B, n_labels, H, W], target [B, 1, H, W]."""
         raise NotImplementedError
 
+    def shown(self, image: Tensor, onehot: Tensor) -> Tensor:
+        """What D sees of an image [B, 1, H, W]: with --cut its map's lung alone, as synthesis cuts it.
+
+        Else G must learn to paint what the map says anyway, the floor of -1 from the lung's border on, and D to see
+        where it does not. Trap: a target that was shrunk has a seam of lung outside its shrunk map. Cut it as well.
+        """
+        return lung_target(image, 1 - onehot[:, :1]) if self.c.cut else image
+
     def generator(self) -> nn.Module:
         """The network to deploy: one-hot map [B, n_labels, H, W] to image [B, 1, H, W] in [-1, 1], and alpha [B]."""
         raise NotImplementedError
@@ -549,7 +558,7 @@ class Covidgan(Method):
         image, alpha = self.g(onehot, stage)
         shrink = target.shape[-1] // image.shape[-1]  # stage g1 works at G1's size
         onehot, target = onehot[..., ::shrink, ::shrink], F.avg_pool2d(target, shrink)
-        real, fake = self.d(onehot, target, first), self.d(onehot, image, first)
+        real, fake = (self.d(onehot, self.shown(x, onehot), first) for x in (target, image))
         verdicts = [(r[-1].float(), f[-1].float()) for r, f in zip(real, fake, strict=True)]
         loss_dfm, loss_beta, beta = self.dfm(real, fake)
         loss_gan = sum(gan_loss_g(f, c.gan) for _, f in verdicts)

@@ -49,9 +49,10 @@ def test_the_default_preset_exists():
 
 def test_defaults_are_the_papers_setting():
     c = covidgan.parse_config(["--preset", "paper"])
-    beside_the_method = dict(preset=covidgan.Config.preset, noise=covidgan.Config.noise, ema=covidgan.Config.ema)
-    assert dataclasses.replace(c, **beside_the_method) == covidgan.Config()
-    assert (c.noise, c.ema) == (0.01, 0.0)
+    default = covidgan.Config()
+    beside_the_method = {name: getattr(default, name) for name in ("preset", "noise", "cut", "ema")}
+    assert dataclasses.replace(c, **beside_the_method) == default
+    assert (c.noise, c.cut, c.ema) == (0.01, False, 0.0)
     assert (c.size, c.ngf, c.n_blocks, c.n_gen, c.n_dis, c.lambda_dfm, c.batch, c.gan) == (
         512,
         64,

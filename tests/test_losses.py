@@ -237,9 +237,10 @@ def trainer(tiny):
 
 
 def losses_of(trainer, target, onehot, image):
-    """Eq. 2 anew for a synthesized image: D's loss, G's loss, beta's loss."""
+    """Eq. 2 anew for a synthesized image, its background at the floor: D's loss, G's loss, beta's loss."""
     d, c = trainer.method.d, trainer.c
-    real, fake = d(onehot, target), d(onehot, image)
+    lung = onehot[:, 1:].sum(1, keepdim=True)
+    real, fake = d(onehot, target), d(onehot, image * lung - (1 - lung))
     dfm, beta, _ = trainer.method.dfm(real, fake)
     of_d = sum(covidgan.gan_loss_d(r[-1], f[-1], "bce") for r, f in zip(real, fake, strict=True))
     of_g = sum(covidgan.gan_loss_g(f[-1], "bce") for f in fake)
@@ -288,6 +289,25 @@ def test_generator_matches_features_without_moving_beta_and_beta_without_moving_
     assert any(g.any() for g in reached)
 
 
+@pytest.mark.parametrize("stage", covidgan.STAGES)
+def test_discriminators_see_the_synthetic_lung_cut_out_as_the_real_one_is_unless_told_not_to(tiny, monkeypatch, stage):
+    for cut in (True, False):
+        method = covidgan.build(Covidgan, tiny(cut=cut))
+        seen, judge = [], method.d.forward
+        monkeypatch.setattr(method.d, "forward", lambda *a, seen=seen, judge=judge: (seen.append(a[1]), judge(*a))[1])
+        labels = torch.zeros(1, 1, 64, 64, dtype=torch.uint8)
+        labels[:, :, 15:40, 17:48] = 1
+        onehot = covidgan.one_hot(labels, 4)
+        method.losses(onehot, torch.where(labels > 0, 0.5, -1.0), stage)
+        real, fake = seen
+        outside = labels[..., :: 64 // fake.shape[-1], :: 64 // fake.shape[-1]] == 0
+        assert (fake[outside] == -1).all() == cut
+        assert (real[outside] == -1).all() == (cut or stage != "g1")  # where shrinking has blurred the border
+        assert fake[~outside].unique().numel() > 100
+        fake.sum().backward()
+        assert any(p.grad is not None and p.grad.abs().max() > 0 for p in method.g.parameters())
+
+
 def test_generators_loss_is_the_adversarial_one_and_lambda_times_feature_matching(trainer):
     target, labels, _ = trainer.batch()
     losses = trainer.method.losses(covidgan.one_hot(labels, 4), target, "joint")
@@ -318,7 +338,8 @@ def test_each_stage_is_judged_at_its_size_by_its_discriminators(trainer, monkeyp
         assert image.shape[-1] == onehot.shape[-1] == side
     real = seen[0][2].numpy()
     wanted = target.numpy().reshape(2, 1, side, 64 // side, side, 64 // side).mean((3, 5))
-    assert np.abs(real - wanted).max() < 1e-6
+    lung = labels.numpy()[..., :: 64 // side, :: 64 // side] > 0
+    assert np.abs(real - np.where(lung, wanted, -1)).max() < 1e-6
     assert torch.equal(seen[0][1], seen[1][1])
 
 
