@@ -3,21 +3,25 @@
     python eval.py REAL FAKE                                # PSNR, SSIM, RMSE, NRMSE (Table II)
     python eval.py REAL FAKE --maps MAPS                    # for the complete image and for the lung alone
     python eval.py data/phantom synthetic                   # datasets: their images/, and FAKE's or REAL's maps/
-    python eval.py REAL FAKE --features features.onnx       # FID and KID, and their floor: real against real
+    python eval.py REAL FAKE --features features.onnx       # FID, KID, precision, recall, density, coverage
     python eval.py REAL FAKE --maps MAPS --unet unet.onnx   # Dice, sensitivity, specificity (section IV-B.2)
     python eval.py REAL FAKE --maps MAPS --train data/ct    # does the generator copy its training images?
 
 REAL and FAKE hold 16-bit PNG of HU + 1024, paired by file name. With maps, the complete image is the synthesis inside
 the lung (label above 0) and the real slice elsewhere, bit for bit, and the lung alone is black elsewhere; without
 maps FAKE is taken as it is. Slices without lung are left out, and counted. Images are measured through the lung
-window, as 0..1. What a person reads is printed; --json has every figure in every dimension.
+window, as 0..1. Floors are what one half of the real slices scores against the other half. What a person reads is
+printed; --json has every figure in every dimension.
 OUT/eval_cases.png: the best, median and worst case by SSIM, as map | real | synthetic | difference.
+OUT/eval_texture.png: texture or blur? With maps: power spectra inside the lung, HU histograms of the labels.
 OUT/eval_memorisation.png: the synthetic lungs that are nearest to a training image, each beside it. Research only,
 not for diagnosis.
 """
 
 import argparse
 import contextlib
+import functools
+import io
 import json
 import math
 import sys
@@ -38,7 +42,9 @@ from onnx import TensorProto, helper, numpy_helper
 from tqdm import tqdm
 
 from data.slices import (
+    COLOURS,
     HU_OFFSET,
+    LABELS,
     LEVEL,
     WIDTH,
     Mistake,
@@ -59,6 +65,12 @@ SIDES = ("fake", "real")
 LESIONS = {"GGO": (2,), "consolidation": (3,), "infection": (2, 3)}  # labels of each
 THUMBNAIL = 64  # pixels a side at which lungs are compared for memorisation
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
+MANIFOLD = ("precision", "recall", "density", "coverage")
+NEAREST = 5  # k of their nearest neighbours
+RINGS, FINE = 16, 8  # of equal width, up to 0.5 cycles a pixel; fine texture is in those from 0.25 on
+FREQUENCIES = (np.arange(RINGS) + 0.5) / (2 * RINGS)  # of the rings' middles, cycles a pixel
+MARGIN, TAPER = 2, 4  # pixels along a label's edge that a spectrum leaves out, and over which it fades in
+QUIETEST = 1 / 12  # HU^2: the power spectrum of rounding to whole HU, below which none is told from none
 SSIM_WINDOW = 11
 SEED = 0  # of the floor's halves and of KID's subsets
 COLUMNS = 100  # of what is printed, at most
@@ -205,6 +217,11 @@ def estimate(values: np.ndarray, names: list[str]) -> dict[str, float | None]:
     over_patients = interval([float(np.mean(group)) for group in patients.values()])
     columns = ("mean", "interval", "n", "patients_mean", "patients_interval", "patients_n")
     return dict(zip(columns, over_slices + over_patients, strict=True))
+
+
+def halves(n: int) -> list[np.ndarray]:
+    """Indices of two random halves of n slices, each [n // 2], the same each time: floors are one against the other."""
+    return np.array_split(np.random.default_rng(SEED).permutation(n // 2 * 2), 2)
 
 
 # ------------------------------------------------------------------------------------------------ pixel metrics
@@ -407,20 +424,54 @@ def kid(x: np.ndarray, y: np.ndarray) -> tuple[float, float | None]:
     return float(np.mean(draws)), float(np.std(draws))
 
 
-def distance(figure: str, x: np.ndarray, y: np.ndarray, force: bool) -> dict[str, Any]:
-    """FID or KID of features x and y, each [n, d], with its N. FID is refused where n is not above d, unless forced."""
-    n, d = x.shape
-    if figure == "FID" and n <= d and not force:
-        note = f"FID: refused, N={n} is not above the features' {d} dimensions; read KID, or --force"
-        return {"value": None, "std": None, "N": n, "note": note}
-    if n < 2:
-        return {"value": None, "std": None, "N": n, "note": f"{figure}: needs two images"}
-    value, deviation = kid(x, y) if figure == "KID" else (frechet(x, y), None)
-    return {"value": value, "std": deviation, "N": n}
+def manifold(real: np.ndarray, fake: np.ndarray) -> dict[str, float]:
+    """Precision, recall, density and coverage of features real [n, d] and fake [m, d], n and m above NEAREST.
+
+    A set's manifold is the balls about its features that reach to their k-th nearest neighbours, k = 5. Precision
+    0..1: share of the synthetic in the real manifold. Recall 0..1: share of the real in the synthetic manifold
+    (Kynkaanniemi et al. 2019). Density 0..: real balls that a synthetic feature is in, over k, 1 if all is well;
+    coverage 0..1: share of the real balls with a synthetic feature in them (Naeem et al. 2020, whose prdc this is).
+    """
+
+    def squares(a: np.ndarray, b: np.ndarray) -> np.ndarray:  # of the distances, [len(a), len(b)]
+        return ((a**2).sum(1)[:, None] + (b**2).sum(1) - 2 * a @ b.T).clip(0)
+
+    def reach(a: np.ndarray) -> np.ndarray:  # the first of its own neighbours is each feature itself
+        return np.partition(squares(a, a), NEAREST, 1)[:, NEAREST]
+
+    centre = real.mean(0, dtype=np.float64)  # far from the origin, squares would lose the digits that count
+    real, fake = real - centre, fake - centre
+    between = squares(real, fake)
+    in_real, in_fake = between < reach(real)[:, None], between < reach(fake)
+    shares = in_real.any(0).mean(), in_fake.any(1).mean(), in_real.sum(0).mean() / NEAREST, in_real.any(1).mean()
+    return dict(zip(MANIFOLD, map(float, shares), strict=True))
+
+
+def score(real: np.ndarray, fake: np.ndarray, force: bool) -> Rows:
+    """Value, std and N of FID, KID and the MANIFOLD figures of features real and fake, each [n, d].
+
+    None, with a note, where n is too small; FID is refused where n is not above d, unless forced.
+    """
+    n, d = real.shape
+    found: dict[str, tuple[float | None, float | None]] = {figure: (None, None) for figure in ("FID", "KID", *MANIFOLD)}
+    notes = dict.fromkeys(("FID", "KID"), "needs two images") | dict.fromkeys(MANIFOLD, f"needs {NEAREST + 1} images")
+    if n > 1:
+        found["KID"] = kid(real, fake)
+    if n > NEAREST:
+        found |= {figure: (value, None) for figure, value in manifold(real, fake).items()}
+    if n <= d and not force:
+        notes["FID"] = f"refused, N={n} is not above the features' {d} dimensions; read KID, or --force"
+    elif n > 1:
+        found["FID"] = frechet(real, fake), None
+    rows: Rows = {figure: {"value": value, "std": std, "N": n} for figure, (value, std) in found.items()}
+    for figure, row in rows.items():
+        if row["value"] is None:
+            row["note"] = f"{figure}: {notes[figure]}"
+    return rows
 
 
 class Features:
-    """FID and KID of the complete images and of the lungs alone, in each dimension that a feature network offers."""
+    """FID, KID and MANIFOLD of the complete images and of the lungs alone, in each dimension of a feature network."""
 
     def __init__(
         self, model: Path, provider: str, dimension: str | None, force: bool, window: Window, regions: list[str]
@@ -445,17 +496,177 @@ class Features:
                     self.found[dimension, region, side].append(of_batch)
 
     def result(self, names: list[str]) -> dict[str, Rows]:
-        """Table "features"; the floor is one random half of the real images against the other."""
+        """Table "features"; the floor is one random half of the real images against the other.
+
+        relative: FID over its floor, about 1 where the synthetic are as real as the real, None where either is
+        missing (the relative Frechet distance of Woodland et al., MICCAI 2024, arXiv 2311.13717).
+        """
         rows: Rows = {}
-        halves = np.array_split(np.random.default_rng(SEED).permutation(len(names) // 2 * 2), 2)
         all_of_them = [(dimension, region) for dimension in self.dimensions for region in self.regions]
-        for dimension, region in tqdm(all_of_them, "FID and KID", delay=1):
+        for dimension, region in tqdm(all_of_them, "features", delay=1):
             fake, real = (np.concatenate(self.found[dimension, region, side]) for side in SIDES)
-            for figure in ("FID", "KID"):
-                row = {"features": self.name, "dimension": real.shape[1]} | distance(figure, real, fake, self.force)
-                floor = distance(figure, *(real[half] for half in halves), self.force)
-                rows[f"{region} {figure} {dimension}"] = row | {f"floor_{key}": v for key, v in floor.items()}
+            floors = score(*(real[half] for half in halves(len(names))), self.force)
+            for figure, found in score(real, fake, self.force).items():
+                row = {"features": self.name, "dimension": real.shape[1]} | found
+                row |= {f"floor_{key}": value for key, value in floors[figure].items()}
+                if figure == "FID":
+                    row["relative"] = row["value"] / row["floor_value"] if row["value"] and row["floor_value"] else None
+                rows[f"{region} {figure} {dimension}"] = row
         return {"features": rows}
+
+
+# ------------------------------------------------------------------------------------------------ texture
+
+
+def interior(labels: np.ndarray) -> np.ndarray:
+    """Weight 0..1 of each pixel in the spectrum, float32 [H, W], of labels [H, W]; background has none.
+
+    0 on MARGIN pixels along each label's edges, where a pixel may be part chest wall or lesion and the step would drown
+    all texture; then a quarter of a sine, squared, over TAPER pixels: abrupt edges spread low frequencies over high.
+    """
+    depth = np.zeros(labels.shape, np.intp)
+    for _ in range(MARGIN + TAPER):
+        around = np.pad(labels, 1)
+        neighbours = around[2:, 1:-1], around[:-2, 1:-1], around[1:-1, 2:], around[1:-1, :-2]
+        labels = labels * np.logical_and.reduce([labels == of for of in neighbours])
+        depth += labels > 0
+    ramp = (np.arange(MARGIN + TAPER + 1) - MARGIN).clip(0) / TAPER
+    return (np.sin(ramp * math.pi / 2) ** 2).astype(np.float32)[depth]
+
+
+@functools.lru_cache(8)
+def rings(height: int, width: int) -> np.ndarray:
+    """Ring of each frequency of np.fft.rfft2, flat [height * (width // 2 + 1)]; RINGS for what is in none.
+
+    Those are frequencies from 0.5 cycles a pixel on, the mean, and what is another one's complex conjugate.
+    """
+    y, x = np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)
+    ring = (np.hypot(y, x) * 2 * RINGS).astype(np.intp)
+    return np.where((ring < RINGS) & ((x > 0) | (y > 0)), ring, RINGS).ravel()
+
+
+def energy(hu: np.ndarray, labels: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """Mean |Fourier transform|^2 in each ring, float64 [RINGS], of what HU [H, W] are beside a flat painting of labels.
+
+    Each label's own mean is taken off: how dense a label is, the histograms tell. Divided by the sum of the weights'
+    squares this is the power spectrum, HU^2: white noise of deviation s has s^2 in every ring, at any size and shape.
+    """
+    total, weighed = (np.bincount(labels.ravel(), of.ravel(), len(LABELS)) for of in (weight, weight * hu))
+    means = (weighed / total.clip(1e-9)).astype(np.float32)
+    shape = [-(-side // 64) * 64 for side in hu.shape]  # zeros about it: no ring is empty, and few shapes differ
+    power = np.abs(np.fft.rfft2(weight * (hu - means[labels]), shape)) ** 2
+    ring = rings(*shape)
+    return (np.bincount(ring, power.ravel()) / np.bincount(ring))[:RINGS]
+
+
+class Pool(NamedTuple):
+    """What the texture of a set of slices is told by; NaN where it has no pixel to tell it by."""
+
+    spectrum: np.ndarray  # [RINGS], HU^2, QUIETEST at least
+    histograms: np.ndarray  # [labels, 256], the share of each step of the window in each label's pixels
+
+
+def differences(real: Pool, fake: Pool, step: float) -> dict[str, float]:
+    """Figures of one set of slices against another, by name; step: of the window, in HU.
+
+    spectrum: mean distance in dB over the rings. fine texture: power of the fine rings over the real power there,
+    0..; less than 1 is blur, more is noise. HU of a label: Wasserstein-1 distance, HU, of all its pixels: the sum of
+    what lies between the cumulative histograms.
+    """
+    decibels = 10 * np.log10(fake.spectrum / real.spectrum)
+    # the farther out a ring, the more frequencies it has
+    fine_real, fine_fake = ((pool.spectrum * FREQUENCIES)[FINE:].sum() for pool in (real, fake))
+    distances = np.abs((fake.histograms - real.histograms).cumsum(1)).sum(1) * step
+    figures = {"spectrum": np.abs(decibels).mean(), "fine texture": fine_fake / fine_real}
+    return figures | {f"HU of {label}": value for label, value in zip(LABELS[1:], distances, strict=True)}
+
+
+class Texture:
+    """Texture or blur? Power spectrum inside the lung and HU histogram of each label, beside the real slices' own.
+
+    Slices are pooled, each with the weight of its lung's area. HU are clipped to the window, and for the histograms
+    in its 256 steps.
+    """
+
+    def __init__(self, window: Window) -> None:
+        self.window = window
+        self.areas: list[float] = []  # sum of the weights' squares of each slice
+        self.energies: dict[str, list[np.ndarray]] = defaultdict(list)  # side -> [RINGS] of each slice
+        self.counts: dict[str, list[np.ndarray]] = defaultdict(list)  # side -> label * 256 + step, and pixels, of each
+
+    def update(self, batch: Batch) -> None:
+        """Measure a batch."""
+        low = self.window.level - self.window.width / 2
+        for *images, labels in zip(*batch, strict=True):
+            rows, columns = (np.flatnonzero(labels.any(axis)) for axis in (1, 0))
+            box = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)  # the rest is none of its business
+            labels, weight = labels[box].astype(np.intp), interior(labels[box])
+            self.areas.append(float((weight**2).sum()))
+            for side, hu in zip(("real", "fake"), (image[box] for image in images), strict=True):
+                clipped = hu.clip(low, low + self.window.width).astype(np.float32)
+                self.energies[side].append(energy(clipped, labels, weight))
+                counts = np.bincount((labels * 256 + self.window(hu))[labels > 0])
+                found = np.flatnonzero(counts)
+                self.counts[side].append(np.array([found, counts[found]], np.uint32))
+
+    def pool(self, side: str, chosen: np.ndarray) -> Pool:
+        """The chosen slices of a side."""
+        power, area, counts = np.zeros(RINGS), 0.0, np.zeros(len(LABELS) * 256)
+        for k in chosen:
+            power, area = power + self.energies[side][k], area + self.areas[k]
+            step, pixels = self.counts[side][k]
+            counts[step] += pixels
+        of_labels = counts.reshape(-1, 256)[1:]
+        with np.errstate(invalid="ignore"):  # 0 / 0 is the NaN that is meant
+            return Pool(np.maximum(power / area, QUIETEST), of_labels / of_labels.sum(1, keepdims=True))
+
+    def pools(self) -> list[Pool]:
+        """All real slices, all synthetic ones, and the real ones' halves."""
+        everyone, (half, other) = np.arange(len(self.areas)), halves(len(self.areas))
+        places = (("real", everyone), ("fake", everyone), ("real", half), ("real", other))
+        return [self.pool(side, chosen) for side, chosen in places]
+
+    def result(self, names: list[str]) -> dict[str, Rows]:
+        """Table "texture"; None for what has no pixel. The floor is one half of the real slices against the other."""
+
+        def known(value: Any) -> Any:
+            return np.where(np.isnan(value), None, value).tolist()
+
+        real, fake, half, other = self.pools()
+        step, n = self.window.width / 255, len(names)
+        found, floors = differences(real, fake, step), differences(half, other, step)
+        rows: Rows = {
+            name: {"value": known(value), "N": n, "floor_value": known(floors[name]), "floor_N": n // 2}
+            for name, value in found.items()
+        }
+        rows["spectrum"] |= {"frequency": FREQUENCIES.tolist()}  # cycles a pixel
+        rows["spectrum"] |= {"real": known(real.spectrum), "fake": known(fake.spectrum)}  # HU^2
+        return {"texture": rows}
+
+    def picture(self) -> bytes | None:
+        """PNG of spectra and histograms, real against synthetic, halves of the real thin; None without matplotlib."""
+        try:
+            from matplotlib.figure import Figure  # slow to import, and wanted here alone
+        except ImportError:
+            return None
+        real, fake, *floor = self.pools()
+        figure = Figure(figsize=(10, 4))
+        power, density = figure.subplots(1, 2)
+        for half in floor:
+            power.plot(FREQUENCIES, 10 * np.log10(half.spectrum), color="silver", lw=1)
+        hu = self.window.level + ((np.arange(64) + 0.5) / 64 - 0.5) * self.window.width
+        for pool, name, style in ((real, "real", "-"), (fake, "synthetic", "--")):
+            power.plot(FREQUENCIES, 10 * np.log10(pool.spectrum), style, color="black", label=name)
+            bins = 100 * pool.histograms.reshape(-1, 64, 4).sum(2)  # single steps hold 5 or 6 HU: a comb
+            for label, colour, shares in zip(LABELS[1:], COLOURS[1:], bins, strict=True):
+                density.plot(hu, shares, style, color=np.array(colour) / 255, label=label if pool is real else None)
+        power.set(title="power inside the lung; grey: halves of the real", xlabel="cycles a pixel", ylabel="dB of HU²")
+        density.set(title="HU of each label; dashed: synthetic", xlabel="HU", ylabel="% of its pixels")
+        power.legend()
+        density.legend()
+        content = io.BytesIO()
+        figure.savefig(content, format="png")
+        return content.getvalue()
 
 
 # ------------------------------------------------------------------------------------------------ segmentation
@@ -673,23 +884,51 @@ def means(title: str, rows: Rows, *notes: str) -> str:
 
 
 def distances(rows: Rows) -> str:
-    """FID and KID beside their floors, each in the largest dimension that it is given in, and what is left out."""
+    """What features tell beside its floors, each in the largest dimension that it is given in, and what is left out."""
     first, regions = next(iter(rows.values())), list(dict.fromkeys(row.split()[0] for row in rows))
     grid = [[first["features"], "n", *(head for region in regions for head in (region, "floor"))]]
     notes = [f"floor: half of the real slices against the other half, {first['floor_N']} each: FID rises as n falls"]
-    for figure, need in (("FID", "more slices than dimensions"), ("KID", "two slices")):
-        found = [row for name, row in rows.items() if name.split()[1] == figure]
-        found.sort(key=lambda row: row["dimension"])
+    groups = {("FID",): "more slices than dimensions", ("KID",): "two slices", MANIFOLD: f"{NEAREST + 1} slices"}
+    for figures, need in groups.items():
+        for figure in figures:
+            found = [row for name, row in rows.items() if name.split()[1] == figure]
+            found.sort(key=lambda row: row["dimension"])
+            given = [row for row in found if row["value"] is not None][-len(regions) :]
+            values = [row[key] for row in given for key in ("value", "floor_value")]
+            if given:
+                grid.append([f"{figure}, {given[0]['dimension']} dimensions", first["N"], *values])
+        group = " to ".join(dict.fromkeys([figures[0], figures[-1]]))  # what one of it lacks, all lack
         if absent := list(dict.fromkeys(str(row["dimension"]) for row in found if row["value"] is None)):
             dimensions = " and ".join(", ".join(absent).rsplit(", ", 1))
-            notes.append(f"{figure} at {dimensions} left out: {first['N']} slices; it needs {need}")
-        if given := [row for row in found if row["value"] is not None][-len(regions) :]:
-            dimension, values = given[0]["dimension"], [row[key] for row in given for key in ("value", "floor_value")]
-            grid.append([f"{figure}, {dimension} dimensions", first["N"], *values])
-            if values[1] is None:
-                notes.append(f"{figure}'s floor left out: {first['floor_N']} slices in each half; it needs {need}")
-            if figure == "FID" and first["N"] <= dimension:
+            notes.append(f"{group} at {dimensions} left out: {first['N']} slices; it needs {need}")
+        if given and values[1] is None:
+            notes.append(f"{group}'s floor left out: {first['floor_N']} slices in each half; it needs {need}")
+        if given and figures == ("FID",):
+            if None not in (relative := [row["relative"] for row in given]):
+                grid.append(["relative FID", first["N"], *(value for of in relative for value in (of, 1.0))])
+                notes.append("relative FID: over its floor; below 1 too, as synthetic slices share the real ones' maps")
+            if first["N"] <= (dimension := given[0]["dimension"]):
                 notes.append(f"FID at {dimension} is forced, and too high: {first['N']} slices; it needs {need}")
+    return aligned(grid, *notes)
+
+
+def textures(rows: Rows) -> str:
+    """Texture or blur: spectrum, fine texture and HU beside their floors, and what is left out."""
+    shown = {"spectrum": ("spectrum, dB", 1), "fine texture": ("fine texture, % of the real power", 100)}
+    grid, absent = [["texture inside the lung", "n", "synthetic", "floor"]], []
+    for name, row in rows.items():
+        title, unit = shown.get(name, (name, 1))
+        if row["value"] is None:
+            absent.append(name)
+        else:
+            values = (row["value"], row["floor_value"])
+            grid.append([title, row["N"], *(value if value is None else value * unit for value in values)])
+    notes = [
+        "fine texture: below 100 % is blur, above is noise; it is what is finer than 4 pixels",
+        "spectrum, HU: distance of the power spectra; of a label's densities (Wasserstein)",
+    ]
+    if absent:
+        notes.append(f"left out, without a pixel to tell it by: {', '.join(absent)}")
     return aligned(grid, *notes)
 
 
@@ -722,6 +961,8 @@ def report(results: dict[str, Rows]) -> str:
     blocks = [head, means("pair by pair", results["pixels"], intervals, limits)]
     if "features" in results:
         blocks.append(distances(results["features"]))
+    if "texture" in results:
+        blocks.append(textures(results["texture"]))
     if "segmentation" in results:
         note = "real is the ceiling; where the map has no lesion, Dice is 1 if none is found, sensitivity is void"
         blocks.append(means("lesions by U-Net", results["segmentation"], note))
@@ -798,14 +1039,19 @@ def main(argv: list[str]) -> None:
         if getattr(args, needy) and not with_maps:
             raise Mistake(f"--{needy}: the label maps are missing: give --maps")
     cases_file, suspects_file = args.out / "eval_cases.png", args.out / "eval_memorisation.png"
-    for path in [cases_file, *[suspects_file] * bool(args.train), *[args.json] * bool(args.json)]:
+    texture_file = args.out / "eval_texture.png"
+    optional = ((suspects_file, args.train), (texture_file, with_maps), (args.json, args.json))
+    for path in [cases_file, *(path for path, wanted in optional if wanted)]:
         check_target(path)
     regions, window = ["complete", "lung"] if with_maps else ["complete"], Window(args.level, args.width)
 
     pixels = PixelMetrics(window, args.provider, regions)
-    meters: list[PixelMetrics | Features | Segmentation | Memorisation] = [pixels]
+    meters: list[PixelMetrics | Features | Texture | Segmentation | Memorisation] = [pixels]
     if args.features:
         meters.append(Features(args.features, args.provider, args.dim, args.force, window, regions))
+    if with_maps:
+        texture = Texture(window)
+        meters.append(texture)
     if args.unet:
         meters.append(Segmentation(args.unet, args.provider))
     if args.train:
@@ -833,6 +1079,10 @@ def main(argv: list[str]) -> None:
     print(report(results))
 
     save(cases_file, picture([tiles(kept[k], window) for k in shown.values()]))
+    if with_maps and (curves := texture.picture()):
+        save(texture_file, curves)
+    elif with_maps:
+        print(f"note: {texture_file} left out: it needs matplotlib", file=sys.stderr)
     if args.train:
         fakes = {pair.name: (pair.fake, pair.labels) for pair in kept}
         couples = [(fakes[name], memory.files[row["nearest"]]) for name, row in results["suspects"].items()]

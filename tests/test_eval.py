@@ -290,7 +290,8 @@ def test_fid_is_refused_where_n_is_not_above_the_dimension_and_kid_is_not(sets, 
 
 def test_features_see_the_window_and_the_lung_alone(sets, features):
     rows = evaluate(sets, "--features", features, "--dim", 2)["features"]
-    assert set(rows) == {f"{region} {figure} 2" for region in ("complete", "lung") for figure in ("FID", "KID")}
+    figures = ("FID", "KID", "precision", "recall", "density", "coverage")
+    assert set(rows) == {f"{region} {figure} 2" for region in ("complete", "lung") for figure in figures}
     grey = {"real": [], "fake": []}
     for path in sorted((sets / "fake").iterdir()):
         labels = read_map(sets / "real/maps" / path.name)
@@ -733,6 +734,8 @@ def test_what_is_printed_is_never_wider_than_100_columns(sets, features, unet, p
     for rows in (results["pixels"], results["segmentation"]):
         for row in rows.values():  # as narrow as intervals get, of as many slices as anyone has
             row |= {"mean": 1.2345e-5, "interval": 1.234e-5, "patients_interval": 1.234e-5, "n": 99_999}
+    for row in results["texture"].values():
+        row |= {"value": 12345.678, "floor_value": 1.2345e-5, "N": 99_999}
     for row in results["features"].values():
         row |= {"features": prefix, "value": -1.2345e-5, "floor_value": -1.2345e-5, "N": 99_999, "floor_N": 49_999}
     assert max(map(len, evaluation.report(results).splitlines())) <= 100
@@ -753,9 +756,11 @@ def test_without_torch_all_runs_and_writes_all(sets, features, unet):
     options = ["--features", features, "--unet", unet, "--train", sets / "train", "--json", sets / "all.json"]
     done = program(sets / "real", sets / "fake", *options, "--out", out)
     assert done.returncode == 0, done.stderr
-    assert sorted(path.name for path in out.iterdir()) == ["eval_cases.png", "eval_memorisation.png"]
+    pictures = ("cases", "memorisation", "texture")
+    assert sorted(path.name for path in out.iterdir()) == [f"eval_{picture}.png" for picture in pictures]
     results = json.loads((sets / "all.json").read_text())
-    assert set(results) == {"run", "pixels", "features", "segmentation", "memorisation", "suspects", "cases"}
+    meters = {"pixels", "features", "texture", "segmentation", "memorisation"}
+    assert set(results) == {"run", *meters, "suspects", "cases"}
 
 
 def test_an_ascii_terminal_and_no_home_are_no_obstacle(sets):
