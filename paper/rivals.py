@@ -1,0 +1,647 @@
+"""The four methods that the paper compares itself with (§IV-B, Tables II and III), in covidgan.py's loop.
+
+    python -m paper.rivals pix2pix --data data/radiopaedia --size 128           # or pix2pixHD, SPADE, SEAN; preset demo
+    python -m paper.rivals SPADE --data data/radiopaedia --preset paper --out out/SPADE
+    python -m paper.rivals SEAN --ngf 16 --ndf 16                               # all widths a quarter of the published
+    python export.py out/SPADE                                                  # and everything else as for covidgan
+
+What is theirs is their networks, losses and optimiser settings, from their papers and public code, written anew:
+    pix2pix     Isola, Zhu, Zhou, Efros, CVPR 2017              UNet; L1
+    pix2pixHD   Wang et al., CVPR 2018                          GlobalGenerator; LSGAN on two scales, feature matching
+    SPADE       Park, Liu, Wang, Zhu, CVPR 2019                 SpadeGenerator of Spade units; hinge
+    SEAN        Zhu, Abdal, Qin, Wonka, CVPR 2020               SeanGenerator of Ace units, styles from real slices
+Data, augmentation, schedule, average of the weights, checkpoints and pictures are the loop's, the same for all five;
+so is its order: one synthesis a step, from which all players' losses are computed before any of them moves.
+
+Left out in all of them: the VGG loss of pix2pixHD, SPADE and SEAN. It needs a network trained on a million photographs,
+which is a download, knows no CT, and would be a help that pix2pix and covidgan do not have; pix2pixHD's authors
+report results without it too. Also instance edges and flips: a map of labels has no instances, a chest no mirror image.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import pairwise
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+import covidgan
+from covidgan import Mistake, Player, ResidualBlock, down, gan_loss_d, gan_loss_g, head, stem, up
+
+Adam = tuple[float, tuple[float, float]]  # learning rate, betas
+
+# --------------------------------------------------------------------------------------------------- what rivals share
+
+
+@dataclass(frozen=True)
+class RivalConfig(covidgan.LoopConfig):
+    """A rival's knobs beside the loop's; the defaults are published. Divide both widths alike to shrink a rival."""
+
+    ngf: int = 64  # channels of the generator's finest layer; all its other widths are multiples of it
+    ndf: int = 64  # channels of a discriminator's first layer
+    optimiser: Literal["own", "paper"] = "own"  # Adam as its authors set it | as the paper: --lr, --adam-beta1, -beta2
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": dict(noise=0.01, ema=0.0, optimiser="paper"),
+    "demo": dict(size=128, ngf=16, ndf=16, batch=4, epochs=2, epoch_len=1600, interval=200),
+    "tiny": dict(covidgan.PRESETS["tiny"], ngf=8, ndf=8),
+}
+del PRESETS["tiny"]["n_blocks"]
+
+
+class Rival(covidgan.Method):
+    """A generator `g` against a discriminator `d` in one stage; see the subclasses for what they are."""
+
+    presets = PRESETS
+    own: ClassVar[dict[str, Adam]]  # its authors' Adam of each player
+    curves = (("d", "gan"), ("fm",))
+    architecture = ("n_labels", "ngf", "ndf")
+    g: nn.Module
+    d: nn.Module
+
+    @classmethod
+    def stages(cls, c: RivalConfig) -> tuple[str, ...]:
+        """All of it at once."""
+        return ("whole",)
+
+    @classmethod
+    def checks(cls, c: RivalConfig) -> list[tuple[bool, str]]:
+        """Widths that can be built, and Adam's settings said once."""
+        paper = (RivalConfig.lr, RivalConfig.adam_beta1, RivalConfig.adam_beta2)
+        untouched = (c.lr, c.adam_beta1, c.adam_beta2) == paper
+        return [
+            (min(c.ngf, c.ndf) >= 4 and c.ngf % 2 == 0, "--ngf, --ndf: give 4 or more, --ngf even"),
+            (c.optimiser == "paper" or untouched, "--lr, --adam-beta1, --adam-beta2: they go with --optimiser paper"),
+        ]
+
+    def players(self, stage: str) -> dict[str, Player]:
+        """G and D, each with its authors' Adam or the paper's."""
+        players = {"d": Player.of(self.c, "d", [self.d]), "g": Player.of(self.c, "g", [self.g])}
+        if self.c.optimiser == "own":
+            for name, (lr, betas) in self.own.items():
+                players[name] = replace(players[name], lr=lr, betas=betas)
+        return players
+
+    def generator(self) -> nn.Module:
+        """G; it has no alpha, and gives 1."""
+        return self.g
+
+
+def no_alpha(onehot: Tensor) -> Tensor:
+    """The alpha [B] of a generator without DESUM: 1."""
+    return onehot.new_ones(onehot.shape[:1], dtype=torch.float32)
+
+
+class Patches(nn.Module):
+    """PatchGAN: 4x4 convolutions whose last puts out a matrix of decisions.
+
+    The first and the last convolution have a bias and no norm; `middle` makes a block of each one between.
+    """
+
+    def __init__(
+        self,
+        c_in: int,
+        ndf: int,
+        strides: tuple[int, ...],
+        padding: int,
+        middle: Callable[[nn.Conv2d], list[nn.Module]],
+    ) -> None:
+        super().__init__()
+        channels = [c_in, *[ndf * 2**k for k in range(len(strides))]]
+        blocks = []
+        for k, ((a, b), stride) in enumerate(zip(pairwise(channels), strides, strict=True)):
+            conv = nn.Conv2d(a, b, 4, stride, padding, bias=k == 0)
+            blocks.append(nn.Sequential(*(middle(conv) if k else [conv]), nn.LeakyReLU(0.2)))
+        self.blocks = nn.ModuleList([*blocks, nn.Conv2d(channels[-1], 1, 4, 1, padding)])
+
+    def forward(self, x: Tensor) -> list[Tensor]:  # [B, c_in, H, W]
+        """Every block's output; the last, [B, 1, h, w], is the matrix of decisions, as logits."""
+        features = []
+        for block in self.blocks:
+            x = block(x)
+            features.append(x)
+        return features
+
+
+class Scales(nn.Module):
+    """Discriminators of one kind, each next one of half the size (pix2pixHD §3.2)."""
+
+    def __init__(self, scales: list[nn.Module]) -> None:
+        super().__init__()
+        self.scales = nn.ModuleList(scales)
+
+    def forward(self, onehot: Tensor, image: Tensor) -> list[list[Tensor]]:
+        """Features of each scale for image [B, 1, H, W] and its map [B, n_labels, H, W]."""
+        pair, judged = torch.cat([onehot, image], 1), []
+        for scale in self.scales:
+            judged.append(scale(pair))
+            pair = F.avg_pool2d(pair, 3, 2, 1, count_include_pad=False)
+        return judged
+
+
+def gan_losses(real: list[list[Tensor]], fake: list[list[Tensor]], kind: str) -> tuple[Tensor, Tensor]:
+    """D's loss, half of real and fake, and G's, each summed over the scales."""
+    verdicts = [(r[-1].float(), f[-1].float()) for r, f in zip(real, fake, strict=True)]
+    return sum(gan_loss_d(r, f, kind) for r, f in verdicts), sum(gan_loss_g(f, kind) for _, f in verdicts)
+
+
+def feature_matching(real: list[list[Tensor]], fake: list[list[Tensor]]) -> Tensor:
+    """Mean L1 distance of each feature map but the last, summed over the maps, averaged over the scales."""
+    pairs = [pair for r, f in zip(real, fake, strict=True) for pair in zip(r[:-1], f[:-1], strict=True)]
+    return sum((r.detach() - f).abs().mean(dtype=torch.float32) for r, f in pairs) / len(real)
+
+
+@torch.no_grad()
+def start(layer: nn.Module, draw: Callable[[Tensor], Tensor]) -> None:
+    """Draw a convolution's or linear layer's weight, and set its bias to zero; for nn.Module.apply.
+
+    Trap: under spectral norm `layer.weight` is a product, and drawing into it is lost: see `spectral`.
+    """
+    if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d | nn.Linear) and not parametrize.is_parametrized(layer):
+        draw(layer.weight)
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
+
+
+normal = partial(nn.init.normal_, mean=0.0, std=0.02)  # pix2pix, pix2pixHD
+xavier = partial(nn.init.xavier_normal_, gain=0.02)  # SPADE, SEAN
+
+
+# -------------------------------------------------------------------------------------------------------------- pix2pix
+
+
+@dataclass(frozen=True)
+class Pix2pixConfig(RivalConfig):
+    """pix2pix. Its U-Net's halvings follow from --size: see Pix2pix.levels."""
+
+    lambda_l1: float = 100.0
+
+
+def one_image_norm(c: int) -> nn.Module:
+    """Batch norm as pix2pix's authors train and test it, on batches of one: each image by its own statistics.
+
+    On larger batches this keeps to their method, and a slice does not depend on those beside it.
+    """
+    return nn.InstanceNorm2d(c, affine=True)
+
+
+class UNet(nn.Module):
+    """The generator `unet_256`: stride-2 convolutions down to the innermost map and up again, every skip concatenated.
+
+    Dropout is its only noise. The authors keep it on to synthesize; here it is off then, and one map is one slice.
+    """
+
+    def __init__(self, n_labels: int, ngf: int, levels: int) -> None:
+        super().__init__()
+        widths = [ngf * min(2**k, 8) for k in range(levels)]  # 64, 128, 256, 512, 512, ...
+        self.downs = nn.ModuleList([nn.Conv2d(n_labels, ngf, 4, 2, 1, bias=False)])
+        for k, (a, b) in enumerate(pairwise(widths), start=2):
+            norm = [one_image_norm(b)] if k < levels else []
+            self.downs.append(nn.Sequential(nn.LeakyReLU(0.2), nn.Conv2d(a, b, 4, 2, 1, bias=False), *norm))
+        self.ups = nn.ModuleList()
+        for k, (b, a) in enumerate(pairwise(widths[::-1])):
+            grow = nn.ConvTranspose2d(2 * b if k else b, a, 4, 2, 1, bias=False)
+            dropout = [nn.Dropout(0.5)] if k and a == 8 * ngf else []  # as the public PyTorch code has it
+            self.ups.append(nn.Sequential(nn.ReLU(), grow, one_image_norm(a), *dropout))
+        self.head = nn.Sequential(nn.ReLU(), nn.ConvTranspose2d(2 * ngf, 1, 4, 2, 1), nn.Tanh())
+
+    def forward(self, onehot: Tensor) -> tuple[Tensor, Tensor]:  # [B, n_labels, H, W]
+        """Image [B, 1, H, W] in [-1, 1], and alpha [B]; H and W are multiples of 2^levels."""
+        skips = [onehot]
+        for layer in self.downs:
+            skips.append(layer(skips[-1]))
+        x = skips.pop()
+        for layer in self.ups:
+            x = torch.cat([skips.pop(), layer(x)], 1)
+        return self.head(x).float(), no_alpha(onehot)
+
+
+class Pix2pix(Rival):
+    """pix2pix: U-Net against one PatchGAN of 70 x 70 pixels; log loss and L1 (fact: `--model pix2pix`, batch 1)."""
+
+    name, options = "pix2pix", Pix2pixConfig
+    own: ClassVar = dict.fromkeys("dg", (2e-4, (0.5, 0.999)))
+    architecture = (*Rival.architecture, "size")
+    curves = (("d", "gan"), ("l1",))
+
+    def __init__(self, c: Pix2pixConfig) -> None:
+        super().__init__(c)
+        self.g = UNet(c.n_labels, c.ngf, self.levels(c))
+        middle: Callable = lambda conv: [conv, one_image_norm(conv.out_channels)]  # noqa: E731
+        self.d = Scales([Patches(c.n_labels + 1, c.ndf, (2, 2, 2, 1), 1, middle)])
+        self.apply(partial(start, draw=normal))
+        for norm in (module for module in self.modules() if isinstance(module, nn.InstanceNorm2d)):
+            nn.init.normal_(norm.weight, 1.0, 0.02)
+
+    @classmethod
+    def levels(cls, c: Pix2pixConfig) -> int:
+        """Halvings: the published 8 at 512 pixels and one fewer with each halving of --size, down to 2 x 2 pixels."""
+        half = c.size // 2
+        return min(8, (half & -half).bit_length() - 1)
+
+    @classmethod
+    def multiple(cls, c: Pix2pixConfig) -> int:
+        """256 at 512 pixels."""
+        return 2 ** cls.levels(c)
+
+    @classmethod
+    def checks(cls, c: Pix2pixConfig) -> list[tuple[bool, str]]:
+        """A U-Net of some depth."""
+        return [*super().checks(c), (cls.levels(c) >= 4, f"--size {c.size}: give a multiple of 32, best a power of 2")]
+
+    def losses(self, onehot: Tensor, target: Tensor, stage: str) -> dict[str, Tensor]:
+        """D: half of real and fake; G: the log loss and 100 L1."""
+        image = self.g(onehot)[0]
+        d, gan = gan_losses(self.d(onehot, target), self.d(onehot, image), "bce")
+        l1 = F.l1_loss(image, target)
+        return {"d": d, "g": gan + self.c.lambda_l1 * l1, "gan": gan, "l1": l1}
+
+
+# ------------------------------------------------------------------------------------------------------------ pix2pixHD
+
+
+@dataclass(frozen=True)
+class Pix2pixHDConfig(RivalConfig):
+    """pix2pixHD, its global generator alone: `--netG global`, trained on one size."""
+
+    n_blocks: int = 9
+    lambda_fm: float = 10.0
+
+
+class GlobalGenerator(nn.Module):
+    """pix2pixHD's G1 (its §3.1) with its option's four halvings, where covidgan's G1 has the class default of three."""
+
+    def __init__(self, n_labels: int, ngf: int, n_blocks: int) -> None:
+        super().__init__()
+        widths = [ngf * 2**k for k in range(5)]
+        layers = stem(n_labels, ngf)
+        for c in widths[:-1]:
+            layers += down(c)
+        layers += [ResidualBlock(widths[-1]) for _ in range(n_blocks)]
+        for c in widths[:0:-1]:
+            layers += up(c, "deconv")
+        self.layers = nn.Sequential(*layers, *head(ngf))
+
+    def forward(self, onehot: Tensor) -> tuple[Tensor, Tensor]:  # [B, n_labels, H, W]
+        """Image [B, 1, H, W] in [-1, 1], and alpha [B]; H and W are multiples of 16."""
+        return self.layers(onehot).float(), no_alpha(onehot)
+
+
+class Pix2pixHD(Rival):
+    """pix2pixHD: global generator against two scales of covidgan's own PatchGAN; LSGAN and feature matching."""
+
+    name, options = "pix2pixHD", Pix2pixHDConfig
+    own: ClassVar = dict.fromkeys("dg", (2e-4, (0.5, 0.999)))
+    architecture = (*Rival.architecture, "n_blocks")
+
+    def __init__(self, c: Pix2pixHDConfig) -> None:
+        super().__init__(c)
+        self.g = GlobalGenerator(c.n_labels, c.ngf, c.n_blocks)
+        self.d = Scales([covidgan.PatchGAN(c.n_labels + 1, c.ndf) for _ in range(2)])
+        self.apply(partial(start, draw=normal))
+
+    @classmethod
+    def multiple(cls, c: Pix2pixHDConfig) -> int:
+        """Four halvings."""
+        return 16
+
+    @classmethod
+    def checks(cls, c: Pix2pixHDConfig) -> list[tuple[bool, str]]:
+        """A trunk of some depth."""
+        return [*super().checks(c), (c.n_blocks >= 1, f"--n-blocks {c.n_blocks}: give 1 or more")]
+
+    def losses(self, onehot: Tensor, target: Tensor, stage: str) -> dict[str, Tensor]:
+        """Least squares summed over the scales, D's halved; G's and 10 times the feature matching."""
+        image = self.g(onehot)[0]
+        real, fake = self.d(onehot, target), self.d(onehot, image)
+        d, gan = gan_losses(real, fake, "lsgan")
+        fm = feature_matching(real, fake)
+        return {"d": d, "g": gan + self.c.lambda_fm * fm, "gan": gan, "fm": fm}
+
+
+# ---------------------------------------------------------------------------------------------------------------- SPADE
+
+
+@dataclass(frozen=True)
+class SpadeConfig(RivalConfig):
+    """SPADE and SEAN."""
+
+    lambda_fm: float = 10.0
+
+
+def conv3(c_in: int, c_out: int, **more: Any) -> nn.Conv2d:
+    """3x3 convolution that keeps the size."""
+    return nn.Conv2d(c_in, c_out, 3, padding=1, **more)
+
+
+class SpectralNorm(nn.Module):
+    """A weight over its largest singular value (Miyato et al., ICLR 2018), by a power iteration a training step.
+
+    PyTorch's own keeps both singular vectors in the state dict and believes them. In an average of weights (--ema)
+    they are averages too, no longer of unit length nor of that weight, and the norm is off by up to a half (measured).
+    This one takes them as a start alone, and to synthesize iterates on.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("u", torch.randn(len(weight)))
+        self.u.copy_(self.vectors(weight)[0])
+
+    @torch.no_grad()
+    def vectors(self, weight: Tensor, iterations: int = 15) -> tuple[Tensor, Tensor]:
+        """Left and right singular vector of the largest singular value."""
+        matrix, u = weight.flatten(1), self.u
+        for _ in range(iterations):
+            v = F.normalize(matrix.T @ u, dim=0)
+            u = F.normalize(matrix @ v, dim=0)
+        return u, v
+
+    def forward(self, weight: Tensor) -> Tensor:  # [c_out, c_in, k, k]
+        """Divide."""
+        with torch.autocast(weight.device.type, enabled=False):
+            u, v = self.vectors(weight, 1 if self.training else 15)
+            if self.training:
+                self.u.copy_(u)
+            return weight / (u @ weight.flatten(1) @ v)
+
+
+def spectral(conv: nn.Conv2d) -> nn.Conv2d:
+    """Spectral norm on a convolution; its weight is drawn here, since it cannot be later (see `start`)."""
+    start(conv, xavier)
+    parametrize.register_parametrization(conv, "weight", SpectralNorm(conv.weight.detach()))
+    return conv
+
+
+class MaskPath(nn.Module):
+    """What a map says of gamma and beta (SPADE Fig. 2): 3x3 convolution to 128 channels, ReLU, one for each of them."""
+
+    def __init__(self, c: int, n_labels: int, ngf: int) -> None:
+        super().__init__()
+        self.shared = nn.Sequential(conv3(n_labels, 2 * ngf), nn.ReLU())
+        self.gamma, self.beta = conv3(2 * ngf, c), conv3(2 * ngf, c)
+
+    def forward(self, onehot: Tensor) -> tuple[Tensor, Tensor]:  # [B, n_labels, H, W] -> [B, c, H, W] each
+        """Gamma and beta of every pixel."""
+        hidden = self.shared(onehot)
+        return self.gamma(hidden), self.beta(hidden)
+
+
+class Spade(nn.Module):
+    """Spatially adaptive normalisation (SPADE Eq. 1): batch norm whose scale and shift are painted by the map."""
+
+    def __init__(self, c: int, n_labels: int, ngf: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(c, affine=False)  # to synthesize, by statistics that training collected
+        self.mask = MaskPath(c, n_labels, ngf)
+
+    def forward(self, x: Tensor, onehot: Tensor, codes: None = None) -> Tensor:  # [B, c, H, W], [B, n_labels, H, W]
+        """Normalise x and modulate it; what Ace would take style codes from is ignored."""
+        gamma, beta = self.mask(onehot)
+        return self.norm(x) * (1 + gamma) + beta
+
+
+class SpadeBlock(nn.Module):
+    """Residual block (SPADE Fig. 4): twice norm, leaky ReLU and convolution; where channels change, a shortcut too."""
+
+    def __init__(self, c_in: int, c_out: int, norm: Callable[[int], nn.Module]) -> None:
+        super().__init__()
+        c = min(c_in, c_out)
+        self.norms = nn.ModuleList([norm(c_in), norm(c)])
+        self.convs = nn.ModuleList([spectral(conv3(c_in, c)), spectral(conv3(c, c_out))])
+        self.changes = c_in != c_out
+        if self.changes:
+            self.shortcut_norm, self.shortcut = norm(c_in), spectral(nn.Conv2d(c_in, c_out, 1, bias=False))
+
+    def forward(self, x: Tensor, onehot: Tensor, codes: Tensor | None) -> Tensor:  # [B, c_in, H, W] -> [B, c_out, H, W]
+        """Add what the body makes of x."""
+        short = self.shortcut(self.shortcut_norm(x, onehot, codes)) if self.changes else x
+        for norm, conv in zip(self.norms, self.convs, strict=True):
+            x = conv(F.leaky_relu(norm(x, onehot, codes), 0.2))
+        return short + x
+
+
+class SpadeGenerator(nn.Module):
+    """SPADE's generator `normal`: a map of 1/32 of the size becomes features, which seven blocks bring to full size.
+
+    `norm(c, k)` makes a norm of c channels for block k. The published one puts out its training size whatever the
+    map's; here the image follows the map, and is the same at the training size.
+    """
+
+    STRIDES = (32, 16, 16, 8, 4, 2, 1)  # the map's size over a block's
+    WIDTHS = (16, 16, 16, 16, 8, 4, 2, 1)  # channels between the blocks, over ngf
+
+    def __init__(self, n_labels: int, ngf: int, norm: Callable[[int, int], nn.Module]) -> None:
+        super().__init__()
+        widths = [ngf * w for w in self.WIDTHS]
+        self.first = conv3(n_labels, widths[0])
+        blocks = [SpadeBlock(a, b, partial(norm, k=k)) for k, (a, b) in enumerate(pairwise(widths))]
+        self.blocks = nn.ModuleList(blocks)
+        self.head = conv3(ngf, 1)
+
+    def forward(self, onehot: Tensor, codes: Tensor | None = None) -> tuple[Tensor, Tensor]:  # [B, n_labels, H, W]
+        """Image [B, 1, H, W] in [-1, 1], and alpha [B]; H and W are multiples of 32."""
+        x, before = self.first(onehot[..., ::32, ::32]), 32
+        for stride, block in zip(self.STRIDES, self.blocks, strict=True):
+            if stride < before:
+                x, before = F.interpolate(x, scale_factor=2), stride
+            x = block(x, onehot[..., ::stride, ::stride], codes)
+        return self.head(F.leaky_relu(x, 0.2)).tanh().float(), no_alpha(onehot)
+
+
+def spectral_patches(c_in: int, ndf: int, strides: tuple[int, ...]) -> Scales:
+    """SPADE's and SEAN's discriminators on two scales: spectral norm and instance norm in the middle."""
+    middle: Callable = lambda conv: [spectral(conv), nn.InstanceNorm2d(conv.out_channels)]  # noqa: E731
+    return Scales([Patches(c_in, ndf, strides, 2, middle) for _ in range(2)])
+
+
+class SPADE(Rival):
+    """SPADE without its image encoder; hinge loss and feature matching; D four times as fast as G."""
+
+    name, options = "SPADE", SpadeConfig
+    own: ClassVar = {"d": (4e-4, (0.0, 0.9)), "g": (1e-4, (0.0, 0.9))}
+
+    def __init__(self, c: SpadeConfig) -> None:
+        super().__init__(c)
+        self.g, self.d = self.networks(c)
+        self.apply(partial(start, draw=xavier))
+
+    @classmethod
+    def networks(cls, c: SpadeConfig) -> tuple[nn.Module, nn.Module]:
+        """Generator and discriminators."""
+        g = SpadeGenerator(c.n_labels, c.ngf, lambda width, k: Spade(width, c.n_labels, c.ngf))
+        return g, spectral_patches(c.n_labels + 1, c.ndf, (2, 2, 2, 1))
+
+    @classmethod
+    def multiple(cls, c: SpadeConfig) -> int:
+        """Five doublings."""
+        return 32
+
+    def image(self, onehot: Tensor, target: Tensor) -> Tensor:
+        """The synthesis of a training step [B, 1, H, W]."""
+        return self.g(onehot)[0]
+
+    def losses(self, onehot: Tensor, target: Tensor, stage: str) -> dict[str, Tensor]:
+        """Hinge averaged over the scales, D's not halved; G's and 10 times the feature matching."""
+        real, fake = self.d(onehot, target), self.d(onehot, self.image(onehot, target))
+        d, gan = (loss / len(real) for loss in gan_losses(real, fake, "hinge"))
+        fm = feature_matching(real, fake)
+        return {"d": 2 * d, "g": gan + self.c.lambda_fm * fm, "gan": gan, "fm": fm}
+
+
+# ----------------------------------------------------------------------------------------------------------------- SEAN
+
+
+class StyleEncoder(nn.Module):
+    """Style encoder (SEAN §3.1): features of half the size, whose mean over a region is the region's style code."""
+
+    def __init__(self, ngf: int) -> None:
+        super().__init__()
+
+        def block(conv: nn.Module) -> list[nn.Module]:
+            return [conv, nn.InstanceNorm2d(conv.out_channels), nn.LeakyReLU(0.2)]
+
+        self.layers = nn.Sequential(
+            nn.ReflectionPad2d(1),
+            *block(nn.Conv2d(1, ngf // 2, 3)),
+            *block(nn.Conv2d(ngf // 2, ngf, 3, 2, 1)),
+            *block(nn.Conv2d(ngf, 2 * ngf, 3, 2, 1)),
+            *block(nn.ConvTranspose2d(2 * ngf, 4 * ngf, 3, 2, 1, output_padding=1)),
+            nn.ReflectionPad2d(1),
+            nn.Conv2d(4 * ngf, 8 * ngf, 3),
+            nn.Tanh(),
+        )
+
+    def forward(self, image: Tensor, onehot: Tensor) -> tuple[Tensor, Tensor]:  # [B, 1, H, W], [B, n_labels, H, W]
+        """Style codes [B, n_labels, 8 ngf], zero for a region that an image lacks; whether it has it [B, n_labels]."""
+        return region_means(self.layers(image), onehot[..., ::2, ::2])
+
+
+def region_means(features: Tensor, onehot: Tensor) -> tuple[Tensor, Tensor]:  # [B, c, H, W], [B, n_labels, H, W]
+    """Mean of the features over each region, [B, n_labels, c], zero where it is empty; and whether it is not."""
+    with torch.autocast(features.device.type, enabled=False):  # trap: bfloat16 cannot count a region's pixels
+        area = onehot.sum((2, 3))  # [B, n_labels]
+        sums = torch.einsum("bkhw,bchw->bkc", onehot, features.float())
+    return sums / area.clamp_min(1).unsqueeze(2), area > 0
+
+
+def paint_and_convolve(onehot: Tensor, codes: Tensor, conv: nn.Conv2d) -> Tensor:
+    """conv of the map [B, c, H, W] that holds a region's code at each of its pixels, without making that map.
+
+    onehot [B, n_labels, H, W]; codes [B, n_labels, c] or, for all images alike, [1, n_labels, c]. Such a map is one
+    matrix product of the one-hot map with the codes, and a convolution is linear: so the product goes into the
+    kernels, and what is convolved has 4 channels instead of 512.
+    """
+    n = len(codes)
+    kernels = torch.einsum("ocij,bkc->bokij", conv.weight, codes).flatten(0, 1)  # [n c_out, n_labels, 3, 3]
+    grouped = onehot.reshape(-1, n * onehot.shape[1], *onehot.shape[2:])  # n images in a row, or each alone
+    convolved = F.conv2d(grouped, kernels, conv.bias.repeat(n), padding=1, groups=n)
+    return convolved.reshape(len(onehot), -1, *convolved.shape[2:])
+
+
+class Ace(nn.Module):
+    """SEAN's normalisation (its Fig. 3): noise, batch norm, and scale and shift blended from styles and from the map.
+
+    Noise is drawn in training alone, so that one map is one slice. The last block's units, not `styled`, have no
+    styles.
+    """
+
+    def __init__(self, c: int, n_labels: int, ngf: int, styled: bool) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(c, affine=False)
+        self.mask = MaskPath(c, n_labels, ngf)
+        self.noise = nn.Parameter(torch.zeros(c, 1, 1))
+        self.styled = styled
+        if styled:
+            self.fcs = nn.ModuleList([nn.Linear(8 * ngf, 8 * ngf) for _ in range(n_labels)])  # each region its own
+            self.gamma, self.beta = conv3(8 * ngf, c), conv3(8 * ngf, c)
+            self.blend = nn.Parameter(torch.zeros(2))  # of gamma and of beta: sigmoid 0.5
+
+    def forward(self, x: Tensor, onehot: Tensor, codes: Tensor) -> Tensor:  # [B, c, H, W], [B, n_labels, H, W]
+        """Normalise x and modulate it; codes [B or 1, n_labels, 8 ngf]."""
+        if self.training:
+            x = x + torch.randn_like(x[:, :1]) * self.noise
+        gamma, beta = self.mask(onehot)
+        if self.styled:
+            codes = torch.stack([fc(codes[:, k]).relu() for k, fc in enumerate(self.fcs)], 1)
+            a, b = self.blend.sigmoid()
+            gamma = gamma + a * (paint_and_convolve(onehot, codes, self.gamma) - gamma)
+            beta = beta + b * (paint_and_convolve(onehot, codes, self.beta) - beta)
+        return self.norm(x) * (1 + gamma) + beta
+
+
+class SeanGenerator(nn.Module):
+    """SEAN's generator: SPADE's with Ace units, a style encoder, and the training images' mean style.
+
+    The mean is over the training images that have a region, the latest weighing most, as the encoder still learns. It
+    is kept as sums and counts, so that an average of checkpoints' buffers (--ema) gives a mean of the same kind.
+    """
+
+    DECAY = 0.998  # a step
+
+    def __init__(self, c: SpadeConfig) -> None:
+        super().__init__()
+        last = len(SpadeGenerator.STRIDES) - 1
+        self.encoder = StyleEncoder(c.ngf)
+        self.painter = SpadeGenerator(c.n_labels, c.ngf, lambda width, k: Ace(width, c.n_labels, c.ngf, k < last))
+        self.register_buffer("code_sums", torch.zeros(c.n_labels, 8 * c.ngf))
+        self.register_buffer("code_counts", torch.zeros(c.n_labels, 1))
+
+    def forward(self, onehot: Tensor, codes: Tensor | None = None) -> tuple[Tensor, Tensor]:  # [B, n_labels, H, W]
+        """Image [B, 1, H, W] in [-1, 1], and alpha [B]; codes [B, n_labels, 8 ngf], by default the mean's."""
+        return self.painter(onehot, self.mean_codes() if codes is None else codes)
+
+    def mean_codes(self) -> Tensor:
+        """The training images' mean style [1, n_labels, 8 ngf], zero for a label that was never seen."""
+        return (self.code_sums / self.code_counts.clamp_min(1e-6)).unsqueeze(0)
+
+    @torch.no_grad()
+    def remember(self, codes: Tensor, present: Tensor) -> None:  # [B, n_labels, 8 ngf], [B, n_labels]
+        """Take the codes of a training step into the mean."""
+        self.code_sums.mul_(self.DECAY).add_(codes.sum(0))
+        self.code_counts.mul_(self.DECAY).add_(present.sum(0).unsqueeze(1))
+
+
+class SEAN(SPADE):
+    """SEAN: trained to rebuild a slice from its map and its own style; synthesizes in the training images' mean style.
+
+    Its authors encode the very image that is to be synthesized: so it has seen the answer, which `synthesize_self`
+    gives and tables call "SEAN-self". The fair row, and what is exported, knows the map alone.
+    """
+
+    name = "SEAN"
+
+    @classmethod
+    def networks(cls, c: SpadeConfig) -> tuple[nn.Module, nn.Module]:
+        """Generator with its encoder, and discriminators of one layer less, for patches of 46 x 46 pixels."""
+        return SeanGenerator(c), spectral_patches(c.n_labels + 1, c.ndf, (2, 2, 2))
+
+    def image(self, onehot: Tensor, target: Tensor) -> Tensor:
+        """The synthesis of a training step [B, 1, H, W], in the style of its target."""
+        codes, present = self.g.encoder(target, onehot)
+        self.g.remember(codes, present)
+        return self.g(onehot, codes)[0]
+
+    def synthesize_self(self, onehot: Tensor, real: Tensor) -> Tensor:
+        """Image [B, 1, H, W] in the style of real lungs [B, 1, H, W] in [-1, 1], floor outside, of the same maps."""
+        return self.g(onehot, self.g.encoder(real, onehot)[0])[0]
+
+
+# ----------------------------------------------------------------------------------------------------------------- main
+
+METHODS: dict[str, type[covidgan.Method]] = {method.name: method for method in (Pix2pix, Pix2pixHD, SPADE, SEAN)}
+
+
+def main(argv: list[str]) -> None:
+    """Train the rival that the first argument names, as the others say."""
+    if not argv or argv[0] not in METHODS:
+        raise Mistake(f"{argv[0] if argv else 'nothing to train'}: give one of {', '.join(METHODS)} first")
+    covidgan.main(argv[1:], METHODS[argv[0]])
+
+
+if __name__ == "__main__":
+    covidgan.exit_on_mistake(main)
