@@ -385,7 +385,7 @@ function drawLungs(size) {
   for (let i = 0; i < labels.length; i++) {
     const x = (2 * (i % size) + 1) / size - 1, y = (2 * Math.floor(i / size) + 1) / size - 1; // -1 to 1
     const lungs = ellipse(Math.abs(x) - 0.42, y, 0.35 + 0.08 * y, 0.66);
-    const heart = ellipse(x - 0.14, y + 0.2, 0.36, 0.3), spine = ellipse(x, y - 0.5, 0.2, 0.34);
+    const heart = ellipse(x - 0.14, y + 0.2, 0.36, 0.3), spine = ellipse(x, y - 0.4, 0.2, 0.5);
     labels[i] = lungs && !heart && !spine ? 1 : 0;
   }
   return { name: "lungs", width: size, height: size, labels };
@@ -448,7 +448,8 @@ function paintDisc(x, y) {
 /** Paint along the way that the pointer came. */
 function paintLine(from, to) {
   const dx = to.x - from.x, dy = to.y - from.y, steps = Math.max(1, Math.ceil(Math.hypot(dx, dy)));
-  for (let k = 1; k <= steps; k++) paintDisc(from.x + (dx * k) / steps, from.y + (dy * k) / steps);
+  const middle = (place) => Math.floor(place) + 0.5; // of the pixel: between pixels, a small brush paints none
+  for (let k = 1; k <= steps; k++) paintDisc(middle(from.x + (dx * k) / steps), middle(from.y + (dy * k) / steps));
 }
 
 /** Paint all pixels of one label that hang together with this one by their sides. */
@@ -579,8 +580,8 @@ async function openGenerator(name, content) {
 
 /** The bytes of the generator that comes with the repository. */
 async function shippedGenerator() {
-  const mend = "open a generator.onnx that export.py wrote: drop it here, or press the button below the slice";
-  if (location.protocol === "file:") throw new Error(`Opened from disk, the page reads no file by itself: ${mend}`);
+  const mend = 'drop a generator.onnx that export.py wrote onto the page, or press "Open a generator"';
+  if (location.protocol === "file:") throw new Error(`Opened from disk, the page may read no file by itself: ${mend}`);
   return get(GENERATOR, mend);
 }
 
@@ -725,7 +726,7 @@ function shortcut(event) {
     return;
   }
   if (event.altKey || event.target.matches("select")) return;
-  if (key in LABELS) choose("label", key);
+  if (/^[0-3]$/.test(key)) choose("label", key);
   else if (key === "e") choose("label", 0);
   else if (key === "b") choose("tool", "brush");
   else if (key === "f") choose("tool", "fill");
@@ -777,7 +778,7 @@ function lacking() {
 
 async function main() {
   state.map = drawLungs(SIZE);
-  $("start").append(new Option("two lungs", ""), ...EXAMPLES.map((name) => new Option(name, name)));
+  $("start").append(new Option("Two lungs", ""), ...EXAMPLES.map((name) => new Option(name, name)));
   wire();
   resetWindow();
   drawMap();

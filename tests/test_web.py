@@ -1,0 +1,542 @@
+"""The page in a real browser against infer_onnx.py and data/slices.py, with a small generator of random weights.
+
+Wants Debian's package chromium, or a Chrome, and what `make runtime` fetches; without them the tests are skipped.
+"""
+
+import base64
+import dataclasses
+import functools
+import hashlib
+import http.server
+import os
+import re
+import shutil
+import threading
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from PIL import Image
+
+import covidgan
+import export
+import infer_onnx
+from data.slices import COLOURS, LABELS, coloured, read_image, read_map, windowed, write_image, write_map
+
+ROOT = Path(__file__).resolve().parents[1]
+WEB, VENDOR = ROOT / "web", ROOT / "web" / "vendor"
+SHIPPED = "**/models/covid-ct-256.onnx"
+CDN = "https://cdn.jsdelivr.net/**"
+SIZE = 64  # the generator's
+SECONDS = 60_000  # in ms, for what takes one or two
+
+
+# ------------------------------------------------------------------------------------------------ browser and page
+
+
+def runtime():
+    """The files of the runtime, by name, with the hashes that paint.js pins them to."""
+    return dict(re.findall(r'"(ort[\w.-]+)": "(sha384-[^"]+)"', (WEB / "paint.js").read_text(encoding="utf-8")))
+
+
+@pytest.fixture(scope="module")
+def browser():
+    sync_api = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
+    found = [path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))]
+    if not found:
+        pytest.skip("no browser here: apt-get install chromium")
+    if not all((VENDOR / name).exists() for name in runtime()):
+        pytest.skip("no ONNX Runtime Web here: make runtime")
+    root = ["--no-sandbox"] if os.geteuid() == 0 else []
+    with sync_api.sync_playwright() as playwright:
+        yield playwright.chromium.launch(executable_path=found[0], args=root)
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture(scope="module")
+def site():
+    """The address of the page, as `make web` serves it."""
+    handler = functools.partial(Quiet, directory=ROOT)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/web/"
+        server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def generator(tmp_path_factory):
+    """A generator's file as export.py writes it."""
+    torch.manual_seed(0)
+    c = covidgan.Config(size=SIZE, ngf=16, ndf=8, n_blocks=1, n_local_blocks=1)
+    method = covidgan.build(covidgan.Covidgan, c)
+    for weights in method.g.parameters():
+        if weights.ndim > 1:
+            torch.nn.init.normal_(weights, std=(1.5 / weights[0].numel()) ** 0.5)
+    path = tmp_path_factory.mktemp("web") / "generator.onnx"
+    checkpoint = {"config": dataclasses.asdict(c), "networks": method.state_dict()}
+    export.export_generator(checkpoint, "0" * 64, path)
+    return path
+
+
+class Page:
+    """The page in a tab of its own, and what a user does there."""
+
+    def __init__(self, tab, folder):
+        self.tab, self.folder, self.saved = tab, folder, 0
+        self.requests, self.faults = [], []
+        tab.on("request", lambda request: self.requests.append(request))
+        tab.on("pageerror", lambda fault: self.faults.append(fault))
+
+    def open(self, address):
+        self.tab.goto(address)
+        return self
+
+    def with_slice(self):
+        """Wait until the slice of the map as it is can be saved."""
+        self.tab.locator("#save-ct:enabled").wait_for(timeout=SECONDS)
+        return self
+
+    def line(self, error=False):
+        """The line on top; wait for one that is an error, or none."""
+        found = self.tab.locator("#message.error" if error else "#message:not(.error)")
+        found.wait_for(timeout=SECONDS)
+        return found.inner_text()
+
+    def pick(self, what, path):
+        self.tab.set_input_files(f"#{what}-file", path)
+
+    def refused(self, what, path):
+        """The line by which the page refuses a file."""
+        self.pick(what, path)
+        return self.line(error=True)
+
+    def choose(self, *names):
+        for name in names:
+            self.tab.get_by_role("radio", name=name, exact=True).check(force=True)
+
+    def point(self, x, y):
+        """Where a pixel of the map is on the screen."""
+        self.tab.locator("#map").scroll_into_view_if_needed()
+        box = self.tab.locator("#map").bounding_box()
+        width, height = self.tab.evaluate("[$('map').width, $('map').height]")
+        return box["x"] + (x + 0.5) * box["width"] / width, box["y"] + (y + 0.5) * box["height"] / height
+
+    def stroke(self, *points):
+        self.tab.mouse.move(*self.point(*points[0]))
+        self.tab.mouse.down()
+        for point in points[1:]:
+            self.tab.mouse.move(*self.point(*point), steps=4)
+        self.tab.mouse.up()
+
+    def set(self, slider, value):
+        self.tab.locator(f"#{slider}").fill(str(value))
+
+    def save(self, what):
+        """Save the map or the CT, and read it as the scripts do."""
+        with self.tab.expect_download() as download:
+            self.tab.click(f"#save-{what}")
+        self.saved += 1
+        path = self.folder / f"{self.saved}" / download.value.suggested_filename
+        download.value.save_as(path)
+        return read_map(path) if what == "map" else read_image(path)
+
+
+@pytest.fixture
+def new_page(browser, generator, tmp_path):
+    """Make a page that finds our generator where the repository's own would be; options are the browser's."""
+    contexts = []
+
+    def make(routes=None, **options):
+        context = browser.new_context(**{"viewport": {"width": 1280, "height": 800}, **options})
+        contexts.append(context)
+        tab = context.new_page()
+        for pattern, action in {SHIPPED: lambda route: route.fulfill(path=generator), **(routes or {})}.items():
+            tab.route(pattern, action)
+        return Page(tab, tmp_path)
+
+    yield make
+    for context in contexts:
+        context.close()
+
+
+@pytest.fixture
+def page(new_page, site):
+    """The page with a generator, at the slice of the map that it starts with; it must not throw."""
+    page = new_page().open(site).with_slice()
+    yield page
+    assert not page.faults
+
+
+@pytest.fixture
+def two_lungs():
+    """Labels uint8 [SIZE, SIZE] with all labels in them."""
+    return export.example_map(1, SIZE, SIZE, len(LABELS))[0]
+
+
+def not_there(route):
+    route.fulfill(status=404)
+
+
+def of_scripts(model, labels):
+    """HU of a map by infer_onnx.py, as its PNG holds them."""
+    call = infer_onnx.Generator(*infer_onnx.open_session(model, "cpu", 1))
+    return call(labels[None])[0].clip(-1024)
+
+
+# ------------------------------------------------------------------------------------------------ the slice
+
+
+def test_a_painted_lesion_gives_the_hu_of_infer_onnx_to_1_hu(page, generator):
+    page.choose("Ground glass")
+    page.set("size", 6)
+    page.stroke((15, 30), (20, 40))
+    page.choose("Consolidation")
+    page.stroke((48, 44), (50, 40))
+    labels, hu = page.with_slice().save("map"), page.save("ct")
+    assert set(np.unique(labels)) == {0, 1, 2, 3} and labels.shape == (SIZE, SIZE)
+    expected = of_scripts(generator, labels)
+    assert np.ptp(expected[labels > 0]) > 100  # else any slice would do
+    assert np.abs(hu.astype(int) - expected).max() <= 1
+
+
+def test_a_map_of_any_size_is_padded_and_cropped_as_infer_onnx_does(page, generator, tmp_path, two_lungs):
+    labels = two_lungs[:50, :41]
+    write_map(tmp_path / "P01_S001.png", labels)
+    page.pick("map", tmp_path / "P01_S001.png")
+    assert f"41 x 50 pixels. The generator was trained at {SIZE} x {SIZE}" in page.line()
+    hu = page.with_slice().save("ct")
+    assert hu.shape == labels.shape
+    assert np.abs(hu.astype(int) - of_scripts(generator, labels)).max() <= 1
+
+
+def test_the_built_in_map_takes_the_generators_size_until_it_is_touched(page, generator, tmp_path):
+    assert page.save("map").shape == (SIZE, SIZE)
+    page.stroke((5, 5), (9, 9))
+    model = onnx.load(generator)
+    next(entry for entry in model.metadata_props if entry.key == "size").value = "32"
+    onnx.save(model, tmp_path / "small.onnx")
+    page.pick("generator", tmp_path / "small.onnx")
+    page.tab.get_by_text("small.onnx, trained at 32 x 32 pixels").wait_for(timeout=SECONDS)
+    assert page.save("map").shape == (SIZE, SIZE)
+
+
+def test_the_sliders_show_the_slice_through_the_window_of_data_slices(page):
+    hu = page.save("ct")
+    for level, width in ((-600, 1500), (-800, 300)):
+        page.set("level", level)
+        page.set("width", width)
+        drawn = page.tab.evaluate(
+            "[...$('ct').getContext('2d').getImageData(0, 0, $('ct').width, $('ct').height).data]"
+        )
+        rgba = np.array(drawn, np.uint8).reshape(*hu.shape, 4)
+        lung = hu > -1024  # below it the file is clipped, the page not
+        assert np.array_equal(rgba[lung][:, 0], windowed(hu, level, width)[lung])
+        assert (
+            (rgba[..., 0] == rgba[..., 1]).all()
+            and (rgba[..., 0] == rgba[..., 2]).all()
+            and (rgba[..., 3] == 255).all()
+        )
+    page.tab.click("#reset")
+    assert page.tab.evaluate("[$('level').value, $('width').value]") == ["-600", "1500"]
+
+
+def test_while_a_slice_is_made_the_newest_map_waits_and_older_ones_are_dropped(page):
+    page.tab.evaluate(
+        """() => {
+            window.asked = [];
+            worker.ask = (task, map) => new Promise((resolve) => {
+                const hu = new Int16Array(map.labels);
+                asked.push(() => resolve({ ...map, hu, seconds: 0 }));
+            });
+        }"""
+    )
+    for x in (10, 20, 30):
+        page.stroke((x, 3), (x + 2, 3))
+    assert page.tab.evaluate("asked.length") == 1
+    assert page.tab.locator("#save-ct").is_disabled()
+    page.tab.evaluate("asked[0]()")
+    page.tab.evaluate("new Promise((resolve) => setTimeout(resolve))")
+    assert page.tab.evaluate("asked.length") == 2
+    page.tab.evaluate("asked[1]()")
+    shown = page.with_slice().save("ct")
+    assert np.array_equal(shown, page.save("map")) and page.tab.evaluate("asked.length") == 2
+
+
+# ------------------------------------------------------------------------------------------------ painting
+
+
+def test_undo_redo_and_clear_go_through_the_steps(page):
+    maps = [page.save("map")]
+    page.choose("Consolidation")
+    page.stroke((15, 30), (20, 40))
+    maps.append(page.save("map"))
+    page.tab.click("#clear")
+    maps.append(page.save("map"))
+    assert (maps[1] == 3).any() and not maps[2].any()
+    for action, step in (("#undo", 1), ("Control+z", 0), ("#redo", 1), ("Control+Shift+z", 2), ("Control+z", 1)):
+        page.tab.click(action) if action[0] == "#" else page.tab.keyboard.press(action)
+        assert np.array_equal(page.save("map"), maps[step]), action
+    page.stroke((40, 30), (44, 40))  # a new step, and there is no other to redo
+    assert page.tab.locator("#redo").is_disabled()
+
+
+def test_fill_paints_what_hangs_together_and_no_more(page, two_lungs, tmp_path):
+    lungs = np.where(two_lungs > 0, 1, 0).astype(np.uint8)
+    write_map(tmp_path / "lungs.png", lungs)
+    page.pick("map", tmp_path / "lungs.png")
+    page.tab.get_by_text(f"lungs, {SIZE} x {SIZE}").wait_for()
+    page.with_slice()
+    page.choose("Fill", "Ground glass")
+    y, x = np.argwhere(lungs[:, : SIZE // 2])[0]
+    page.stroke((x, y))
+    expected = lungs.copy()
+    expected[:, : SIZE // 2] *= 2
+    assert np.array_equal(page.save("map"), expected)
+
+
+def test_lesions_stay_inside_the_lung_unless_told_otherwise(page):
+    before = page.save("map")
+    page.choose("Consolidation")
+    page.set("size", 20)
+    page.stroke((3, 3))
+    assert "lesions stay inside the lung" in page.line()
+    page.stroke((SIZE // 2, 40), (10, 40))
+    inside = page.save("map")
+    assert (inside == 3).any() and np.array_equal(inside > 0, before > 0)
+    page.tab.uncheck("#inside")
+    page.stroke((3, 3))
+    assert page.save("map")[3, 3] == 3
+
+
+def test_a_brush_of_one_pixel_paints_that_pixel_and_a_fast_stroke_has_no_gaps(page):
+    page.tab.click("#clear")
+    page.set("size", 1)
+    page.stroke((7, 9))
+    assert np.argwhere(page.save("map")).tolist() == [[9, 7]]
+    page.tab.click("#clear")
+    page.tab.mouse.move(*page.point(2, 2))
+    page.tab.mouse.down()
+    page.tab.mouse.move(*page.point(60, 30))  # in one go
+    page.tab.mouse.up()
+    assert page.save("map").any(0)[2:61].all()
+
+
+def test_the_keyboard_alone_paints(page):
+    page.tab.click("#clear")
+
+    def press(*keys):
+        page.tab.focus("#map")
+        for key in keys:
+            page.tab.keyboard.press(key)
+
+    press("[", *["Shift+ArrowRight"] * 2, *["Shift+ArrowDown"] * 3, "ArrowLeft", "1", "Space")
+    labels = page.save("map")
+    assert labels[30, 19] == 1 and np.count_nonzero(labels) == pytest.approx(np.pi * 7**2, rel=0.1)
+    press("f", "0", "Space")
+    assert not page.save("map").any()
+
+
+def test_a_finger_paints_on_a_phone_that_need_not_scroll_sideways(new_page, site):
+    phone = new_page(viewport={"width": 360, "height": 640}, has_touch=True, is_mobile=True, device_scale_factor=2)
+    phone.open(site).with_slice()
+    assert phone.tab.evaluate("document.documentElement.scrollWidth") <= 360
+    phone.choose("Erase")
+    before = phone.save("map")
+    phone.tab.touchscreen.tap(*phone.point(16, 40))
+    erased = (before > 0) & (phone.save("map") == 0)
+    assert erased[40, 16] and erased.sum() < 300
+
+
+# ------------------------------------------------------------------------------------------------ maps in
+
+
+def as_rgba(labels):
+    """Colours with an alpha channel, of which the background's colour is left where an eraser went."""
+    pixels = np.dstack([coloured(labels), np.where(labels > 0, 255, 0).astype(np.uint8)])
+    pixels[labels == 0, :3] = COLOURS[3]
+    return Image.fromarray(pixels)
+
+
+def with_palette(labels, order, palette):
+    """A palette PNG whose index for label k is order[k]."""
+    picture = Image.fromarray(np.array(order, np.uint8)[labels])
+    picture.putpalette(palette)
+    return picture
+
+
+PAINTED = [channel for label in (2, 0, 3, 1) for channel in COLOURS[label]]  # a paint program's order
+FORMS = {
+    "palette": lambda labels: with_palette(labels, (0, 1, 2, 3), [channel for colour in COLOURS for channel in colour]),
+    "palette in another order": lambda labels: with_palette(labels, (1, 3, 0, 2), PAINTED),
+    "palette of 256": lambda labels: with_palette(labels, (1, 3, 0, 2), PAINTED + [9] * (768 - len(PAINTED))),
+    "palette that dresses values up": lambda labels: with_palette(labels, (0, 1, 2, 3), [9, 9, 9, 80, 0, 0] * 2),
+    "RGB": lambda labels: Image.fromarray(coloured(labels)),
+    "RGBA, erased": as_rgba,
+    "grey": lambda labels: Image.fromarray(labels),
+}
+
+
+def test_a_map_of_ones_own_loads_as_the_scripts_read_it_in_whatever_form(page, two_lungs, tmp_path):
+    for k, (form, make) in enumerate(FORMS.items()):
+        path = tmp_path / f"{k}.png"
+        make(two_lungs).save(path)
+        assert np.array_equal(read_map(path), two_lungs), form
+        page.pick("map", path)
+        page.tab.get_by_text(f"{k}, {SIZE} x {SIZE}").wait_for()
+        assert np.array_equal(page.save("map"), two_lungs), form
+
+
+def test_what_is_no_label_map_is_refused_in_one_line_and_the_map_stays(page, two_lungs, tmp_path):
+    good = tmp_path / "good.png"
+    write_map(good, two_lungs)
+    pink, five = coloured(two_lungs), two_lungs.copy()
+    pink[7, 5], five[7, 5] = (255, 0, 255), 5
+    Image.fromarray(pink).save(tmp_path / "pink.png")
+    Image.fromarray(five).save(tmp_path / "five.png")
+    write_image(tmp_path / "ct.png", np.zeros((SIZE, SIZE)))
+    (tmp_path / "cut.png").write_bytes(good.read_bytes()[:-40])
+    (tmp_path / "none.png").write_bytes(b"no PNG")
+    (tmp_path / "map.jpg").write_bytes(b"")
+    before = page.save("map")
+    for name, words in {
+        "pink.png": "colour 255,0,255 at row 7, column 5",
+        "five.png": "label 5 at row 7, column 5",
+        "ct.png": "16-bit grey PNG is no label map",
+        "cut.png": "not a readable PNG",
+        "none.png": "not a readable PNG",
+        "map.jpg": "neither a label map, .png, nor a generator, .onnx",
+    }.items():
+        page.tab.evaluate("say('')")
+        line = page.refused("map", tmp_path / name)
+        assert line.startswith(name) and words in line and "\n" not in line
+    assert np.array_equal(page.save("map"), before)
+
+
+# ------------------------------------------------------------------------------------------------ generators in
+
+
+def test_a_file_that_is_no_generator_is_refused_in_one_line_and_the_one_before_stays(page, generator, tmp_path):
+    model = onnx.load(generator)
+    metadata = {entry.key: entry.value for entry in model.metadata_props}
+
+    def write(name, changed=metadata, tensor=None):
+        other = onnx.ModelProto()
+        other.CopyFrom(model)
+        onnx.helper.set_model_props(other, changed)
+        if tensor:
+            other.graph.input[0].type.tensor_type.elem_type = tensor
+        onnx.save(other, tmp_path / name)
+
+    whole = generator.read_bytes()
+    (tmp_path / "noise.onnx").write_bytes(np.random.default_rng(0).bytes(1000))
+    (tmp_path / "cut.onnx").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "empty.onnx").write_bytes(b"")
+    write("unet.onnx", metadata | {"kind": "unet"})
+    write("foreign.onnx", {})
+    write("newer.onnx", metadata | {"contract": "2"})
+    for name, words in {
+        "noise.onnx": "not a usable ONNX file",
+        "cut.onnx": "not a usable ONNX file",
+        "empty.onnx": "not a usable ONNX file",
+        "unet.onnx": "is a unet, not a generator",
+        "foreign.onnx": "not a generator that export.py wrote: it lacks metadata kind; metadata contract",
+        "newer.onnx": "contract 2, this page speaks 1",
+    }.items():
+        page.tab.evaluate("say('')")
+        line = page.refused("generator", tmp_path / name)
+        assert line.startswith(name) and words in line and "\n" not in line
+    page.stroke((15, 30), (20, 40))
+    labels, hu = page.with_slice().save("map"), page.save("ct")
+    assert np.abs(hu.astype(int) - of_scripts(generator, labels)).max() <= 1
+
+
+def test_without_the_shipped_generator_the_page_says_so_and_takes_one_that_is_dropped(new_page, site, generator):
+    page = new_page({SHIPPED: not_there}).open(site)
+    line = page.line(error=True)
+    assert "There is no models/covid-ct-256.onnx here" in line and "Open a generator" in line
+    page.choose("Ground glass")
+    page.stroke((100, 120), (110, 130))  # painting goes on without
+    assert page.save("map").shape == (256, 256)
+    page.tab.evaluate(
+        """(text) => {
+            const transfer = new DataTransfer(), bytes = Uint8Array.from(atob(text), (sign) => sign.charCodeAt());
+            transfer.items.add(new File([bytes], "generator.onnx"));
+            document.dispatchEvent(new DragEvent("drop", { dataTransfer: transfer, cancelable: true }));
+        }""",
+        base64.b64encode(generator.read_bytes()).decode(),
+    )
+    labels, hu = page.with_slice().save("map"), page.save("ct")
+    assert (labels == 2).any() and np.abs(hu.astype(int) - of_scripts(generator, labels)).max() <= 1
+
+
+def test_where_memory_runs_out_the_page_says_so_and_starts_anew(page, generator):
+    lacking = "Promise.reject(Object.assign(new Error('std::bad_alloc'), { memory: true }))"
+    page.tab.evaluate(f"() => {{ worker.ask = () => {lacking}; }}")
+    page.tab.click("#clear")
+    assert f"Not enough memory for {SIZE} x {SIZE} pixels" in page.line(error=True)
+    assert page.tab.locator("#save-ct").is_disabled()
+    page.pick("generator", generator)
+    page.with_slice()
+
+
+def test_a_browser_without_webassembly_is_told_so_in_one_line(new_page, site):
+    page = new_page()
+    page.tab.add_init_script("delete window.WebAssembly")
+    assert "This browser lacks WebAssembly" in page.open(site).line(error=True)
+
+
+# ------------------------------------------------------------------------------------------------ the runtime
+
+
+def public_copy(spoil=b""):
+    """What the public copy of the package would answer."""
+
+    def answer(route):
+        body = (VENDOR / route.request.url.rpartition("/")[2]).read_bytes() + spoil
+        route.fulfill(body=body, headers={"Access-Control-Allow-Origin": "*"})
+
+    return answer
+
+
+def test_without_vendor_the_runtime_comes_from_its_public_copy(new_page, site):
+    page = new_page({"**/vendor/*": not_there, CDN: public_copy()}).open(site).with_slice()
+    assert sum("onnxruntime-web@" in request.url for request in page.requests) == len(runtime())
+
+
+def test_a_runtime_that_was_tampered_with_is_not_run(new_page, site):
+    page = new_page({"**/vendor/*": not_there, CDN: public_copy(spoil=b"\n")}).open(site)
+    assert "ONNX Runtime cannot be had" in page.line(error=True)
+
+
+def test_opened_from_disk_the_page_works_with_a_generator_picked(new_page, generator):
+    page = new_page({CDN: public_copy()}).open((WEB / "index.html").as_uri())
+    assert "Opened from disk" in page.line(error=True)
+    page.pick("generator", generator)
+    page.with_slice()
+    assert not page.faults
+
+
+def test_nothing_is_sent_anywhere(page, site):
+    page.stroke((15, 30), (20, 40))
+    page.with_slice().save("ct")
+    kept = [request for request in page.requests if not request.url.startswith(("blob:", "data:"))]
+    assert kept and all(request.method == "GET" and request.url.startswith(site[:-4]) for request in kept)
+    refused = "fetch('https://example.org/', { method: 'POST', body: 'x' }).then(() => false, () => true)"
+    assert page.tab.evaluate(refused)  # by the page's own policy
+
+
+def test_version_hashes_and_colours_are_the_same_everywhere():
+    script, html = ((WEB / name).read_text(encoding="utf-8") for name in ("paint.js", "index.html"))
+    assert len({*re.findall(r"onnxruntime-web@[\d.]+", script + html)}) == 1
+    assert str([list(colour) for colour in COLOURS]) in script
+    assert "[" + ", ".join(f'"{label}"' for label in LABELS) + "]" in script
+    for name, pinned in runtime().items():
+        if (VENDOR / name).exists():
+            digest = hashlib.sha384((VENDOR / name).read_bytes()).digest()
+            assert pinned == f"sha384-{base64.b64encode(digest).decode()}"
