@@ -28,6 +28,9 @@ const RUNTIME = { // ONNX Runtime Web. A new version wants new hashes, and its n
   },
 };
 
+const $ = (id) => document.getElementById(id);
+const clamp = (value, low, high) => Math.min(Math.max(value, low), high);
+
 // ---------------------------------------------------------------------------------------------- the worker
 
 /* Holds one generator, and computes off the page's thread, so that painting never waits. It answers {id, task, ...}
@@ -257,18 +260,19 @@ async function writePng(width, height, depth, raw, palette = null) {
 async function readPng(bytes) {
   const view = new DataView(bytes.buffer, bytes.byteOffset), found = { IDAT: [] };
   if (!SIGNATURE.every((byte, i) => bytes[i] === byte)) throw new Error("it does not begin like one");
-  for (let at = 8; at < bytes.length;) {
-    const length = view.getUint32(at), type = String.fromCharCode(...bytes.subarray(at + 4, at + 8));
-    const content = bytes.subarray(at + 8, at + 8 + length);
-    const crc = crc32(bytes.subarray(at + 4, at + 8 + length));
-    if (crc !== view.getUint32(at + 8 + length)) throw new Error(`its ${type} is damaged`);
+  for (let at = 8, length; !found.IEND; at += 12 + length) {
+    length = at + 12 <= bytes.length ? view.getUint32(at) : Infinity;
+    if (at + 12 + length > bytes.length) throw new Error("it is cut short");
+    const whole = bytes.subarray(at + 4, at + 8 + length), content = whole.subarray(4);
+    const type = String.fromCharCode(...whole.subarray(0, 4));
+    if (crc32(whole) !== view.getUint32(at + 8 + length)) throw new Error(`its ${type} is damaged`);
     if (type === "IDAT") found.IDAT.push(content);
     else found[type] = content;
-    at += 12 + length;
   }
   const header = new DataView(found.IHDR.slice().buffer);
   const png = { width: header.getUint32(0), height: header.getUint32(4), depth: found.IHDR[8], type: found.IHDR[9] };
-  if (Math.max(png.width, png.height) > LARGEST) throw new Error(`more than ${LARGEST} pixels a side`);
+  const { width, height } = png;
+  if (!width || !height || Math.max(width, height) > LARGEST) throw new Error(`not 1 to ${LARGEST} pixels a side`);
   if (found.IHDR[12]) throw new Error("it is interlaced");
   const raw = await through(new DecompressionStream("deflate"), await new Blob(found.IDAT).arrayBuffer());
   const palette = [];
@@ -328,11 +332,11 @@ async function readMap(name, bytes) {
     throw new Error(`${name}: a ${depth}-bit ${KINDS[type]} PNG is no label map: give 8-bit grey, palette or RGB`);
   }
   const channels = CHANNELS[type], labels = new Uint8Array(width * height);
-  const clear = palette.map((colour, i) => (opacities[i] === 0 ? COLOURS[0] : colour));
-  const byColour = type !== 0 && (type !== 3 || decides(clear, samples));
+  const colours = Array.from({ length: 256 }, (_, i) => (opacities[i] === 0 ? COLOURS[0] : palette[i] ?? COLOURS[0]));
+  const byColour = type !== 0 && (type !== 3 || decides(colours, samples));
   for (let i = 0; i < labels.length; i++) {
     const sample = samples.subarray(i * channels, (i + 1) * channels);
-    const colour = type === 3 ? clear[sample[0]] : sample[3] === 0 ? COLOURS[0] : sample;
+    const colour = type === 3 ? colours[sample[0]] : sample[3] === 0 ? COLOURS[0] : sample;
     labels[i] = byColour ? labelOf(colour) : sample[0];
     if (labels[i] >= LABELS.length) {
       const found = byColour ? `colour ${[...colour].slice(0, 3)}` : `label ${labels[i]}`;
@@ -368,7 +372,6 @@ function ctPng({ width, height, hu }) {
 
 // ---------------------------------------------------------------------------------------------- the map, its history
 
-const $ = (id) => document.getElementById(id);
 const state = {
   map: null, // {name, width, height, labels uint8}; a step begins with a copy, so that those before can be kept
   past: [], future: [], // maps
@@ -391,7 +394,7 @@ function drawLungs(size) {
   return { name: "lungs", width: size, height: size, labels };
 }
 
-/** Put another map in the place of this one, as a step that can be undone. */
+/** Put another map in the place of the present one, as a step that can be undone. */
 function replaceMap(map) {
   state.past.push(state.map);
   Object.assign(state, { map, future: [] });
@@ -412,7 +415,7 @@ function keepStep(before) {
   const after = state.map;
   state.map = before;
   if (after.labels.some((label, i) => label !== before.labels[i])) replaceMap(after);
-  else if (label() > 1 && $("inside").checked) say("Nothing changed: lesions stay inside the lung.");
+  else if (chosen("label") > 1 && $("inside").checked) say("Nothing changed: lesions stay inside the lung.");
 }
 
 /** Go a step back or on: from one list of maps to the other. */
@@ -426,21 +429,20 @@ function travel(from, to) {
 // ---------------------------------------------------------------------------------------------- painting
 
 let stroke = null; // {before, x, y} while the pointer is down
-const label = () => Number(document.querySelector("[name=label]:checked").value);
-const tool = () => document.querySelector("[name=tool]:checked").value;
+const chosen = (name) => document.querySelector(`[name=${name}]:checked`).value; // of label, tool
 
-/** Set one pixel's label; a lesion only where there is lung, if that is wanted. */
-function paintPixel(labels, i, value, inside) {
-  if (labels[i] || value < 2 || !inside) labels[i] = value;
+/** A function that sets one pixel to the chosen label: a lesion only where there is lung, if that is wanted. */
+function painter() {
+  const { labels } = state.map, value = Number(chosen("label")), anywhere = value < 2 || !$("inside").checked;
+  return (i) => { if (anywhere || labels[i]) labels[i] = value; };
 }
 
 /** Paint a disc around a point of the map. */
 function paintDisc(x, y) {
-  const { width, height, labels } = state.map, radius = $("size").value / 2;
-  const value = label(), inside = $("inside").checked;
+  const { width, height } = state.map, radius = $("size").value / 2, paint = painter();
   for (let j = Math.max(0, Math.floor(y - radius)); j <= Math.min(height - 1, y + radius); j++) {
     for (let i = Math.max(0, Math.floor(x - radius)); i <= Math.min(width - 1, x + radius); i++) {
-      if ((i + 0.5 - x) ** 2 + (j + 0.5 - y) ** 2 <= radius ** 2) paintPixel(labels, j * width + i, value, inside);
+      if ((i + 0.5 - x) ** 2 + (j + 0.5 - y) ** 2 <= radius ** 2) paint(j * width + i);
     }
   }
 }
@@ -454,15 +456,13 @@ function paintLine(from, to) {
 
 /** Paint all pixels of one label that hang together with this one by their sides. */
 function fill(x, y) {
-  const { width, height, labels } = state.map;
-  const value = label(), inside = $("inside").checked;
+  const { width, height, labels } = state.map, paint = painter();
   const stack = [Math.floor(y) * width + Math.floor(x)], old = labels[stack[0]];
-  if (old === value) return;
   while (stack.length) {
     const i = stack.pop();
     if (labels[i] !== old) continue;
-    paintPixel(labels, i, value, inside);
-    if (labels[i] === old) return; // not to be painted, and neither is the rest
+    paint(i);
+    if (labels[i] === old) return; // it is of that label, or may not be painted; and so is all the rest
     if (i % width) stack.push(i - 1);
     if ((i + 1) % width) stack.push(i + 1);
     if (i >= width) stack.push(i - width);
@@ -483,7 +483,7 @@ function pointOn(canvas, event) {
 function beginStroke(event) {
   if (!event.isPrimary || event.button !== 0) return;
   const point = pointOn($("map"), event);
-  if (tool() === "fill") return void step(() => fill(point.x, point.y));
+  if (chosen("tool") === "fill") return void step(() => fill(point.x, point.y));
   $("map").setPointerCapture(event.pointerId);
   stroke = { before: state.map, ...point };
   state.map = { ...state.map, labels: state.map.labels.slice() };
@@ -519,7 +519,7 @@ function paintByKey(event) {
   const x = clamp(ring.x + pixels * dx, 0.5, width - 0.5), y = clamp(ring.y + pixels * dy, 0.5, height - 0.5);
   showRing({ x, y });
   showReadout({ x, y });
-  if (event.key === " ") step(() => (tool() === "fill" ? fill(x, y) : paintDisc(x, y)));
+  if (event.key === " ") step(() => (chosen("tool") === "fill" ? fill(x, y) : paintDisc(x, y)));
 }
 
 // ---------------------------------------------------------------------------------------------- synthesis
@@ -632,7 +632,6 @@ function save(blob, name) {
 // ---------------------------------------------------------------------------------------------- the page
 
 let ring = { x: 0.5, y: 0.5 }; // where the brush is
-const clamp = (value, low, high) => Math.min(Math.max(value, low), high);
 
 function say(line) {
   $("message").textContent = line;
@@ -680,8 +679,8 @@ function drawCt() {
 /** Set the sliders to the generator's own window. */
 function resetWindow() {
   const { level, width } = state.generator ?? WINDOW;
-  Object.assign($("level"), { value: level });
-  Object.assign($("width"), { value: width });
+  $("level").value = level;
+  $("width").value = width;
   showSliders();
   drawCt();
 }
@@ -702,7 +701,7 @@ function showButtons() {
 /** Show the brush: a circle of its size on the map. */
 function showRing(point) {
   ring = point;
-  const { width, height } = state.map, size = tool() === "fill" ? 1 : $("size").value;
+  const { width, height } = state.map, size = chosen("tool") === "fill" ? 1 : $("size").value;
   Object.assign($("ring").style, { left: `${(100 * point.x) / width}%`, top: `${(100 * point.y) / height}%` });
   Object.assign($("ring").style, { width: `${(100 * size) / width}%`, height: `${(100 * size) / height}%` });
 }
