@@ -30,6 +30,12 @@ def rng():
     return np.random.default_rng(0)
 
 
+@pytest.fixture(autouse=True)
+def undrawn(monkeypatch):
+    """Spare each test the curves of texture, which take longer than all the rest; test_eval_texture.py draws them."""
+    monkeypatch.setattr(evaluation.Texture, "picture", lambda texture: b"undrawn")
+
+
 def lungs(height=HEIGHT, width=WIDTH, shift=0):
     """A label map uint8 of two lungs; ground glass in the left one, consolidation in the right."""
     y, x = np.mgrid[:height, :width] / np.array([height, width])[:, None, None]
