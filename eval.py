@@ -584,6 +584,7 @@ def differences(real: Pool, fake: Pool, step: float) -> dict[str, float]:
 class Texture:
     """Texture or blur? Power spectrum inside the lung and HU histogram of each label, beside the real slices' own.
 
+    Spectra are means over all directions, by which Durall et al. (CVPR 2020) tell synthetic images from real ones.
     Slices are pooled, each with the weight of its lung's area. HU are clipped to the window, and for the histograms
     in its 256 steps.
     """
