@@ -11,5 +11,6 @@ def __getattr__(name: str) -> Any:
     if name != "METHODS":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from paper.rivals import METHODS
+    from paper.study import Study
 
-    return METHODS
+    return METHODS | {Study.name: Study}

@@ -1,0 +1,93 @@
+"""What makes training paint lungs that one believes: switches that the paper does not have, tried in paper/fidelity.md.
+
+    python -m paper.study --spectral --data data/ct --size 128 --batch 4 --epochs 2 --epoch-len 4200 --out out/spectral
+
+trains as covidgan.py does, with its options and those of StudyConfig. What won stands in covidgan.py itself; what is
+here did not win, and stays so that its rows can be run again.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
+
+import covidgan
+
+
+@dataclass(frozen=True)
+class StudyConfig(covidgan.Config):
+    """The switches under study, all off, beside covidgan's."""
+
+    spectral: bool = False  # spectral norm on D's convolutions (Miyato et al., 2018)
+    r1: float = 0.0  # weight of the gradient penalty on real slices (Mescheder et al., 2018), every R1_EVERY steps
+    noise_inputs: int = 0  # channels of Gaussian noise that G sees beside the map; zero in synthesis
+    position: bool = False  # two more channels for G: where in the slice a pixel lies, -1..1 across and down
+    d_speed: float = 1.0  # D's learning rate, of G's
+
+
+R1_EVERY = 16  # steps: lazy regularisation, its weight the larger by as much (Karras et al., 2020)
+
+
+class WidenedGenerator(covidgan.Generator):
+    """G with more input channels than labels: position, and noise where it trains."""
+
+    def __init__(self, c: StudyConfig) -> None:
+        super().__init__(dataclasses.replace(c, n_labels=c.n_labels + 2 * c.position + c.noise_inputs))
+        self.n_labels, self.position, self.noise_inputs = c.n_labels, c.position, c.noise_inputs
+
+    def forward(self, onehot: Tensor, stage: str = "joint") -> tuple[Tensor, Tensor]:
+        """As covidgan.Generator's: the further channels are made here, and shrunk with the map."""
+        inputs, empty = [onehot], torch.zeros_like(onehot[:, :1])
+        if self.position:  # by sums, since the exported graph takes maps of any size
+            counts = [(empty + 1).cumsum(axis) - 1 for axis in (2, 3)]
+            inputs += [2 * count / count.amax((2, 3), keepdim=True) - 1 for count in counts]
+        inputs += [torch.randn_like(empty) if self.training else empty for _ in range(self.noise_inputs)]
+        return super().forward(torch.cat(inputs, 1), stage)
+
+
+class Study(covidgan.Covidgan):
+    """The paper's method with the switches under study."""
+
+    name, options = "covidgan-study", StudyConfig
+    architecture = (*covidgan.Covidgan.architecture, "spectral", "noise_inputs", "position")
+
+    def __init__(self, c: StudyConfig) -> None:
+        super().__init__(c)
+        if c.position or c.noise_inputs:
+            self.g = WidenedGenerator(c)
+            covidgan.init_weights(self.g)
+        self.register_buffer("steps", torch.zeros((), dtype=torch.long))  # in the checkpoint: R1 goes on in its turn
+        if c.spectral:  # after the weights' own start, which would not reach them any more
+            for layer in [*self.d.modules()]:
+                if isinstance(layer, nn.Conv2d):
+                    spectral_norm(layer)
+
+    def players(self, stage: str) -> dict[str, covidgan.Player]:
+        """As the paper's, with D at its own rate."""
+        players = super().players(stage)
+        players["d"] = dataclasses.replace(players["d"], lr=self.c.lr * self.c.d_speed)
+        return players
+
+    def losses(self, onehot: Tensor, target: Tensor, stage: str) -> dict[str, Tensor]:
+        """As the paper's, with R1 in its turn."""
+        losses = super().losses(onehot, target, stage)
+        self.steps += 1
+        if self.c.r1 and self.steps % R1_EVERY == 0:
+            losses["d"] = losses["d"] + R1_EVERY * self.c.r1 / 2 * self.slope(onehot, target, stage)
+        return losses
+
+    def slope(self, onehot: Tensor, target: Tensor, stage: str) -> Tensor:
+        """Mean over the batch of the squared gradient of D's mean verdicts with respect to the real slice."""
+        first, shrink = self.first_scale(stage), 2 ** (self.c.n_gen - 1) if stage == "g1" else 1
+        onehot, target = onehot[..., ::shrink, ::shrink], F.avg_pool2d(target, shrink)
+        real = self.shown(target, onehot).requires_grad_()
+        verdicts = sum(features[-1].float().mean((1, 2, 3)).sum() for features in self.d(onehot, real, first))
+        (gradient,) = torch.autograd.grad(verdicts, real, create_graph=True)
+        return gradient.square().sum((1, 2, 3)).mean()
+
+
+if __name__ == "__main__":
+    covidgan.exit_on_mistake(lambda argv: covidgan.main(argv, Study))

@@ -1,0 +1,118 @@
+"""The switches of paper/study.py do what their names say, and a run of the study is one of the loop's."""
+
+import signal
+
+import numpy as np
+import pytest
+import torch
+
+import covidgan
+import export
+from paper.study import R1_EVERY, Study, StudyConfig
+
+
+@pytest.fixture
+def study(tiny):
+    """Networks of the study with some switches on."""
+    return lambda **on: covidgan.build(Study, StudyConfig(**{**vars(tiny()), **on}))
+
+
+@pytest.fixture
+def onehot():
+    """Two random maps with lung in the middle."""
+    labels = torch.zeros(2, 1, 64, 64, dtype=torch.uint8)
+    labels[:, :, 16:48, 10:54] = torch.randint(1, 4, (2, 1, 32, 44), generator=torch.Generator().manual_seed(0)).byte()
+    return covidgan.one_hot(labels, 4)
+
+
+def test_with_all_switches_off_it_is_the_papers_method(study, tiny, onehot):
+    ours, papers = study(), covidgan.build(covidgan.Covidgan, tiny())
+    mine = ours.state_dict()
+    assert all(torch.equal(mine[name], value) for name, value in papers.state_dict().items())
+    target = torch.rand(2, 1, 64, 64) * 2 - 1
+    theirs = papers.losses(onehot, target, "joint")
+    assert all(value.item() == theirs[name].item() for name, value in ours.losses(onehot, target, "joint").items())
+
+
+def test_under_spectral_norm_no_convolution_of_d_stretches_more_than_1(study):
+    made = study(spectral=True)
+    with torch.no_grad():  # a weight that grew in training
+        for layer in made.d.modules():
+            if isinstance(layer, torch.nn.Conv2d):
+                layer.parametrizations.weight.original.mul_(50)
+    for _ in range(30):
+        made.d(torch.zeros(1, 4, 64, 64), torch.zeros(1, 1, 64, 64))
+    for layer in made.d.modules():
+        if isinstance(layer, torch.nn.Conv2d):
+            assert np.linalg.norm(layer.weight.detach().flatten(1).numpy(), 2) == pytest.approx(1, abs=0.05)
+
+
+def test_r1_is_the_squared_gradient_at_real_slices_in_its_turn_alone(study, onehot):
+    made, plain = study(r1=3.0), study()
+    target = (torch.rand(2, 1, 64, 64, generator=torch.Generator().manual_seed(1)) * 2 - 1) * onehot[:, 1:].sum(1, True)
+    extra = [
+        (made.losses(onehot, target, "joint")["d"] - plain.losses(onehot, target, "joint")["d"]).item()
+        for _ in range(R1_EVERY)
+    ]
+    assert extra[:-1] == [0] * (R1_EVERY - 1)
+    # the directional derivative along the gradient, by finite differences, is its length
+    x = made.shown(target, onehot).double().requires_grad_()
+    made.double()
+    verdict = lambda image: sum(f[-1].mean((1, 2, 3)) for f in made.d(onehot.double(), image))  # noqa: E731
+    (gradient,) = torch.autograd.grad(verdict(x).sum(), x)
+    length = gradient.flatten(1).norm(dim=1)
+    step = 1e-5 * gradient / length.view(-1, 1, 1, 1)
+    slopes = (verdict(x + step) - verdict(x - step)) / 2e-5
+    assert slopes.tolist() == pytest.approx(length.tolist(), rel=1e-3)
+    assert extra[-1] == pytest.approx(R1_EVERY * 3 / 2 * length.square().mean().item(), rel=1e-2)
+
+
+def test_noise_is_drawn_in_training_and_zero_in_synthesis(study, onehot):
+    made = study(noise_inputs=1)
+    assert made.g.g1.trunk[1].in_channels == 5
+    assert not torch.equal(made.g(onehot)[0], made.g(onehot)[0])
+    made.eval()
+    assert torch.equal(made.g(onehot)[0], made.g(onehot)[0])
+
+
+def test_position_is_two_channels_from_minus_1_to_1_down_and_across(study, monkeypatch):
+    seen = []
+    monkeypatch.setattr(covidgan.Generator, "forward", lambda self, x, stage="joint": seen.append(x) or (x[:, :1], x))
+    study(position=True).g(torch.zeros(2, 4, 32, 64))
+    down, across = seen[0][:, 4], seen[0][:, 5]
+    assert seen[0].shape == (2, 6, 32, 64)
+    assert np.allclose(down[1, :, 5], np.linspace(-1, 1, 32)) and np.allclose(across[0, 7], np.linspace(-1, 1, 64))
+
+
+def test_stopped_it_goes_on_bit_for_bit_and_exports(toy, tmp_path, monkeypatch):
+    on = ["--spectral", "--r1", "1", "--noise-inputs", "1", "--position", "--d-speed", "2"]
+    arguments = ["--preset", "tiny", "--data", str(toy.folder), "--device", "cpu", "--dtype", "float32"]
+    arguments += [
+        "--stage",
+        "joint",
+        "--n-blocks",
+        "1",
+        "--n-local-blocks",
+        "1",
+        "--epoch-len",
+        "80",
+        "--interval",
+        "50",
+        *on,
+    ]
+    covidgan.main([*arguments, "--out", str(tmp_path / "whole")], Study)
+    step = covidgan.Trainer.step
+
+    def stopping(self):
+        self.stop_signal = signal.SIGTERM if self.step_done == 9 else 0
+        return step(self)
+
+    monkeypatch.setattr(covidgan.Trainer, "step", stopping)
+    with pytest.raises(covidgan.Stopped):
+        covidgan.main([*arguments, "--out", str(tmp_path / "parts")], Study)
+    monkeypatch.undo()
+    covidgan.main(["--resume", "--out", str(tmp_path / "parts")], Study)
+    whole, parts = (torch.load(tmp_path / run / "ckpt.pt", weights_only=True) for run in ("whole", "parts"))
+    assert all(torch.equal(parts["networks"][name], value) for name, value in whole["networks"].items())
+    export.main([str(tmp_path / "whole" / "ckpt.pt"), "-o", str(tmp_path / "g.onnx")])
+    assert (tmp_path / "g.onnx").exists()
