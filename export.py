@@ -39,6 +39,7 @@ import onnxruntime as ort
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 import covidgan
 from covidgan import Mistake, replace
@@ -77,6 +78,18 @@ class NativeNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # [N, c, H, W]
         """Zero mean and unit variance for each image and channel."""
         return F.instance_norm(x.float()).to(x.dtype)
+
+
+class Affine(nn.Module):
+    """The scale and shift of a norm that has them."""
+
+    def __init__(self, norm: nn.InstanceNorm2d) -> None:
+        super().__init__()
+        self.scale, self.shift = (nn.Parameter(p.detach().view(-1, 1, 1)) for p in (norm.weight, norm.bias))
+
+    def forward(self, x: Tensor) -> Tensor:  # [N, c, H, W]
+        """Scale and shift each channel."""
+        return x * self.scale + self.shift
 
 
 class BlockedConv(nn.Module):
@@ -150,10 +163,29 @@ def is_head(conv: nn.Conv2d) -> bool:
     return conv.out_channels == 1 and conv.stride == (1, 1) and conv.padding == (0, 0) and conv.bias is not None
 
 
+def fold(generator: nn.Module) -> None:
+    """Let what is computed of weights alone stand for itself: a weight under spectral norm, in eval mode; and its own.
+
+    A generator may have a method `fold` for what only it knows.
+    """
+    for layer in [*generator.modules()]:
+        if parametrize.is_parametrized(layer):
+            for name in [*layer.parametrizations]:
+                parametrize.remove_parametrizations(layer, name)
+    if hasattr(generator, "fold"):
+        generator.fold()
+
+
 def rewrite(generator: nn.Module, fp16: bool, target: str) -> nn.Module:
     """Bring a trained generator, in place, into the form that runtimes compute accurately and fast."""
+
+    def renorm(norm: nn.InstanceNorm2d) -> nn.Module:
+        core = NativeNorm() if fp16 else TwoStageNorm()
+        return nn.Sequential(core, Affine(norm)) if norm.affine else core
+
+    fold(generator)
     drop_biases(generator)
-    replace(generator, nn.InstanceNorm2d, lambda _: NativeNorm() if fp16 else TwoStageNorm())
+    replace(generator, nn.InstanceNorm2d, renorm)
     if fp16:
         return generator.half()
     replace(generator, nn.Conv2d, lambda conv: BlockedConv(conv) if is_head(conv) else conv)

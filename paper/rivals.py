@@ -7,15 +7,15 @@
 
 What is theirs is their networks, losses and optimiser settings, from their papers and public code, written anew:
     pix2pix     Isola, Zhu, Zhou, Efros, CVPR 2017              UNet; L1
-    pix2pixHD   Wang et al., CVPR 2018                          GlobalGenerator; LSGAN on two scales, feature matching
-    SPADE       Park, Liu, Wang, Zhu, CVPR 2019                 SpadeGenerator of Spade units; hinge
-    SEAN        Zhu, Abdal, Qin, Wonka, CVPR 2020               SeanGenerator of Ace units, styles from real slices
+    pix2pixHD   Wang et al., CVPR 2018                          HDGenerator; LSGAN on two scales, feature matching
+    SPADE       Park, Liu, Wang, Zhu, CVPR 2019                 SpadeGenerator, SpadeNorm; hinge
+    SEAN        Zhu, Abdal, Qin, Wonka, CVPR 2020               SeanGenerator, AceNorm, StyleEncoder
 Data, augmentation, schedule, average of the weights, checkpoints and pictures are the loop's, the same for all five;
 so is its order: one synthesis a step, from which all players' losses are computed before any of them moves.
 
 Left out in all of them: the VGG loss of pix2pixHD, SPADE and SEAN. It needs a network trained on a million photographs,
 which is a download, knows no CT, and would be a help that pix2pix and covidgan do not have; pix2pixHD's authors
-report results without it too. Also instance edges and flips: a map of labels has no instances, a chest no mirror image.
+report results without it too. So are instance edges, since a label map has no instances.
 """
 
 from collections.abc import Callable
@@ -33,6 +33,7 @@ import covidgan
 from covidgan import Mistake, Player, ResidualBlock, down, gan_loss_d, gan_loss_g, head, stem, up
 
 Adam = tuple[float, tuple[float, float]]  # learning rate, betas
+Normed = Callable[[nn.Conv2d], list[nn.Module]]  # a convolution to itself, perhaps changed, and a norm
 
 # --------------------------------------------------------------------------------------------------- what rivals share
 
@@ -49,9 +50,8 @@ class RivalConfig(covidgan.LoopConfig):
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": dict(noise=0.01, ema=0.0, optimiser="paper"),
     "demo": dict(size=128, ngf=16, ndf=16, batch=4, epochs=2, epoch_len=1600, interval=200),
-    "tiny": dict(covidgan.PRESETS["tiny"], ngf=8, ndf=8),
+    "tiny": dict(data=f"{covidgan.PHANTOM}64", size=64, ngf=8, ndf=8, batch=4, epochs=1, epoch_len=80, interval=10),
 }
-del PRESETS["tiny"]["n_blocks"]
 
 
 class Rival(covidgan.Method):
@@ -100,23 +100,16 @@ def no_alpha(onehot: Tensor) -> Tensor:
 class Patches(nn.Module):
     """PatchGAN: 4x4 convolutions whose last puts out a matrix of decisions.
 
-    The first and the last convolution have a bias and no norm; `middle` makes a block of each one between.
+    The first and the last have a bias and no norm; `normed` gives the layers, norm included, for each one between.
     """
 
-    def __init__(
-        self,
-        c_in: int,
-        ndf: int,
-        strides: tuple[int, ...],
-        padding: int,
-        middle: Callable[[nn.Conv2d], list[nn.Module]],
-    ) -> None:
+    def __init__(self, c_in: int, ndf: int, strides: tuple[int, ...], padding: int, normed: Normed) -> None:
         super().__init__()
         channels = [c_in, *[ndf * 2**k for k in range(len(strides))]]
         blocks = []
         for k, ((a, b), stride) in enumerate(zip(pairwise(channels), strides, strict=True)):
             conv = nn.Conv2d(a, b, 4, stride, padding, bias=k == 0)
-            blocks.append(nn.Sequential(*(middle(conv) if k else [conv]), nn.LeakyReLU(0.2)))
+            blocks.append(nn.Sequential(*(normed(conv) if k else [conv]), nn.LeakyReLU(0.2)))
         self.blocks = nn.ModuleList([*blocks, nn.Conv2d(channels[-1], 1, 4, 1, padding)])
 
     def forward(self, x: Tensor) -> list[Tensor]:  # [B, c_in, H, W]
@@ -182,12 +175,15 @@ class Pix2pixConfig(RivalConfig):
     lambda_l1: float = 100.0
 
 
-def one_image_norm(c: int) -> nn.Module:
+class OneImageNorm(nn.InstanceNorm2d):
     """Batch norm as pix2pix's authors train and test it, on batches of one: each image by its own statistics.
 
     On larger batches this keeps to their method, and a slice does not depend on those beside it.
     """
-    return nn.InstanceNorm2d(c, affine=True)
+
+    def __init__(self, c: int) -> None:
+        super().__init__(c, affine=True)
+        nn.init.normal_(self.weight, 1.0, 0.02)
 
 
 class UNet(nn.Module):
@@ -201,13 +197,13 @@ class UNet(nn.Module):
         widths = [ngf * min(2**k, 8) for k in range(levels)]  # 64, 128, 256, 512, 512, ...
         self.downs = nn.ModuleList([nn.Conv2d(n_labels, ngf, 4, 2, 1, bias=False)])
         for k, (a, b) in enumerate(pairwise(widths), start=2):
-            norm = [one_image_norm(b)] if k < levels else []
+            norm = [OneImageNorm(b)] if k < levels else []
             self.downs.append(nn.Sequential(nn.LeakyReLU(0.2), nn.Conv2d(a, b, 4, 2, 1, bias=False), *norm))
         self.ups = nn.ModuleList()
         for k, (b, a) in enumerate(pairwise(widths[::-1])):
             grow = nn.ConvTranspose2d(2 * b if k else b, a, 4, 2, 1, bias=False)
             dropout = [nn.Dropout(0.5)] if k and a == 8 * ngf else []  # as the public PyTorch code has it
-            self.ups.append(nn.Sequential(nn.ReLU(), grow, one_image_norm(a), *dropout))
+            self.ups.append(nn.Sequential(nn.ReLU(), grow, OneImageNorm(a), *dropout))
         self.head = nn.Sequential(nn.ReLU(), nn.ConvTranspose2d(2 * ngf, 1, 4, 2, 1), nn.Tanh())
 
     def forward(self, onehot: Tensor) -> tuple[Tensor, Tensor]:  # [B, n_labels, H, W]
@@ -222,7 +218,7 @@ class UNet(nn.Module):
 
 
 class Pix2pix(Rival):
-    """pix2pix: U-Net against one PatchGAN of 70 x 70 pixels; log loss and L1 (fact: `--model pix2pix`, batch 1)."""
+    """pix2pix (`--model pix2pix` of its authors): U-Net against one PatchGAN of 70 x 70 pixels; log loss and L1."""
 
     name, options = "pix2pix", Pix2pixConfig
     own: ClassVar = dict.fromkeys("dg", (2e-4, (0.5, 0.999)))
@@ -232,11 +228,10 @@ class Pix2pix(Rival):
     def __init__(self, c: Pix2pixConfig) -> None:
         super().__init__(c)
         self.g = UNet(c.n_labels, c.ngf, self.levels(c))
-        middle: Callable = lambda conv: [conv, one_image_norm(conv.out_channels)]  # noqa: E731
-        self.d = Scales([Patches(c.n_labels + 1, c.ndf, (2, 2, 2, 1), 1, middle)])
+        strides, padding = (2, 2, 2, 1), 1
+        patches = Patches(c.n_labels + 1, c.ndf, strides, padding, lambda conv: [conv, OneImageNorm(conv.out_channels)])
+        self.d = Scales([patches])
         self.apply(partial(start, draw=normal))
-        for norm in (module for module in self.modules() if isinstance(module, nn.InstanceNorm2d)):
-            nn.init.normal_(norm.weight, 1.0, 0.02)
 
     @classmethod
     def levels(cls, c: Pix2pixConfig) -> int:
@@ -273,7 +268,7 @@ class Pix2pixHDConfig(RivalConfig):
     lambda_fm: float = 10.0
 
 
-class GlobalGenerator(nn.Module):
+class HDGenerator(nn.Module):
     """pix2pixHD's G1 (its §3.1) with its option's four halvings, where covidgan's G1 has the class default of three."""
 
     def __init__(self, n_labels: int, ngf: int, n_blocks: int) -> None:
@@ -301,7 +296,7 @@ class Pix2pixHD(Rival):
 
     def __init__(self, c: Pix2pixHDConfig) -> None:
         super().__init__(c)
-        self.g = GlobalGenerator(c.n_labels, c.ngf, c.n_blocks)
+        self.g = HDGenerator(c.n_labels, c.ngf, c.n_blocks)
         self.d = Scales([covidgan.PatchGAN(c.n_labels + 1, c.ndf) for _ in range(2)])
         self.apply(partial(start, draw=normal))
 
@@ -357,17 +352,16 @@ class SpectralNorm(nn.Module):
         """Left and right singular vector of the largest singular value."""
         matrix, u = weight.flatten(1), self.u
         for _ in range(iterations):
-            v = F.normalize(matrix.T @ u, dim=0)
-            u = F.normalize(matrix @ v, dim=0)
+            v = F.normalize((matrix.T @ u).to(weight.dtype), dim=0)
+            u = F.normalize((matrix @ v).to(weight.dtype), dim=0)
         return u, v
 
     def forward(self, weight: Tensor) -> Tensor:  # [c_out, c_in, k, k]
         """Divide."""
-        with torch.autocast(weight.device.type, enabled=False):
-            u, v = self.vectors(weight, 1 if self.training else 15)
-            if self.training:
-                self.u.copy_(u)
-            return weight / (u @ weight.flatten(1) @ v)
+        u, v = self.vectors(weight, 1 if self.training else 15)
+        if self.training:
+            self.u.copy_(u)
+        return weight / ((weight.flatten(1) * v).sum(1) * u).sum()  # trap: autocast rounds a matrix product to bfloat16
 
 
 def spectral(conv: nn.Conv2d) -> nn.Conv2d:
@@ -377,31 +371,23 @@ def spectral(conv: nn.Conv2d) -> nn.Conv2d:
     return conv
 
 
-class MaskPath(nn.Module):
-    """What a map says of gamma and beta (SPADE Fig. 2): 3x3 convolution to 128 channels, ReLU, one for each of them."""
-
-    def __init__(self, c: int, n_labels: int, ngf: int) -> None:
-        super().__init__()
-        self.shared = nn.Sequential(conv3(n_labels, 2 * ngf), nn.ReLU())
-        self.gamma, self.beta = conv3(2 * ngf, c), conv3(2 * ngf, c)
-
-    def forward(self, onehot: Tensor) -> tuple[Tensor, Tensor]:  # [B, n_labels, H, W] -> [B, c, H, W] each
-        """Gamma and beta of every pixel."""
-        hidden = self.shared(onehot)
-        return self.gamma(hidden), self.beta(hidden)
-
-
-class Spade(nn.Module):
-    """Spatially adaptive normalisation (SPADE Eq. 1): batch norm whose scale and shift are painted by the map."""
+class SpadeNorm(nn.Module):
+    """Spatially adaptive normalisation (SPADE Eq. 1, Fig. 2): batch norm whose scale and shift the map paints."""
 
     def __init__(self, c: int, n_labels: int, ngf: int) -> None:
         super().__init__()
         self.norm = nn.BatchNorm2d(c, affine=False)  # to synthesize, by statistics that training collected
-        self.mask = MaskPath(c, n_labels, ngf)
+        self.shared = nn.Sequential(conv3(n_labels, 2 * ngf), nn.ReLU())
+        self.gamma, self.beta = conv3(2 * ngf, c), conv3(2 * ngf, c)
 
-    def forward(self, x: Tensor, onehot: Tensor, codes: None = None) -> Tensor:  # [B, c, H, W], [B, n_labels, H, W]
-        """Normalise x and modulate it; what Ace would take style codes from is ignored."""
-        gamma, beta = self.mask(onehot)
+    def modulation(self, onehot: Tensor, codes: Tensor | None) -> tuple[Tensor, Tensor]:  # [B, n_labels, H, W]
+        """Gamma and beta [B, c, H, W] of every pixel; of style codes only SEAN knows."""
+        hidden = self.shared(onehot)
+        return self.gamma(hidden), self.beta(hidden)
+
+    def forward(self, x: Tensor, onehot: Tensor, codes: Tensor | None) -> Tensor:  # [B, c, H, W], [B, n_labels, H, W]
+        """Normalise x and modulate it."""
+        gamma, beta = self.modulation(onehot, codes)
         return self.norm(x) * (1 + gamma) + beta
 
 
@@ -454,12 +440,15 @@ class SpadeGenerator(nn.Module):
 
 
 def spectral_patches(c_in: int, ndf: int, strides: tuple[int, ...]) -> Scales:
-    """SPADE's and SEAN's discriminators on two scales: spectral norm and instance norm in the middle."""
-    middle: Callable = lambda conv: [spectral(conv), nn.InstanceNorm2d(conv.out_channels)]  # noqa: E731
-    return Scales([Patches(c_in, ndf, strides, 2, middle) for _ in range(2)])
+    """SPADE's and SEAN's discriminators on two scales: both spectral norm and instance norm."""
+
+    def normed(conv: nn.Conv2d) -> list[nn.Module]:
+        return [spectral(conv), nn.InstanceNorm2d(conv.out_channels)]
+
+    return Scales([Patches(c_in, ndf, strides, 2, normed) for _ in range(2)])
 
 
-class SPADE(Rival):
+class Spade(Rival):
     """SPADE without its image encoder; hinge loss and feature matching; D four times as fast as G."""
 
     name, options = "SPADE", SpadeConfig
@@ -473,7 +462,7 @@ class SPADE(Rival):
     @classmethod
     def networks(cls, c: SpadeConfig) -> tuple[nn.Module, nn.Module]:
         """Generator and discriminators."""
-        g = SpadeGenerator(c.n_labels, c.ngf, lambda width, k: Spade(width, c.n_labels, c.ngf))
+        g = SpadeGenerator(c.n_labels, c.ngf, lambda width, k: SpadeNorm(width, c.n_labels, c.ngf))
         return g, spectral_patches(c.n_labels + 1, c.ndf, (2, 2, 2, 1))
 
     @classmethod
@@ -529,56 +518,80 @@ def region_means(features: Tensor, onehot: Tensor) -> tuple[Tensor, Tensor]:  # 
     return sums / area.clamp_min(1).unsqueeze(2), area > 0
 
 
-def paint_and_convolve(onehot: Tensor, codes: Tensor, conv: nn.Conv2d) -> Tensor:
-    """conv of the map [B, c, H, W] that holds a region's code at each of its pixels, without making that map.
+class StylePath(nn.Module):
+    """What the regions' style codes say of gamma and beta: a linear layer of each region's own, and convolutions."""
 
-    onehot [B, n_labels, H, W]; codes [B, n_labels, c] or, for all images alike, [1, n_labels, c]. Such a map is one
-    matrix product of the one-hot map with the codes, and a convolution is linear: so the product goes into the
-    kernels, and what is convolved has 4 channels instead of 512.
-    """
-    n = len(codes)
-    kernels = torch.einsum("ocij,bkc->bokij", conv.weight, codes).flatten(0, 1)  # [n c_out, n_labels, 3, 3]
-    grouped = onehot.reshape(-1, n * onehot.shape[1], *onehot.shape[2:])  # n images in a row, or each alone
-    convolved = F.conv2d(grouped, kernels, conv.bias.repeat(n), padding=1, groups=n)
-    return convolved.reshape(len(onehot), -1, *convolved.shape[2:])
+    def __init__(self, c: int, n_labels: int, ngf: int) -> None:
+        super().__init__()
+        self.fcs = nn.ModuleList([nn.Linear(8 * ngf, 8 * ngf) for _ in range(n_labels)])
+        self.gamma, self.beta = conv3(8 * ngf, c), conv3(8 * ngf, c)
+
+    def kernels(self, codes: Tensor) -> list[Tensor]:  # [n, n_labels, 8 ngf] -> [n, c, n_labels, 3, 3] each
+        """Kernels that make of a one-hot map what gamma's and beta's make of a map with the region's code at each pixel.
+
+        That map is a matrix product of the one-hot map with the codes, and a convolution is linear: with the product
+        in the kernels, what is convolved has 4 channels instead of 512.
+        """
+        codes = torch.stack([fc(codes[:, k]).relu() for k, fc in enumerate(self.fcs)], 1)
+        return [torch.einsum("ocij,nkc->nokij", conv.weight, codes) for conv in (self.gamma, self.beta)]
+
+    def forward(self, onehot: Tensor, codes: Tensor) -> list[Tensor]:  # [B, n_labels, H, W] -> [B, c, H, W] each
+        """Gamma and beta of every pixel; codes are [B, n_labels, 8 ngf] or, for all images alike, [1, ...]."""
+        n, painted = len(codes), []
+        groups = onehot.reshape(-1, n * onehot.shape[1], *onehot.shape[2:])  # an image each, or one for all
+        for kernels, bias in zip(self.kernels(codes), (self.gamma.bias, self.beta.bias), strict=True):
+            y = F.conv2d(groups, kernels.flatten(0, 1), bias.repeat(n), padding=1, groups=n)
+            painted.append(y.reshape(len(onehot), -1, *y.shape[2:]))
+        return painted
 
 
-class Ace(nn.Module):
-    """SEAN's normalisation (its Fig. 3): noise, batch norm, and scale and shift blended from styles and from the map.
+class FixedStyle(nn.Module):
+    """A style path for one style: two convolutions of the one-hot map, and nothing else."""
 
-    Noise is drawn in training alone, so that one map is one slice. The last block's units, not `styled`, have no
-    styles.
+    def __init__(self, path: StylePath, codes: Tensor) -> None:  # [1, n_labels, 8 ngf]
+        super().__init__()
+        self.kernels = nn.ParameterList([kernels[0] for kernels in path.kernels(codes)])
+        self.biases = nn.ParameterList([path.gamma.bias, path.beta.bias])
+
+    def forward(self, onehot: Tensor, codes: Tensor) -> list[Tensor]:  # [B, n_labels, H, W] -> [B, c, H, W] each
+        """Gamma and beta of every pixel."""
+        return [F.conv2d(onehot, k, b, padding=1) for k, b in zip(self.kernels, self.biases, strict=True)]
+
+
+class AceNorm(SpadeNorm):
+    """SEAN's normalisation (its Fig. 3): SPADE's with noise before it, and modulation blended from map and styles.
+
+    Noise is drawn in training alone, so that one map is one slice. In the last block there are no styles.
     """
 
     def __init__(self, c: int, n_labels: int, ngf: int, styled: bool) -> None:
-        super().__init__()
-        self.norm = nn.BatchNorm2d(c, affine=False)
-        self.mask = MaskPath(c, n_labels, ngf)
+        super().__init__(c, n_labels, ngf)
         self.noise = nn.Parameter(torch.zeros(c, 1, 1))
         self.styled = styled
         if styled:
-            self.fcs = nn.ModuleList([nn.Linear(8 * ngf, 8 * ngf) for _ in range(n_labels)])  # each region its own
-            self.gamma, self.beta = conv3(8 * ngf, c), conv3(8 * ngf, c)
+            self.style = StylePath(c, n_labels, ngf)
             self.blend = nn.Parameter(torch.zeros(2))  # of gamma and of beta: sigmoid 0.5
 
-    def forward(self, x: Tensor, onehot: Tensor, codes: Tensor) -> Tensor:  # [B, c, H, W], [B, n_labels, H, W]
-        """Normalise x and modulate it; codes [B or 1, n_labels, 8 ngf]."""
-        if self.training:
-            x = x + torch.randn_like(x[:, :1]) * self.noise
-        gamma, beta = self.mask(onehot)
+    def modulation(self, onehot: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:  # [B, n_labels, H, W]
+        """Gamma and beta [B, c, H, W] of every pixel; codes [B or 1, n_labels, 8 ngf]."""
+        gamma, beta = super().modulation(onehot, codes)
         if self.styled:
-            codes = torch.stack([fc(codes[:, k]).relu() for k, fc in enumerate(self.fcs)], 1)
+            gamma_s, beta_s = self.style(onehot, codes)
             a, b = self.blend.sigmoid()
-            gamma = gamma + a * (paint_and_convolve(onehot, codes, self.gamma) - gamma)
-            beta = beta + b * (paint_and_convolve(onehot, codes, self.beta) - beta)
-        return self.norm(x) * (1 + gamma) + beta
+            gamma, beta = gamma + a * (gamma_s - gamma), beta + b * (beta_s - beta)
+        return gamma, beta
+
+    def forward(self, x: Tensor, onehot: Tensor, codes: Tensor) -> Tensor:  # [B, c, H, W], [B, n_labels, H, W]
+        """Normalise x, in training with noise of one channel, and modulate it."""
+        noise = torch.randn_like(x[:, :1]) * self.noise if self.training else 0.0
+        return super().forward(x + noise, onehot, codes)
 
 
 class SeanGenerator(nn.Module):
-    """SEAN's generator: SPADE's with Ace units, a style encoder, and the training images' mean style.
+    """SEAN's generator: SPADE's with AceNorm, a style encoder, and the training images' mean style.
 
-    The mean is over the training images that have a region, the latest weighing most, as the encoder still learns. It
-    is kept as sums and counts, so that an average of checkpoints' buffers (--ema) gives a mean of the same kind.
+    The mean is over the training images that have a region, the latest weighing most, since the encoder still learns.
+    It is kept as sums and counts, so that of their averages (--ema) it is a mean still.
     """
 
     DECAY = 0.998  # a step
@@ -587,13 +600,18 @@ class SeanGenerator(nn.Module):
         super().__init__()
         last = len(SpadeGenerator.STRIDES) - 1
         self.encoder = StyleEncoder(c.ngf)
-        self.painter = SpadeGenerator(c.n_labels, c.ngf, lambda width, k: Ace(width, c.n_labels, c.ngf, k < last))
+        self.painter = SpadeGenerator(c.n_labels, c.ngf, lambda width, k: AceNorm(width, c.n_labels, c.ngf, k < last))
         self.register_buffer("code_sums", torch.zeros(c.n_labels, 8 * c.ngf))
         self.register_buffer("code_counts", torch.zeros(c.n_labels, 1))
 
     def forward(self, onehot: Tensor, codes: Tensor | None = None) -> tuple[Tensor, Tensor]:  # [B, n_labels, H, W]
         """Image [B, 1, H, W] in [-1, 1], and alpha [B]; codes [B, n_labels, 8 ngf], by default the mean's."""
         return self.painter(onehot, self.mean_codes() if codes is None else codes)
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Take the mean style for good, as export.py asks: a smaller file."""
+        covidgan.replace(self, StylePath, lambda path: FixedStyle(path, self.mean_codes()))
 
     def mean_codes(self) -> Tensor:
         """The training images' mean style [1, n_labels, 8 ngf], zero for a label that was never seen."""
@@ -606,7 +624,7 @@ class SeanGenerator(nn.Module):
         self.code_counts.mul_(self.DECAY).add_(present.sum(0).unsqueeze(1))
 
 
-class SEAN(SPADE):
+class Sean(Spade):
     """SEAN: trained to rebuild a slice from its map and its own style; synthesizes in the training images' mean style.
 
     Its authors encode the very image that is to be synthesized: so it has seen the answer, which `synthesize_self`
@@ -633,7 +651,7 @@ class SEAN(SPADE):
 
 # ----------------------------------------------------------------------------------------------------------------- main
 
-METHODS: dict[str, type[covidgan.Method]] = {method.name: method for method in (Pix2pix, Pix2pixHD, SPADE, SEAN)}
+METHODS: dict[str, type[covidgan.Method]] = {method.name: method for method in (Pix2pix, Pix2pixHD, Spade, Sean)}
 
 
 def main(argv: list[str]) -> None:

@@ -1,0 +1,498 @@
+"""The four rivals: published sizes, losses by hand, and the same loop, resume and export as covidgan."""
+
+import dataclasses
+import functools
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import covidgan
+import export
+import paper
+from paper import rivals
+
+NAMES = ("pix2pix", "pix2pixHD", "SPADE", "SEAN")
+TINY = dict(size=64, ngf=4, ndf=4, batch=2, epochs=1, epoch_len=48, device="cpu", dtype="float32", seed=1)
+
+
+def count(*modules):
+    return sum(p.numel() for module in modules for p in module.parameters())
+
+
+@functools.cache
+def published(name, n_labels=4):
+    """A rival at its published widths and the paper's size, without memory."""
+    with torch.device("meta"):
+        return covidgan.build(paper.METHODS[name], paper.METHODS[name].options(n_labels=n_labels))
+
+
+def shapes_of(module, layers, *inputs):
+    """Channels and side of what each layer puts out, while the module reads inputs without memory."""
+    seen = []
+    hooks = [layer.register_forward_hook(lambda _, __, y: seen.append((y.shape[1], y.shape[-1]))) for layer in layers]
+    module(*inputs)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+def empty(*shape):
+    return torch.empty(*shape, device="meta")
+
+
+@pytest.fixture(scope="module")
+def trainer(toy, tmp_path_factory):
+    """Make a trainer of a tiny rival on the toy data: trainer("SPADE", dtype="bfloat16")."""
+
+    def make(name, **options):
+        method = paper.METHODS[name]
+        small = {**TINY, "data": str(toy.folder), "out": str(tmp_path_factory.mktemp(name)), **options}
+        return covidgan.Trainer(method, method.options(**small, **({"n_blocks": 1} if name == "pix2pixHD" else {})))
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def trained(trainer):
+    """A trainer of each rival after a few steps, made once; read it only."""
+    made = {}
+
+    def get(name):
+        if name not in made:
+            made[name] = trainer(name)
+            for _ in range(6):
+                made[name].step()
+            made[name].save()
+        return made[name]
+
+    return get
+
+
+def pair_of(trainer):
+    """One-hot maps [2, 4, 64, 64] of the test side and their real lungs [2, 1, 64, 64]."""
+    labels = trainer.test.labels[1:3]
+    real = covidgan.lung_target(covidgan.window(trainer.test.hu[1:3], trainer.c), labels)
+    return covidgan.one_hot(labels, 4), real
+
+
+# ---- published sizes
+
+HEAD_7, HEAD_3 = 2 * (49 * 64 + 1), 2 * (9 * 64 + 1)  # what three output channels have beyond our one
+SEAN_BEYOND = HEAD_3 + 2 * 9 * 32 + 3 * 2  # colour in and out, and two scalars that each of three units never uses
+
+
+@pytest.mark.parametrize(
+    ("name", "n_labels", "generator", "discriminators"),
+    [
+        ("pix2pix", 4, 54_410_881, 2_767_681),
+        ("pix2pix", 1, 54_407_809, 2_764_609),
+        ("pix2pixHD", 36, 182_546_755 - HEAD_7, None),
+        ("pix2pixHD", 4, 182_440_129, 2 * 2_766_785),
+        ("SPADE", 4, 92_089_539 - HEAD_3, 5_531_778),
+        ("SEAN", 19, 266_907_367 - SEAN_BEYOND, None),
+        ("SEAN", 4, 207_360_487 - SEAN_BEYOND, None),
+        ("SEAN", 21, None, 1_364_098),
+    ],
+)
+def test_parameter_counts_are_the_published(name, n_labels, generator, discriminators):
+    method = published(name, n_labels)
+    assert generator in (None, count(method.g)) and discriminators in (None, count(method.d))
+
+
+@pytest.mark.parametrize(("n_labels", "millions"), [(184, 97.48), (36, 93.05)])
+def test_spade_has_the_published_totals_of_its_authors_data_sets(n_labels, millions):
+    assert round((count(published("SPADE", n_labels).g) + HEAD_3) / 1e6, 2) == millions
+
+
+@pytest.mark.parametrize(("side", "levels"), [(256, 8), (512, 8)])
+def test_pix2pixs_features_have_the_published_shapes(side, levels):
+    with torch.device("meta"):
+        unet = rivals.UNet(4, 64, levels)
+    down, up = (64, 128, 256, 512, 512, 512, 512, 512), (512, 512, 512, 512, 256, 128, 64, 1)
+    seen = shapes_of(unet, [*unet.downs, *unet.ups, unet.head], empty(2, 4, side, side))
+    sides = [side // 2**k for k in range(1, 9)]
+    assert seen == [*zip(down, sides, strict=True), *zip(up, [*sides[-2::-1], side], strict=True)]
+    d = published("pix2pix").d(empty(1, 4, side, side), empty(1, 1, side, side))
+    assert len(d) == 1 and [f.shape[1] for f in d[0]] == [64, 128, 256, 512, 1]
+    assert d[0][-1].shape[-1] == {256: 30, 512: 62}[side]
+
+
+def test_pix2pixhds_features_have_the_published_shapes():
+    method = published("pix2pixHD")
+    convs = [m for m in method.g.modules() if isinstance(m, nn.Conv2d | nn.ConvTranspose2d)]
+    seen = shapes_of(method.g, convs, empty(1, 4, 512, 512))
+    ways = [(64, 512), (128, 256), (256, 128), (512, 64), (1024, 32)]
+    assert seen == [*ways, *[(1024, 32)] * 18, *ways[-2::-1], (1, 512)]
+    fine, coarse = method.d(empty(1, 4, 512, 512), empty(1, 1, 512, 512))
+    assert [f.shape[-1] for f in fine] == [257, 129, 65, 66, 67]
+    assert [f.shape[-1] for f in coarse] == [129, 65, 33, 34, 35]
+
+
+@pytest.mark.parametrize(("name", "fine"), [("SPADE", [257, 129, 65, 66, 67]), ("SEAN", [257, 129, 65, 66])])
+def test_spades_and_seans_features_have_the_published_shapes(name, fine):
+    method = published(name)
+    painter = method.g if name == "SPADE" else method.g.painter
+    seen = shapes_of(method.g, [painter.first, *painter.blocks], empty(1, 4, 512, 512))
+    grown = [(512, 64), (256, 128), (128, 256), (64, 512)]
+    assert seen == [(1024, 16), (1024, 16), (1024, 32), (1024, 32), *grown]
+    features = method.d(empty(1, 4, 512, 512), empty(1, 1, 512, 512))[0]
+    assert [f.shape[-1] for f in features] == fine
+    if name == "SEAN":
+        encoder = method.g.encoder
+        assert shapes_of(encoder.layers, [encoder.layers[-1]], empty(1, 1, 512, 512)) == [(512, 256)]
+
+
+@pytest.mark.parametrize(("name", "side"), [("pix2pix", 70), ("SPADE", 70), ("SEAN", 46)])
+def test_one_decision_sees_its_patch(name, side):
+    torch.manual_seed(0)
+    method = covidgan.build(paper.METHODS[name], paper.METHODS[name].options(ngf=4, ndf=4))
+    scale = method.d.scales[0].double()
+    covidgan.replace(scale, nn.InstanceNorm2d, lambda _: nn.Identity())  # which sees the whole image
+    x = torch.randn(1, 5, 160, 160, dtype=torch.float64, requires_grad=True)
+    decisions = scale(x)[-1]
+    decisions[0, 0, decisions.shape[-2] // 2, decisions.shape[-1] // 2].backward()
+    seen = x.grad.abs().sum((0, 1)) > 0
+    assert int(seen.any(1).sum()) == int(seen.any(0).sum()) == side
+
+
+@pytest.mark.parametrize(("size", "levels"), [(512, 8), (1024, 8), (256, 7), (128, 6), (64, 5), (384, 6)])
+def test_pix2pix_halves_down_to_2_pixels_and_8_times_at_most(size, levels):
+    c = rivals.Pix2pixConfig(size=size)
+    assert rivals.Pix2pix.levels(c) == levels and rivals.Pix2pix.multiple(c) == 2**levels
+    covidgan.check_config(c, rivals.Pix2pix)
+
+
+# ---- losses and optimisers
+
+
+def hand_norm(x):
+    return (x - x.mean((2, 3), keepdim=True)) / (x.var((2, 3), keepdim=True, unbiased=False) + 1e-5).sqrt()
+
+
+def hand_patchgan(weights, x):
+    """pix2pixHD's discriminator of one scale from the fact sheet, in float64: all feature maps."""
+    features = []
+    for (weight, bias), stride, norm in zip(weights, (2, 2, 2, 1, 1), (0, 1, 1, 1, 0), strict=True):
+        x = F.conv2d(x, weight, bias, stride, 2)
+        if len(features) < 4:
+            x = hand_norm(x) if norm else x
+            x = torch.where(x > 0, x, 0.2 * x)
+        features.append(x)
+    return features
+
+
+def hand_half(x):
+    """Mean over 3 x 3 pixels at every other one, of those that are inside."""
+    ones, kernel = torch.ones_like(x[:, :1]), torch.ones(x.shape[1], 1, 3, 3, dtype=x.dtype)
+    return F.conv2d(x, kernel, None, 2, 1, groups=x.shape[1]) / F.conv2d(ones, kernel[:1], None, 2, 1)
+
+
+def test_pix2pixhds_losses_of_a_step_are_those_computed_by_hand(trained):
+    run = trained("pix2pixHD")
+    onehot, real = pair_of(run)
+    losses = run.method.losses(onehot, real, "whole")
+    fake = run.method.g(onehot)[0]
+    d = gan = matching = 0.0
+    for scale, state in enumerate(net.state_dict() for net in run.method.d.scales):
+        names = sorted({name.rpartition(".")[0] for name in state})
+        weights = [(state[f"{name}.weight"].double(), state[f"{name}.bias"].double()) for name in names]
+        pairs = [torch.cat([onehot, x], 1).double() for x in (real, fake)]
+        for _ in range(scale):
+            pairs = [hand_half(x) for x in pairs]
+        reals, fakes = (hand_patchgan(weights, x) for x in pairs)
+        d += (((reals[-1] - 1) ** 2).mean() + (fakes[-1] ** 2).mean()) / 2
+        gan += ((fakes[-1] - 1) ** 2).mean()
+        matching += sum((r - f).abs().mean() for r, f in zip(reals[:4], fakes[:4], strict=True))
+    wanted = {"d": d, "gan": gan, "g": gan + 5 * matching}
+    assert {name: losses[name].item() for name in wanted} == pytest.approx(
+        {k: v.item() for k, v in wanted.items()}, 1e-4
+    )
+
+
+@pytest.mark.parametrize("name", ["pix2pix", "SPADE"])
+def test_losses_are_those_of_the_fact_sheet(trained, name):
+    run = trained(name)
+    onehot, real = pair_of(run)
+    method = run.method.eval()  # no dropout, and no power iteration
+    losses, fake = method.losses(onehot, real, "whole"), method.g(onehot)[0]
+    reals, fakes = method.d(onehot, real), method.d(onehot, fake)
+    if name == "pix2pix":
+        r, f = reals[0][-1], fakes[0][-1]
+        d = -(r.sigmoid().log().mean() + (1 - f.sigmoid()).log().mean()) / 2
+        g = -f.sigmoid().log().mean() + 100 * (fake - real).abs().mean()
+    else:
+        verdicts = [(r[-1], f[-1]) for r, f in zip(reals, fakes, strict=True)]
+        d = sum((1 - r).clamp(min=0).mean() + (1 + f).clamp(min=0).mean() for r, f in verdicts) / 2
+        maps = [pair for r, f in zip(reals, fakes, strict=True) for pair in zip(r[:4], f[:4], strict=True)]
+        g = -sum(f.mean() for _, f in verdicts) / 2 + 5 * sum((a - b).abs().mean() for a, b in maps)
+    method.train()
+    assert (losses["d"].item(), losses["g"].item()) == pytest.approx((d.item(), g.item()), 1e-4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_adam_is_set_as_its_authors_do_or_as_the_paper_does(name):
+    method = paper.METHODS[name]
+    rates = {"SPADE": (4e-4, 1e-4, (0.0, 0.9)), "SEAN": (4e-4, 1e-4, (0.0, 0.9))}
+    d, g, betas = rates.get(name, (2e-4, 2e-4, (0.5, 0.999)))
+    players = {
+        optimiser: method(method.options(ngf=4, ndf=4, optimiser=optimiser)).players("whole")
+        for optimiser in ("own", "paper")
+    }
+    assert {k: (p.lr, p.betas) for k, p in players["own"].items()} == {"d": (d, betas), "g": (g, betas)}
+    assert {(p.lr, p.betas) for p in players["paper"].values()} == {(2e-4, (0.5, 0.999))}
+    assert method.options(**method.presets["paper"]).optimiser == "paper"
+
+
+def test_the_published_start_reaches_weights_under_spectral_norm(trainer):
+    g = trainer("SPADE").method.g
+    drawn = g.blocks[0].convs[0].parametrizations.weight.original  # xavier_normal, gain 0.02
+    fan_in, fan_out = (9 * n for n in drawn.shape[1::-1])
+    assert drawn.std().item() == pytest.approx(0.02 * (2 / (fan_in + fan_out)) ** 0.5, rel=0.05)
+    assert g.blocks[0].convs[0].bias.abs().max() == 0
+
+
+def largest_singular_value(weight):
+    return np.linalg.svd(weight.detach().flatten(1).double().numpy(), compute_uv=False)[0]
+
+
+def test_spectral_norm_is_one_in_an_average_of_weights_too():
+    torch.manual_seed(0)
+    conv = rivals.spectral(nn.Conv2d(8, 16, 3)).eval()
+    state = {name: x.clone() for name, x in conv.state_dict().items()}
+    assert largest_singular_value(conv.weight) == pytest.approx(1, abs=0.03)
+    other = rivals.spectral(nn.Conv2d(8, 16, 3)).state_dict()
+    conv.load_state_dict({name: 0.5 * x + 0.5 * other[name] for name, x in state.items()})
+    assert largest_singular_value(conv.weight) == pytest.approx(1, abs=0.03)
+
+
+# ---- SEAN's styles
+
+
+def regions_of(toy_run, n=3):
+    labels = toy_run.test.labels[:n]  # the first has no lesion
+    return labels, covidgan.one_hot(labels, 4)
+
+
+def hand_codes(features, labels):
+    """Mean of the features [B, c, h, w] over each label, by loops; None for a label that is not there."""
+    found = []
+    for x, y in zip(features, labels[:, 0], strict=True):
+        found.append([x[:, y == k].double().mean(1) if (y == k).any() else None for k in range(4)])
+    return found
+
+
+def test_region_codes_are_the_regions_means(trained):
+    labels, onehot = regions_of(trained("SEAN"))
+    features = torch.randn(3, 8, 64, 64, generator=torch.Generator().manual_seed(0))
+    codes, present = rivals.region_means(features, onehot)
+    by_hand = hand_codes(features, labels)
+    assert present.tolist() == [[code is not None for code in row] for row in by_hand]
+    assert present[0].tolist() == [True, True, False, False]
+    wanted = torch.stack([torch.stack([torch.zeros(8) if x is None else x.float() for x in row]) for row in by_hand])
+    assert torch.allclose(codes, wanted, atol=1e-6) and codes[0, 2:].abs().max() == 0
+
+
+@pytest.mark.parametrize("alike", [False, True])
+def test_style_kernels_convolve_the_map_that_has_each_regions_code_at_its_pixels(trained, alike):
+    labels, onehot = regions_of(trained("SEAN"))
+    torch.manual_seed(0)
+    path, codes = rivals.StylePath(5, 4, 1).double(), torch.randn(1 if alike else 3, 4, 8).double()
+    read = torch.stack([(codes[:, k] @ fc.weight.T + fc.bias).clamp(min=0) for k, fc in enumerate(path.fcs)], 1)
+    painted = torch.stack([read[0 if alike else i][y[0].long()].permute(2, 0, 1) for i, y in enumerate(labels)])
+    for ours, conv in zip(path(onehot.double(), codes), (path.gamma, path.beta), strict=True):
+        assert torch.allclose(ours, conv(painted))
+    for ours, conv in zip(
+        rivals.FixedStyle(path, codes)(onehot[:1].double(), None), (path.gamma, path.beta), strict=True
+    ):
+        assert torch.allclose(ours, conv(painted[:1]))
+
+
+def test_the_mean_style_is_that_of_the_training_images_the_latest_weighing_most(trainer):
+    run, sums, counts = trainer("SEAN", seed=7), torch.zeros(4, 32).double(), torch.zeros(4, 1).double()
+    features, maps = [], []
+    run.method.g.encoder.layers.register_forward_hook(lambda _, __, y: features.append(y.detach()))
+    batch = run.batch
+    run.batch = lambda: maps.append(batch()) or maps[-1]
+    for step in range(4):
+        run.step()
+        sums, counts = 0.998 * sums, 0.998 * counts
+        for row in hand_codes(features[step], maps[step][1][..., ::2, ::2]):
+            for k, code in enumerate(row):
+                if code is not None:
+                    sums[k], counts[k] = sums[k] + code, counts[k] + 1
+    g = run.method.g
+    assert len(features) == 4 and counts[3] < counts[1]  # not every slice has a lesion
+    assert torch.allclose(g.mean_codes()[0].double(), sums / counts, atol=1e-5)
+    onehot, _ = pair_of(run)
+    with torch.no_grad():
+        for unit in (unit for unit in g.eval().modules() if isinstance(unit, rivals.StylePath)):
+            for p in unit.parameters():
+                p *= 30  # at its start a style changes next to nothing
+        image = run.method.synthesize(onehot, "whole")
+        assert torch.allclose(image, g(onehot, (sums / counts).float()[None])[0], rtol=0, atol=1e-7)
+        assert (image - g(onehot, torch.zeros(1, 4, 32))[0]).abs().max() > 1e-5
+
+
+def test_sean_self_has_the_real_slices_style_and_sean_none_of_it(trained):
+    run = trained("SEAN")
+    onehot, real = pair_of(run)
+    with torch.no_grad():
+        run.method.eval()
+        ours = run.method.synthesize_self(onehot, real)
+        features = run.method.g.encoder.layers(real)
+        codes = torch.zeros(2, 4, 32)
+        for i, row in enumerate(hand_codes(features, onehot.argmax(1, keepdim=True)[..., ::2, ::2])):
+            for k, code in enumerate(row):
+                codes[i, k] = 0 if code is None else code
+        assert torch.allclose(ours, run.method.g(onehot, codes)[0], atol=1e-5)
+        assert (ours - run.method.synthesize_self(onehot, -real)).abs().max() > 1e-6
+        run.method.train()
+
+
+# ---- the loop
+
+
+def leaves(tree, path=""):
+    """Every leaf of nested dicts and lists, by its path."""
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list | tuple) else None
+    if items is None:
+        return {path: tree.tolist() if torch.is_tensor(tree) else tree}
+    return {k: v for key, sub in items for k, v in leaves(sub, f"{path}/{key}").items()}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_stopped_it_goes_on_bit_for_bit(trainer, trained, name):
+    whole, stopped = trained(name), trainer(name)
+    for _ in range(3):
+        stopped.step()
+    stopped.save()
+    torch.manual_seed(99)  # whatever the process drew meanwhile
+    resumed = trainer(name, seed=TINY["seed"])
+    resumed.load(stopped.out / "ckpt.pt")
+    for _ in range(3):
+        resumed.step()
+    ours, wanted = ({k: v for k, v in leaves(r.state()).items() if k != "/config/out"} for r in (resumed, whole))
+    assert ours == wanted and ours["/step"] == 6
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_in_bfloat16_too_it_learns_to_paint_lungs(trainer, name):
+    run = trainer(name, dtype="bfloat16", lr=1e-3, optimiser="paper", ema=0.9, epoch_len=200)
+    onehot, real = pair_of(run)
+    labels = onehot.argmax(1, keepdim=True)
+
+    def distance():
+        return (run.synthesize(labels) - real).abs()[labels > 0].mean().item()
+
+    before = distance()
+    for _ in range(40):
+        run.step()
+    assert distance() < 0.9 * before
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_map_is_one_slice_whatever_stands_beside_it(trained, name):
+    run = trained(name)
+    onehot, _ = pair_of(run)
+    g = run.method.g
+    with torch.no_grad():
+        g.eval()
+        alone, beside = g(onehot[:1])[0], g(onehot)[0]
+        g.train()
+    assert (alone - beside[:1]).abs().max() < 1e-5
+
+
+def test_pix2pix_draws_its_dropout_in_training_alone(trained):
+    torch.manual_seed(0)
+    onehot, _ = pair_of(trained("pix2pix"))
+    unet, larger = rivals.UNet(4, 4, levels=6), F.interpolate(onehot, scale_factor=2)
+    with torch.no_grad():
+        assert not torch.equal(unet(larger)[0], unet(larger)[0])
+        unet.eval()
+        assert torch.equal(unet(larger)[0], unet(larger)[0])
+    kinds = [any(isinstance(layer, nn.Dropout) for layer in up) for up in rivals.UNet(4, 4, levels=8).ups]
+    assert kinds == [False, True, True, True, False, False, False]
+
+
+# ---- export
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_its_file_agrees_with_pytorch_at_two_sizes(trained, tmp_path, name):
+    run = trained(name)
+    checkpoint = torch.load(run.out / "ckpt.pt", weights_only=True)
+    method = export.load_method(checkpoint, paper.METHODS[name])
+    rng = torch.Generator().manual_seed(0)
+    for key, p in method.g.named_parameters():  # off their start, where a comparison sees nothing
+        if p.ndim == 4:
+            p.data = torch.randn(p.shape, generator=rng) * (2 / p[0].numel()) ** 0.5
+        elif key.endswith(("noise", "blend", "bias")):
+            p.data = 0.3 * torch.randn(p.shape, generator=rng)
+    checkpoint["networks"], checkpoint["average"] = method.state_dict(), {}
+    torch.save(checkpoint, tmp_path / "ckpt.pt")
+    export.main([str(tmp_path / "ckpt.pt"), "-o", str(tmp_path / "g.onnx")])
+    session = ort.InferenceSession(tmp_path / "g.onnx", providers=["CPUExecutionProvider"])
+    metadata = session.get_modelmeta().custom_metadata_map
+    assert metadata["method"] == name and int(metadata["multiple"]) == method.multiple(run.c)
+    for shape in ((1, 64, 64), (2, 96, 160)):
+        maps = export.example_map(*shape, 4)
+        labels = torch.from_numpy(maps)[:, None]
+        with torch.no_grad():
+            image = covidgan.lung_target(method.g(covidgan.one_hot(labels, 4))[0], labels)
+        ct, alpha = session.run(["ct", "alpha"], {"map": maps})
+        assert np.abs(ct - (image[:, 0] * 750 - 600).numpy()).max() <= 1
+        assert ct[maps > 0].std() > 30 and alpha.tolist() == [1] * shape[0]
+    graph = export.onnx.load(tmp_path / "g.onnx").graph
+    assert not any(word in tensor.name for tensor in graph.initializer for word in ("encoder", "original", "fcs"))
+    assert not {"Dropout", "Einsum", "RandomNormalLike", "InstanceNormalization"} & {
+        node.op_type for node in graph.node
+    }
+
+
+# ---- the command line
+
+
+def test_the_command_line_trains_the_rival_that_it_names(toy, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(covidgan.signal, "signal", lambda *_: None)  # the loop takes over its process's
+    out = tmp_path / "out"
+    rivals.main(["pix2pix", "--preset", "tiny", "--data", str(toy.folder), "--out", str(out), "--epoch-len", "8"])
+    checkpoint = torch.load(out / "ckpt.pt", weights_only=True)
+    assert checkpoint["method"] == "pix2pix" and checkpoint["step"] == 2
+    assert "pix2pix " in capsys.readouterr().out and (out / "panel_whole_000002.png").exists()
+
+
+def test_a_mistake_is_one_line_and_status_2(cli):
+    done = cli("-m", "paper.rivals", "pix2pixhd", script=None)
+    assert done.status == 2 and done.stdout == ""
+    assert done.stderr == "error: pix2pixhd: give one of pix2pix, pix2pixHD, SPADE, SEAN first\n"
+
+
+@pytest.mark.parametrize(
+    ("argv", "word"),
+    [
+        ([], "nothing to train: give one of"),
+        (["SPADE", "--size", "48"], "--size 48: give a multiple of 32"),
+        (["pix2pix", "--size", "72"], "--size 72: give a multiple of 32"),
+        (["pix2pixHD", "--n-blocks", "0"], "--n-blocks 0"),
+        (["SEAN", "--lr", "1e-3"], "they go with --optimiser paper"),
+        (["SEAN", "--ngf", "5"], "--ngf even"),
+        (["SEAN", "--n-gen", "1"], "--n-gen"),
+    ],
+)
+def test_options_are_checked_against_the_rivals_own(argv, word):
+    with pytest.raises(covidgan.Mistake, match=word):
+        rivals.main(argv)
+
+
+def test_every_rival_has_its_knobs_and_presets():
+    assert (*rivals.METHODS,) == NAMES
+    for name, method in rivals.METHODS.items():
+        assert paper.METHODS[name] is method
+        assert issubclass(method.options, covidgan.LoopConfig) and dataclasses.is_dataclass(method.options)
+        assert (method.options().ngf, method.options().ndf) == (64, 64)
+        for preset in method.presets:
+            covidgan.check_config(method.options(**method.presets[preset]), method)
