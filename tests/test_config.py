@@ -39,7 +39,8 @@ def test_preset_names_fields_with_values_of_their_type_and_works(name):
     preset, hints = covidgan.PRESETS[name], typing.get_type_hints(covidgan.Config)
     assert preset.keys() <= hints.keys()
     for key, value in preset.items():
-        assert isinstance(value, hints[key]), key
+        allowed = typing.get_args(hints[key])  # of a choice
+        assert value in allowed if allowed else isinstance(value, hints[key]), key
     covidgan.check_config(covidgan.Config(**preset), covidgan.Covidgan)
 
 

@@ -1,0 +1,124 @@
+"""The study of paper/fidelity.md: which training paints lungs that one believes? A row is a set of options.
+
+    python data/prepare.py DOWNLOAD --size 256 --out data/ct
+    python data/prepare.py DOWNLOAD --size 128 --out data/ct128
+    python -m paper.fidelity --data data/ct --reference data/ct128 --rows base cut --seeds 0 1 2
+    python -m paper.fidelity --list
+
+Trains on the train side of --data at the size of --reference, chooses by the side "test" and reports "seg_test", the
+patients that no choice was made on, each row beside its cost. The same command goes on with a stopped study.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.slices import Mistake, OneLineParser, exit_on_mistake, list_pngs, read_image, write_bytes
+from paper import runs
+
+HALF, WHOLE = ["--epoch-len", "2100"], ["--epoch-len", "4200"]  # two epochs a stage
+BEST = ["--preset", "best"]
+CLEAN = ["--preset", "paper", "--noise", "0", "--ema", "0.998"]  # the paper's, with targets that a generator can match
+SCALE = ["--ngf", "32", "--ndf", "32", "--n-blocks", "6", "--batch", "4", "--epochs", "2"]
+FIGURES = {  # column -> table of eval.py's results, row, key, factor
+    "PSNR": ("pixels", "complete PSNR", "mean", 1),
+    "SSIM": ("pixels", "complete SSIM", "mean", 1),
+    "lung FD 24": ("features", "lung FID 24", "value", 1),
+    "lung KID": ("features", "lung KID 1280", "value", 1000),
+    "complete KID": ("features", "complete KID 1280", "value", 1000),
+}
+ROWS: dict[
+    str, tuple[str, list[str]]
+] = {  # name -> what it tries, its options. Half: 4,200 samples a stage, whole: 8,400
+    "base": ("the paper's losses and rate, clean targets, average", [*HALF, *CLEAN]),
+    "rate": ("learning rate 6e-4", [*HALF, *CLEAN, "--lr", "6e-4"]),
+    "cut": ("D sees the lung cut out along its map", [*HALF, *CLEAN, "--cut"]),
+    "cut-rate": ("both", [*HALF, *CLEAN, "--cut", "--lr", "6e-4"]),
+    "beta": ("and beta fixed at 0.5", [*HALF, *CLEAN, "--cut", "--lr", "6e-4", "--dfm", "fixed"]),
+    "ttur": (
+        "D at 1.2e-3, G at 3e-4, beta fixed",
+        [*HALF, *CLEAN, "--cut", "--lr", "3e-4", "--d-speed", "4", "--dfm", "fixed"],
+    ),
+    "best": ("preset best: lambda 3 as well", WHOLE + BEST),
+    # not run yet: at the time of half, or half itself
+    "share": ("g1 and g2 a quarter as long", [*BEST, "--epoch-len", "2750", "--individual", "0.25"]),
+    "joint": ("no individual training", [*BEST, "--epoch-len", "4200", "--individual", "0"]),
+    "batch-1": ("batch 1", [*BEST, "--epoch-len", "1200", "--batch", "1"]),
+    "batch-2": ("batch 2", [*BEST, "--epoch-len", "1700", "--batch", "2"]),
+    "decay": ("moving average of 0.999", [*HALF, *BEST, "--ema", "0.999"]),
+    "lsgan": ("least squares", [*HALF, *BEST, "--gan", "lsgan"]),
+    "spectral": ("spectral norm in D", [*HALF, *BEST, "--spectral"]),
+    "r1": ("R1 every 16 steps", [*HALF, *BEST, "--r1", "10"]),
+    "noise": ("a channel of noise into G", [*HALF, *BEST, "--noise-inputs", "1"]),
+    "position": ("a pixel's place into G", [*HALF, *BEST, "--position"]),
+}
+
+
+def run(row: str, seed: int, args: argparse.Namespace, size: int) -> dict[str, dict[str, Any]]:
+    """Train a row with a seed and measure it on both sides: side -> column -> value, and its CPU seconds."""
+    out = args.out / f"{row}_{seed}"
+    options = ["--data", args.data, "--size", size, "--seed", seed, "--interval", 500, *SCALE, *ROWS[row][1]]
+    runs.train(["-m", "paper.study"], [*map(str, options)], out)
+    features = runs.feature_network(args.out)
+    measured = {}
+    for side in ("test", "seg_test"):
+        results = runs.measure(out, args.reference, side, features)
+        measured[side] = {
+            column: factor * results[table][name][key] for column, (table, name, key, factor) in FIGURES.items()
+        }
+        measured[side]["seconds"] = json.loads((out / "seconds.json").read_text())
+    return measured
+
+
+def summary(measured: dict[str, list[dict[str, dict[str, Any]]]]) -> list[str]:
+    """Lines of a table in Markdown: a row's mean over its seeds, +- its standard deviation where there are several."""
+    head = ["row", "seeds", *(f"{column} ({side})" for side in ("chosen on", "not") for column in FIGURES), "CPU s"]
+    lines = [head, ["---"] * len(head)]
+    for row, seeds in measured.items():
+        cells = [row, str(len(seeds))]
+        for side in ("test", "seg_test"):
+            for column in FIGURES:
+                values = [one[side][column] for one in seeds]
+                digits = 4 if column == "SSIM" else 2 if column in ("PSNR", "lung FD 24") else 0
+                spread = f" +- {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
+                cells.append(f"{np.mean(values):.{digits}f}{spread}")
+        lines.append([*cells, f"{np.mean([one['test']['seconds'] for one in seeds]):.0f}"])
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The command line, checked. Raises Mistake."""
+    parser = OneLineParser(__doc__)
+    option = parser.add_argument
+    option("--data", type=Path, default=Path("data/ct"), help="dataset to train on, best at twice the size")
+    option("--reference", type=Path, default=Path("data/ct128"), help="the same, of the size to train and measure at")
+    option("--rows", nargs="+", default=list(ROWS), metavar="ROW", help="of those that --list shows (default: all)")
+    option("--seeds", nargs="+", type=int, default=[0], metavar="N")
+    option("--out", type=Path, default=Path("out/fidelity"), help="folder of the runs")
+    option("--list", action="store_true", help="show the rows and what they try")
+    args = parser.parse_args(argv)
+    if unknown := [row for row in args.rows if row not in ROWS]:
+        raise Mistake(f"--rows {unknown[0]}: give of {', '.join(ROWS)}")
+    return args
+
+
+def main(argv: list[str]) -> None:
+    """Train and measure the rows asked for; print the table and write OUT/fidelity.json. Raises Mistake."""
+    args = parse(argv)
+    if args.list:
+        print("\n".join(f"{row:16} {about:60} {' '.join(options)}" for row, (about, options) in ROWS.items()))
+        return
+    size = len(read_image(next(iter(list_pngs(args.reference / "images", "images").values()))))
+    measured: dict[str, list[dict[str, dict[str, Any]]]] = {}
+    for seed in args.seeds:
+        for row in args.rows:
+            measured.setdefault(row, []).append(run(row, seed, args, size))
+            write_bytes(args.out / "fidelity.json", (json.dumps(measured, indent=1) + "\n").encode())
+    print("\n".join(summary(measured)))
+
+
+if __name__ == "__main__":
+    exit_on_mistake(main)
