@@ -66,9 +66,10 @@ def run(row: str, seed: int, args: argparse.Namespace, size: int) -> dict[str, d
     measured = {}
     for side in ("test", "seg_test"):
         results = runs.measure(out, args.reference, side, features)
-        measured[side] = {
-            column: factor * results[table][name][key] for column, (table, name, key, factor) in FIGURES.items()
-        }
+        measured[side] = {}
+        for column, (table, name, key, factor) in FIGURES.items():
+            value = results[table][name][key]  # None where eval.py refuses it, as FD of few slices
+            measured[side][column] = value if value is None else factor * value
         measured[side]["seconds"] = json.loads((out / "seconds.json").read_text())
     return measured
 
@@ -81,10 +82,10 @@ def summary(measured: dict[str, list[dict[str, dict[str, Any]]]]) -> list[str]:
         cells = [row, str(len(seeds))]
         for side in ("test", "seg_test"):
             for column in FIGURES:
-                values = [one[side][column] for one in seeds]
+                values = [one[side][column] for one in seeds if one[side][column] is not None]
                 digits = 4 if column == "SSIM" else 2 if column in ("PSNR", "lung FD 24") else 0
                 spread = f" +- {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
-                cells.append(f"{np.mean(values):.{digits}f}{spread}")
+                cells.append(f"{np.mean(values):.{digits}f}{spread}" if values else "-")
         lines.append([*cells, f"{np.mean([one['test']['seconds'] for one in seeds]):.0f}"])
     return [f"| {' | '.join(line)} |" for line in lines]
 

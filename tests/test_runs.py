@@ -1,0 +1,100 @@
+"""Runs of the experiments: trained once, gone on with where they stopped, measured by eval.py."""
+
+import json
+import sys
+import types
+
+import numpy as np
+import pytest
+
+from data.slices import Mistake
+from paper import fidelity, runs
+
+PROGRAM = """
+import pathlib, sys
+out = pathlib.Path(sys.argv[sys.argv.index("--out") + 1])
+out.mkdir(exist_ok=True)
+with open(out / "calls.txt", "a") as calls:
+    calls.write(" ".join(sys.argv[1:]) + "\\n")
+sum(k * k for k in range(3_000_000))
+if "--fail" in sys.argv:
+    (out / "ckpt.pt").write_text("half")
+    sys.exit(130)
+(out / "results.json").write_text("{}")
+"""
+
+
+@pytest.fixture
+def program(tmp_path):
+    """A program that trains nothing and notes how it was called."""
+    path = tmp_path / "train.py"
+    path.write_text(PROGRAM)
+    return [str(path)]
+
+
+def test_a_run_that_stopped_goes_on_and_one_that_is_whole_is_left_alone(program, tmp_path):
+    out = tmp_path / "run"
+    with pytest.raises(Mistake, match="status 130"):
+        runs.train(program, ["--seed", "3", "--fail"], out)
+    first = json.loads((out / "seconds.json").read_text())
+    runs.train(program, ["--seed", "3", "--fail"], out)
+    second = json.loads((out / "seconds.json").read_text())
+    runs.train(program, ["--seed", "3", "--fail"], out)
+    assert (out / "calls.txt").read_text().splitlines() == [f"--out {out} --seed 3 --fail", f"--out {out} --resume"]
+    assert 0 < first < second == json.loads((out / "seconds.json").read_text())
+
+
+def test_what_a_run_cost_is_its_cpu_time_and_not_that_of_others(program, tmp_path):
+    before = runs.cpu_seconds()
+    runs.train(program, [], tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "seconds.json").read_text()) == pytest.approx(runs.cpu_seconds() - before)
+
+
+def test_every_row_of_the_study_is_a_command_that_training_takes():
+    import covidgan
+    from paper.study import Study
+
+    for about, options in fidelity.ROWS.values():
+        c = covidgan.parse_config([*fidelity.SCALE, "--size", "128", *options], Study)
+        assert about and (c.size, c.ngf, c.n_blocks, c.noise) == (128, 32, 6, 0.0)
+    base, best = (covidgan.parse_config([*fidelity.SCALE, *fidelity.ROWS[row][1]], Study) for row in ("base", "best"))
+    assert (base.lr, base.lambda_dfm, base.dfm, base.cut) == (2e-4, 10, "learned", False)
+    assert {name: getattr(best, name) for name in covidgan.BEST} == covidgan.BEST and best.cut
+
+
+def test_the_table_gives_means_over_seeds_and_their_spread():
+    values = [{column: k + 0.5 for column in fidelity.FIGURES} | {"seconds": 1000 + k} for k in range(3)]
+    lines = fidelity.summary(
+        {"cut": [{"test": v, "seg_test": v} for v in values], "one": [{"test": values[0]} | {"seg_test": values[0]}]}
+    )
+    cells = [line.strip("| ").split(" | ") for line in lines]
+    assert len({*map(len, cells)}) == 1
+    assert cells[2][:3] == ["cut", "3", f"1.50 +- {np.std([0.5, 1.5, 2.5], ddof=1):.2f}"] and cells[2][-1] == "1001"
+    assert cells[3][:3] == ["one", "1", "0.50"]
+
+
+def test_a_row_trains_exports_synthesizes_and_is_measured_on_both_sides_once(toy, tmp_path, monkeypatch):
+    names = sorted(path.stem for path in (toy.folder / "maps").iterdir())
+    data = tmp_path / "data"
+    data.mkdir()
+    for part in ("images", "maps"):
+        (data / part).symlink_to(toy.folder / part)
+    split = {"train": names[:18], "test": names[18:24], "seg_test": names[24:]}
+    (data / "split.json").write_text(json.dumps(split))
+    tiny = ["--ngf", "8", "--ndf", "8", "--n-blocks", "1", "--n-local-blocks", "1"]
+    tiny += ["--batch", "2", "--epochs", "1", "--epoch-len", "4"]
+    monkeypatch.setattr(fidelity, "SCALE", tiny)
+    monkeypatch.setitem(fidelity.ROWS, "small", ("a start", ["--interval", "9"]))
+    args = types.SimpleNamespace(data=data, reference=data, out=tmp_path / "study")
+    called = []
+    real = runs.subprocess.run
+    monkeypatch.setattr(runs.subprocess, "run", lambda command, **more: called.append(command) or real(command, **more))
+    measured = fidelity.run("small", 1, args, 64)
+    for side, n in (("test", 6), ("seg_test", 6)):
+        results = json.loads((args.out / "small_1" / f"eval_{side}" / "results.json").read_text())
+        assert results["run"]["pairs"]["measured"] == n
+        assert measured[side]["PSNR"] == results["pixels"]["complete PSNR"]["mean"] > 10
+        assert measured[side]["lung FD 24"] is None  # of six slices
+        assert measured[side]["lung KID"] == 1000 * results["features"]["lung KID 1280"]["value"]
+    assert all(command[0] == sys.executable for command in called) and len(called) == 7
+    assert fidelity.run("small", 1, args, 64) == measured and len(called) == 7
