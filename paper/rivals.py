@@ -48,7 +48,7 @@ class RivalConfig(covidgan.LoopConfig):
 
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "paper": dict(noise=0.01, ema=0.0, optimiser="paper"),
+    "paper": dict(noise=0.01, cut=False, ema=0.0, optimiser="paper"),
     "demo": dict(size=128, ngf=16, ndf=16, batch=4, epochs=2, epoch_len=1600, interval=200),
     "tiny": dict(data=f"{covidgan.PHANTOM}64", size=64, ngf=8, ndf=8, batch=4, epochs=1, epoch_len=80, interval=10),
 }
@@ -251,7 +251,7 @@ class Pix2pix(Rival):
 
     def losses(self, onehot: Tensor, target: Tensor, stage: str) -> dict[str, Tensor]:
         """D: half of real and fake; G: the log loss and 100 L1."""
-        image = self.g(onehot)[0]
+        image = self.shown(self.g(onehot)[0], onehot)
         d, gan = gan_losses(self.d(onehot, target), self.d(onehot, image), "bce")
         l1 = F.l1_loss(image, target)
         return {"d": d, "g": gan + self.c.lambda_l1 * l1, "gan": gan, "l1": l1}
@@ -312,7 +312,7 @@ class Pix2pixHD(Rival):
 
     def losses(self, onehot: Tensor, target: Tensor, stage: str) -> dict[str, Tensor]:
         """Least squares summed over the scales, D's halved; G's and 10 times the feature matching."""
-        image = self.g(onehot)[0]
+        image = self.shown(self.g(onehot)[0], onehot)
         real, fake = self.d(onehot, target), self.d(onehot, image)
         d, gan = gan_losses(real, fake, "lsgan")
         fm = feature_matching(real, fake)
@@ -476,7 +476,8 @@ class Spade(Rival):
 
     def losses(self, onehot: Tensor, target: Tensor, stage: str) -> dict[str, Tensor]:
         """Hinge averaged over the scales, D's not halved; G's and 10 times the feature matching."""
-        real, fake = self.d(onehot, target), self.d(onehot, self.image(onehot, target))
+        image = self.shown(self.image(onehot, target), onehot)
+        real, fake = self.d(onehot, target), self.d(onehot, image)
         d, gan = (loss / len(real) for loss in gan_losses(real, fake, "hinge"))
         fm = feature_matching(real, fake)
         return {"d": 2 * d, "g": gan + self.c.lambda_fm * fm, "gan": gan, "fm": fm}
@@ -527,9 +528,9 @@ class StylePath(nn.Module):
         self.gamma, self.beta = conv3(8 * ngf, c), conv3(8 * ngf, c)
 
     def kernels(self, codes: Tensor) -> list[Tensor]:  # [n, n_labels, 8 ngf] -> [n, c, n_labels, 3, 3] each
-        """Kernels that make of a one-hot map what gamma's and beta's make of a map with the region's code at each pixel.
+        """Kernels that make of a one-hot map what gamma's and beta's make of the map of its regions' codes.
 
-        That map is a matrix product of the one-hot map with the codes, and a convolution is linear: with the product
+        The map of codes is a matrix product of the one-hot map with them, and a convolution is linear: with the product
         in the kernels, what is convolved has 4 channels instead of 512.
         """
         codes = torch.stack([fc(codes[:, k]).relu() for k, fc in enumerate(self.fcs)], 1)

@@ -191,11 +191,17 @@ def hand_half(x):
     return F.conv2d(x, kernel, None, 2, 1, groups=x.shape[1]) / F.conv2d(ones, kernel[:1], None, 2, 1)
 
 
+def cut(image, onehot):
+    """An image at the floor outside its map's lung, which is how D sees all five methods' (--cut)."""
+    lung = onehot[:, 1:].sum(1, keepdim=True)
+    return image * lung - (1 - lung)
+
+
 def test_pix2pixhds_losses_of_a_step_are_those_computed_by_hand(trained):
     run = trained("pix2pixHD")
     onehot, real = pair_of(run)
     losses = run.method.losses(onehot, real, "whole")
-    fake = run.method.g(onehot)[0]
+    fake = cut(run.method.g(onehot)[0], onehot)
     d = gan = matching = 0.0
     for scale, state in enumerate(net.state_dict() for net in run.method.d.scales):
         names = sorted({name.rpartition(".")[0] for name in state})
@@ -218,7 +224,7 @@ def test_losses_are_those_of_the_fact_sheet(trained, name):
     run = trained(name)
     onehot, real = pair_of(run)
     method = run.method.eval()  # no dropout, and no power iteration
-    losses, fake = method.losses(onehot, real, "whole"), method.g(onehot)[0]
+    losses, fake = method.losses(onehot, real, "whole"), cut(method.g(onehot)[0], onehot)
     reals, fakes = method.d(onehot, real), method.d(onehot, fake)
     if name == "pix2pix":
         r, f = reals[0][-1], fakes[0][-1]
@@ -360,7 +366,7 @@ def leaves(tree, path=""):
     """Every leaf of nested dicts and lists, by its path."""
     items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list | tuple) else None
     if items is None:
-        return {path: tree.tolist() if torch.is_tensor(tree) else tree}
+        return {path: tree}
     return {k: v for key, sub in items for k, v in leaves(sub, f"{path}/{key}").items()}
 
 
@@ -376,7 +382,9 @@ def test_stopped_it_goes_on_bit_for_bit(trainer, trained, name):
     for _ in range(3):
         resumed.step()
     ours, wanted = ({k: v for k, v in leaves(r.state()).items() if k != "/config/out"} for r in (resumed, whole))
-    assert ours == wanted and ours["/step"] == 6
+    assert ours.keys() == wanted.keys() and ours["/step"] == 6
+    for key, x in ours.items():
+        assert torch.equal(x, wanted[key]) if torch.is_tensor(x) else x == wanted[key], key
 
 
 @pytest.mark.parametrize("name", NAMES)
