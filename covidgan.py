@@ -112,10 +112,11 @@ class Config(LoopConfig):
     n_dis: int = 2  # discriminators: D1 at full size, D2 at half, D3 at a quarter (Table V)
     upsample: Literal["deconv", "resize"] = "deconv"  # transposed convolution, or nearest resize and convolution
     desum: Literal["learned", "global", "fixed", "sum"] = "learned"  # alpha from F_local | from F_global | 0.5 | F + F
-    dfm: Literal["learned", "d2", "fixed", "off"] = "learned"  # beta from D1 | from D2 | 0.5 | no feature matching
+    dfm: Literal["learned", "d2", "fixed", "off"] = "learned"  # beta from D1 | from D2 | --beta | no feature matching
     # losses
     gan: Literal["bce", "lsgan", "hinge"] = "bce"  # Eq. 3 is bce
     lambda_dfm: float = 10.0  # weight of L_DFM in Eq. 2
+    beta: float = 0.5  # with --dfm fixed: what D2's features weigh in L_DFM, and D1's the rest of 1
     beta_policy: Literal["clamp", "entropy", "min", "max"] = "clamp"  # see Dfm: who moves beta, and how far
     beta_margin: float = 0.1  # clamp: beta stays in [margin, 1 - margin]
     beta_entropy: float = 0.1  # entropy: weight of the bonus that keeps beta from the ends
@@ -354,7 +355,7 @@ class Dfm(nn.Module):
 
     With t_k the L1 distance of scale k's first three feature maps between real and synthetic pair,
         L_DFM = (1 - beta) t_1 + beta t_2,
-    beta one number an image, drawn from D1's third feature map of the real pair ("d2": from D2's, "fixed": 0.5).
+    beta one number an image, drawn from D1's third feature map of the real pair ("d2": from D2's, "fixed": --beta).
     More than two scales share beta evenly; a single scale has the weight 1.
 
     Who moves beta is not said in the paper. Eq. 2 puts L_DFM under min_G, but a plain minimum just moves all weight
@@ -366,6 +367,7 @@ class Dfm(nn.Module):
     def __init__(self, c: Config) -> None:
         super().__init__()
         self.kind, self.policy, self.margin, self.bonus = c.dfm, c.beta_policy, c.beta_margin, c.beta_entropy
+        self.fixed = c.beta
         learned = c.dfm in ("learned", "d2") and c.n_dis > 1
         self.net = WeightingNet(4 * c.ndf, c.ndf) if learned else None
 
@@ -376,7 +378,7 @@ class Dfm(nn.Module):
         if len(real) == 1:
             return distances.mean(), distances.new_zeros(()), distances.new_zeros(n)
         if self.net is None:
-            beta = distances.new_full((n,), 0.5)
+            beta = distances.new_full((n,), self.fixed)
         else:
             beta = self.net(real[1 if self.kind == "d2" else 0][2].detach())
             if self.policy == "clamp":
@@ -529,6 +531,7 @@ class Covidgan(Method):
             (min(c.n_blocks, c.n_local_blocks) >= 1, "--n-blocks, --n-local-blocks: give 1 or more"),
             (c.dfm != "d2" or c.n_dis > 1, "--dfm d2: needs --n-dis 2 or more"),
             (c.individual >= 0, f"--individual {c.individual:g}: give 0 or more"),
+            (0 <= c.beta <= 1, f"--beta {c.beta:g}: give 0 to 1"),
             (0 <= c.beta_margin < 0.5, f"--beta-margin {c.beta_margin:g}: give 0 to below 0.5"),
         ]
 

@@ -108,6 +108,7 @@ MISTAKES = {
     "resume and overwrite": (["--resume", "--overwrite"], "--overwrite"),
     "d2 of one discriminator": (["--dfm", "d2", "--n-dis", 1], "--dfm d2"),
     "margin": (["--beta-margin", 0.5], "--beta-margin"),
+    "beta": (["--beta", 1.5], "--beta 1.5"),
     "learning rate": (["--lr", 0], "--lr"),
     "learning rate no number": (["--lr", "nan"], "--lr"),
     "window": (["--width", 0], "--width"),

@@ -112,11 +112,13 @@ def test_distance_is_the_mean_l1_of_the_first_three_features():
     assert covidgan.feature_distance(real, fake).tolist() == pytest.approx(by_hand, rel=1e-6)
 
 
-def test_fixed_beta_averages_the_two_scales():
+def test_fixed_beta_averages_the_two_scales_or_weighs_them_as_told():
     loss, loss_beta, beta = make_dfm(dfm="fixed")(features(ZERO, ZERO), features(NEAR, FAR))
     assert loss.item() == pytest.approx((0.6 + 6.0) / 2)
     assert beta.tolist() == [0.5, 0.5]
     assert not loss_beta.requires_grad
+    loss, _, beta = make_dfm(dfm="fixed", beta=0.1)(features(ZERO, ZERO), features(NEAR, FAR))
+    assert (loss.item(), beta.tolist()) == (pytest.approx(0.9 * 0.6 + 0.1 * 6.0), pytest.approx([0.1, 0.1]))
 
 
 def test_beta_weighs_d2_and_its_rest_d1():
