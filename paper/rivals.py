@@ -10,8 +10,8 @@ What is theirs is their networks, losses and optimiser settings, from their pape
     pix2pixHD   Wang et al., CVPR 2018                          HDGenerator; LSGAN on two scales, feature matching
     SPADE       Park, Liu, Wang, Zhu, CVPR 2019                 SpadeGenerator, SpadeNorm; hinge
     SEAN        Zhu, Abdal, Qin, Wonka, CVPR 2020               SeanGenerator, AceNorm, StyleEncoder
-Data, augmentation, schedule, average of the weights, checkpoints and pictures are the loop's, the same for all five;
-so is its order: one synthesis a step, from which all players' losses are computed before any of them moves.
+Data, augmentation, what D sees (--cut), schedule, average of the weights, checkpoints and pictures are the loop's, the
+same for all five; so is its order: one synthesis a step, from which all losses are computed before any player moves.
 
 Left out in all of them: the VGG loss of pix2pixHD, SPADE and SEAN. It needs a network trained on a million photographs,
 which is a download, knows no CT, and would be a help that pix2pix and covidgan do not have; pix2pixHD's authors
