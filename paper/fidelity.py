@@ -42,7 +42,14 @@ ROWS: dict[
         "D at 1.2e-3, G at 3e-4, beta fixed",
         [*HALF, *CLEAN, "--cut", "--lr", "3e-4", "--d-speed", "4", "--dfm", "fixed"],
     ),
-    "best": ("preset best: lambda 3 as well", WHOLE + BEST),
+    "best-half": ("preset best: cut, beta fixed at 0.1", [*HALF, *BEST]),
+    "lambda-half": ("and lambda 3", [*HALF, *BEST, "--lambda-dfm", "3"]),
+    "base-whole": ("base, twice as long", [*WHOLE, *CLEAN]),
+    "lambda": (
+        "6e-4, beta fixed at 0.5, lambda 3",
+        [*WHOLE, *CLEAN, "--cut", "--lr", "6e-4", "--dfm", "fixed", "--lambda-dfm", "3"],
+    ),
+    "best": ("preset best, twice as long", [*WHOLE, *BEST]),
     # not run yet: at the time of half, or half itself
     "share": ("g1 and g2 a quarter as long", [*BEST, "--epoch-len", "2750", "--individual", "0.25"]),
     "joint": ("no individual training", [*BEST, "--epoch-len", "4200", "--individual", "0"]),
