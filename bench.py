@@ -322,9 +322,10 @@ class PlainStep:
         c, judge = self.c, partial(self.method.d, first=self.method.first_scale(self.stage))
         image, _ = self.method.g(onehot, self.stage)
         shrink = target.shape[-1] // image.shape[-1]
-        onehot, target = onehot[..., ::shrink, ::shrink], F.avg_pool2d(target, shrink)
-        cut, real, fake = judge(onehot, image.detach()), judge(onehot, target), judge(onehot, image)
-        loss_d = sum(covidgan.gan_loss_d(r[-1], f[-1], c.gan) for r, f in zip(real, cut, strict=True))
+        onehot = onehot[..., ::shrink, ::shrink]
+        target, image = (self.method.shown(x, onehot) for x in (F.avg_pool2d(target, shrink), image))
+        apart, real, fake = judge(onehot, image.detach()), judge(onehot, target), judge(onehot, image)
+        loss_d = sum(covidgan.gan_loss_d(r[-1], f[-1], c.gan) for r, f in zip(real, apart, strict=True))
         loss_dfm, loss_beta, _ = self.method.dfm(real, fake)
         loss_g = sum(covidgan.gan_loss_g(f[-1], c.gan) for f in fake) + c.lambda_dfm * loss_dfm
         self.opt_g.zero_grad()
