@@ -173,7 +173,7 @@ def hand_norm(x):
 
 
 def hand_patchgan(weights, x):
-    """pix2pixHD's discriminator of one scale from the fact sheet, in float64: all feature maps."""
+    """pix2pixHD's published discriminator of one scale, in float64: all feature maps."""
     features = []
     for (weight, bias), stride, norm in zip(weights, (2, 2, 2, 1, 1), (0, 1, 1, 1, 0), strict=True):
         x = F.conv2d(x, weight, bias, stride, 2)
@@ -219,7 +219,7 @@ def test_pix2pixhds_losses_of_a_step_are_those_computed_by_hand(trained):
 
 
 @pytest.mark.parametrize("name", ["pix2pix", "SPADE"])
-def test_losses_are_those_of_the_fact_sheet(trained, name):
+def test_losses_are_the_published(trained, name):
     run = trained(name)
     onehot, real = pair_of(run)
     method = run.method.eval()  # no dropout, and no power iteration
