@@ -540,6 +540,12 @@ class Covidgan(Method):
         """The finest discriminator of a stage: at G1's reduced size the one of that size, D2 in the paper."""
         return min(self.c.n_gen, self.c.n_dis) - 1 if stage == "g1" else 0
 
+    def judged(self, onehot: Tensor, target: Tensor, stage: str) -> tuple[Tensor, Tensor]:
+        """Map and target as D sees them in a stage: g1 works at G1's reduced size."""
+        shrink = 2 ** (self.c.n_gen - 1) if stage == "g1" else 1
+        onehot = onehot[..., ::shrink, ::shrink]  # nearest, as in Generator.forward
+        return onehot, self.shown(F.avg_pool2d(target, shrink), onehot)
+
     def players(self, stage: str) -> dict[str, Player]:
         """D, beta's network, and of G what the stage trains: G1 (g1), the local generators (g2), all (joint)."""
         c, g = self.c, self.g
@@ -563,9 +569,8 @@ class Covidgan(Method):
         """
         c, first = self.c, self.first_scale(stage)
         image, alpha = self.g(onehot, stage)
-        shrink = target.shape[-1] // image.shape[-1]  # stage g1 works at G1's size
-        onehot, target = onehot[..., ::shrink, ::shrink], F.avg_pool2d(target, shrink)
-        real, fake = (self.d(onehot, self.shown(x, onehot), first) for x in (target, image))
+        onehot, target = self.judged(onehot, target, stage)
+        real, fake = self.d(onehot, target, first), self.d(onehot, self.shown(image, onehot), first)
         verdicts = [(r[-1].float(), f[-1].float()) for r, f in zip(real, fake, strict=True)]
         loss_dfm, loss_beta, beta = self.dfm(real, fake)
         loss_gan = sum(gan_loss_g(f, c.gan) for _, f in verdicts)

@@ -23,16 +23,16 @@ HALF, WHOLE = ["--epoch-len", "2100"], ["--epoch-len", "4200"]  # two epochs a s
 BEST = ["--preset", "best"]
 CLEAN = ["--preset", "paper", "--noise", "0", "--ema", "0.998"]  # the paper's, with targets that a generator can match
 SCALE = ["--ngf", "32", "--ndf", "32", "--n-blocks", "6", "--batch", "4", "--epochs", "2"]
-FIGURES = {  # column -> table of eval.py's results, row, key, factor
-    "PSNR": ("pixels", "complete PSNR", "mean", 1),
-    "SSIM": ("pixels", "complete SSIM", "mean", 1),
-    "lung FD 24": ("features", "lung FID 24", "value", 1),
-    "lung KID": ("features", "lung KID 1280", "value", 1000),
-    "complete KID": ("features", "complete KID 1280", "value", 1000),
+FIGURES = {  # column -> table of eval.py's results, row, key, factor, decimals
+    "PSNR": ("pixels", "complete PSNR", "mean", 1, 2),
+    "SSIM": ("pixels", "complete SSIM", "mean", 1, 4),
+    "lung FD 24": ("features", "lung FID 24", "value", 1, 2),
+    "lung KID": ("features", "lung KID 1280", "value", 1000, 0),
+    "complete KID": ("features", "complete KID 1280", "value", 1000, 0),
+    "fine texture %": ("texture", "fine texture", "value", 100, 0),
 }
-ROWS: dict[
-    str, tuple[str, list[str]]
-] = {  # name -> what it tries, its options. Half: 4,200 samples a stage, whole: 8,400
+# name -> what it tries, its options. Half: 4,200 samples a stage, whole: 8,400
+ROWS: dict[str, tuple[str, list[str]]] = {
     "base": ("the paper's losses and rate, clean targets, average", [*HALF, *CLEAN]),
     "rate": ("learning rate 6e-4", [*HALF, *CLEAN, "--lr", "6e-4"]),
     "cut": ("D sees the lung cut out along its map", [*HALF, *CLEAN, "--cut"]),
@@ -74,7 +74,7 @@ def run(row: str, seed: int, args: argparse.Namespace, size: int) -> dict[str, d
     for side in ("test", "seg_test"):
         results = runs.measure(out, args.reference, side, features)
         measured[side] = {}
-        for column, (table, name, key, factor) in FIGURES.items():
+        for column, (table, name, key, factor, _) in FIGURES.items():
             value = results[table][name][key]  # None where eval.py refuses it, as FD of few slices
             measured[side][column] = value if value is None else factor * value
         measured[side]["seconds"] = json.loads((out / "seconds.json").read_text())
@@ -88,9 +88,8 @@ def summary(measured: dict[str, list[dict[str, dict[str, Any]]]]) -> list[str]:
     for row, seeds in measured.items():
         cells = [row, str(len(seeds))]
         for side in ("test", "seg_test"):
-            for column in FIGURES:
+            for column, (*_, digits) in FIGURES.items():
                 values = [one[side][column] for one in seeds if one[side][column] is not None]
-                digits = 4 if column == "SSIM" else 2 if column in ("PSNR", "lung FD 24") else 0
                 spread = f" +- {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
                 cells.append(f"{np.mean(values):.{digits}f}{spread}" if values else "-")
         lines.append([*cells, f"{np.mean([one['test']['seconds'] for one in seeds]):.0f}"])

@@ -3,14 +3,13 @@
     python -m paper.study --spectral --data data/ct --size 128 --batch 4 --epochs 2 --epoch-len 4200 --out out/spectral
 
 trains as covidgan.py does, with its options and those of StudyConfig. What won stands in covidgan.py itself; what is
-here did not win, and stays so that its rows can be run again.
+here has not won, or was not tried to its end yet.
 """
 
 import dataclasses
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
@@ -81,11 +80,10 @@ class Study(covidgan.Covidgan):
 
     def slope(self, onehot: Tensor, target: Tensor, stage: str) -> Tensor:
         """Mean over the batch of the squared gradient of D's mean verdicts with respect to the real slice."""
-        first, shrink = self.first_scale(stage), 2 ** (self.c.n_gen - 1) if stage == "g1" else 1
-        onehot, target = onehot[..., ::shrink, ::shrink], F.avg_pool2d(target, shrink)
-        real = self.shown(target, onehot).requires_grad_()
-        verdicts = sum(features[-1].float().mean((1, 2, 3)).sum() for features in self.d(onehot, real, first))
-        (gradient,) = torch.autograd.grad(verdicts, real, create_graph=True)
+        onehot, target = self.judged(onehot, target, stage)
+        judged = self.d(onehot, target.requires_grad_(), self.first_scale(stage))
+        verdicts = sum(features[-1].float().mean((1, 2, 3)).sum() for features in judged)
+        (gradient,) = torch.autograd.grad(verdicts, target, create_graph=True)
         return gradient.square().sum((1, 2, 3)).mean()
 
 

@@ -159,6 +159,25 @@ def here(monkeypatch, capfd):
     return run
 
 
+@pytest.fixture
+def stop_after(monkeypatch):
+    """Train by a command line until a SIGTERM, as it were, comes in a step: stop_after(steps, arguments, method)."""
+    import covidgan
+
+    def train(steps, arguments, method):
+        step = covidgan.Trainer.step
+
+        def stopping(self):
+            self.stop_signal = signal.SIGTERM if self.step_done == steps else 0
+            return step(self)
+
+        with monkeypatch.context() as patch, pytest.raises(covidgan.Stopped):
+            patch.setattr(covidgan.Trainer, "step", stopping)
+            covidgan.main(arguments, method)
+
+    return train
+
+
 @pytest.fixture(scope="session")
 def whole_run(toy, small_run, cli, tmp_path_factory):
     """The folder of a whole uninterrupted run of all three stages, and how it ended; read it only."""

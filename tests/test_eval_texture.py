@@ -5,12 +5,12 @@ import sys
 
 import imageio.v3 as iio
 import numpy as np
-import onnx
 import pytest
 import scipy.ndimage
 import scipy.stats
 from onnx import TensorProto, helper
 from prdc import compute_prdc
+from test_eval import save_model
 
 import eval as evaluation
 from data.slices import write_image, write_map
@@ -88,13 +88,8 @@ def save_features(path):
         helper.make_node("AveragePool", ["channel"], ["means"], kernel_shape=[48, 48], strides=[48, 48]),
         helper.make_node("Flatten", ["means"], ["4"]),
     ]
-    inputs = [helper.make_tensor_value_info("image", TensorProto.UINT8, ["N", "H", "W"])]
-    outputs = [helper.make_tensor_value_info("4", TensorProto.FLOAT, ["N", 4])]
-    graph = helper.make_graph(nodes, "means", inputs, outputs)
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
-    helper.set_model_props(model, {"kind": "features", "name": "quarters"})
-    onnx.save(model, path)
-    return path
+    outputs = {"4": (TensorProto.FLOAT, ["N", 4])}
+    return save_model(path, nodes, {"image": TensorProto.UINT8}, outputs, kind="features", name="quarters")
 
 
 # ------------------------------------------------------------------------------------------------ features

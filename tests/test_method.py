@@ -134,20 +134,11 @@ def test_its_players_move_at_their_own_rates(small):
     assert trainer.optimizers["g"].param_groups[0]["lr"] == pytest.approx(4e-4)
 
 
-def test_stopped_it_goes_on_bit_for_bit_its_dropout_and_power_iteration_too(small, monkeypatch):
+def test_stopped_it_goes_on_bit_for_bit_its_dropout_and_power_iteration_too(small, stop_after):
     arguments, out = small
     covidgan.main(arguments, Small)
     whole = torch.load(out / "ckpt.pt", weights_only=True)
-    step = covidgan.Trainer.step
-
-    def stopping(self):
-        self.stop_signal = signal.SIGTERM if self.step_done == 4 else 0
-        return step(self)
-
-    monkeypatch.setattr(covidgan.Trainer, "step", stopping)
-    with pytest.raises(covidgan.Stopped):
-        covidgan.main([*arguments, "--overwrite"], Small)
-    monkeypatch.undo()
+    stop_after(4, [*arguments, "--overwrite"], Small)
     torch.manual_seed(99)  # whatever the process drew meanwhile
     covidgan.main(["--resume", "--out", str(out)], Small)
     assert leaves(torch.load(out / "ckpt.pt", weights_only=True)) == leaves(whole)

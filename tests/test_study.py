@@ -1,7 +1,5 @@
 """The switches of paper/study.py do what their names say, and a run of the study is one of the loop's."""
 
-import signal
-
 import numpy as np
 import pytest
 import torch
@@ -84,33 +82,12 @@ def test_position_is_two_channels_from_minus_1_to_1_down_and_across(study, monke
     assert np.allclose(down[1, :, 5], np.linspace(-1, 1, 32)) and np.allclose(across[0, 7], np.linspace(-1, 1, 64))
 
 
-def test_stopped_it_goes_on_bit_for_bit_and_exports(toy, tmp_path, monkeypatch):
-    on = ["--spectral", "--r1", "1", "--noise-inputs", "1", "--position", "--d-speed", "2"]
-    arguments = ["--preset", "tiny", "--data", str(toy.folder), "--device", "cpu", "--dtype", "float32"]
-    arguments += [
-        "--stage",
-        "joint",
-        "--n-blocks",
-        "1",
-        "--n-local-blocks",
-        "1",
-        "--epoch-len",
-        "80",
-        "--interval",
-        "50",
-        *on,
-    ]
+def test_stopped_it_goes_on_bit_for_bit_and_exports(toy, tmp_path, stop_after):
+    options = "--preset tiny --device cpu --dtype float32 --stage joint --n-blocks 1 --n-local-blocks 1"
+    options += " --epoch-len 80 --interval 50 --spectral --r1 1 --noise-inputs 1 --position --d-speed 2"
+    arguments = ["--data", str(toy.folder), *options.split()]
     covidgan.main([*arguments, "--out", str(tmp_path / "whole")], Study)
-    step = covidgan.Trainer.step
-
-    def stopping(self):
-        self.stop_signal = signal.SIGTERM if self.step_done == 9 else 0
-        return step(self)
-
-    monkeypatch.setattr(covidgan.Trainer, "step", stopping)
-    with pytest.raises(covidgan.Stopped):
-        covidgan.main([*arguments, "--out", str(tmp_path / "parts")], Study)
-    monkeypatch.undo()
+    stop_after(9, [*arguments, "--out", str(tmp_path / "parts")], Study)
     covidgan.main(["--resume", "--out", str(tmp_path / "parts")], Study)
     whole, parts = (torch.load(tmp_path / run / "ckpt.pt", weights_only=True) for run in ("whole", "parts"))
     assert all(torch.equal(parts["networks"][name], value) for name, value in whole["networks"].items())

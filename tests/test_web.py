@@ -153,6 +153,13 @@ class Page:
         return read_map(path) if what == "map" else read_image(path)
 
 
+def refuses(page, what, path, words):
+    """The page refuses a file in one line that names it, and says these words."""
+    page.tab.evaluate("say('')")
+    line = page.refused(what, path)
+    assert line.startswith(path.name) and words in line and "\n" not in line
+
+
 @pytest.fixture
 def new_page(browser, generator, tmp_path):
     """Make a page that finds our generator where the repository's own would be; options are the browser's."""
@@ -419,9 +426,7 @@ def test_what_is_no_label_map_is_refused_in_one_line_and_the_map_stays(page, two
         "none.png": "not a readable PNG",
         "map.jpg": "neither a label map, .png, nor a generator, .onnx",
     }.items():
-        page.tab.evaluate("say('')")
-        line = page.refused("map", tmp_path / name)
-        assert line.startswith(name) and words in line and "\n" not in line
+        refuses(page, "map", tmp_path / name, words)
     assert np.array_equal(page.save("map"), before)
 
 
@@ -455,9 +460,7 @@ def test_a_file_that_is_no_generator_is_refused_in_one_line_and_the_one_before_s
         "foreign.onnx": "not a generator that export.py wrote: it lacks metadata kind; metadata contract",
         "newer.onnx": "contract 2, this page speaks 1",
     }.items():
-        page.tab.evaluate("say('')")
-        line = page.refused("generator", tmp_path / name)
-        assert line.startswith(name) and words in line and "\n" not in line
+        refuses(page, "generator", tmp_path / name, words)
     page.stroke((15, 30), (20, 40))
     labels, hu = page.with_slice().save("map"), page.save("ct")
     assert np.abs(hu.astype(int) - of_scripts(generator, labels)).max() <= 1
