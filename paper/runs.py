@@ -63,6 +63,5 @@ def measure(out: Path, data: Path, side: str, features: Path) -> dict[str, Any]:
         if not model.exists():
             call(ROOT / "export.py", out / "ckpt.pt", "-o", model)
         call(ROOT / "infer_onnx.py", data, "--side", side, "--model", model, "--out", synthetic)
-        judges = ["--features", features, "--train", data, "--out", results.parent, "--json", results]
-        call(ROOT / "eval.py", data, synthetic, *judges)
+        call(ROOT / "eval.py", data, synthetic, "--features", features, "--out", results.parent, "--json", results)
     return json.loads(results.read_text())
