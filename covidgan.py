@@ -49,6 +49,7 @@ from tqdm import tqdm
 LABELS = ("background", "lung", "ground-glass opacity", "consolidation")
 COLOURS = ((0, 0, 0), (255, 0, 0), (0, 0, 255), (0, 255, 0))  # Fig. 1: lung red, GGO blue, consolidation green
 HU_OFFSET = 1024  # a stored pixel is HU + 1024, 0..4095
+PARENCHYMA = -860  # HU of healthy lung between its vessels
 LUNG_HU = (-1000, -400)  # what a patient's mean of lung without lesion must lie in
 STAGES = ("g1", "g2", "joint")  # §III-A, in their order
 PHANTOM = "data/phantom"  # the built-in data; a folder whose name begins so is made when it is not there
@@ -84,7 +85,7 @@ class LoopConfig:
     elastic: float = 2.0  # elastic displacement, standard deviation in pixels
     elastic_cell: float = 24.0  # and the distance over which it varies
     noise: float = 0.0  # Gaussian noise on the image's lung, of the window's range: no generator can match it
-    cut: bool = True  # D sees a synthetic image cut to its map's lung, as synthesis cuts it
+    contrast: float = 4.0  # how many times as large D sees the HU inside the lung; 0: it sees whole images, as they are
     # optimisation
     batch: int = 16  # over all processes
     epochs: int = 20  # a stage; the learning rate is constant for the first half, then falls linearly to 0
@@ -127,7 +128,7 @@ class Config(LoopConfig):
 
 BEST: dict[str, Any] = dict(batch=4, dfm="fixed", beta=0.1)  # for real use, by paper/fidelity.md
 PRESETS: dict[str, dict[str, Any]] = {
-    "paper": dict(noise=0.01, cut=False, ema=0.0),
+    "paper": dict(noise=0.01, contrast=0.0, ema=0.0),
     "best": BEST,
     "demo": BEST
     | dict(size=128, ngf=32, ndf=32, n_blocks=6, epochs=2, epoch_len=1900, interval=200)
@@ -468,12 +469,17 @@ class Method(nn.Module):
         raise NotImplementedError
 
     def shown(self, image: Tensor, onehot: Tensor) -> Tensor:
-        """What D sees of an image [B, 1, H, W]: with --cut its map's lung alone, as synthesis cuts it.
+        """What D sees of an image [B, 1, H, W] in [-1, 1]: with --contrast the lung of its map alone, enlarged about 0.
 
-        Else G must learn to paint what the map says anyway, the floor of -1 from the lung's border on, and D to see
-        where it does not. Trap: a target that was shrunk has a seam of lung outside its shrunk map. Cut it as well.
+        Within a lung an image deviates by 0.2, within its parenchyma by a few hundredths, while the map's channels are
+        0 or 1 and the pleura is a step of almost 1: beside them a young D is all but blind to texture, and G paints
+        none. Outside is 0, as parenchyma is, so that neither need mind what synthesis cuts off anyway. Trap: a target
+        that was shrunk has a seam of lung outside its shrunk map.
         """
-        return lung_target(image, 1 - onehot[:, :1]) if self.c.cut else image
+        if not self.c.contrast:
+            return image
+        parenchyma = (PARENCHYMA - self.c.level) * 2 / self.c.width
+        return torch.where(onehot[:, :1] > 0, 0.0, self.c.contrast * (image - parenchyma))
 
     def generator(self) -> nn.Module:
         """The network to deploy: one-hot map [B, n_labels, H, W] to image [B, 1, H, W] in [-1, 1], and alpha [B]."""
@@ -1431,6 +1437,7 @@ def check_config(c: LoopConfig, method: type[Method]) -> None:
         (0 <= c.adam_beta1 < 1 and 0 <= c.adam_beta2 < 1, "--adam-beta1, --adam-beta2: give 0 to below 1"),
         (0 <= c.ema < 1, f"--ema {c.ema:g}: give 0 to below 1"),
         (c.seed >= 0, f"--seed {c.seed}: give 0 or more"),
+        (c.contrast >= 0 and math.isfinite(c.contrast), f"--contrast {c.contrast:g}: give 0 or more"),
         (c.resize >= 1 and min(c.rotate, c.elastic, c.noise) >= 0, "--resize below 1, or a negative augmentation"),
         (c.elastic_cell >= 4, f"--elastic-cell {c.elastic_cell:g}: give 4 pixels or more"),
         (c.batch % world_size() == 0, f"--batch {c.batch}: give a multiple of the {world_size()} processes"),

@@ -10,8 +10,9 @@ What is theirs is their networks, losses and optimiser settings, from their pape
     pix2pixHD   Wang et al., CVPR 2018                          HDGenerator; LSGAN on two scales, feature matching
     SPADE       Park, Liu, Wang, Zhu, CVPR 2019                 SpadeGenerator, SpadeNorm; hinge
     SEAN        Zhu, Abdal, Qin, Wonka, CVPR 2020               SeanGenerator, AceNorm, StyleEncoder
-Data, augmentation, what D sees (--cut), schedule, average of the weights, checkpoints and pictures are the loop's, the
-same for all five; so is its order: one synthesis a step, from which all losses are computed before any player moves.
+Data, augmentation, what D sees (--contrast), schedule, average of the weights, checkpoints and pictures are the
+loop's, the same for all five; so is its order: one synthesis a step, from which all losses are computed before any
+player moves.
 
 Left out in all of them: the VGG loss of pix2pixHD, SPADE and SEAN. It needs a network trained on a million photographs,
 which is a download, knows no CT, and would be a help that pix2pix and covidgan do not have; pix2pixHD's authors
@@ -48,7 +49,7 @@ class RivalConfig(covidgan.LoopConfig):
 
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "paper": dict(noise=0.01, cut=False, ema=0.0, optimiser="paper"),
+    "paper": dict(noise=0.01, contrast=0.0, ema=0.0, optimiser="paper"),
     "demo": dict(size=128, ngf=16, ndf=16, batch=4, epochs=2, epoch_len=1600, interval=200),
     "tiny": dict(data=f"{covidgan.PHANTOM}64", size=64, ngf=8, ndf=8, batch=4, epochs=1, epoch_len=80, interval=10),
 }
@@ -251,9 +252,9 @@ class Pix2pix(Rival):
 
     def losses(self, onehot: Tensor, target: Tensor, stage: str) -> dict[str, Tensor]:
         """D: half of real and fake; G: the log loss and 100 L1."""
-        image = self.shown(self.g(onehot)[0], onehot)
+        image, target = (self.shown(x, onehot) for x in (self.g(onehot)[0], target))
         d, gan = gan_losses(self.d(onehot, target), self.d(onehot, image), "bce")
-        l1 = F.l1_loss(image, target)
+        l1 = F.l1_loss(image, target) / (self.c.contrast or 1)
         return {"d": d, "g": gan + self.c.lambda_l1 * l1, "gan": gan, "l1": l1}
 
 
@@ -312,7 +313,7 @@ class Pix2pixHD(Rival):
 
     def losses(self, onehot: Tensor, target: Tensor, stage: str) -> dict[str, Tensor]:
         """Least squares summed over the scales, D's halved; G's and 10 times the feature matching."""
-        image = self.shown(self.g(onehot)[0], onehot)
+        image, target = (self.shown(x, onehot) for x in (self.g(onehot)[0], target))
         real, fake = self.d(onehot, target), self.d(onehot, image)
         d, gan = gan_losses(real, fake, "lsgan")
         fm = feature_matching(real, fake)
@@ -476,7 +477,7 @@ class Spade(Rival):
 
     def losses(self, onehot: Tensor, target: Tensor, stage: str) -> dict[str, Tensor]:
         """Hinge averaged over the scales, D's not halved; G's and 10 times the feature matching."""
-        image = self.shown(self.image(onehot, target), onehot)
+        image, target = (self.shown(x, onehot) for x in (self.image(onehot, target), target))
         real, fake = self.d(onehot, target), self.d(onehot, image)
         d, gan = (loss / len(real) for loss in gan_losses(real, fake, "hinge"))
         fm = feature_matching(real, fake)

@@ -51,9 +51,9 @@ def test_the_default_preset_exists():
 def test_defaults_are_the_papers_setting():
     c = covidgan.parse_config(["--preset", "paper"])
     default = covidgan.Config()
-    beside_the_method = {name: getattr(default, name) for name in ("preset", "noise", "cut", "ema")}
+    beside_the_method = {name: getattr(default, name) for name in ("preset", "noise", "contrast", "ema")}
     assert dataclasses.replace(c, **beside_the_method) == default
-    assert (c.noise, c.cut, c.ema) == (0.01, False, 0.0)
+    assert (c.noise, c.contrast, c.ema) == (0.01, 0.0, 0.0)
     assert (c.size, c.ngf, c.n_blocks, c.n_gen, c.n_dis, c.lambda_dfm, c.batch, c.gan) == (
         512,
         64,

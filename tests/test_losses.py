@@ -292,9 +292,9 @@ def test_generator_matches_features_without_moving_beta_and_beta_without_moving_
 
 
 @pytest.mark.parametrize("stage", covidgan.STAGES)
-def test_discriminators_see_the_synthetic_lung_cut_out_as_the_real_one_is_unless_told_not_to(tiny, monkeypatch, stage):
-    for cut in (True, False):
-        method = covidgan.build(Covidgan, tiny(cut=cut))
+def test_discriminators_see_the_lung_alone_and_enlarged_unless_told_not_to(tiny, monkeypatch, stage):
+    for contrast in (4.0, 0.0):
+        method = covidgan.build(Covidgan, tiny(contrast=contrast))
         seen, judge = [], method.d.forward
         monkeypatch.setattr(method.d, "forward", lambda *a, seen=seen, judge=judge: (seen.append(a[1]), judge(*a))[1])
         labels = torch.zeros(1, 1, 64, 64, dtype=torch.uint8)
@@ -303,8 +303,11 @@ def test_discriminators_see_the_synthetic_lung_cut_out_as_the_real_one_is_unless
         method.losses(onehot, torch.where(labels > 0, 0.5, -1.0), stage)
         real, fake = seen
         outside = labels[..., :: 64 // fake.shape[-1], :: 64 // fake.shape[-1]] == 0
-        assert (fake[outside] == -1).all() == cut
-        assert (real[outside] == -1).all() == (cut or stage != "g1")  # where shrinking has blurred the border
+        nothing = 0 if contrast else -1
+        assert (fake[outside] == nothing).all() == bool(contrast)
+        assert (real[outside] == nothing).all() == (bool(contrast) or stage != "g1")  # shrinking has blurred the border
+        middle = real[0, 0, real.shape[2] * 27 // 64, real.shape[3] // 2].item()  # 0.5 is -225 HU, 635 above parenchyma
+        assert middle == pytest.approx(4 * 635 / 750 if contrast else 0.5)
         assert fake[~outside].unique().numel() > 100
         fake.sum().backward()
         assert any(p.grad is not None and p.grad.abs().max() > 0 for p in method.g.parameters())

@@ -58,8 +58,8 @@ def test_every_row_of_the_study_is_a_command_that_training_takes():
         c = covidgan.parse_config([*fidelity.SCALE, "--size", "128", *options], Study)
         assert about and (c.size, c.ngf, c.n_blocks, c.noise) == (128, 32, 6, 0.0)
     base, best = (covidgan.parse_config([*fidelity.SCALE, *fidelity.ROWS[row][1]], Study) for row in ("base", "best"))
-    assert (base.lr, base.lambda_dfm, base.dfm, base.cut) == (2e-4, 10, "learned", False)
-    assert {name: getattr(best, name) for name in covidgan.BEST} == covidgan.BEST and best.cut
+    assert (base.lr, base.lambda_dfm, base.dfm, base.contrast) == (2e-4, 10, "learned", 0)
+    assert {name: getattr(best, name) for name in covidgan.BEST} == covidgan.BEST and best.contrast == 4
 
 
 def test_the_table_gives_means_over_seeds_and_their_spread():
