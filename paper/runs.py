@@ -5,11 +5,16 @@ eval_SIDE/. What is whole is not made again and a stopped training goes on, so t
 with by the command that began it.
 """
 
+import contextlib
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,17 +38,67 @@ def cpu_seconds() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def train(program: list[str], options: list[str], out: Path) -> None:
-    """Train into a folder, or go on there; its CPU seconds are added up in OUT/seconds.json. Raises Mistake."""
+def commit() -> str:
+    """The repository's commit, with -dirty where files differ from it; "unknown" outside of git."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        return subprocess.run(command, capture_output=True, check=True, text=True).stdout.strip()
+    return "unknown"
+
+
+@contextlib.contextmanager
+def keeping(out: Path) -> Iterator[None]:
+    """Keep each checkpoint that a training writes meanwhile, in a run's folder of its own: OUT/kept/SECONDS.
+
+    SECONDS are of training, by the clock, without what a stopped run did after its last checkpoint and does again.
+    """
+    checkpoint, kept, over = out / "ckpt.pt", out / "kept", threading.Event()
+    start = time.monotonic() - max(map(int, kept_seconds(out)), default=0)
+
+    def written() -> int:
+        return checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
+
+    def watch(last: int) -> None:
+        while True:
+            ending = over.wait(0.5)
+            if (now := written()) != last:
+                last, folder = now, kept / f"{time.monotonic() - start:06.0f}"
+                folder.mkdir(parents=True, exist_ok=True)
+                shutil.copy(checkpoint, folder)
+            if ending:
+                return
+
+    watcher = threading.Thread(target=watch, args=[written()])
+    watcher.start()
+    try:
+        yield
+    finally:
+        over.set()
+        watcher.join()
+
+
+def kept_seconds(out: Path) -> list[str]:
+    """Names of the folders of a run's kept checkpoints, in order."""
+    return sorted(path.parent.name for path in out.glob("kept/*/ckpt.pt"))
+
+
+def train(program: list[str], options: list[str], out: Path, keep: bool = False) -> None:
+    """Train into a folder, or go on there; its CPU seconds are added up in OUT/seconds.json.
+
+    OUT/commit.txt is the repository's commit at its start; keep: see `keeping`. Raises Mistake.
+    """
     if (out / "results.json").exists():
         return
     started, sum_file = (out / "ckpt.pt").exists(), out / "seconds.json"
     spent = json.loads(sum_file.read_text()) if started and sum_file.exists() else 0.0
-    before = cpu_seconds()
+    before, source = cpu_seconds(), commit()
     try:
-        call(*program, "--out", out, *(["--resume"] if started else options))
+        with keeping(out) if keep else contextlib.nullcontext():
+            call(*program, "--out", out, *(["--resume"] if started else options))
     finally:
         if out.is_dir():
+            if not started:
+                write_bytes(out / "commit.txt", source.encode())
             write_bytes(sum_file, json.dumps(spent + cpu_seconds() - before).encode())
 
 
@@ -56,12 +111,25 @@ def feature_network(folder: Path) -> Path:
     return path
 
 
+def synthesize(out: Path, data: Path, side: str) -> Path:
+    """Export a run's checkpoint and synthesize a side of a dataset by it; returns the folder of the slices."""
+    model, synthetic = out / "generator.onnx", out / f"synthetic_{side}"
+    if not model.exists():
+        call(ROOT / "export.py", out / "ckpt.pt", "-o", model)
+    call(ROOT / "infer_onnx.py", data, "--side", side, "--model", model, "--out", synthetic)
+    return synthetic
+
+
+def compare(data: Path, synthetic: Path, features: Path, out: Path) -> dict[str, Any]:
+    """Compare synthetic slices with the real ones of a dataset: eval.py's results, kept as OUT/results.json."""
+    results = out / "results.json"
+    call(ROOT / "eval.py", data, synthetic, "--features", features, "--out", out, "--json", results)
+    return json.loads(results.read_text())
+
+
 def measure(out: Path, data: Path, side: str, features: Path) -> dict[str, Any]:
     """Synthesize a side of a dataset by a trained run and compare it with the real slices: eval.py's results."""
-    model, synthetic, results = out / "generator.onnx", out / f"synthetic_{side}", out / f"eval_{side}" / "results.json"
-    if not results.exists():
-        if not model.exists():
-            call(ROOT / "export.py", out / "ckpt.pt", "-o", model)
-        call(ROOT / "infer_onnx.py", data, "--side", side, "--model", model, "--out", synthetic)
-        call(ROOT / "eval.py", data, synthetic, "--features", features, "--out", results.parent, "--json", results)
-    return json.loads(results.read_text())
+    results = out / f"eval_{side}" / "results.json"
+    if results.exists():
+        return json.loads(results.read_text())
+    return compare(data, synthesize(out, data, side), features, results.parent)

@@ -1,0 +1,226 @@
+"""The paper's tables: what stands in them, what they conclude, and that a part of them can be made alone."""
+
+import json
+import threading
+import time
+
+import numpy as np
+import pytest
+
+import covidgan
+from data.slices import Mistake, read_image, read_map
+from paper import METHODS, rivals, runs, tables
+
+MARKED = "before\n<!-- table 2 -->\nold\n<!-- end of table 2 -->\nafter\n"
+
+
+def records(method: str, values: list[float], metric: str = "PSNR", region: str = "complete") -> list[dict]:
+    """A method's value of each seed."""
+    given = {"method": method, "region": region, "metric": metric, "better": tables.BETTER[metric]}
+    return [given | {"seed": seed, "value": value} for seed, value in enumerate(values)]
+
+
+def test_every_row_of_table_2_is_a_command_that_its_training_takes():
+    for name, row in tables.ROWS.items():
+        method = {"covidgan": covidgan.Covidgan, **METHODS}[row.method]
+        c = covidgan.parse_config([*row.options, "--size", "128", "--ngf", "16", "--ndf", "16"], method)
+        helped = name.endswith(("-clean", "-best"))
+        assert (c.noise == 0, c.contrast > 0, c.ema > 0) == (helped, helped, helped)
+    assert {row.method for row in tables.ROWS.values()} == {"covidgan", *rivals.METHODS}
+
+
+def test_both_optimisers_are_tried_where_authors_and_paper_differ_and_only_there():
+    tried = {name: row.optimisers for name, row in tables.ROWS.items()}
+    assert tried["SPADE"] == tried["SEAN"] == tried["SEAN-clean"] == ("own", "paper")
+    assert tried["pix2pix"] == tried["pix2pixHD"] == tried["covidgan"] == ("paper",)
+
+
+def test_the_optimiser_kept_is_the_one_with_the_lower_lung_kid_on_the_patients_that_choose(tmp_path, monkeypatch):
+    kids, asked = {"own": 0.05, "paper": 0.04}, []
+
+    def measure(out, data, side, features):
+        asked.append(side)
+        return {"features": {"lung KID 1280": {"value": kids[out.name]}}}
+
+    monkeypatch.setattr(tables, "train", lambda name, optimiser, seed, args: tmp_path / optimiser)
+    monkeypatch.setattr(runs, "measure", measure)
+    monkeypatch.setattr(runs, "feature_network", lambda folder: folder / "features.onnx")
+    args = tables.parse(["2", "--out", str(tmp_path)])
+    assert tables.optimiser_of("SPADE-clean", args) == "paper"
+    kids["own"] = 0.03
+    assert tables.optimiser_of("SPADE-clean", args) == "own"
+    assert set(asked) == {"test"} and tables.REPORT == "seg_test"
+
+
+def test_a_comparison_is_clear_beyond_twice_the_standard_error_of_the_difference():
+    ours, theirs = [27.0, 27.2, 27.4], [26.5, 26.6, 26.7]
+    found = tables.comparison(records("covidgan", ours) + records("SPADE", theirs), "covidgan", "")
+    error = np.sqrt(np.var(ours, ddof=1) / 3 + np.var(theirs, ddof=1) / 3)
+    assert found["each"][0]["lead"] == pytest.approx(0.6) and found["each"][0]["error"] == pytest.approx(error)
+    assert (found["compared"], found["ahead"], found["clearly ahead"], found["clearly behind"]) == (1, 1, 1, 0)
+    near = tables.comparison(records("covidgan", [26.0, 26.7, 27.4]) + records("SPADE", theirs), "covidgan", "")
+    assert (near["ahead"], near["clearly ahead"], near["clearly behind"]) == (1, 0, 0)
+
+
+def test_where_lower_is_better_the_lower_is_ahead_and_one_seed_is_never_clear():
+    found = records("covidgan-best", [0.04], "RMSE") + records("SEAN-clean", [0.05], "RMSE")
+    told = tables.comparison(found, "covidgan-best", "-clean")
+    assert (told["rivals"], told["ahead"], told["clearly ahead"]) == ("clean", 1, 0)
+    assert told["each"][0]["lead"] == pytest.approx(0.01) and told["each"][0]["error"] is None
+
+
+def test_of_a_full_table_32_comparisons_are_made():
+    full = [
+        record
+        for k, method in enumerate(["covidgan", *tables.RIVALS])
+        for metric in tables.BETTER
+        for region in tables.REGIONS
+        for record in records(method, [k, k + 1.0], metric, region)
+    ]
+    assert tables.comparison(full, "covidgan", "")["compared"] == 32
+    assert tables.comparison(full, "covidgan", "-clean")["compared"] == 0
+
+
+def test_time_to_quality_is_the_first_moment_at_what_pix2pixHD_ends_with():
+    points = {
+        "pix2pixHD": [(100, 0.09), (200, 0.05)],
+        "covidgan": [(50, 0.08), (80, 0.05), (110, 0.06)],
+        "SPADE": [(300, 0.06)],
+    }
+    progress = {name: [{"seconds": s, "KID": kid} for s, kid in path] for name, path in points.items()}
+    assert tables.time_to(progress, "") == {"covidgan": 80, "pix2pixHD": 200, "SPADE": None}
+    assert tables.time_to(progress, "-clean") == {}
+
+
+def test_the_papers_figures_are_those_of_its_table():
+    paper = {(r["method"], r["region"], r["metric"]): r["value"] for r in tables.paper_records()}
+    assert len(paper) == 5 * 8
+    assert paper["covidgan", "complete", "FID"] == 0.0327 and paper["covidgan", "lung", "RMSE"] == 0.2747
+    assert paper["SEAN", "lung", "FID"] == 0.3575 and paper["pix2pix", "lung", "PSNR"] == 26.56
+
+
+def test_a_table_is_put_between_its_marks_and_nothing_else_is_touched(tmp_path):
+    path = tmp_path / "README.md"
+    path.write_text(MARKED)
+    tables.write_readme(path, "2", "new")
+    assert path.read_text() == MARKED.replace("old", "\nnew\n")
+    path.write_text("no marks\n")
+    with pytest.raises(Mistake, match=r"README.md: the marks <!-- table 2 -->"):
+        tables.write_readme(path, "2", "new")
+    assert path.read_text() == "no marks\n"
+
+
+def test_the_picture_zooms_on_the_rarer_lesion_and_stays_within_the_slice():
+    labels = np.ones((100, 100), np.uint8)
+    labels[60:80, 10:40] = 2
+    labels[90:99, 0:5] = 3
+    rows, columns = tables.lesion_window(labels)
+    assert (rows, columns) == (slice(60, 100), slice(0, 40)) and (labels[rows, columns] == 3).sum() == 45
+
+
+def test_the_markdown_has_every_method_with_its_spread_and_the_papers_rows():
+    found = [
+        r for metric in tables.BETTER for region in tables.REGIONS for r in records("SPADE", [1, 2], metric, region)
+    ]
+    cost = {"method": "SPADE", "seed": 0, "seconds": 1200.4, "samples": 12000, "parameters": 92088385, "synthesis": 0.5}
+    text = tables.markdown(
+        {"setting": {"size": 128}, "records": found, "costs": [cost], "progress": {}}
+        | {"comparisons": [tables.comparison(found, "covidgan", "")]}
+    )
+    assert "| SPADE | 2 | 1.50 +- 0.71 | 1.5000 +- 0.7071 |" in text
+    assert "| SPADE | 1,200 | 12,000 | 92,088,385 | 0.500 |" in text
+    assert "| SEAN | 0.0341 | 26.69 | 0.8922 | 0.0837 | 0.3575 | 28.02 | 0.8952 | 0.2795 |" in text
+
+
+def test_checkpoints_are_kept_as_they_come_with_the_seconds_behind_them(tmp_path):
+    (tmp_path / "kept" / "000100").mkdir(parents=True)
+    (tmp_path / "kept" / "000100" / "ckpt.pt").write_text("of the part before the stop")
+    (tmp_path / "ckpt.pt").write_text("of the part before the stop")
+    with runs.keeping(tmp_path):
+        time.sleep(1.2)
+        (tmp_path / "new").write_text("later")
+        (tmp_path / "new").replace(tmp_path / "ckpt.pt")
+    first, second = runs.kept_seconds(tmp_path)
+    assert first == "000100" and 101 <= int(second) <= 104
+    assert (tmp_path / "kept" / second / "ckpt.pt").read_text() == "later"
+    assert threading.active_count() == 1 or not any("watch" in t.name for t in threading.enumerate())
+
+
+def test_an_unknown_row_is_one_line(tmp_path):
+    with pytest.raises(Mistake, match="--rows cyclegan: give of covidgan, covidgan-best, pix2pix"):
+        tables.main(["2", "--rows", "cyclegan"])
+
+
+@pytest.fixture(scope="module")
+def made(toy, tmp_path_factory):
+    """Table II of two rows at toy size, made by its command; its args."""
+    folder = tmp_path_factory.mktemp("table")
+    data, names = folder / "data", sorted(path.stem for path in (toy.folder / "maps").iterdir())
+    data.mkdir()
+    for part in ("images", "maps"):
+        (data / part).symlink_to(toy.folder / part)
+    split = {"train": names[:18], "test": names[18:24], "seg_test": names[24:]}
+    (data / "split.json").write_text(json.dumps(split))
+    (folder / "paper").mkdir()
+    (folder / "paper" / "README.md").write_text(MARKED)
+    places = {"data": data, "reference": data, "out": folder / "out", "results": folder / "paper" / "results"}
+    argv = ["2", "--seeds", "0", "--ngf", "4", "--samples", "32", "--batch", "4"]
+    argv += [word for name, place in places.items() for word in (f"--{name}", str(place))]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tables, "KEPT", 1)
+        patch.setitem(tables.ROWS, "covidgan", tables.Row("covidgan", ("--preset", "paper", "--n-blocks", "1")))
+        patch.setitem(tables.ROWS, "SEAN", tables.Row("SEAN", ("--preset", "paper")))
+        tables.main([*argv, "--rows", "covidgan", "SEAN"])
+        yield tables.parse(argv)
+
+
+def test_the_command_makes_the_table_of_the_rows_asked_for_and_both_floors(made):
+    table = json.loads((made.results / "table2.json").read_text())
+    methods = {record["method"] for record in table["records"]}
+    assert methods == {"covidgan", "SEAN", "SEAN-self", "label means", "nearest training case"}
+    found = {(r["method"], r["region"], r["metric"]): r for r in table["records"]}
+    assert found["SEAN", "lung", "PSNR"]["better"] == "higher" and found["SEAN", "lung", "PSNR"]["seed"] == 0
+    results = json.loads((made.out / "covidgan_paper_0" / "eval_seg_test" / "results.json").read_text())
+    assert found["covidgan", "lung", "KID"]["value"] == results["features"]["lung KID 1280"]["value"]
+    assert found["covidgan", "complete", "SSIM"]["value"] == results["pixels"]["complete SSIM"]["mean"]
+    assert table["setting"]["size"] == 64 and table["setting"]["optimisers"] == {"covidgan": "paper", "SEAN": "paper"}
+    assert "| SEAN-self | 1 |" in (made.results.parent / "README.md").read_text()
+
+
+def test_what_a_run_cost_stands_beside_it(made):
+    costs = {cost["method"]: cost for cost in json.loads((made.results / "table2.json").read_text())["costs"]}
+    assert costs["covidgan"]["samples"] == 3 * 32 and costs["SEAN"]["samples"] == 32
+    network = covidgan.build(rivals.Sean, rivals.SpadeConfig(size=64, ngf=4, ndf=4)).g
+    assert costs["SEAN"]["parameters"] == sum(p.numel() for p in network.parameters())
+    assert 0 < costs["SEAN"]["synthesis"] < 5 and costs["covidgan"]["seconds"] > 1
+
+
+def test_lung_kid_is_followed_along_a_run_once_a_whole_generator_is_there(made):
+    progress = json.loads((made.results / "table2.json").read_text())["progress"]
+    assert [len(progress[name]) >= 1 for name in ("covidgan", "SEAN")] == [True, True]
+    table = json.loads((made.results / "table2.json").read_text())
+    end = next(r for r in table["records"] if (r["method"], r["region"], r["metric"]) == ("SEAN", "lung", "KID"))
+    assert progress["SEAN"][-1]["KID"] == end["value"]
+
+
+def test_the_floor_of_label_means_has_one_value_a_label(made):
+    names = sorted(path.stem for path in (made.out / "label_means" / "images").glob("*.png"))
+    assert len(names) == 6
+    values = {label: set() for label in (1, 2, 3)}
+    for name in names:
+        hu = read_image(made.out / "label_means" / "images" / f"{name}.png")
+        labels = read_map(made.reference / "maps" / f"{name}.png")
+        for label in values:
+            values[label] |= set(hu[labels == label].tolist())
+    assert len(values[1]) == 1 and all(len(found) <= 1 for found in values.values())
+    trained = json.loads((made.reference / "split.json").read_text())["train"]
+    lungs = [
+        read_image(made.reference / "images" / f"{name}.png")[read_map(made.reference / "maps" / f"{name}.png") == 1]
+        for name in trained
+    ]
+    assert values[1].pop() == pytest.approx(np.concatenate(lungs).clip(-1350, 150).mean(), abs=1)
+
+
+def test_the_same_command_goes_on_without_training_anything_again(made, monkeypatch):
+    monkeypatch.setattr(runs.subprocess, "run", None)  # whatever is called breaks
+    assert json.loads((made.results / "table2.json").read_text())["records"] == tables.table_2(made)["records"]
