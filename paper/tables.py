@@ -413,7 +413,7 @@ def verdicts(table: dict[str, Any]) -> list[str]:
 
 def markdown(table: dict[str, Any]) -> str:
     """The table as a person reads it."""
-    paper = [[method, *figures] for method, figures in PAPER.items()]
+    paper = [[method, *(f"{figure:.{2 if figure > 20 else 4}f}" for figure in row)] for method, row in PAPER.items()]
     heads = [f"{region} {metric}" for region in REGIONS for metric in ("FID", "PSNR", "SSIM", "RMSE")]
     lines = [line for region in REGIONS for line in quality(table["records"], region)]
     lines += ["**the paper's**, on other data, its FID of another network", "", *grid(["method", *heads], paper)]
@@ -496,6 +496,7 @@ def main(argv: list[str]) -> None:
     table = table_2(args)
     text = markdown(table)
     print(text)
+    args.results.mkdir(parents=True, exist_ok=True)
     write_bytes(args.results / f"table{args.table}.json", (json.dumps(table, indent=1) + "\n").encode())
     readme = args.results.parent / "README.md"
     if readme.exists():
