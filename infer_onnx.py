@@ -23,7 +23,9 @@ slice by slice in radiological display, as data/prepare.py writes slices. With -
 grid, and every voxel outside the lung is the CT's own, to the HU; fractions of a HU are rounded, with a note. Maps and
 volumes without lung are left out and counted; slices without lung within a volume are background, or the real slice.
 The same command goes on with a stopped run: finished files are skipped. HU below -1024, which the format cannot hold,
-are written as -1024; so is everything outside a lung that is not pasted. Research only, not for diagnosis.
+are written as -1024; so is everything outside a lung that is not pasted. Without --model it is generator.onnx, where
+there is one, else the trained models/covid-ct-256.onnx beside this file; and maps/, where there is no such folder, is
+data/phantom/maps, else models/examples beside this file. Research only, not for diagnosis.
 """
 
 import argparse
@@ -91,6 +93,10 @@ ORT_ERRORS = (
     MemoryError,
 )
 TOO_OLD = ("IR version", "opset versions", "model file format version")  # in ONNX Runtime's words on a newer file
+
+# what a clone comes with, found from any folder
+SHIPPED = Path(__file__).parent / "models"
+SHIPPED_MODEL, EXAMPLES = SHIPPED / "covid-ct-256.onnx", SHIPPED / "examples"
 
 # the contract with export.py
 CONTRACT = "1"
@@ -162,6 +168,15 @@ def open_session(
             return session, info
         reasons.setdefault(reason, []).append(name)
     raise Mistake(f"--provider {provider}: {reason}: --provider auto takes the best there is")
+
+
+def find_model(given: Path | None) -> Path:
+    """The model given; without one generator.onnx, and where there is none the one that a clone comes with."""
+    own = Path("generator.onnx")
+    if given or own.exists() or not SHIPPED_MODEL.exists():
+        return given or own
+    print(f"{own} is not there: taking {SHIPPED_MODEL}", file=sys.stderr)
+    return SHIPPED_MODEL
 
 
 def start(model: Path, name: str, options: dict[str, str], threads: int) -> ort.InferenceSession:
@@ -459,8 +474,9 @@ def find_maps(source: Path, side: str | None = None) -> dict[str, Path]:
     side: of the dataset's split.json, whose names alone are wanted.
     Raises Mistake where there is none, a name of the split has no map, and two would give files of one name.
     """
-    if source == Path("maps") and not source.exists() and Path("data/phantom/maps").exists():
-        source = Path("data/phantom/maps")
+    stand_ins = [place for place in (Path("data/phantom/maps"), EXAMPLES) if place.exists()]
+    if source == Path("maps") and not source.exists() and stand_ins:
+        source = stand_ins[0]
         print(f"maps is not there: taking {source}", file=sys.stderr)
     if not source.exists():
         raise Mistake(f"{source}: not there: give a folder of label maps")
@@ -900,7 +916,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     option = parser.add_argument
     option("maps", type=Path, help="folder of label maps, or one: palette PNG, RGB in the paper's colours, or NIfTI")
     option("--side", choices=("train", "test", "seg_test"), help="that side of a dataset's split alone")
-    option("--model", type=Path, default=Path("generator.onnx"), help="what export.py wrote")
+    option("--model", type=Path, help="what export.py wrote (default: generator.onnx, else the one shipped)")
     option("--out", type=Path, default=Path("synthetic"), help="folder to write to")
     option("--format", choices=ENDINGS, help="of the slices (default: png16)")
     option("--complement", type=Path, metavar="IMAGES", help="folder of the real slices, or CT volumes, to paste into")
@@ -935,13 +951,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def open_for(args: argparse.Namespace, shapes: list[Shape]) -> tuple[ort.InferenceSession, dict[str, Any], str, int]:
     """The session, the model's metadata, the provider's name and the batch; a dry run may fall back on the CPU."""
+    model = find_model(args.model)
     try:
         wanted = {"shapes": shapes, "precision": args.precision, "graphs": args.cuda_graph}
-        session, info = open_session(args.model, args.provider, args.threads, **wanted)
+        session, info = open_session(model, args.provider, args.threads, **wanted)
     except Mistake as mistake:
         if not args.dry_run:
             raise
-        session, info = open_session(args.model, "cpu", args.threads)  # which says again what is wrong with the file
+        session, info = open_session(model, "cpu", args.threads)  # which says again what is wrong with the file
         print(f"note: {mistake}", file=sys.stderr)
     name = next(k for k, v in PROVIDERS.items() if v == session.get_providers()[0])
     name = name if args.provider == "auto" else args.provider  # in a dry run it may not be here
