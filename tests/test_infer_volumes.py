@@ -57,7 +57,7 @@ def infer(tmp_path, capfd):
         except Mistake as mistake:
             status, told = 2, [f"error: {mistake}"]
         stdout, stderr = capfd.readouterr()
-        lines = [line for line in stderr.replace("\r", "\n").splitlines() if line and "slices/s" not in line]
+        lines = [line for line in stderr.replace("\r", "\n").splitlines() if line and "%|" not in line]
         lines = [line for line in lines if " runs on cpu" not in line]
         return status, tmp_path / out / "volumes", stdout, "\n".join(lines + told)
 
