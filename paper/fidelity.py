@@ -41,7 +41,7 @@ ROWS: dict[str, tuple[str, list[str]]] = {
     "base-whole": ("base, twice as long", [*WHOLE, *CLEAN]),
     # of best-half one thing changed
     "uncut": ("D sees whole images", [*HALF, *BEST, "--contrast", "0"]),
-    "contrast-8": ("D sees the lung eight times enlarged", [*HALF, *BEST, "--contrast", "8"]),
+    "contrast-6": ("D sees the lung six times enlarged", [*HALF, *BEST, "--contrast", "6"]),
     "beta": ("beta fixed at 0.5", [*HALF, *BEST, "--beta", "0.5"]),
     "lambda-10": ("lambda 10", [*HALF, *BEST, "--lambda-dfm", "10"]),
     "lambda-3": ("lambda 3", [*HALF, *BEST, "--lambda-dfm", "3"]),
