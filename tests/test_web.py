@@ -240,6 +240,16 @@ def test_the_built_in_map_takes_the_generators_size_until_it_is_touched(page, ge
     assert page.save("map").shape == (SIZE, SIZE)
 
 
+def test_every_example_is_a_map_of_the_repository_and_opens_as_its_file_has_it(page):
+    names = page.tab.evaluate("[...$('start').options].filter((o) => !o.disabled).map((o) => o.value).filter(Boolean)")
+    examples = {path.stem: path for path in sorted((ROOT / "models" / "examples").glob("*.png"))}
+    assert names == [*examples]
+    for name in (names[0], names[-1]):
+        page.tab.select_option("#start", name)
+        page.tab.get_by_text(f"{name}.png: 256 x 256 pixels").wait_for()
+        assert np.array_equal(page.with_slice().save("map"), read_map(examples[name]))
+
+
 def test_the_sliders_show_the_slice_through_the_window_of_data_slices(page):
     hu = page.save("ct")
     for level, width in ((-600, 1500), (-800, 300)):

@@ -14,7 +14,7 @@ const COLOURS = [[0, 0, 0], [255, 0, 0], [0, 0, 255], [0, 255, 0]]; // the paper
 const HU_OFFSET = 1024; // stored value = HU + 1024, clipped to 0..4095
 
 const GENERATOR = "../models/covid-ct-256.onnx"; // opened at the start, if it is there
-const EXAMPLES = []; // names of maps to start from: "P01_S040" is ../models/examples/P01_S040.png
+const EXAMPLES = ["P01_S008", "P02_S015", "P07_S020", "P15_S009", "P16_S008"]; // ../models/examples/P01_S008.png, ...
 const LARGEST = 1024; // pixels of a map's longer side
 const STEPS = 100; // that can be undone
 const SIZE = 256; // of the built-in map, pixels, and
