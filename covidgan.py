@@ -126,13 +126,13 @@ class Config(LoopConfig):
     fix_global: int = 0  # epochs of the joint stage in which G1 stands still (pix2pixHD's schedule would be 2 of 20)
 
 
-BEST: dict[str, Any] = dict(batch=4, dfm="fixed", beta=0.1)  # for real use, by paper/fidelity.md
+BEST: dict[str, Any] = dict(batch=4, dfm="fixed", beta=0.1, lambda_dfm=3.0)  # for real use, by paper/fidelity.md
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": dict(noise=0.01, contrast=0.0, ema=0.0),
     "best": BEST,
     "demo": BEST
     | dict(size=128, ngf=32, ndf=32, n_blocks=6, epochs=2, epoch_len=1900, interval=200)
-    | dict(lr=6e-4, lambda_dfm=3.0, beta=0.5),  # for its few steps, on the phantom
+    | dict(lr=6e-4, beta=0.5, contrast=6.0),  # for its few steps, on the phantom
     "tiny": dict(data=f"{PHANTOM}64", size=64, ngf=8, ndf=8, n_blocks=2, batch=4, epochs=1, epoch_len=80, interval=10),
 }
 

@@ -36,7 +36,7 @@ ROWS: dict[str, tuple[str, list[str]]] = {
     "base": ("the paper's losses and rate, clean targets, average", [*HALF, *CLEAN]),
     "lung": ("D sees the lung alone, as it is", [*HALF, *CLEAN, "--contrast", "1"]),
     "contrast": ("D sees the lung alone, four times enlarged", [*HALF, *CLEAN, "--contrast", "4"]),
-    "best-half": ("preset best: that, and beta fixed at 0.1", [*HALF, *BEST]),
+    "best-half": ("preset best: that, beta fixed at 0.1, lambda 3", [*HALF, *BEST]),
     "best": ("preset best, twice as long", [*WHOLE, *BEST]),
     "base-whole": ("base, twice as long", [*WHOLE, *CLEAN]),
     # of best-half one thing changed
@@ -44,7 +44,6 @@ ROWS: dict[str, tuple[str, list[str]]] = {
     "contrast-6": ("D sees the lung six times enlarged", [*HALF, *BEST, "--contrast", "6"]),
     "beta": ("beta fixed at 0.5", [*HALF, *BEST, "--beta", "0.5"]),
     "lambda-10": ("lambda 10", [*HALF, *BEST, "--lambda-dfm", "10"]),
-    "lambda-3": ("lambda 3", [*HALF, *BEST, "--lambda-dfm", "3"]),
     "lambda-1": ("lambda 1", [*HALF, *BEST, "--lambda-dfm", "1"]),
     "rate": ("learning rate 6e-4", [*HALF, *BEST, "--lr", "6e-4"]),
     "ttur": ("D at 4e-4, G at 1e-4", [*HALF, *BEST, "--lr", "1e-4", "--d-speed", "4"]),
