@@ -3,6 +3,7 @@
     python export.py ckpt.pt                        # generator.onnx
     python export.py ckpt.pt --fp16                 # half the size, for GPUs; norms stay in fp32
     python export.py ckpt.pt --target cpu           # Winograd convolutions: faster on CPUs, slow to load
+    python export.py ckpt.pt --pack                 # a third of the size: weights in 8 and 16 bits, widened at load
     python export.py unet.pt                        # unet.onnx, for eval.py --unet
     python export.py --features inception --weights FILE        # features.onnx, for eval.py, from pytorch-fid's weights
     python export.py --features inception --download            # fetch them, where there is a network
@@ -15,7 +16,7 @@ The generator's contract, all that a client in any language needs:
     output  ct     int16   [N, H, W]   HU; the window's floor outside the lung
     output  alpha  float32 [N]         what DESUM weighed G2's features with (Eq. 1)
     metadata, strings: kind, contract, method, labels, colours, level, width, size, multiple, precision, target,
-    checkpoint_sha256, licence
+    checkpoint_sha256, licence; precision is float32, float16, or packed: float32 with packed weights
 
 A feature network's contract:
     input   image  uint8   [N, H, W]   grey, windowed to 0..255; N, H, W are free, and all preprocessing is in the graph
@@ -38,6 +39,9 @@ import onnx
 import onnxruntime as ort
 import torch
 import torch.nn.functional as F
+from onnx import TensorProto
+from onnx.helper import make_node
+from onnx.numpy_helper import from_array, to_array
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -50,6 +54,8 @@ OPSET = 18  # the lowest the exporter speaks, for the widest reach
 IR_VERSION = 8  # of opset 18; what onnx writes by default needs newer runtimes: with this, ONNX Runtime 1.15 and newer
 MAX_HU = 1  # of difference between PyTorch and ONNX Runtime
 MAX_HU_FP16 = 15  # a hundredth of the default window
+MAX_HU_PACKED = 2
+SMALL = 30_000  # numbers in a weight that is not worth packing
 MAX_ALPHA = 0.02  # of difference in alpha
 MAX_RELATIVE = 1e-3  # of a feature network's largest feature
 LICENCE = "Network: MIT. Weights: the terms of the data they were trained on. Research only, not for diagnosis."
@@ -227,6 +233,64 @@ class DeployedUNet(nn.Module):
         return self.unet(x.unsqueeze(1)).argmax(1).to(torch.uint8)
 
 
+# ------------------------------------------------------------------------------------------------ packed weights
+
+
+def pack(model: onnx.ModelProto) -> None:
+    """Store a generator's weights in fewer bits, in place; nodes at the head of the graph widen them to float32.
+
+    All computing stays in float32, and runtimes widen constants once, at load. The largest kernels, those of the widest
+    residual blocks, take 8 bits a weight. The first block, whose error goes through all others, and other large weights
+    take 16, and small ones, whose error shows most, stay as they are.
+    """
+    weights = [tensor for tensor in model.graph.initializer if tensor.data_type == TensorProto.FLOAT]
+    sizes = [np.prod(tensor.dims) for tensor in weights]
+    widest = [tensor.name for tensor, size in zip(weights, sizes, strict=True) if size == max(sizes)]
+    nodes = [*model.graph.node]
+    del model.graph.node[:]
+    for tensor, size in zip(weights, sizes, strict=True):
+        if size < SMALL:
+            continue
+        narrow = in_8_bits if tensor.name in widest[2:] else in_16_bits  # two a block
+        stored, widening = narrow(tensor.name, to_array(tensor))
+        model.graph.initializer.remove(tensor)
+        model.graph.initializer.extend(stored)
+        model.graph.node.extend(widening)
+    model.graph.node.extend(nodes)
+
+
+def in_16_bits(name: str, values: np.ndarray) -> tuple[list[TensorProto], list[onnx.NodeProto]]:
+    """What to store of a weight, 16-bit floats, and the node that widens it to `name`."""
+    stored = f"{name}_half"
+    return [from_array(values.astype(np.float16), stored)], [make_node("Cast", [stored], [name], to=TensorProto.FLOAT)]
+
+
+def in_8_bits(name: str, kernels: np.ndarray) -> tuple[list[TensorProto], list[onnx.NodeProto]]:
+    """What to store of kernels [c_out, c_in, k, k], integers and a scale for each k x k, and the nodes that widen them.
+
+    A scale an output channel, as DequantizeLinear has it, would triple the error, and ONNX Runtime would not fold it.
+    """
+    integers, scales = to_8_bits(kernels)
+    steps, scale = f"{name}_int8", f"{name}_scale"
+    stored, widening = in_16_bits(scale, scales)
+    widening += [make_node("Cast", [steps], [f"{steps}_wide"], to=TensorProto.FLOAT)]
+    return [from_array(integers, steps), *stored], [*widening, make_node("Mul", [f"{steps}_wide", scale], [name])]
+
+
+def to_8_bits(kernels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Integers int8 [c_out, c_in, k, k] and scales float16 [c_out, c_in, 1, 1] whose product is close to kernels."""
+    largest, smallest_scale = np.abs(kernels).max((2, 3), keepdims=True), np.finfo(np.float16).smallest_subnormal
+    integers, scales, least = np.zeros_like(kernels), np.zeros_like(largest), np.full_like(largest, np.inf)
+    for top in range(96, 128):  # what the largest weight becomes; the others come closest to integers by some of them
+        scale = np.maximum(largest / top, smallest_scale).astype(np.float16).astype(np.float32)
+        rounded = np.rint(kernels / scale).clip(-127, 127)
+        error = np.square(rounded * scale - kernels).sum((2, 3), keepdims=True)
+        better = error < least
+        integers, scales = np.where(better, rounded, integers), np.where(better, scale, scales)
+        least = np.minimum(error, least)
+    return integers.astype(np.int8), scales.astype(np.float16)
+
+
 # ------------------------------------------------------------------------------------------------ export
 
 
@@ -369,7 +433,9 @@ def load_method(checkpoint: dict, kind: type[covidgan.Method]) -> covidgan.Metho
     return method.eval()
 
 
-def export_generator(checkpoint: dict, digest: str, path: Path, fp16: bool = False, target: str = "any") -> str:
+def export_generator(
+    checkpoint: dict, digest: str, path: Path, fp16: bool = False, target: str = "any", packed: bool = False
+) -> str:
     """Write the generator of a checkpoint; returns a line on the file. Raises Mistake when it differs from PyTorch."""
     kind = method_of(checkpoint, path)
     try:
@@ -380,6 +446,9 @@ def export_generator(checkpoint: dict, digest: str, path: Path, fp16: bool = Fal
     example = torch.from_numpy(example_map(2, 2 * multiple, 3 * multiple, c.n_labels))
     deployed = DeployedGenerator(rewrite(traced.generator(), fp16, target), c)
     model = to_onnx(deployed, example, ["map"], ["ct", "alpha"], multiple)
+    precision = "float16" if fp16 else "packed" if packed else "float32"
+    if packed:
+        pack(model)
     metadata = {
         "kind": "generator",
         "contract": CONTRACT,
@@ -390,13 +459,13 @@ def export_generator(checkpoint: dict, digest: str, path: Path, fp16: bool = Fal
         "width": str(c.width),
         "size": str(c.size),
         "multiple": str(multiple),
-        "precision": "float16" if fp16 else "float32",
+        "precision": precision,
         "target": target,
         "checkpoint_sha256": digest,
         "licence": LICENCE,
     }
     hu, alpha = generator_difference(model, reference.generator(), c, multiple)
-    limit = MAX_HU_FP16 if fp16 else MAX_HU
+    limit = {"float32": MAX_HU, "float16": MAX_HU_FP16, "packed": MAX_HU_PACKED}[precision]
     if hu > limit or not alpha <= MAX_ALPHA:  # a nan is no pass
         raise Mistake(f"{path}: not written: ONNX Runtime differs from PyTorch by {hu} HU or in alpha by {alpha:.3f}")
     save_checked(model, path, metadata)
@@ -450,7 +519,7 @@ def find_checkpoint(path: Path) -> Path:
     raise Mistake(f"{path}: no such checkpoint: python covidgan.py --stage all writes {covidgan.Config.out}/ckpt.pt")
 
 
-def export_checkpoint(path: Path, out: Path | None, fp16: bool, target: str) -> tuple[Path, Path, str]:
+def export_checkpoint(path: Path, out: Path | None, fp16: bool, target: str, packed: bool) -> tuple[Path, Path, str]:
     """Write what a checkpoint holds, a generator or a U-Net; returns its file, the file written and a line on it."""
     source = find_checkpoint(path)
     checkpoint, digest = covidgan.read_weights(source), hashlib.sha256(source.read_bytes()).hexdigest()
@@ -459,11 +528,13 @@ def export_checkpoint(path: Path, out: Path | None, fp16: bool, target: str) -> 
             raise Mistake(f"{source}: a U-Net has no --fp16, leave it out")
         if target != "any":
             raise Mistake(f"{source}: a U-Net has no --target, leave it out")
+        if packed:
+            raise Mistake(f"{source}: a U-Net has no --pack, leave it out")
         covidgan.check_writable(out := out or Path("unet.onnx"))
         return source, out, export_unet(checkpoint, digest, out)
     covidgan.check_writable(out := out or Path("generator.onnx"))
     checkpoint = covidgan.read_checkpoint(source, method_of(checkpoint, source))
-    return source, out, export_generator(checkpoint, digest, out, fp16, target)
+    return source, out, export_generator(checkpoint, digest, out, fp16, target, packed)
 
 
 def main(argv: list[str]) -> None:
@@ -477,6 +548,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--target", choices=("any", "cpu"), default="any", help="what a generator's file is for; cpu: fewer products"
     )
+    parser.add_argument("--pack", action="store_true", help="a third of the size: weights in 8 and 16 bits, to 2 HU")
     parser.add_argument("--features", choices=tuple(FEATURES), help="export a feature network instead of a checkpoint")
     parser.add_argument("--weights", type=Path, help="the feature network's state dict")
     parser.add_argument("--download", action="store_true", help="fetch the weights of inception")
@@ -487,7 +559,10 @@ def main(argv: list[str]) -> None:
         (args.features or not (args.weights or args.download), "--weights, --download: they go with --features"),
         (not (args.features and args.fp16), "--fp16: for generators alone, leave it out"),
         (not (args.features and args.target != "any"), "--target: for generators alone, leave it out"),
+        (not (args.features and args.pack), "--pack: for generators alone, leave it out"),
         (not (args.fp16 and args.target == "cpu"), "--fp16, --target cpu: CPUs compute in fp32, give one of them"),
+        (not (args.pack and args.fp16), "--pack, --fp16: packed weights are computed with in fp32, give one of them"),
+        (not (args.pack and args.target == "cpu"), "--pack, --target cpu: Winograd's weights are not packed, give one"),
         (not args.download or args.features == "inception", "--download: for --features inception alone"),
         (args.out is None or args.out.parent.is_dir(), f"--out {args.out}: there is no such folder"),
     ]
@@ -499,7 +574,7 @@ def main(argv: list[str]) -> None:
         covidgan.check_writable(path)
         line = export_features(args.features, source, path)
     else:
-        source, path, line = export_checkpoint(args.checkpoint, args.out, args.fp16, args.target)
+        source, path, line = export_checkpoint(args.checkpoint, args.out, args.fp16, args.target, args.pack)
     print(f"{source} -> {path}, {path.stat().st_size / 1e6:.1f} MB: {line}")
 
 

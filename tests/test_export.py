@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 import torch
 import torch.nn.functional as F
@@ -68,15 +69,28 @@ def randomise(module, seed=0):
     return module
 
 
-def checkpoint_of(**options):
-    """A checkpoint as Trainer.state gives it, without a training, and its generator."""
+def checkpoint_of(eight_bits=False, **options):
+    """A checkpoint as Trainer.state gives it, without a training, and its generator.
+
+    eight_bits: the widest blocks have weights that 8 bits hold: integers of -127..127, and powers of two to scale them.
+    """
     c = covidgan.Config(**{**SMALL, **options})
     method = covidgan.build(covidgan.Covidgan, c)
     g = randomise(method.g)
+    rng = torch.Generator().manual_seed(1)
+    for conv in widest(g) if eight_bits else ():
+        integers = (800 * conv.weight.data).round().clamp(-127, 127)
+        integers[:, :, 1, 1] = 127 * integers[:, :, 1, 1].sign() + 127 * (integers[:, :, 1, 1] == 0)
+        conv.weight.data = integers * 2.0 ** torch.randint(-12, -9, (*integers.shape[:2], 1, 1), generator=rng)
     g.locals[-1].head[1].weight.data.mul_(0.5) if c.n_gen > 1 else g.g1.head[1].weight.data.mul_(0.5)
     progress = {"stage": "joint", "step": 1, "steps": 1, "rng": torch.get_rng_state(), "optimizers": {}}
     state = {"method": "covidgan", "config": dataclasses.asdict(c), "networks": method.state_dict()}
     return {**state, **progress}, c, g.eval()
+
+
+def widest(generator):
+    """The convolutions of G1's residual blocks."""
+    return [m for m in generator.g1.modules() if isinstance(m, nn.Conv2d) and m.in_channels == m.out_channels]
 
 
 def export_to(path, arguments):
@@ -98,6 +112,7 @@ def exported(tmp_path_factory):
         ),
         "one": (dict(n_gen=1), []),
         "cpu": (dict(), ["--target", "cpu"]),
+        "packed": (dict(eight_bits=True, n_blocks=2), ["--pack"]),
     }
     made = {}
 
@@ -233,7 +248,7 @@ def test_metadata_follows_another_config(exported):
     assert (float(m["level"]), float(m["width"]), int(m["multiple"])) == (40, 400, 32)
 
 
-@pytest.mark.parametrize("variant", ["plain", "fp16", "one", "cpu"])
+@pytest.mark.parametrize("variant", ["plain", "fp16", "one", "cpu", "packed"])
 def test_generators_file_is_valid_private_and_without_ballast(exported, variant):
     check_cleanness(exported(variant).path)
 
@@ -353,9 +368,9 @@ def test_parity_check_sees_a_changed_weight(plain):
     assert export.generator_difference(broken, plain.generator, plain.c, 16)[0] > 1
 
 
-@pytest.mark.parametrize("flags", [[], ["--fp16"]])
+@pytest.mark.parametrize("flags", [[], ["--fp16"], ["--pack"]])
 def test_a_file_that_differs_is_not_written(plain, tmp_path, monkeypatch, flags):
-    monkeypatch.setattr(export, "to_onnx", lambda *_: plain.model)
+    monkeypatch.setattr(export, "to_onnx", lambda *_: copy.deepcopy(plain.model))
     monkeypatch.setattr(export, "generator_difference", lambda *_: (99, 0.0))
     with pytest.raises(Mistake, match=r"not written.*99 HU"):
         export.main([str(plain.source), "-o", str(tmp_path / "generator.onnx"), *flags])
@@ -423,6 +438,74 @@ def test_all_files_of_a_checkpoint_give_one_slice_at_any_size(plain, exported, h
     assert np.abs(slices[0] - slices[1]).max() <= 1
 
 
+# ---- packed weights
+
+
+def widened(stored, nodes, name):
+    """What ONNX Runtime makes of packed weights."""
+    output = onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None)
+    graph = onnx.helper.make_graph(nodes, "weights", [], [output], stored)
+    opsets = [onnx.helper.make_opsetid("", 18)]
+    return export.session_of(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=8)).run([name], {})[0]
+
+
+def test_8_bits_hold_each_kernel_to_a_step_of_its_own_and_better_than_its_largest_weight_as_127_does():
+    rng = np.random.default_rng(0)
+    kernels = (rng.normal(0, 1, (24, 32, 3, 3)) * 10 ** rng.uniform(-2, 1, (24, 32, 1, 1))).astype(np.float32)
+    steps = np.abs(kernels).max((2, 3), keepdims=True) / 127
+    kernels[3, 4] = 0
+    stored, nodes = export.in_8_bits("w", kernels)
+    off = (widened(stored, nodes, "w") - kernels) / steps
+    assert sum(tensor.ByteSize() for tensor in stored) < kernels.size * (1 + 2 / 9) + 200
+    assert np.abs(off).max() < 0.75 and (off[3, 4] == 0).all()
+    assert np.square(off).mean() < 0.6 * np.square(np.rint(kernels / steps) - kernels / steps).mean()
+
+
+def test_16_bits_hold_three_digits():
+    values = np.random.default_rng(0).normal(0, 0.02, (40, 30, 3, 3)).astype(np.float32)
+    stored, nodes = export.in_16_bits("w", values)
+    off = np.abs(widened(stored, nodes, "w") - values) / np.abs(values)
+    assert sum(tensor.ByteSize() for tensor in stored) < 2 * values.size + 100
+    assert np.median(off) < 2**-12 and off.max() > 1e-4
+
+
+def test_a_packed_file_agrees_with_training_where_8_bits_hold_the_widest_weights(exported):
+    e = exported("packed")
+    assert (e.metadata["precision"], e.metadata["target"]) == ("packed", "any")
+    assert f"HU (limit {export.MAX_HU_PACKED})" in e.printed
+    for shape in [(1, 32, 32), (3, 128, 48)]:
+        maps = export.example_map(*shape, 4)
+        ct, alpha = e.run(map=maps)
+        hu, expected_alpha = expected_hu(e, maps)
+        assert np.abs(ct - hu).max() < 1.5 and ct[maps > 0].std() > 50  # half a unit of rounding, and 16 bits
+        assert np.abs(alpha - expected_alpha).max() < 1e-3
+
+
+def test_a_packed_file_takes_8_bits_a_weight_of_the_second_block_and_16_of_the_first_and_other_large_ones(exported):
+    e = exported("packed")
+    blocks = sum(conv.weight.numel() for conv in widest(e.generator)[2:])
+    halves = sum(w.numel() for w in e.generator.g1.trunk.parameters() if w.numel() > 64 * 64 * 9) - blocks
+    rest = used_parameters(e) - blocks - halves
+    assert blocks == 2 * 128 * 128 * 9 and halves == blocks + 2 * 64 * 128 * 9 and rest > 0
+    expected = blocks * (1 + 2 / 9) + 2 * halves + 4 * rest
+    assert expected < e.path.stat().st_size < expected + 100_000
+
+
+def of_constants(graph):
+    """How many nodes of each kind compute from weights alone."""
+    constants = {tensor.name for tensor in graph.initializer}
+    return collections.Counter(node.op_type for node in graph.node if constants.issuperset(node.input))
+
+
+def test_packed_weights_are_widened_once_at_load_and_not_for_every_slice(exported, tmp_path):
+    e, settings = exported("packed"), ort.SessionOptions()
+    settings.optimized_model_filepath, settings.log_severity_level = str(tmp_path / "optimized.onnx"), 3
+    ort.InferenceSession(e.path, settings, providers=["CPUExecutionProvider"])
+    optimized = onnx.load(tmp_path / "optimized.onnx").graph
+    assert of_constants(e.model.graph) == {"Cast": 2 * 2 + 2 + 2}  # of the second block, the first, and others
+    assert not of_constants(optimized) and len(optimized.node) > 30
+
+
 # ---- the command line
 
 
@@ -451,9 +534,9 @@ def test_a_checkpoint_is_found_by_path_folder_or_name_in_out(plain, recorded, tm
     for target in ("ckpt.pt", "other.pt"):
         Path("out", target).write_bytes(plain.source.read_bytes())
     export.main([name])
-    ((checkpoint, digest, path, fp16, target),) = recorded
+    ((checkpoint, digest, path, fp16, target, packed),) = recorded
     assert checkpoint["config"]["ngf"] == plain.c.ngf and digest == plain.metadata["checkpoint_sha256"]
-    assert path == Path("generator.onnx") and not fp16 and target == "any"
+    assert path == Path("generator.onnx") and not fp16 and target == "any" and not packed
 
 
 def test_a_missing_checkpoint_is_told_in_one_line(tmp_path, monkeypatch, capsys):
@@ -482,6 +565,9 @@ def test_a_state_dict_alone_is_told_in_one_line(plain, tmp_path, monkeypatch, ca
         (["--features", "inception", "--weights", "w.pth", "--fp16"], "--fp16"),
         (["--features", "inception", "--weights", "w.pth", "--target", "cpu"], "--target"),
         (["ckpt.pt", "--fp16", "--target", "cpu"], "--fp16, --target cpu: "),
+        (["ckpt.pt", "--pack", "--fp16"], "--pack, --fp16: "),
+        (["ckpt.pt", "--pack", "--target", "cpu"], "--pack, --target cpu: "),
+        (["--features", "efficientnet-lite0", "--pack"], "--pack: for generators alone"),
         (["ckpt.pt", "--target", "gpu"], "invalid choice"),
         (["--features", "efficientnet-lite0", "--download"], "--download"),
         (["--features", "resnet"], "invalid choice"),
@@ -539,8 +625,8 @@ def test_a_unet_that_differs_is_not_written(unet, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("flags", [["--fp16"], ["--target", "cpu"]])
-def test_fp16_and_target_of_a_unet_are_refused_and_not_ignored(unet, flags, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("flags", [["--fp16"], ["--target", "cpu"], ["--pack"]])
+def test_what_a_unet_has_not_is_refused_and_not_ignored(unet, flags, tmp_path, monkeypatch, capsys):
     assert f"no {flags[0]}" in refusal([unet.source, *flags, "-o", tmp_path / "u.onnx"], monkeypatch, capsys)
 
 
