@@ -1,8 +1,27 @@
-"""The segmentation U-Net of the paper's experiments (§IV-B.2): what synthetic slices are to train."""
+"""The segmentation U-Net of the paper's experiments (§IV-B.2): what synthetic slices are to train.
 
+    python -m paper.segment --data data/radiopaedia --size 128 --out out/unet    # preset demo: a quarter of the widths
+    python -m paper.segment --data data/radiopaedia --preset paper               # as published, 512 x 512
+    python -m paper.segment --resume --out out/unet                              # go on where a stopped run was
+    python export.py out/unet/unet.pt -o unet.onnx                               # for eval.py --unet
+
+A dataset of its own may hold real and synthetic slices side by side: paper/tables.py mixes them. The loop, augmentation
+and checkpoints are covidgan.py's; OUT/unet.pt is the trained network, OUT/panel_whole_*.png shows slices of the test
+side as slice | map | what the U-Net finds.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+import covidgan
+from data.slices import coloured, png, windowed
 
 
 class UNet(nn.Module):
@@ -35,3 +54,146 @@ class UNet(nn.Module):
         for grow, double, skip in zip(self.grows, self.ups, skips[-2::-1], strict=True):
             x = double(torch.cat([skip, grow(x)], 1))
         return self.head(x)
+
+
+def dice_loss(logits: Tensor, onehot: Tensor) -> Tensor:
+    """1 minus the labels' mean soft Dice over a batch, logits and one-hot map [B, n_labels, H, W]; 0 is perfect."""
+    probability = logits.softmax(1)
+    both, sizes = (probability * onehot).sum((0, 2, 3)), (probability + onehot).sum((0, 2, 3))
+    return 1 - ((2 * both + 1) / (sizes + 1)).mean()  # the ones: a label that is nowhere, and not found, scores 1
+
+
+# ----------------------------------------------------------------------------------------------------- as it is trained
+
+
+@dataclass(frozen=True)
+class UNetConfig(covidgan.LoopConfig):
+    """The U-Net's knobs beside the loop's. The paper does not say how it was trained: these are common values."""
+
+    out: str = "out/unet"
+    channels: int = 64  # of the first level; each next one has twice as many
+    dice: float = 0.0  # weight of a soft Dice loss beside the cross entropy
+    noise: float = 0.01  # Table I names it, and here nobody has to match it
+    lr: float = 1e-3
+    adam_beta1: float = 0.9
+    ema: float = 0.0
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "demo": dict(size=128, channels=16, batch=4, epochs=2, epoch_len=1600, interval=200),
+    "tiny": dict(data=f"{covidgan.PHANTOM}64", size=64, channels=4, batch=4, epochs=1, epoch_len=80, interval=10),
+}
+
+
+class Segmentation(covidgan.Method):
+    """The U-Net as a method of covidgan's loop: one player, one stage. Its target is the map, its input the slice."""
+
+    name, options, presets = "unet", UNetConfig, PRESETS
+    architecture = ("n_labels", "channels")
+    curves = (("loss",),)
+
+    def __init__(self, c: UNetConfig) -> None:
+        super().__init__(c)
+        self.unet = UNet(c.n_labels, c.channels)
+
+    @classmethod
+    def stages(cls, c: UNetConfig) -> tuple[str, ...]:
+        """All of it at once."""
+        return ("whole",)
+
+    @classmethod
+    def multiple(cls, c: UNetConfig) -> int:
+        """It halves four times."""
+        return 16
+
+    @classmethod
+    def checks(cls, c: UNetConfig) -> list[tuple[bool, str]]:
+        """What it cannot be built or trained with."""
+        return [
+            (c.channels >= 1, f"--channels {c.channels}: give 1 or more"),
+            (c.dice >= 0, f"--dice {c.dice:g}: give 0 or more"),
+            (covidgan.world_size() == 1, "torchrun: the U-Net trains in one process, start it without"),
+        ]
+
+    def players(self, stage: str) -> dict[str, covidgan.Player]:
+        """All of it."""
+        return {"unet": covidgan.Player.of(self.c, "loss", [self.unet])}
+
+    def losses(self, onehot: Tensor, target: Tensor, stage: str) -> dict[str, Tensor]:
+        """Cross entropy of a step, and soft Dice where wanted, for onehot [B, n_labels, H, W], slice [B, 1, H, W]."""
+        logits = self.unet(target).float()
+        loss = F.cross_entropy(logits, onehot.argmax(1))
+        return {"loss": loss + self.c.dice * dice_loss(logits, onehot) if self.c.dice else loss}
+
+    def generator(self) -> nn.Module:
+        """The U-Net, whose weights the loop averages if told to."""
+        return self.unet
+
+
+class SegmentationTrainer(covidgan.Trainer):
+    """The loop, where the network sees whole slices, and what it draws are maps."""
+
+    def __init__(self, c: UNetConfig) -> None:
+        super().__init__(Segmentation, c)
+        # The loop cuts its targets out along their maps. Raised by one, a map is above 0 all over, and nothing is cut.
+        self.train.labels = self.train.labels + 1
+
+    def batch(self) -> tuple[Tensor, Tensor, list[str]]:
+        """A step's whole slices [b, 1, S, S] in [-1, 1] and labels [b, 1, S, S]; beyond a slice's border is air."""
+        image, labels, names = super().batch()
+        return image, labels.clamp_min(1) - 1, names  # 0 is what augmentation takes from beyond the border
+
+    @torch.no_grad()
+    def segment(self, hu: Tensor) -> Tensor:
+        """Labels uint8 of slices in HU, both [N, 1, S, S], on the CPU."""
+        self.method.eval()
+        with self.averaged():
+            parts = [covidgan.window(part.to(self.device), self.c) for part in hu.split(self.c.batch)]
+            found = torch.cat([self.method.unet(part).argmax(1, keepdim=True).cpu() for part in parts])
+        self.method.train()
+        return found.byte()
+
+    def draw(self) -> None:
+        """Write the panel of fixed held-out cases, a row each: slice | map | what is found; and the curves."""
+        cases = covidgan.choose_cases(self.test)
+        hu, labels = self.test.hu[cases], self.test.labels[cases]
+        rows = []
+        for one, truth, found in zip(hu[:, 0], labels[:, 0], self.segment(hu)[:, 0], strict=True):
+            grey = windowed(one.numpy(), self.c.level, self.c.width)
+            tiles = [np.stack([grey] * 3, 2), coloured(truth.numpy()), coloured(found.numpy())]
+            rows.append(np.concatenate(tiles, 1))
+        path = self.out / f"panel_{self.stage}_{self.step_done:06d}.png"
+        covidgan.write_atomically(path, lambda temporary: temporary.write_bytes(png(np.concatenate(rows))))
+        covidgan.write_curves(self.out / "curves.png", self.out / "stats.jsonl", self.method.curves)
+
+    def checkpoint(self) -> dict[str, Any]:
+        """What export.py makes unet.onnx of."""
+        c = self.c
+        with self.averaged():
+            weights = {name: weight.cpu().clone() for name, weight in self.method.unet.state_dict().items()}
+        config = {"n_labels": c.n_labels, "width": c.channels, "level": c.level, "window": c.width}
+        return {"kind": "unet", "config": config, "unet": weights}
+
+
+def main(argv: list[str]) -> None:
+    """Train the U-Net as the command line says, and write OUT/unet.pt and OUT/results.json. Raises Mistake."""
+    c = covidgan.parse_config(argv, Segmentation)
+    covidgan.keep_freed_memory()
+    covidgan.make_phantom(c)
+    trainer = SegmentationTrainer(c)
+    covidgan.prepare_out(c, Segmentation)
+    if (trainer.out / "ckpt.pt").exists():
+        trainer.load(trainer.out / "ckpt.pt")
+    parameters = sum(p.numel() for p in trainer.method.parameters())
+    print(f"{c.data}: {trainer.train} to train, at {c.size} pixels; {parameters:,} parameters, {trainer.device}")
+    trainer.run()
+    covidgan.write_atomically(trainer.out / "unet.pt", lambda path: torch.save(trainer.checkpoint(), path))
+    results = {"parameters": parameters, "samples": trainer.steps * c.batch, "slices": len(trainer.train.names)}
+    text = json.dumps(results | {"config": dataclasses.asdict(c)}, indent=1)
+    covidgan.write_atomically(trainer.out / "results.json", lambda path: path.write_text(text + "\n"))
+    print(f"wrote {trainer.out}/: unet.pt, ckpt.pt, stats.jsonl, curves.png and panels")
+
+
+if __name__ == "__main__":
+    covidgan.exit_on_mistake(main)
