@@ -3,7 +3,7 @@
     python export.py ckpt.pt                        # generator.onnx
     python export.py ckpt.pt --fp16                 # half the size, for GPUs; norms stay in fp32
     python export.py ckpt.pt --target cpu           # Winograd convolutions: faster on CPUs, slow to load
-    python export.py ckpt.pt --pack                 # a third of the size: weights in 8 and 16 bits, widened at load
+    python export.py ckpt.pt --pack                 # less than half the size: weights in 8 and 16 bits, widened at load
     python export.py unet.pt                        # unet.onnx, for eval.py --unet
     python export.py --features inception --weights FILE        # features.onnx, for eval.py, from pytorch-fid's weights
     python export.py --features inception --download            # fetch them, where there is a network
@@ -26,11 +26,13 @@ A feature network's contract:
 
 import argparse
 import contextlib
+import copy
 import hashlib
 import io
 import json
 import logging
 import warnings
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -236,27 +238,35 @@ class DeployedUNet(nn.Module):
 # ------------------------------------------------------------------------------------------------ packed weights
 
 
-def pack(model: onnx.ModelProto) -> None:
-    """Store a generator's weights in fewer bits, in place; nodes at the head of the graph widen them to float32.
+def packings(model: onnx.ModelProto) -> Iterator[onnx.ModelProto]:
+    """A generator with its weights in fewer bits, from the smallest file on; nodes at the graph's head widen them.
 
     All computing stays in float32, and runtimes widen constants once, at load. The largest kernels, those of the widest
-    residual blocks, take 8 bits a weight. The first block, whose error goes through all others, and other large weights
-    take 16, and small ones, whose error shows most, stay as they are.
+    residual blocks, take 8 bits a weight, but for the first of them, whose error goes through all others: one block in
+    the smallest file, then ever more. Other large weights take 16, and small ones, whose error shows most, stay as they
+    are.
     """
     weights = [tensor for tensor in model.graph.initializer if tensor.data_type == TensorProto.FLOAT]
-    sizes = [np.prod(tensor.dims) for tensor in weights]
-    widest = [tensor.name for tensor, size in zip(weights, sizes, strict=True) if size == max(sizes)]
-    nodes = [*model.graph.node]
+    largest = max(np.prod(tensor.dims) for tensor in weights)
+    widest = [tensor.name for tensor in weights if np.prod(tensor.dims) == largest]
+    for spared in range(2, len(widest) + 2, 2):  # two a block
+        yield packed(model, widest[spared:])
+
+
+def packed(model: onnx.ModelProto, in_8: list[str]) -> onnx.ModelProto:
+    """A copy with these weights in 8 bits and the other large ones in 16."""
+    model, nodes = copy.deepcopy(model), [*model.graph.node]
     del model.graph.node[:]
-    for tensor, size in zip(weights, sizes, strict=True):
-        if size < SMALL:
+    for tensor in [*model.graph.initializer]:
+        if tensor.data_type != TensorProto.FLOAT or np.prod(tensor.dims) < SMALL:
             continue
-        narrow = in_8_bits if tensor.name in widest[2:] else in_16_bits  # two a block
+        narrow = in_8_bits if tensor.name in in_8 else in_16_bits
         stored, widening = narrow(tensor.name, to_array(tensor))
         model.graph.initializer.remove(tensor)
         model.graph.initializer.extend(stored)
         model.graph.node.extend(widening)
     model.graph.node.extend(nodes)
+    return model
 
 
 def in_16_bits(name: str, values: np.ndarray) -> tuple[list[TensorProto], list[onnx.NodeProto]]:
@@ -434,7 +444,7 @@ def load_method(checkpoint: dict, kind: type[covidgan.Method]) -> covidgan.Metho
 
 
 def export_generator(
-    checkpoint: dict, digest: str, path: Path, fp16: bool = False, target: str = "any", packed: bool = False
+    checkpoint: dict, digest: str, path: Path, fp16: bool = False, target: str = "any", pack: bool = False
 ) -> str:
     """Write the generator of a checkpoint; returns a line on the file. Raises Mistake when it differs from PyTorch."""
     kind = method_of(checkpoint, path)
@@ -446,9 +456,7 @@ def export_generator(
     example = torch.from_numpy(example_map(2, 2 * multiple, 3 * multiple, c.n_labels))
     deployed = DeployedGenerator(rewrite(traced.generator(), fp16, target), c)
     model = to_onnx(deployed, example, ["map"], ["ct", "alpha"], multiple)
-    precision = "float16" if fp16 else "packed" if packed else "float32"
-    if packed:
-        pack(model)
+    precision = "float16" if fp16 else "packed" if pack else "float32"
     metadata = {
         "kind": "generator",
         "contract": CONTRACT,
@@ -464,11 +472,14 @@ def export_generator(
         "checkpoint_sha256": digest,
         "licence": LICENCE,
     }
-    hu, alpha = generator_difference(model, reference.generator(), c, multiple)
     limit = {"float32": MAX_HU, "float16": MAX_HU_FP16, "packed": MAX_HU_PACKED}[precision]
-    if hu > limit or not alpha <= MAX_ALPHA:  # a nan is no pass
+    for candidate in packings(model) if pack else [model]:
+        hu, alpha = generator_difference(candidate, reference.generator(), c, multiple)
+        if fine := hu <= limit and alpha <= MAX_ALPHA:  # a nan is no pass
+            break
+    if not fine:
         raise Mistake(f"{path}: not written: ONNX Runtime differs from PyTorch by {hu} HU or in alpha by {alpha:.3f}")
-    save_checked(model, path, metadata)
+    save_checked(candidate, path, metadata)
     return f"at most {hu} HU (limit {limit}) and {alpha:.1e} in alpha from PyTorch, batch 1 and 3, two sizes"
 
 
@@ -519,7 +530,7 @@ def find_checkpoint(path: Path) -> Path:
     raise Mistake(f"{path}: no such checkpoint: python covidgan.py --stage all writes {covidgan.Config.out}/ckpt.pt")
 
 
-def export_checkpoint(path: Path, out: Path | None, fp16: bool, target: str, packed: bool) -> tuple[Path, Path, str]:
+def export_checkpoint(path: Path, out: Path | None, fp16: bool, target: str, pack: bool) -> tuple[Path, Path, str]:
     """Write what a checkpoint holds, a generator or a U-Net; returns its file, the file written and a line on it."""
     source = find_checkpoint(path)
     checkpoint, digest = covidgan.read_weights(source), hashlib.sha256(source.read_bytes()).hexdigest()
@@ -528,13 +539,13 @@ def export_checkpoint(path: Path, out: Path | None, fp16: bool, target: str, pac
             raise Mistake(f"{source}: a U-Net has no --fp16, leave it out")
         if target != "any":
             raise Mistake(f"{source}: a U-Net has no --target, leave it out")
-        if packed:
+        if pack:
             raise Mistake(f"{source}: a U-Net has no --pack, leave it out")
         covidgan.check_writable(out := out or Path("unet.onnx"))
         return source, out, export_unet(checkpoint, digest, out)
     covidgan.check_writable(out := out or Path("generator.onnx"))
     checkpoint = covidgan.read_checkpoint(source, method_of(checkpoint, source))
-    return source, out, export_generator(checkpoint, digest, out, fp16, target, packed)
+    return source, out, export_generator(checkpoint, digest, out, fp16, target, pack)
 
 
 def main(argv: list[str]) -> None:
@@ -548,7 +559,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--target", choices=("any", "cpu"), default="any", help="what a generator's file is for; cpu: fewer products"
     )
-    parser.add_argument("--pack", action="store_true", help="a third of the size: weights in 8 and 16 bits, to 2 HU")
+    parser.add_argument("--pack", action="store_true", help="under half the size: weights in 8 and 16 bits, to 2 HU")
     parser.add_argument("--features", choices=tuple(FEATURES), help="export a feature network instead of a checkpoint")
     parser.add_argument("--weights", type=Path, help="the feature network's state dict")
     parser.add_argument("--download", action="store_true", help="fetch the weights of inception")
