@@ -239,10 +239,10 @@ def trainer(tiny):
 
 
 def losses_of(trainer, target, onehot, image):
-    """Eq. 2 anew for a synthesized image, its background at the floor: D's loss, G's loss, beta's loss."""
+    """Eq. 2 anew for a synthesized image, D's view of both enlarged: D's loss, G's loss, beta's loss."""
     d, c = trainer.method.d, trainer.c
     lung = onehot[:, 1:].sum(1, keepdim=True)
-    real, fake = d(onehot, target), d(onehot, image * lung - (1 - lung))
+    real, fake = (d(onehot, 4 * (x + 260 / 750) * lung) for x in (target, image))  # -860 HU becomes 0
     dfm, beta, _ = trainer.method.dfm(real, fake)
     of_d = sum(covidgan.gan_loss_d(r[-1], f[-1], "bce") for r, f in zip(real, fake, strict=True))
     of_g = sum(covidgan.gan_loss_g(f[-1], "bce") for f in fake)
@@ -344,7 +344,7 @@ def test_each_stage_is_judged_at_its_size_by_its_discriminators(trainer, monkeyp
     real = seen[0][2].numpy()
     wanted = target.numpy().reshape(2, 1, side, 64 // side, side, 64 // side).mean((3, 5))
     lung = labels.numpy()[..., :: 64 // side, :: 64 // side] > 0
-    assert np.abs(real - np.where(lung, wanted, -1)).max() < 1e-6
+    assert np.abs(real - np.where(lung, 4 * (wanted + 260 / 750), 0)).max() < 1e-5  # -860 HU becomes 0
     assert torch.equal(seen[0][1], seen[1][1])
 
 

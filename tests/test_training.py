@@ -287,10 +287,10 @@ def test_stopped_anywhere_in_a_stage_a_run_goes_on_bit_for_bit(tiny, tmp_path, m
 
 
 def wait_for(process, stats, lines):
-    """Wait until a run has written so many lines of stats.jsonl, then give it a moment within a step."""
+    """Wait until a run has a checkpoint and so many lines of stats.jsonl, then give it a moment within a step."""
     end = time.monotonic() + 90
     while time.monotonic() < end:
-        if stats.exists() and stats.read_text().count("\n") >= lines:
+        if stats.with_name("ckpt.pt").exists() and stats.read_text().count("\n") >= lines:
             time.sleep(random.uniform(0, 0.1))
             return
         if process.poll() is not None:
