@@ -3,7 +3,7 @@
     python export.py ckpt.pt                        # generator.onnx
     python export.py ckpt.pt --fp16                 # half the size, for GPUs; norms stay in fp32
     python export.py ckpt.pt --target cpu           # Winograd convolutions: faster on CPUs, slow to load
-    python export.py ckpt.pt --pack                 # less than half the size: weights in 8 and 16 bits, widened at load
+    python export.py ckpt.pt --pack                 # two fifths of the size: weights in 10 to 16 bits, widened at load
     python export.py unet.pt                        # unet.onnx, for eval.py --unet
     python export.py --features inception --weights FILE        # features.onnx, for eval.py, from pytorch-fid's weights
     python export.py --features inception --download            # fetch them, where there is a network
@@ -242,26 +242,26 @@ def packings(model: onnx.ModelProto) -> Iterator[onnx.ModelProto]:
     """A generator with its weights in fewer bits, from the smallest file on; nodes at the graph's head widen them.
 
     All computing stays in float32, and runtimes widen constants once, at load. The largest kernels, those of the widest
-    residual blocks, take 8 bits a weight, but for the first of them, whose error goes through all others: one block in
-    the smallest file, then ever more. Other large weights take 16, and small ones, whose error shows most, stay as they
-    are.
+    residual blocks, take 12 bits a weight, and at first 10 in the second half, whose error goes through fewer others;
+    at last 16. Other large weights take 16, and small ones, whose error shows most, stay as they are.
     """
     weights = [tensor for tensor in model.graph.initializer if tensor.data_type == TensorProto.FLOAT]
     largest = max(np.prod(tensor.dims) for tensor in weights)
     widest = [tensor.name for tensor in weights if np.prod(tensor.dims) == largest]
-    for spared in range(2, len(widest) + 2, 2):  # two a block
-        yield packed(model, widest[spared:])
+    half = len(widest) // 2
+    for first, second in ((12, 10), (12, 12), (16, 16)):
+        yield packed(model, dict.fromkeys(widest[:half], first) | dict.fromkeys(widest[half:], second))
 
 
-def packed(model: onnx.ModelProto, in_8: list[str]) -> onnx.ModelProto:
-    """A copy with these weights in 8 bits and the other large ones in 16."""
+def packed(model: onnx.ModelProto, bits: dict[str, int]) -> onnx.ModelProto:
+    """A copy with these weights in so many bits, 10, 12 or 16, and the other large ones in 16."""
     model, nodes = copy.deepcopy(model), [*model.graph.node]
     del model.graph.node[:]
     for tensor in [*model.graph.initializer]:
         if tensor.data_type != TensorProto.FLOAT or np.prod(tensor.dims) < SMALL:
             continue
-        narrow = in_8_bits if tensor.name in in_8 else in_16_bits
-        stored, widening = narrow(tensor.name, to_array(tensor))
+        name, values, width = tensor.name, to_array(tensor), bits.get(tensor.name, 16)
+        stored, widening = in_16_bits(name, values) if width == 16 else in_bits(name, values, width)
         model.graph.initializer.remove(tensor)
         model.graph.initializer.extend(stored)
         model.graph.node.extend(widening)
@@ -275,30 +275,41 @@ def in_16_bits(name: str, values: np.ndarray) -> tuple[list[TensorProto], list[o
     return [from_array(values.astype(np.float16), stored)], [make_node("Cast", [stored], [name], to=TensorProto.FLOAT)]
 
 
-def in_8_bits(name: str, kernels: np.ndarray) -> tuple[list[TensorProto], list[onnx.NodeProto]]:
-    """What to store of kernels [c_out, c_in, k, k], integers and a scale for each k x k, and the nodes that widen them.
+def in_bits(name: str, kernels: np.ndarray, bits: int) -> tuple[list[TensorProto], list[onnx.NodeProto]]:
+    """What to store of kernels [c_out, ...], integers of 10 or 12 bits, and the nodes that widen them to `name`.
 
-    A scale an output channel, as DequantizeLinear has it, would triple the error, and ONNX Runtime would not fold it.
+    The upper 8 bits of an integer are a byte; the lower ones of 4 or 2 integers share one, as digits to the base 4 or
+    16. Each output channel has a scale. DequantizeLinear knows 8 bits alone, and ONNX Runtime does not fold it.
     """
-    integers, scales = to_8_bits(kernels)
-    steps, scale = f"{name}_int8", f"{name}_scale"
-    stored, widening = in_16_bits(scale, scales)
-    widening += [make_node("Cast", [steps], [f"{steps}_wide"], to=TensorProto.FLOAT)]
-    return [from_array(integers, steps), *stored], [*widening, make_node("Mul", [f"{steps}_wide", scale], [name])]
+    base, digits = 2 ** (bits - 8), 8 // (bits - 8)
+    peaks = np.abs(kernels).max(tuple(range(1, kernels.ndim)), keepdims=True)
+    scales = (np.where(peaks > 0, peaks, 1) / (2 ** (bits - 1) - 1)).astype(np.float32)
+    upper, lower = np.divmod(np.rint(kernels / scales).astype(np.int64), base)
+    places = base ** np.arange(digits)
+    stored = {
+        "upper": upper.astype(np.int8),
+        "lower": (lower.reshape(-1, digits) @ places)[:, None].astype(np.uint8),
+        "places": places.astype(np.float32),
+        "base": np.array(base, np.float32),
+        "shape": np.array(kernels.shape),
+        "scales": scales,
+    }
 
+    def node(kind: str, inputs: str, output: str, **attributes: int) -> onnx.NodeProto:
+        return make_node(kind, [f"{name}_{part}" for part in inputs.split()], [f"{name}_{output}"], **attributes)
 
-def to_8_bits(kernels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Integers int8 [c_out, c_in, k, k] and scales float16 [c_out, c_in, 1, 1] whose product is close to kernels."""
-    largest, smallest_scale = np.abs(kernels).max((2, 3), keepdims=True), np.finfo(np.float16).smallest_subnormal
-    integers, scales, least = np.zeros_like(kernels), np.zeros_like(largest), np.full_like(largest, np.inf)
-    for top in range(96, 128):  # what the largest weight becomes; the others come closest to integers by some of them
-        scale = np.maximum(largest / top, smallest_scale).astype(np.float16).astype(np.float32)
-        rounded = np.rint(kernels / scale).clip(-127, 127)
-        error = np.square(rounded * scale - kernels).sum((2, 3), keepdims=True)
-        better = error < least
-        integers, scales = np.where(better, rounded, integers), np.where(better, scale, scales)
-        least = np.minimum(error, least)
-    return integers.astype(np.int8), scales.astype(np.float16)
+    widening = [
+        node("Cast", "lower", "bytes", to=TensorProto.FLOAT),
+        node("Div", "bytes places", "shifted"),
+        node("Floor", "shifted", "whole"),
+        node("Mod", "whole base", "digits", fmod=1),
+        node("Reshape", "digits shape", "rest"),
+        node("Cast", "upper", "most", to=TensorProto.FLOAT),
+        node("Mul", "most base", "raised"),
+        node("Add", "raised rest", "integers"),
+        make_node("Mul", [f"{name}_integers", f"{name}_scales"], [name]),
+    ]
+    return [from_array(array, f"{name}_{part}") for part, array in stored.items()], widening
 
 
 # ------------------------------------------------------------------------------------------------ export
@@ -559,7 +570,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--target", choices=("any", "cpu"), default="any", help="what a generator's file is for; cpu: fewer products"
     )
-    parser.add_argument("--pack", action="store_true", help="under half the size: weights in 8 and 16 bits, to 2 HU")
+    parser.add_argument("--pack", action="store_true", help="two fifths of the size: weights in 10 to 16 bits, to 2 HU")
     parser.add_argument("--features", choices=tuple(FEATURES), help="export a feature network instead of a checkpoint")
     parser.add_argument("--weights", type=Path, help="the feature network's state dict")
     parser.add_argument("--download", action="store_true", help="fetch the weights of inception")
