@@ -111,12 +111,21 @@ def feature_network(folder: Path) -> Path:
     return path
 
 
-def synthesize(out: Path, data: Path, side: str) -> Path:
-    """Export a run's checkpoint and synthesize a side of a dataset by it; returns the folder of the slices."""
-    model, synthetic = out / "generator.onnx", out / f"synthetic_{side}"
+def export(out: Path) -> Path:
+    """The generator of a run as a file, exported where it is not yet."""
+    model = out / "generator.onnx"
     if not model.exists():
         call(ROOT / "export.py", out / "ckpt.pt", "-o", model)
-    call(ROOT / "infer_onnx.py", data, "--side", side, "--model", model, "--out", synthetic)
+    return model
+
+
+def synthesize(
+    out: Path, data: Path, side: str, kind: str = "synthetic", options: list[str | Path] | None = None
+) -> Path:
+    """Synthesize a side of a dataset by a run's generator, with more options of infer_onnx.py; returns the folder."""
+    synthetic, model = out / f"{kind}_{side}", export(out)
+    script = ROOT / "infer_onnx.py"
+    call(script, data, "--side", side, "--model", model, "--out", synthetic, *(options or []))
     return synthetic
 
 

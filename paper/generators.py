@@ -1,0 +1,151 @@
+"""The generators that the paper's tables compare: which there are, and how one is trained.
+
+A generator is a row, trained with a seed into OUT/ROW_OPTIMISER_SEED. Tables III and IV take what Table II has trained.
+"""
+
+import argparse
+import itertools
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import covidgan
+from data.slices import list_pngs, read_image
+from paper import rivals, runs
+
+RIVALS = ("pix2pix", "pix2pixHD", "SPADE", "SEAN")
+CHOOSE, REPORT = "test", "seg_test"  # sides
+CHOICE_SEED = 0  # of the runs that choose an optimiser
+KEPT = 8  # checkpoints of a stage of the first seed's runs, to follow KID along
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method as a table trains it."""
+
+    method: str  # its name as checkpoints have it
+    options: tuple[str, ...]
+    optimisers: tuple[str, ...] = ("paper",)  # Adam's settings to choose between
+
+    @property
+    def program(self) -> list[str]:
+        """The script that trains it."""
+        own = self.method == covidgan.Covidgan.name
+        return [str(runs.ROOT / "covidgan.py")] if own else ["-m", "paper.rivals", self.method]
+
+
+def rival(name: str, *options: str) -> Row:
+    """A rival's row; where its authors set Adam otherwise than the paper, both are tried."""
+    ours = rivals.RivalConfig
+    paper = dict.fromkeys("dg", (ours.lr, (ours.adam_beta1, ours.adam_beta2)))
+    optimisers = ("paper",) if rivals.METHODS[name].own == paper else ("own", "paper")
+    return Row(name, ("--preset", "paper", *options), optimisers)
+
+
+# As published: noise on the target, D sees whole images, no average of the weights. Clean: what is no part of any
+# method and helped ours, for all alike.
+CLEAN = ("--noise", "0", "--contrast", str(covidgan.LoopConfig.contrast), "--ema", "0.998")
+ROWS: dict[str, Row] = {
+    "covidgan": Row("covidgan", ("--preset", "paper")),
+    "covidgan-best": Row("covidgan", ("--preset", "best")),
+    **{name: rival(name) for name in RIVALS},
+    "covidgan-clean": Row("covidgan", ("--preset", "paper", *CLEAN)),
+    **{f"{name}-clean": rival(name, *CLEAN) for name in RIVALS},
+}
+
+
+def ours(switches: str) -> Row:
+    """Our row with one part of the method changed."""
+    return Row("covidgan", ("--preset", "paper", *switches.split()))
+
+
+# Table V's, beside covidgan itself
+ABLATIONS: dict[str, Row] = {
+    "without-DESUM": ours("--desum sum"),
+    "F_global": ours("--desum global"),
+    "alpha-0.5": ours("--desum fixed"),
+    "without-DFM": ours("--dfm off"),
+    "D2-feature": ours("--dfm d2"),
+    "beta-0.5": ours("--dfm fixed --beta 0.5"),
+    "D=1": ours("--n-dis 1"),
+    "D=3": ours("--n-dis 3"),
+    "G=1": ours("--n-gen 1"),
+    "G=3": ours("--n-gen 3"),
+}
+# Beyond the paper, which does not say who moves beta
+POLICIES: dict[str, Row] = {
+    "beta-entropy": ours("--beta-policy entropy"),
+    "beta-min": ours("--beta-policy min"),
+    "beta-max": ours("--beta-policy max"),
+    "beta-0.1": ours("--dfm fixed --beta 0.1"),
+    "beta-0.9": ours("--dfm fixed --beta 0.9"),
+}
+
+
+def row_of(name: str) -> Row:
+    """A row by its name, of whichever table."""
+    return (ROWS | ABLATIONS | POLICIES)[name]
+
+
+def folder(name: str, optimiser: str, seed: int, args: argparse.Namespace) -> Path:
+    """The folder of a run."""
+    return args.out / f"{name}_{optimiser}_{seed}"
+
+
+def train(name: str, optimiser: str, seed: int, args: argparse.Namespace) -> Path:
+    """Train a row's run, or go on with it; returns its folder.
+
+    Of Table II's rows the first seed's checkpoints are kept along the way.
+    """
+    row, out, size = row_of(name), folder(name, optimiser, seed, args), size_of(args.reference)
+    scale = {"ngf": args.ngf, "ndf": args.ngf, "batch": args.batch, "epochs": 2, "epoch-len": args.samples // 2}
+    given = {"data": args.data, "size": size, "seed": seed, **scale, "interval": args.samples // args.batch // KEPT}
+    options = [*row.options, *itertools.chain(*[(f"--{key}", str(value)) for key, value in given.items()])]
+    options += ["--optimiser", optimiser] if row.method != covidgan.Covidgan.name else []
+    runs.train(row.program, options, out, keep=name in ROWS and seed == min(args.seeds))
+    return out
+
+
+def optimiser_of(name: str, args: argparse.Namespace) -> str:
+    """The optimiser of a row: of those to choose between the one with the lower lung KID on the side that chooses.
+
+    It is chosen once, by runs of one seed as published, for the clean row too.
+    """
+    if len(tried := row_of(name).optimisers) == 1:
+        return tried[0]
+    published, features = name.removesuffix("-clean"), runs.feature_network(args.out)
+
+    def kid(optimiser: str) -> float:
+        out = train(published, optimiser, CHOICE_SEED, args)
+        return runs.measure(out, args.reference, CHOOSE, features)["features"]["lung KID 1280"]["value"]
+
+    return min(tried, key=kid)
+
+
+def trained(name: str, seed: int, args: argparse.Namespace) -> Path:
+    """The folder of a row's generator with its chosen optimiser, trained where it is not yet."""
+    return train(name, optimiser_of(name, args), seed, args)
+
+
+def measured(run: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """eval.py's results of a generator on the patients that are reported."""
+    return runs.measure(run, args.reference, REPORT, runs.feature_network(args.out))
+
+
+def whole_runs(names: Iterable[str], args: argparse.Namespace) -> list[tuple[str, int, Path]]:
+    """Row, seed and folder of rows' runs under --out that are trained to their end, of their chosen optimisers."""
+    found, order = [], list(names)
+    for name in order:
+        published, tried = name.removesuffix("-clean"), row_of(name).optimisers
+        choice = [folder(published, one, CHOICE_SEED, args) / f"eval_{CHOOSE}" / "results.json" for one in tried]
+        if len(tried) > 1 and not all(path.exists() for path in choice):
+            continue  # nothing is chosen yet
+        for path in args.out.glob(f"{name}_{optimiser_of(name, args)}_*/results.json"):
+            found.append((name, int(path.parent.name.rpartition("_")[2]), path.parent))
+    return sorted(found, key=lambda run: (order.index(run[0]), run[1]))
+
+
+def size_of(data: Path) -> int:
+    """Side of a dataset's slices in pixels."""
+    return len(read_image(next(iter(list_pngs(data / "images", "images").values()))))

@@ -1,0 +1,36 @@
+"""What a table of the paper is to paper/tables.py, and how one is written for people."""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data.slices import Mistake, write_bytes
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table: its rows, how one is made, and how all that is there becomes JSON, Markdown and perhaps a picture."""
+
+    rows: dict[str, str]  # name -> what --list says of it
+    make: Callable[[str, int, argparse.Namespace], Any]  # a row with a seed: train and measure what is not there yet
+    collect: Callable[[argparse.Namespace], dict[str, Any]]  # "setting", "records", "paper" and more
+    markdown: Callable[[dict[str, Any]], str]
+    draw: Callable[[Path, argparse.Namespace], None] | None = None
+
+
+def grid(head: list[str], lines: list[list[Any]]) -> list[str]:
+    """Lines of a Markdown table, and an empty one."""
+    return [f"| {' | '.join(map(str, line))} |" for line in (head, ["---"] * len(head), *lines)] + [""]
+
+
+def write_readme(path: Path, what: str, text: str) -> None:
+    """Put what is written between its two marks in a README.md. Raises Mistake where they are not there."""
+    begin, end = f"<!-- {what} -->", f"<!-- end of {what} -->"
+    content = path.read_text()
+    before, found, rest = content.partition(begin)
+    _, closed, after = rest.partition(end)
+    if not (found and closed):
+        raise Mistake(f"{path}: the marks {begin} and {end} are missing: put them where it is to stand")
+    write_bytes(path, f"{before}{begin}\n\n{text}\n\n{end}{after}".encode())
