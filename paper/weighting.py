@@ -1,0 +1,204 @@
+"""What do the weighting networks learn? alpha of DESUM (Eq. 1) and beta of DFM (Eq. 4), along training and by slice.
+
+    python -m paper.weighting out/tables/covidgan_paper_0 out/tables/covidgan_paper_1 --data data/ct128
+    python -m paper.weighting out/tables/beta-*_paper_0 --data data/ct128 --out out/policies.png
+
+Of each run, trained by covidgan.py: the course of both from stats.jsonl, and alpha of every slice of a side from its
+exported generator, beside the share of lesion in the slice's lung. The paper says that alpha adapts to the slice: its
+correlation with that share is given over all slices, and within patients, whose slices differ in lesion and in little
+else. Written as --results/weighting.json, as Markdown between the marks of the README.md beside it, and drawn as --out.
+"""
+
+import argparse
+import itertools
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import eval as evaluation
+import infer_onnx
+from data.slices import Mistake, OneLineParser, exit_on_mistake, patient_of, read_map, write_bytes
+from paper import runs
+from paper.report import grid, write_readme
+
+Z = 1.959964  # of 95 %
+POINTS = 200  # of a curve
+FEWEST = 4  # slices for a correlation: Fisher's interval needs more than three
+CLOSE = 0.02  # to where it ends: beta is settled
+
+Course = list[dict[str, Any]]  # "step" from the run's start, "stage", "alpha", "beta"; each of some steps' mean
+
+
+# ------------------------------------------------------------------------------------------------ along training
+
+
+def course(run: Path) -> Course:
+    """alpha and beta along a run, in POINTS means at most. Raises Mistake where the run has none."""
+    path = run / "stats.jsonl"
+    if not path.exists():
+        raise Mistake(f"{path}: not there: give the folder of a run of covidgan.py")
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    if not lines or not {"alpha", "beta"} <= lines[0].keys():
+        raise Mistake(f"{path}: has no alpha and beta: give the folder of a run of covidgan.py")
+    numbered, points = [*enumerate(lines, 1)], []
+    for stage, group in itertools.groupby(numbered, key=lambda one: one[1]["stage"]):
+        steps = [*group]
+        stride = math.ceil(len(lines) / POINTS)
+        for part in (steps[k : k + stride] for k in range(0, len(steps), stride)):
+            means = {name: float(np.mean([line[name] for _, line in part])) for name in ("alpha", "beta")}
+            points.append({"step": part[-1][0], "stage": stage, **means})
+    return points
+
+
+def settled(points: Course, name: str, stage: str) -> dict[str, float]:
+    """Where a weight ends in a stage, and after how many of its steps it stays there."""
+    of_stage = [point for point in points if point["stage"] == stage]
+    before = max([point["step"] for point in points if point["step"] < of_stage[0]["step"]], default=0)
+    end = of_stage[-1][name]
+    away = [point["step"] for point in of_stage if abs(point[name] - end) > CLOSE]
+    return {"end": end, "after": max(away, default=before) - before}
+
+
+# ------------------------------------------------------------------------------------------------ slice by slice
+
+
+def alphas(run: Path, data: Path, side: str) -> dict[str, tuple[float, float]]:
+    """Slice -> alpha of a run's generator, and the share of lesion in the lung, of a side's slices with lung."""
+    session, info = infer_onnx.open_session(runs.export(run), "auto")
+    found = {}
+    for name, path in infer_onnx.find_maps(data, side).items():
+        labels = read_map(path)
+        if not labels.any():
+            continue
+        if any(length % info["multiple"] for length in labels.shape):
+            raise Mistake(f"{path}: {labels.shape} pixels: give maps of multiples of {info['multiple']}")
+        (alpha,) = session.run(["alpha"], {"map": labels[None]})
+        found[name] = float(alpha[0]), float((labels > 1).sum() / (labels > 0).sum())
+    return found
+
+
+def correlation(x: np.ndarray, y: np.ndarray) -> dict[str, float] | None:
+    """Pearson's r of x and y [n] with its 95 % interval by Fisher's z; None of few slices, or where one is constant."""
+    if len(x) < FEWEST or np.ptp(x) < 1e-6 or np.ptp(y) == 0:
+        return None
+    r = float(np.corrcoef(x, y)[0, 1])
+    z, half = math.atanh(max(-1 + 1e-12, min(r, 1 - 1e-12))), Z / math.sqrt(len(x) - 3)
+    return {"r": r, "low": math.tanh(z - half), "high": math.tanh(z + half), "n": len(x)}
+
+
+def within_patients(x: np.ndarray, y: np.ndarray, names: list[str]) -> dict[str, float | None] | None:
+    """Mean of the patients' own correlations, by Fisher's z, with its 95 % interval over patients; None without any."""
+    patients = [*map(patient_of, names)]
+    own = []
+    for patient in dict.fromkeys(patients):
+        theirs = np.array([one == patient for one in patients])
+        if found := correlation(x[theirs], y[theirs]):
+            own.append(math.atanh(found["r"]))
+    if not own:
+        return None
+    mean, half, n = evaluation.interval(own)
+    ends = (None, None) if half is None else (math.tanh(mean - half), math.tanh(mean + half))
+    return {"r": math.tanh(mean), "low": ends[0], "high": ends[1], "n": n}
+
+
+def of_run(run: Path, data: Path, side: str) -> dict[str, Any]:
+    """All that is known of a run."""
+    points, found = course(run), alphas(run, data, side)
+    alpha, share = np.array([*found.values()]).T
+    spread = {"mean": alpha.mean(), "sd": alpha.std(), "min": alpha.min(), "max": alpha.max()}
+    idle = {"alpha": 1.0, "beta": 0.0}  # in a stage that has nothing to weigh
+    moved = {
+        name: [*dict.fromkeys(point["stage"] for point in points if point[name] != still)]
+        for name, still in idle.items()
+    }
+    return {
+        "run": run.name,
+        "alpha": {name: float(value) for name, value in spread.items()},
+        "correlation": correlation(alpha, share),
+        "within patients": within_patients(alpha, share, [*found]),
+        "settled": {name: {stage: settled(points, name, stage) for stage in stages} for name, stages in moved.items()},
+        "course": points,
+        "slices": {"alpha": alpha.tolist(), "lesion": share.tolist()},
+    }
+
+
+# ------------------------------------------------------------------------------------------------ what a person reads
+
+
+def interval_of(found: dict[str, Any] | None) -> str:
+    """r and its interval."""
+    if found is None:
+        return "-"
+    return f"{found['r']:+.2f}" + (
+        f" ({found['low']:+.2f} to {found['high']:+.2f})" if found["low"] is not None else ""
+    )
+
+
+def markdown(studies: list[dict[str, Any]]) -> str:
+    """A row a run: where beta ends in each stage, alpha over the slices, and whether it follows the lesion."""
+    stages = [*dict.fromkeys(stage for one in studies for stage in one["settled"]["beta"])]
+    head = ["run", *(f"beta in {stage}: end (after steps)" for stage in stages), "alpha", "smallest and largest"]
+    head += ["r with share of lesion", "r within patients", "patients"]
+    lines = []
+    for one in studies:
+        ends = [one["settled"]["beta"].get(stage) for stage in stages]
+        alpha, within = one["alpha"], one["within patients"]
+        cells = ["-" if end is None else f"{end['end']:.2f} ({end['after']})" for end in ends]
+        cells += [f"{alpha['mean']:.3f} +- {alpha['sd']:.3f}", f"{alpha['min']:.3f}, {alpha['max']:.3f}"]
+        cells += [interval_of(one["correlation"]), interval_of(within), within["n"] if within else "-"]
+        lines.append([one["run"], *cells])
+    return "\n".join(grid(head, lines)).rstrip()
+
+
+def draw(studies: list[dict[str, Any]], path: Path) -> None:
+    """Draw alpha and beta along training, and alpha of each slice against its share of lesion."""
+    from matplotlib.figure import Figure  # slow to import, and wanted here alone
+
+    figure = Figure(figsize=(12, 4), layout="tight")
+    axes = figure.subplots(1, 3)
+    for one in studies:
+        for panel, name in zip(axes, ("alpha", "beta"), strict=False):
+            steps, values = zip(*[(point["step"], point[name]) for point in one["course"]], strict=True)
+            panel.plot(steps, values, label=one["run"])
+            panel.set(xlabel="step, the stages in a row", ylabel=name, ylim=(0, 1))
+        axes[2].scatter(one["slices"]["lesion"], one["slices"]["alpha"], s=6, label=one["run"])
+    axes[2].set(xlabel="share of lesion in the lung", ylabel="alpha of a slice")
+    axes[0].legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+# ------------------------------------------------------------------------------------------------ main
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The command line. Raises Mistake."""
+    parser = OneLineParser(__doc__)
+    option = parser.add_argument
+    option("runs", type=Path, nargs="+", metavar="RUN", help="folders of runs of covidgan.py")
+    option("--data", type=Path, default=Path("data/ct128"), help="dataset whose maps are looked at, of the runs' size")
+    option("--side", choices=("train", "test", "seg_test"), default="seg_test", help="of its split")
+    option("--results", type=Path, default=runs.ROOT / "paper" / "results", help="folder of weighting.json")
+    option("--out", type=Path, help="picture (default: weighting.png in --results)")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> None:
+    """Study the runs and write what is found. Raises Mistake."""
+    args = parse(argv)
+    studies = [of_run(run, args.data, args.side) for run in args.runs]
+    text = markdown(studies)
+    print(text)
+    setting = {"side": args.side, "slices": len(studies[0]["slices"]["alpha"])}
+    args.results.mkdir(parents=True, exist_ok=True)
+    write_bytes(args.results / "weighting.json", (json.dumps({"setting": setting, "runs": studies}) + "\n").encode())
+    draw(studies, args.out or args.results / "weighting.png")
+    if (readme := args.results.parent / "README.md").exists():
+        write_readme(readme, "weighting", text)
+
+
+if __name__ == "__main__":
+    exit_on_mistake(main)
