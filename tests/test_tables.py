@@ -1,4 +1,4 @@
-"""The paper's tables: what stands in them, what they conclude, and that a part of them can be made alone."""
+"""Table II: what stands in it, what it concludes, and that a part of it can be made alone."""
 
 import json
 import threading
@@ -9,28 +9,28 @@ import pytest
 
 import covidgan
 from data.slices import Mistake, read_image, read_map
-from paper import METHODS, rivals, runs, tables
+from paper import METHODS, generators, report, rivals, runs, table2, tables
 
 MARKED = "before\n<!-- table 2 -->\nold\n<!-- end of table 2 -->\nafter\n"
 
 
 def records(method: str, values: list[float], metric: str = "PSNR", region: str = "complete") -> list[dict]:
     """A method's value of each seed."""
-    given = {"method": method, "region": region, "metric": metric, "better": tables.BETTER[metric]}
+    given = {"method": method, "region": region, "metric": metric, "better": table2.BETTER[metric]}
     return [given | {"seed": seed, "value": value} for seed, value in enumerate(values)]
 
 
 def test_every_row_of_table_2_is_a_command_that_its_training_takes():
-    for name, row in tables.ROWS.items():
+    for name, row in generators.ROWS.items():
         method = {"covidgan": covidgan.Covidgan, **METHODS}[row.method]
         c = covidgan.parse_config([*row.options, "--size", "128", "--ngf", "16", "--ndf", "16"], method)
         helped = name.endswith(("-clean", "-best"))
         assert (c.noise == 0, c.contrast > 0, c.ema > 0) == (helped, helped, helped)
-    assert {row.method for row in tables.ROWS.values()} == {"covidgan", *rivals.METHODS}
+    assert {row.method for row in generators.ROWS.values()} == {"covidgan", *rivals.METHODS}
 
 
 def test_both_optimisers_are_tried_where_authors_and_paper_differ_and_only_there():
-    tried = {name: row.optimisers for name, row in tables.ROWS.items()}
+    tried = {name: row.optimisers for name, row in generators.ROWS.items()}
     assert tried["SPADE"] == tried["SEAN"] == tried["SEAN-clean"] == ("own", "paper")
     assert tried["pix2pix"] == tried["pix2pixHD"] == tried["covidgan"] == ("paper",)
 
@@ -42,29 +42,29 @@ def test_the_optimiser_kept_is_the_one_with_the_lower_lung_kid_on_the_patients_t
         asked.append(side)
         return {"features": {"lung KID 1280": {"value": kids[out.name]}}}
 
-    monkeypatch.setattr(tables, "train", lambda name, optimiser, seed, args: tmp_path / optimiser)
+    monkeypatch.setattr(generators, "train", lambda name, optimiser, seed, args: tmp_path / optimiser)
     monkeypatch.setattr(runs, "measure", measure)
     monkeypatch.setattr(runs, "feature_network", lambda folder: folder / "features.onnx")
     args = tables.parse(["2", "--out", str(tmp_path)])
-    assert tables.optimiser_of("SPADE-clean", args) == "paper"
+    assert generators.optimiser_of("SPADE-clean", args) == "paper"
     kids["own"] = 0.03
-    assert tables.optimiser_of("SPADE-clean", args) == "own"
-    assert set(asked) == {"test"} and tables.REPORT == "seg_test"
+    assert generators.optimiser_of("SPADE-clean", args) == "own"
+    assert set(asked) == {"test"} and generators.REPORT == "seg_test"
 
 
 def test_a_comparison_is_clear_beyond_twice_the_standard_error_of_the_difference():
     ours, theirs = [27.0, 27.2, 27.4], [26.5, 26.6, 26.7]
-    found = tables.comparison(records("covidgan", ours) + records("SPADE", theirs), "covidgan", "")
+    found = table2.comparison(records("covidgan", ours) + records("SPADE", theirs), "covidgan", "")
     error = np.sqrt(np.var(ours, ddof=1) / 3 + np.var(theirs, ddof=1) / 3)
     assert found["each"][0]["lead"] == pytest.approx(0.6) and found["each"][0]["error"] == pytest.approx(error)
     assert (found["compared"], found["ahead"], found["clearly ahead"], found["clearly behind"]) == (1, 1, 1, 0)
-    near = tables.comparison(records("covidgan", [26.0, 26.7, 27.4]) + records("SPADE", theirs), "covidgan", "")
+    near = table2.comparison(records("covidgan", [26.0, 26.7, 27.4]) + records("SPADE", theirs), "covidgan", "")
     assert (near["ahead"], near["clearly ahead"], near["clearly behind"]) == (1, 0, 0)
 
 
 def test_where_lower_is_better_the_lower_is_ahead_and_one_seed_is_never_clear():
     found = records("covidgan-best", [0.04], "RMSE") + records("SEAN-clean", [0.05], "RMSE")
-    told = tables.comparison(found, "covidgan-best", "-clean")
+    told = table2.comparison(found, "covidgan-best", "-clean")
     assert (told["rivals"], told["ahead"], told["clearly ahead"]) == ("clean", 1, 0)
     assert told["each"][0]["lead"] == pytest.approx(0.01) and told["each"][0]["error"] is None
 
@@ -72,13 +72,13 @@ def test_where_lower_is_better_the_lower_is_ahead_and_one_seed_is_never_clear():
 def test_of_a_full_table_32_comparisons_are_made():
     full = [
         record
-        for k, method in enumerate(["covidgan", *tables.RIVALS])
-        for metric in tables.BETTER
-        for region in tables.REGIONS
+        for k, method in enumerate(["covidgan", *generators.RIVALS])
+        for metric in table2.BETTER
+        for region in table2.REGIONS
         for record in records(method, [k, k + 1.0], metric, region)
     ]
-    assert tables.comparison(full, "covidgan", "")["compared"] == 32
-    assert tables.comparison(full, "covidgan", "-clean")["compared"] == 0
+    assert table2.comparison(full, "covidgan", "")["compared"] == 32
+    assert table2.comparison(full, "covidgan", "-clean")["compared"] == 0
 
 
 def test_time_to_quality_is_the_first_moment_at_what_pix2pixHD_ends_with():
@@ -88,12 +88,12 @@ def test_time_to_quality_is_the_first_moment_at_what_pix2pixHD_ends_with():
         "SPADE": [(300, 0.06)],
     }
     progress = {name: [{"seconds": s, "KID": kid} for s, kid in path] for name, path in points.items()}
-    assert tables.time_to(progress, "") == {"covidgan": 80, "pix2pixHD": 200, "SPADE": None}
-    assert tables.time_to(progress, "-clean") == {}
+    assert table2.time_to(progress, "") == {"covidgan": 80, "pix2pixHD": 200, "SPADE": None}
+    assert table2.time_to(progress, "-clean") == {}
 
 
 def test_the_papers_figures_are_those_of_its_table():
-    paper = {(r["method"], r["region"], r["metric"]): r["value"] for r in tables.paper_records()}
+    paper = {(r["method"], r["region"], r["metric"]): r["value"] for r in table2.paper_records()}
     assert len(paper) == 5 * 8
     assert paper["covidgan", "complete", "FID"] == 0.0327 and paper["covidgan", "lung", "RMSE"] == 0.2747
     assert paper["SEAN", "lung", "FID"] == 0.3575 and paper["pix2pix", "lung", "PSNR"] == 26.56
@@ -102,11 +102,11 @@ def test_the_papers_figures_are_those_of_its_table():
 def test_a_table_is_put_between_its_marks_and_nothing_else_is_touched(tmp_path):
     path = tmp_path / "README.md"
     path.write_text(MARKED)
-    tables.write_readme(path, "2", "new")
+    report.write_readme(path, "table 2", "new")
     assert path.read_text() == MARKED.replace("old", "\nnew\n")
     path.write_text("no marks\n")
     with pytest.raises(Mistake, match=r"README.md: the marks <!-- table 2 -->"):
-        tables.write_readme(path, "2", "new")
+        report.write_readme(path, "table 2", "new")
     assert path.read_text() == "no marks\n"
 
 
@@ -114,18 +114,18 @@ def test_the_picture_zooms_on_the_rarer_lesion_and_stays_within_the_slice():
     labels = np.ones((100, 100), np.uint8)
     labels[60:80, 10:40] = 2
     labels[90:99, 0:5] = 3
-    rows, columns = tables.lesion_window(labels)
+    rows, columns = table2.lesion_window(labels)
     assert (rows, columns) == (slice(60, 100), slice(0, 40)) and (labels[rows, columns] == 3).sum() == 45
 
 
 def test_the_markdown_has_every_method_with_its_spread_and_the_papers_rows():
     found = [
-        r for metric in tables.BETTER for region in tables.REGIONS for r in records("SPADE", [1, 2], metric, region)
+        r for metric in table2.BETTER for region in table2.REGIONS for r in records("SPADE", [1, 2], metric, region)
     ]
     cost = {"method": "SPADE", "seed": 0, "seconds": 1200.4, "samples": 12000, "parameters": 92088385, "synthesis": 0.5}
-    text = tables.markdown(
+    text = table2.markdown(
         {"setting": {"size": 128}, "records": found, "costs": [cost], "progress": {}}
-        | {"comparisons": [tables.comparison(found, "covidgan", "")]}
+        | {"comparisons": [table2.comparison(found, "covidgan", "")]}
     )
     assert "| SPADE | 2 | 1.50 +- 0.71 | 1.5000 +- 0.7071 |" in text
     assert "| SPADE | 1,200 | 12,000 | 92,088,385 | 0.500 |" in text
@@ -167,9 +167,9 @@ def made(toy, tmp_path_factory):
     argv = ["2", "--seeds", "0", "--ngf", "4", "--samples", "32", "--batch", "4"]
     argv += [word for name, place in places.items() for word in (f"--{name}", str(place))]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tables, "KEPT", 1)
-        patch.setitem(tables.ROWS, "covidgan", tables.Row("covidgan", ("--preset", "paper", "--n-blocks", "1")))
-        patch.setitem(tables.ROWS, "SEAN", tables.Row("SEAN", ("--preset", "paper")))
+        patch.setattr(generators, "KEPT", 1)
+        patch.setitem(generators.ROWS, "covidgan", generators.Row("covidgan", ("--preset", "paper", "--n-blocks", "1")))
+        patch.setitem(generators.ROWS, "SEAN", generators.Row("SEAN", ("--preset", "paper")))
         tables.main([*argv, "--rows", "covidgan", "SEAN"])
         yield tables.parse(argv)
 
@@ -223,4 +223,4 @@ def test_the_floor_of_label_means_has_one_value_a_label(made):
 
 def test_the_same_command_goes_on_without_training_anything_again(made, monkeypatch):
     monkeypatch.setattr(runs.subprocess, "run", None)  # whatever is called breaks
-    assert json.loads((made.results / "table2.json").read_text())["records"] == tables.table_2(made)["records"]
+    assert json.loads((made.results / "table2.json").read_text())["records"] == table2.collect(made)["records"]

@@ -1,0 +1,338 @@
+"""Table II: how good are the images? covidgan and its four rivals, on the same slices, by the same judges.
+
+Trains on the train side of --data at the size of --reference; side "test" chooses a rival's optimiser, side "seg_test"
+is reported, of patients that no choice was made on. The picture is OUT/table2.png, since it may show patients.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import torch
+
+import covidgan
+import export
+from data.slices import coloured, patient_of, png, read_image, read_split, windowed, write_bytes, write_image
+from paper import METHODS, generators, rivals, runs
+from paper.generators import CHOOSE, REPORT, RIVALS, ROWS, size_of
+from paper.report import Table, grid
+
+FLOORS = {"label means": covidgan.mean_paint, "nearest training case": covidgan.nearest_copy}
+FID = "FID 24"  # 24 dimensions: fewer than the slices of any side here
+BETTER = {FID: "lower", "KID": "lower", "PSNR": "higher", "SSIM": "higher", "RMSE": "lower", "NRMSE": "lower"}
+DIGITS = {FID: 2, "KID": 4, "PSNR": 2, "SSIM": 4, "RMSE": 4, "NRMSE": 4}
+COMPARED = (FID, "PSNR", "SSIM", "RMSE")  # the paper's four: with 4 rivals and 2 regions, its 32 comparisons
+REGIONS = ("complete", "lung")
+ZOOM = 0.4  # of a slice's side: what the picture shows, about the lesion
+
+# Table II: method -> FID, PSNR, SSIM, RMSE of the complete images and of the lungs alone
+PAPER = {
+    "covidgan": (0.0327, 26.89, 0.8936, 0.0813, 0.3641, 28.17, 0.8959, 0.2747),
+    "SEAN": (0.0341, 26.69, 0.8922, 0.0837, 0.3575, 28.02, 0.8952, 0.2795),
+    "SPADE": (0.0389, 26.50, 0.8903, 0.0854, 0.4812, 27.79, 0.8928, 0.2864),
+    "pix2pixHD": (0.0430, 26.63, 0.8893, 0.0840, 0.4283, 27.82, 0.8910, 0.2856),
+    "pix2pix": (0.0611, 26.56, 0.8870, 0.0913, 8.4077, 26.56, 0.8855, 0.3301),
+}
+
+# ------------------------------------------------------------------------------------ what no exported file synthesizes
+
+
+def load_side(data: Path, side: str) -> covidgan.Slices:
+    """A side of a dataset, at its own size."""
+    c = covidgan.Config(data=str(data), size=size_of(data))
+    return covidgan.load_slices(data, read_split(data / "split.json")[side], c)
+
+
+def write_slices(out: Path, names: list[str], images: torch.Tensor) -> None:
+    """Write windowed lungs [N, 1, S, S] in [-1, 1] as slices in HU, of which eval.py takes the lung."""
+    hu = covidgan.LoopConfig.level + images[:, 0].numpy() * covidgan.LoopConfig.width / 2
+    out.mkdir(parents=True, exist_ok=True)
+    for name, one in zip(names, hu, strict=True):
+        write_image(out / f"{name}.png", one)
+
+
+def measure_floor(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """eval.py's results of a floor: no network, and what every network has to beat."""
+    out = args.out / name.replace(" ", "_")
+    if (out / "results.json").exists():
+        return json.loads((out / "results.json").read_text())
+    train_side, side = load_side(args.reference, "train"), load_side(args.reference, REPORT)
+    write_slices(out / "images", side.names, FLOORS[name](train_side, side.labels, covidgan.Config()))
+    return compare_lungs(out, args)
+
+
+@torch.no_grad()
+def measure_self(run: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """eval.py's results of SEAN in the style of the very slices that it is to synthesize, as its authors test it."""
+    out = run / "self"
+    if (out / "results.json").exists():
+        return json.loads((out / "results.json").read_text())
+    method = export.load_method(covidgan.read_checkpoint(run / "ckpt.pt", rivals.Sean), rivals.Sean)
+    side, images = load_side(args.reference, REPORT), []
+    for hu, labels in zip(side.hu.split(8), side.labels.split(8), strict=True):
+        real = covidgan.lung_target(covidgan.window(hu, method.c), labels)
+        images.append(method.synthesize_self(covidgan.one_hot(labels, method.c.n_labels), real))
+    write_slices(out / "images", side.names, torch.cat(images))
+    return compare_lungs(out, args)
+
+
+def compare_lungs(out: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """Compare OUT/images with the real slices of their names."""
+    return runs.compare(args.reference, out / "images", runs.feature_network(args.out), out)
+
+
+# ------------------------------------------------------------------------------------------------- what a run is worth
+
+
+def records_of(method: str, seed: int | None, results: dict[str, Any]) -> list[dict[str, Any]]:
+    """A record of each region and metric; one that eval.py refuses, as FID of few slices, is left out."""
+    found = []
+    for region, metric in itertools.product(REGIONS, BETTER):
+        if metric in (FID, "KID"):
+            value = results["features"][f"{region} {metric if metric == FID else 'KID 1280'}"]["value"]
+        else:
+            value = results["pixels"][f"{region} {metric}"]["mean"]
+        record = {"method": method, "seed": seed, "region": region, "metric": metric, "value": value}
+        found += [record | {"better": BETTER[metric]}] if value is not None else []
+    return found
+
+
+def cost_of(name: str, seed: int, run: Path) -> dict[str, Any]:
+    """What a run cost and what its generator costs."""
+    method = METHODS.get(ROWS[name].method, covidgan.Covidgan)
+    trained = export.load_method(covidgan.read_checkpoint(run / "ckpt.pt", method), method)
+    c = trained.c
+    lengths = [method.length(c, stage) for stage in method.stages(c)]
+    return {
+        "method": name,
+        "seed": seed,
+        "seconds": json.loads((run / "seconds.json").read_text()),
+        "samples": round(sum(lengths) * c.epochs * c.epoch_len),
+        "parameters": sum(p.numel() for p in trained.generator().parameters()),
+        "synthesis": synthesis_seconds(run / "generator.onnx", c.size),
+        "commit": (run / "commit.txt").read_text(),
+    }
+
+
+def synthesis_seconds(model: Path, size: int) -> float:
+    """CPU seconds of a slice on one thread, ONNX Runtime: median of nine, whatever else the machine does."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    labels = np.ones((1, size, size), np.uint8)
+    seconds = []
+    for _ in range(9):
+        start = time.process_time()
+        session.run(None, {"map": labels})
+        seconds.append(time.process_time() - start)
+    return float(np.median(seconds))
+
+
+def progress_of(run: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Lung KID along a run whose checkpoints were kept: by the clock's seconds of training, at its full size."""
+    points = []
+    for seconds in runs.kept_seconds(run):
+        checkpoint = covidgan.read_weights(run / "kept" / seconds / "ckpt.pt")
+        if checkpoint["stage"] in ("g1", "g2"):
+            continue  # no generator yet
+        results = generators.measured(run / "kept" / seconds, args)
+        points.append({"seconds": int(seconds), "KID": results["features"]["lung KID 1280"]["value"]})
+    return points
+
+
+def collect(args: argparse.Namespace) -> dict[str, Any]:
+    """All that is known of Table II."""
+    records, costs, progress = [], [], {}
+    for name in FLOORS:
+        records += records_of(name, None, measure_floor(name, args))
+    found = generators.whole_runs(ROWS, args)
+    for name, seed, run in found:
+        records += records_of(name, seed, generators.measured(run, args))
+        costs.append(cost_of(name, seed, run))
+        if ROWS[name].method == "SEAN":
+            records += records_of(name.replace("SEAN", "SEAN-self"), seed, measure_self(run, args))
+        if points := progress_of(run, args):
+            progress[name] = points
+    ours = [name for name in ROWS if name.startswith("covidgan")]
+    return {
+        "setting": setting(args, found),
+        "records": records,
+        "paper": paper_records(),
+        "costs": costs,
+        "comparisons": [comparison(records, one, block) for one in ours for block in ("", "-clean")],
+        "progress": progress,
+    }
+
+
+def setting(args: argparse.Namespace, found: list[tuple[str, int, Path]]) -> dict[str, Any]:
+    """What the figures hold for."""
+    split, optimisers = read_split(args.reference / "split.json"), {}
+    for name, _, run in found:
+        optimisers[name] = run.name.removeprefix(f"{name}_").rpartition("_")[0]
+    return {
+        "data": {side: {"slices": len(s), "patients": len({*map(patient_of, s)})} for side, s in split.items()},
+        "reported": REPORT,
+        "chosen on": CHOOSE,
+        "size": size_of(args.reference),
+        "ngf, ndf": args.ngf,
+        "samples at full size": args.samples,
+        "batch": args.batch,
+        "features": runs.FEATURES,
+        "optimisers": optimisers,
+        "commits": sorted({(run / "commit.txt").read_text() for *_, run in found}),
+    }
+
+
+def paper_records() -> list[dict[str, Any]]:
+    """The paper's Table II."""
+    heads = [*itertools.product(REGIONS, ("FID", "PSNR", "SSIM", "RMSE"))]
+    return [
+        {"method": method, "region": region, "metric": metric, "value": value}
+        for method, values in PAPER.items()
+        for (region, metric), value in zip(heads, values, strict=True)
+    ]
+
+
+# ----------------------------------------------------------------------------------------------- what the figures say
+
+
+def by_method(records: list[dict[str, Any]]) -> dict[tuple[str, str, str], list[float]]:
+    """Values over the seeds of each method, region and metric."""
+    values = defaultdict(list)
+    for record in records:
+        values[record["method"], record["region"], record["metric"]].append(record["value"])
+    return values
+
+
+def comparison(records: list[dict[str, Any]], ours: str, block: str) -> dict[str, Any]:
+    """In how many of the 32 comparisons a method of ours is ahead of the rivals of a block, "" or "-clean".
+
+    Clearly: by more than twice the standard error of the difference of the two means over the seeds.
+    """
+    values, told = by_method(records), []
+    for name, region, metric in itertools.product(RIVALS, REGIONS, COMPARED):
+        a, b = values.get((ours, region, metric)), values.get((name + block, region, metric))
+        if a is None or b is None:
+            continue
+        lead = (np.mean(a) - np.mean(b)) * (1 if BETTER[metric] == "higher" else -1)
+        several = min(len(a), len(b)) > 1
+        error = math.sqrt(np.var(a, ddof=1) / len(a) + np.var(b, ddof=1) / len(b)) if several else None
+        told.append({"rival": name + block, "region": region, "metric": metric, "lead": float(lead), "error": error})
+    clear = [one for one in told if one["error"] is not None and abs(one["lead"]) > 2 * one["error"]]
+    return {
+        "ours": ours,
+        "rivals": "clean" if block else "published",
+        "compared": len(told),
+        "ahead": sum(one["lead"] > 0 for one in told),
+        "clearly ahead": sum(one["lead"] > 0 for one in clear),
+        "clearly behind": sum(one["lead"] < 0 for one in clear),
+        "each": told,
+    }
+
+
+def time_to(progress: dict[str, list[dict[str, Any]]], block: str) -> dict[str, float | None]:
+    """Seconds until a method of a block has the lung KID that pix2pixHD ends with; None where it never has."""
+    reference = progress.get(f"pix2pixHD{block}")
+    if not reference:
+        return {}
+    goal, names = reference[-1]["KID"], [f"{name}{block}" for name in ("covidgan", *RIVALS)]
+    return {
+        name: next((point["seconds"] for point in progress[name] if point["KID"] <= goal), None)
+        for name in [*names, "covidgan-best"]
+        if name in progress
+    }
+
+
+def cell(values: list[float] | None, digits: int) -> str:
+    """Mean +- standard deviation over the seeds."""
+    if not values:
+        return "-"
+    spread = f" +- {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.{digits}f}{spread}"
+
+
+def quality(records: list[dict[str, Any]], region: str) -> list[str]:
+    """A region's figures of all methods as Markdown: means over the seeds and their deviations."""
+    values, lines = by_method(records), []
+    for method in dict.fromkeys(record["method"] for record in records):
+        seeds = "-" if method in FLOORS else len(values[method, region, "PSNR"])
+        lines.append([method, seeds, *(cell(values.get((method, region, m)), DIGITS[m]) for m in BETTER)])
+    return [f"**{region}**", "", *grid(["method", "seeds", *BETTER], lines)]
+
+
+def costs(runs_of: list[dict[str, Any]]) -> list[str]:
+    """What the methods cost, as Markdown: means over the seeds."""
+    lines = []
+    for name, group in itertools.groupby(runs_of, key=lambda cost: cost["method"]):
+        several = [*group]
+        seconds, synthesis = (np.mean([cost[key] for cost in several]) for key in ("seconds", "synthesis"))
+        counts = [f"{several[0][key]:,}" for key in ("samples", "parameters")]
+        lines.append([name, f"{seconds:,.0f}", *counts, f"{synthesis:.3f}"])
+    return grid(["method", "CPU seconds of training", "samples", "parameters of G", "CPU seconds a slice"], lines)
+
+
+def verdicts(table: dict[str, Any]) -> list[str]:
+    """Who is ahead, and how soon, as Markdown."""
+    lines = [f"Of {len(RIVALS) * len(COMPARED) * len(REGIONS)} comparisons ({', '.join(COMPARED)}):", ""]
+    for one in (one for one in table["comparisons"] if one["compared"]):
+        lines.append(
+            f"- {one['ours']} against the rivals as {one['rivals']}: ahead in {one['ahead']} of {one['compared']}, "
+            f"clearly ahead in {one['clearly ahead']}, clearly behind in {one['clearly behind']}"
+        )
+    for block in ("", "-clean"):
+        if times := time_to(table["progress"], block):
+            told = ", ".join(f"{name} {'never' if s is None else f'{s:,} s'}" for name, s in times.items())
+            lines += ["", f"Time to the lung KID that pix2pixHD{block} ends with, first seed: {told}"]
+    return lines
+
+
+def markdown(table: dict[str, Any]) -> str:
+    """The table as a person reads it."""
+    paper = [[method, *(f"{figure:.{2 if figure > 20 else 4}f}" for figure in row)] for method, row in PAPER.items()]
+    heads = [f"{region} {metric}" for region in REGIONS for metric in ("FID", "PSNR", "SSIM", "RMSE")]
+    lines = [line for region in REGIONS for line in quality(table["records"], region)]
+    lines += ["**the paper's**, on other data, its FID of another network", "", *grid(["method", *heads], paper)]
+    lines += [*costs(table["costs"]), *verdicts(table), "", f"Setting: `{json.dumps(table['setting'])}`"]
+    return "\n".join(lines)
+
+
+def write_picture(path: Path, args: argparse.Namespace) -> None:
+    """Draw a row a case, zoomed on its lesion, as Fig. 6: map | real slice | the slice completed by each method."""
+    side = load_side(args.reference, REPORT)
+    first = {name: run for name, _, run in reversed(generators.whole_runs(ROWS, args))}
+    first = {name: first[name] for name in ROWS if name in first}
+    lines = []
+    for k in covidgan.choose_cases(side, 3):
+        labels, real = side.labels[k, 0].numpy(), side.hu[k, 0].numpy()
+        synthetic = [
+            read_image(run / f"synthetic_{REPORT}" / "images" / f"{side.names[k]}.png") for run in first.values()
+        ]
+        greys = [windowed(np.where(labels > 0, hu, real)) for hu in (real, *synthetic)]
+        tiles = [coloured(labels), *[np.stack([grey] * 3, 2) for grey in greys]]
+        lines.append(np.concatenate([tile[lesion_window(labels)].repeat(4, 0).repeat(4, 1) for tile in tiles], 1))
+    write_bytes(path, png(np.concatenate(lines)))
+    print(f"{path}: map | real | {' | '.join(first)}")
+
+
+def lesion_window(labels: np.ndarray) -> tuple[slice, slice]:
+    """The square of ZOOM of a map's side about the middle of its rarer lesion, or of its lung, within the map."""
+    rarest = min((label for label in (3, 2, 1) if (labels == label).any()), key=lambda label: (labels == label).sum())
+    side = round(ZOOM * len(labels))
+    starts = [min(max(int(np.mean(at)) - side // 2, 0), len(labels) - side) for at in np.nonzero(labels == rarest)]
+    return tuple(slice(start, start + side) for start in starts)
+
+
+def make(name: str, seed: int, args: argparse.Namespace) -> None:
+    """Train and measure a row with a seed."""
+    generators.measured(generators.trained(name, seed, args), args)
+
+
+LISTED = {name: " ".join((row.method, *row.options)) for name, row in ROWS.items()}
+TABLE = Table(LISTED, make, collect, markdown, write_picture)

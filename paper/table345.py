@@ -1,0 +1,372 @@
+"""Tables III, IV and V, and what goes beyond them: are synthetic slices of use, and which part of the method pays?
+
+Table III swaps a share of a U-Net's real slices for synthetic ones of the same maps; Table IV adds synthetic slices of
+augmented maps. Table V changes one part of the method at a time: FID and PSNR of its images, and Dice of infection of a
+U-Net with half of its slices swapped, which is what the paper's Table V repeats of its Table III (89.19). Beyond the
+paper, "few" asks whether synthetic slices help where real ones are few, and more than the same augmentations of the
+real slices do; "beta" is Table V for who moves beta, which the paper does not say.
+
+mean +- 95 % interval as the paper has it, over ten folds of the test slices, and beside it the interval over patients,
+which is the one to go by: slices of a patient are alike. Both are of one U-Net, averaged over the seeds. Which sides
+train and test stands at the head of paper/mixes.py.
+"""
+
+import argparse
+import itertools
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+import eval as evaluation
+from data.slices import patient_of, read_split
+from paper import generators, mixes
+from paper.mixes import Mix, Scores
+from paper.report import Table, grid
+
+FOLDS = 10
+METRICS = ("Dice", "sensitivity", "specificity")
+FIGURES = [f"{lesion} {metric}" for lesion in evaluation.LESIONS for metric in METRICS]  # as eval.py names them
+HEADLINE = "infection Dice"  # by which rows are compared
+IMAGES = {"FID": 4, "KID": 4, "PSNR": 2}  # Table V's figures of complete images, and their decimals
+TIMES = 4  # "few": slices added, of the real ones
+FEW = (20, 50, 100)
+TOLD = {
+    "train": "slices that the generators have trained on, as the paper's text has it",
+    "seg_test": "patients that neither network has seen, where the split is by patient",
+}
+
+Record = dict[str, Any]
+
+# Tables III and IV: ratio -> Dice, Sen, Spec of GGO, of consolidation and of infection, in %; e is less than 1e-5
+PAPER_3 = {
+    "0%": "87.55±0.20 86.84±0.31 99.82±0.01 84.88±0.33 82.80±0.51 99.96±e 89.57±0.18 88.58±0.23 99.82±0.01",
+    "10%": "87.34±0.27 85.08±0.45 99.85±0.01 85.91±0.44 84.23±0.55 99.96±e 89.35±0.32 87.14±0.39 99.85±0.01",
+    "20%": "84.22±0.36 83.38±0.41 99.77±0.01 84.30±0.19 83.60±0.33 99.95±e 86.67±0.36 85.83±0.27 99.76±0.01",
+    "30%": "87.43±0.35 85.73±0.41 99.84±0.01 86.01±0.21 87.14±0.21 99.95±e 89.32±0.22 88.11±0.30 99.82±0.01",
+    "40%": "87.07±0.27 86.70±0.29 99.80±0.01 85.81±0.24 81.94±0.36 99.97±e 88.92±0.20 87.90±0.30 99.81±0.01",
+    "50%": "86.98±0.35 86.46±0.40 99.80±0.01 85.58±0.23 82.18±0.36 99.97±e 89.19±0.24 88.12±0.37 99.82±0.01",
+    "50% SEAN": "85.23±0.40 84.99±0.31 99.80±0.01 83.54±0.22 83.66±0.19 99.97±e 86.04±0.29 86.00±0.39 99.82±0.01",
+    "50% SPADE": "83.04±0.28 81.56±0.24 99.80±0.01 81.89±0.20 81.50±0.30 99.96±e 85.99±0.21 84.05±0.15 99.81±0.01",
+    "50% pix2pixHD": "81.24±0.37 79.53±0.29 99.79±0.01 80.20±0.44 78.14±0.46 99.96±e 83.22±0.45 83.01±0.48 99.80±0.01",
+    "50% pix2pix": "75.33±0.24 71.02±0.38 99.75±0.01 72.01±0.25 70.55±0.21 99.95±e 79.10±0.25 78.89±0.39 99.77±0.01",
+}
+PAPER_4 = {
+    "0%": PAPER_3["0%"],
+    "10%": "87.65±0.40 85.82±0.32 99.84±0.01 86.12±0.33 86.02±0.63 99.95±e 89.67±0.31 88.11±0.32 99.84±0.01",
+    "20%": "87.87±0.34 87.67±0.28 99.81±0.01 85.52±0.34 84.16±0.53 99.96±e 89.87±0.12 89.44±0.20 99.81±0.01",
+    "30%": "87.99±0.36 87.25±0.36 99.82±0.01 86.33±0.30 86.38±0.51 99.95±e 89.78±0.22 89.17±0.27 99.82±0.01",
+    "40%": "88.33±0.22 88.71±0.32 99.81±0.01 87.25±0.28 86.30±0.38 99.96±e 90.19±0.17 90.34±0.31 99.81±e",
+    "50%": "88.16±0.30 86.88±0.01 99.84±0.01 87.09±0.34 86.54±0.47 99.96±e 90.06±0.30 88.88±0.18 99.83±0.01",
+}
+PAPER_5 = {  # FID, PSNR and Dice
+    "ours": "0.0327 26.89 89.19±0.24",
+    "without-DESUM": "0.0395 26.77 84.60±0.39",
+    "F_global": "0.0355 26.70 87.88±0.29",
+    "alpha-0.5": "0.0380 26.51 85.87±0.31",
+    "without-DFM": "0.0381 26.62 86.10±0.33",
+    "D2-feature": "0.0340 26.75 88.84±0.21",
+    "beta-0.5": "0.0404 26.71 83.50±0.40",
+    "D=1": "0.0579 26.55 79.44±0.80",
+    "D=3": "0.0330 26.80 88.93±0.26",
+    "G=1": "0.0604 26.51 76.03±0.52",
+    "G=3": "0.0325 26.85 89.01±0.20",
+}
+
+# ------------------------------------------------------------------------------------------------ rows: what is trained
+
+STEPS = (0.1, 0.2, 0.3, 0.4, 0.5)
+OURS = ("covidgan", "covidgan-best")
+ROWS_3: dict[str, Mix] = {
+    "0%": Mix(),
+    **{f"{share:.0%}": Mix(replaced=share) for share in STEPS},
+    **{f"50% {name}": Mix(replaced=0.5, generator=name) for name in (*reversed(generators.RIVALS), OURS[1])},
+}
+ROWS_4: dict[str, Mix] = {
+    "0%": Mix(),
+    **{f"{share:.0%}": Mix(added=share) for share in STEPS},
+    f"50% {OURS[1]}": Mix(added=0.5, generator=OURS[1]),
+}
+
+
+def half_swapped(rows: dict[str, generators.Row]) -> dict[str, Mix]:
+    """Table V's rows: ours, and others of its kind."""
+    return {"ours": Mix(replaced=0.5), **{name: Mix(replaced=0.5, generator=name) for name in rows}}
+
+
+def few_rows() -> dict[str, Mix]:
+    """N real slices alone, beside synthetic ones, and beside as many of their own augmentations."""
+    rows = {}
+    for n in FEW:
+        rows[f"{n} real"] = Mix(n)
+        rows[f"{n} + augmented"] = Mix(n, augmented=TIMES)
+        rows |= {f"{n} + {name}": Mix(n, added=TIMES, generator=name) for name in OURS}
+    return rows
+
+
+def few_against(row: str) -> list[str]:
+    """What a row of "few" is compared with."""
+    n = row.split()[0]
+    return [other for other in (f"{n} real", f"{n} + augmented") if other != row and not row.endswith("real")]
+
+
+@dataclass(frozen=True)
+class Study:
+    """A table of U-Nets: its rows, the sides reported, what each row is compared with, and the paper's figures."""
+
+    rows: dict[str, Mix]
+    against: Callable[[str], list[str]]
+    paper: dict[str, str]
+    sides: tuple[str, ...] = mixes.TESTED
+    images: bool = False  # whether the images are measured too, as in Table V
+
+
+def against_first(rows: dict[str, Mix]) -> Callable[[str], list[str]]:
+    """Compare every row with the first."""
+    first = next(iter(rows))
+    return lambda row: [] if row == first else [first]
+
+
+ROWS_5, ROWS_BETA = half_swapped(generators.ABLATIONS), half_swapped(generators.POLICIES)
+STUDIES = {
+    "3": Study(ROWS_3, against_first(ROWS_3), PAPER_3),
+    "4": Study(ROWS_4, against_first(ROWS_4), PAPER_4),
+    "5": Study(ROWS_5, against_first(ROWS_5), PAPER_5, images=True),
+    "few": Study(few_rows(), few_against, {}, sides=("seg_test",)),
+    "beta": Study(ROWS_BETA, against_first(ROWS_BETA), {}, images=True),
+}
+
+
+def make(study: Study, name: str, seed: int, args: argparse.Namespace) -> None:
+    """Train and measure a row with a seed, its generator too where it is not there yet. Raises Mistake."""
+    mix = study.rows[name]
+    mixes.score(mix, seed, args)
+    if study.images:
+        generators.measured(generators.trained(mix.generator, seed, args), args)
+
+
+# ------------------------------------------------------------------------------------------------ figures
+
+
+def folds(n: int) -> list[np.ndarray]:
+    """Indices of n test slices in ten parts, drawn once for all rows."""
+    return [part for part in np.array_split(np.random.default_rng(0).permutation(n), FOLDS) if len(part)]
+
+
+def over_folds(values: np.ndarray) -> tuple[float | None, float | None]:
+    """Mean of the folds' means and half its 95 % interval, of slices' values [n], NaN left out; None by too few."""
+    parts = [values[part][~np.isnan(values[part])] for part in folds(len(values))]
+    mean, half, _ = evaluation.interval([float(part.mean()) for part in parts if len(part)])
+    return mean, half
+
+
+def over_patients(values: np.ndarray, names: list[str]) -> tuple[float | None, float | None]:
+    """Mean of the patients' means and half its 95 % interval, of slices' values [n]; None where there are too few."""
+    found = evaluation.estimate(values, names)
+    return found["patients_mean"], found["patients_interval"]
+
+
+def averaged(values: list[float | None]) -> float | None:
+    """Mean over the seeds; None where one has none."""
+    return None if None in values or not values else float(np.mean(values))
+
+
+def spread(means: list[float | None]) -> float | None:
+    """Standard deviation over the seeds; None of one."""
+    return float(np.std(means, ddof=1)) if len(means) > 1 and None not in means else None
+
+
+def record(where: Record, seeds: list[int], figures: list[tuple[float | None, ...]]) -> Record:
+    """A figure of a row: mean, interval and interval over patients, averaged over the seeds, and the means' spread."""
+    means, halves, patients = (list(values) for values in zip(*figures, strict=True))
+    found = {"mean": averaged(means), "ci95": averaged(halves), "ci95_patients": averaged(patients)}
+    return where | found | {"seeds": seeds, "sd_seeds": spread(means)}
+
+
+def lesion_record(row: str, lesion: str, metric: str, side: str, found: dict[int, Scores]) -> Record:
+    """A figure of a row's U-Nets on a side, in %."""
+    figures = []
+    for scores in found.values():
+        values = 100 * scores.figures[f"{lesion} {metric}"]
+        figures.append((*over_folds(values), over_patients(values, scores.names)[1]))
+    return record({"row": row, "class": lesion, "metric": metric, "side": side}, [*found], figures)
+
+
+def difference(row: str, other: str, side: str, ours: dict[int, Scores], theirs: dict[int, Scores]) -> Record | None:
+    """By how much the headline of a row is above another's, in %, slice by slice, of the seeds that both have.
+
+    Clear: beyond the 95 % interval over patients, and of one sign in every seed. None where no seed is common.
+    """
+    each = {}
+    for seed in ours.keys() & theirs.keys():
+        values = 100 * (ours[seed].figures[HEADLINE] - theirs[seed].figures[HEADLINE])
+        each[seed] = over_patients(values, ours[seed].names)
+    if not each:
+        return None
+    means, halves = zip(*[each[seed] for seed in sorted(each)], strict=True)
+    mean, half = averaged([*means]), averaged([*halves])
+    one_sign = min(means) > 0 or max(means) < 0
+    told = {"row": row, "against": other, "side": side, "metric": HEADLINE, "difference": mean, "ci95_patients": half}
+    return told | {"of seeds": [*means], "clear": bool(half is not None and abs(mean) > half and one_sign)}
+
+
+def image_figure(results: dict[str, Any], metric: str) -> tuple[float | None, ...]:
+    """A figure of complete images out of eval.py's results: mean, interval over slices and over patients, if any."""
+    if metric == "PSNR":
+        found = results["pixels"]["complete PSNR"]
+        return found["mean"], found["interval"], found["patients_interval"]
+    return results["features"]["complete FID 24" if metric == "FID" else "complete KID 1280"]["value"], None, None
+
+
+def image_records(row: str, mix: Mix, args: argparse.Namespace) -> list[Record]:
+    """FID, KID and PSNR of the complete images of a row's generators; none where there is none yet."""
+    trained = generators.whole_runs([mix.generator], args)
+    results = [generators.measured(run, args) for *_, run in trained]
+    where, seeds = {"row": row, "class": "complete", "side": generators.REPORT}, [seed for _, seed, _ in trained]
+    return [
+        record(where | {"metric": metric}, seeds, [image_figure(one, metric) for one in results])
+        for metric in IMAGES
+        if results
+    ]
+
+
+def paper_records(study: Study) -> list[Record]:
+    """The paper's figures; e, which is less than 1e-5, as that."""
+    heads = [("complete", "FID"), ("complete", "PSNR"), ("infection", "Dice")]
+    if not study.images:
+        heads = [*itertools.product(evaluation.LESIONS, METRICS)]
+    found = []
+    for row, figures in study.paper.items():
+        for (lesion, metric), figure in zip(heads, figures.split(), strict=True):
+            mean, _, half = figure.partition("±")
+            ci95 = {"ci95": 1e-5 if half == "e" else float(half)} if half else {}
+            found.append({"row": row, "class": lesion, "metric": metric, "mean": float(mean)} | ci95)
+    return found
+
+
+def collect(study: Study, args: argparse.Namespace) -> dict[str, Any]:
+    """All that is known of a table, whichever rows were asked for."""
+    sides = [side for side in mixes.tested_sides(mixes.split_of(args)) if side in study.sides]
+    records, differences = [], []
+    for side in sides:
+        found = {row: mixes.scores(mix, side, args) for row, mix in study.rows.items()}
+        for row in (row for row in study.rows if found[row]):
+            for lesion, metric in itertools.product(evaluation.LESIONS, METRICS):
+                records.append(lesion_record(row, lesion, metric, side, found[row]))
+            for other in study.against(row):
+                differences.append(difference(row, other, side, found[row], found[other]))
+    if study.images:
+        records += [one for row, mix in study.rows.items() for one in image_records(row, mix, args)]
+    known = [*dict.fromkeys(one["row"] for one in records)]
+    return {
+        "setting": setting({row: study.rows[row] for row in known}, sides, args),
+        "records": records,
+        "paper": paper_records(study),
+        "differences": [one for one in differences if one],
+    }
+
+
+def setting(rows: dict[str, Mix], sides: list[str], args: argparse.Namespace) -> dict[str, Any]:
+    """What the figures hold for."""
+    split = read_split(args.reference / "split.json")
+    counts = {side: {"slices": len(s), "patients": len({*map(patient_of, s)})} for side, s in split.items()}
+    unets = [path for mix in rows.values() for path in args.out.glob(f"unet_{mix.name}_*/results.json")]
+    parameters = {json.loads(path.read_text())["parameters"] for path in unets}
+    return {
+        "unit": "% of Dice, sensitivity, specificity",
+        "data": counts,
+        "U-Net trained on": mixes.SIDE,
+        "U-Net tested on": {side: TOLD[side] for side in sides},
+        "slices": {row: mixes.composition(mix, args) for row, mix in rows.items()},
+        "size": generators.size_of(args.reference),
+        "U-Net": {"channels": args.channels, "samples": args.unet_samples, "parameters": sorted(parameters)},
+        "generators": {"ngf, ndf": args.ngf, "samples at full size": args.samples},
+        "batch": args.batch,
+        "CPU seconds of a U-Net": averaged([json.loads((path.parent / "seconds.json").read_text()) for path in unets]),
+        "commits": sorted({(path.parent / "commit.txt").read_text() for path in unets}),
+    }
+
+
+# ------------------------------------------------------------------------------------------------ what a person reads
+
+
+def cell(one: Record | None, digits: int = 2) -> str:
+    """mean +- interval over folds (interval over patients); what there is of it."""
+    if not one or one["mean"] is None:
+        return "-"
+    text = f"{one['mean']:.{digits}f}"
+    text += f" ± {one['ci95']:.{digits}f}" if one.get("ci95") is not None else ""
+    return text + (f" ({one['ci95_patients']:.{digits}f})" if one.get("ci95_patients") is not None else "")
+
+
+def of_rows(records: list[Record], side: str | None, heads: list[str]) -> list[list[str]]:
+    """Lines of a table: each row's name, its seeds, and a cell of each head, "class metric"."""
+    held = {(one["row"], f"{one['class']} {one['metric']}"): one for one in records if side in (None, one.get("side"))}
+    lines = []
+    for row in dict.fromkeys(row for row, _ in held):
+        seeds = next((len(one["seeds"]) for (name, _), one in held.items() if name == row and "seeds" in one), "-")
+        digits = [IMAGES.get(head.split()[-1], 2) for head in heads]
+        lines.append([row, seeds, *[cell(held.get((row, head)), d) for head, d in zip(heads, digits, strict=True)]])
+    return lines
+
+
+def slices_told(counts: dict[str, int]) -> str:
+    """How many slices of which kind a mix has, in words."""
+    kinds = {
+        "real": counts["real"],
+        "synthetic": counts["replaced"] + counts["added"],
+        "augmented": counts["augmented"],
+    }
+    return " + ".join(f"{n} {kind}" for kind, n in kinds.items() if n)
+
+
+def told_apart(one: Record) -> str:
+    """A line on a difference."""
+    half = f" ± {one['ci95_patients']:.2f}" if one["ci95_patients"] is not None else ""
+    each = ", ".join(f"{mean:+.2f}" for mean in one["of seeds"])
+    verdict = "clear" if one["clear"] else "cannot be told from noise"
+    return f"- {one['row']} against {one['against']}: {one['difference']:+.2f}{half} (each seed: {each}): {verdict}"
+
+
+def markdown(study: Study, table: dict[str, Any]) -> str:
+    """A table as a person reads it."""
+    lines, sides = [], table["setting"]["U-Net tested on"]
+    if study.images:
+        heads = [f"complete {metric}" for metric in IMAGES]
+        lines += ["**Images**, of " + TOLD[generators.REPORT], ""]
+        lines += grid(["row", "seeds", *IMAGES], of_rows(table["records"], generators.REPORT, heads))
+    for side, told in sides.items():
+        heads = [HEADLINE] if study.images else FIGURES
+        segmented = [one for one in table["records"] if one["class"] != "complete"]
+        lines += [f"**Tested on {side}**: {told}. %, mean ± 95 % interval over folds (over patients)", ""]
+        counts = table["setting"]["slices"]
+        rows = [[row, slices_told(counts[row]), *cells] for row, *cells in of_rows(segmented, side, heads)]
+        lines += grid(["row", "trained on", "seeds", *heads], rows)
+        differences = [told_apart(one) for one in table["differences"] if one["side"] == side]
+        lines += [f"{HEADLINE}, differences over patients:", "", *differences, ""] if differences else []
+    if table["paper"]:
+        heads = [*dict.fromkeys(f"{one['class']} {one['metric']}" for one in table["paper"])]
+        lines += ["**The paper's**, on other data and by a U-Net of full width", ""]
+        lines += grid(["row", *heads], [[row, *cells] for row, _, *cells in of_rows(table["paper"], None, heads)])
+    lines += [f"Setting: `{json.dumps(table['setting'])}`"]
+    return "\n".join(lines)
+
+
+def listed(study: Study) -> dict[str, str]:
+    """What --list says of each row."""
+    told = {}
+    for row, mix in study.rows.items():
+        switches = " ".join(generators.row_of(mix.generator).options) if mix.replaced or mix.added else ""
+        told[row] = f"{mix.name:36} {switches}".rstrip()
+    return told
+
+
+def table(study: Study) -> Table:
+    """A study as the command line takes it."""
+    return Table(listed(study), partial(make, study), partial(collect, study), partial(markdown, study))
+
+
+TABLES: dict[str, Table] = {key: table(study) for key, study in STUDIES.items()}
