@@ -306,15 +306,13 @@ def markdown(table: dict[str, Any]) -> str:
 def write_picture(path: Path, args: argparse.Namespace) -> None:
     """Draw a row a case, zoomed on its lesion, as Fig. 6: map | real slice | the slice completed by each method."""
     side = load_side(args.reference, REPORT)
-    first = {name: run for name, _, run in reversed(generators.whole_runs(ROWS, args))}
-    first = {name: first[name] for name in ROWS if name in first}
-    lines = []
+    first, lines = {}, []
+    for name, _, run in generators.whole_runs(ROWS, args):
+        first.setdefault(name, run)
     for k in covidgan.choose_cases(side, 3):
         labels, real = side.labels[k, 0].numpy(), side.hu[k, 0].numpy()
-        synthetic = [
-            read_image(run / f"synthetic_{REPORT}" / "images" / f"{side.names[k]}.png") for run in first.values()
-        ]
-        greys = [windowed(np.where(labels > 0, hu, real)) for hu in (real, *synthetic)]
+        files = [run / f"synthetic_{REPORT}" / "images" / f"{side.names[k]}.png" for run in first.values()]
+        greys = [windowed(np.where(labels > 0, hu, real)) for hu in (real, *map(read_image, files))]
         tiles = [coloured(labels), *[np.stack([grey] * 3, 2) for grey in greys]]
         lines.append(np.concatenate([tile[lesion_window(labels)].repeat(4, 0).repeat(4, 1) for tile in tiles], 1))
     write_bytes(path, png(np.concatenate(lines)))

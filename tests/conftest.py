@@ -78,6 +78,32 @@ def toy(tmp_path_factory):
     return write_toy(tmp_path_factory.mktemp("toy") / "set")
 
 
+@pytest.fixture(scope="session")
+def three_sides(toy, tmp_path_factory):
+    """The toy dataset with three sides: three patients to train, one each for test and seg_test; read it only."""
+    folder, names = tmp_path_factory.mktemp("sides"), sorted([*toy.train, *toy.test])
+    for part in ("images", "maps"):
+        (folder / part).symlink_to(toy.folder / part)
+    slices.write_split(folder / "split.json", names[:18], names[18:24], names[24:], {})
+    return folder
+
+
+@pytest.fixture(scope="session")
+def table_command(three_sides, tmp_path_factory):
+    """Arguments of paper/tables.py at toy size, in a folder whose paper/README.md is the one given."""
+
+    def command(number, readme, *options):
+        folder = tmp_path_factory.mktemp("table")
+        (folder / "paper").mkdir()
+        (folder / "paper" / "README.md").write_text(readme)
+        places = {"data": three_sides, "reference": three_sides}
+        places |= {"out": folder / "out", "results": folder / "paper" / "results"}
+        size = ["--seeds", "0", "--ngf", "4", "--batch", "4", *options]
+        return [number, *size, *(word for name, place in places.items() for word in (f"--{name}", str(place)))]
+
+    return command
+
+
 @pytest.fixture
 def own_toy(tmp_path):
     """A toy dataset of the test's own, to break."""

@@ -72,19 +72,12 @@ def test_the_table_gives_means_over_seeds_and_their_spread():
     assert cells[3][:3] == ["one", "1", "0.50"]
 
 
-def test_a_row_trains_exports_synthesizes_and_is_measured_on_both_sides_once(toy, tmp_path, monkeypatch):
-    names = sorted(path.stem for path in (toy.folder / "maps").iterdir())
-    data = tmp_path / "data"
-    data.mkdir()
-    for part in ("images", "maps"):
-        (data / part).symlink_to(toy.folder / part)
-    split = {"train": names[:18], "test": names[18:24], "seg_test": names[24:]}
-    (data / "split.json").write_text(json.dumps(split))
+def test_a_row_trains_exports_synthesizes_and_is_measured_on_both_sides_once(three_sides, tmp_path, monkeypatch):
     tiny = ["--ngf", "8", "--ndf", "8", "--n-blocks", "1", "--n-local-blocks", "1"]
     tiny += ["--batch", "2", "--epochs", "1", "--epoch-len", "4"]
     monkeypatch.setattr(fidelity, "SCALE", tiny)
     monkeypatch.setitem(fidelity.ROWS, "small", ("a start", ["--interval", "9"]))
-    args = types.SimpleNamespace(data=data, reference=data, out=tmp_path / "study")
+    args = types.SimpleNamespace(data=three_sides, reference=three_sides, out=tmp_path / "study")
     called = []
     real = runs.call
     monkeypatch.setattr(runs, "call", lambda *arguments: called.append(arguments) or real(*arguments))

@@ -152,20 +152,9 @@ def test_an_unknown_row_is_one_line(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def made(toy, tmp_path_factory):
+def made(table_command):
     """Table II of two rows at toy size, made by its command; its args."""
-    folder = tmp_path_factory.mktemp("table")
-    data, names = folder / "data", sorted(path.stem for path in (toy.folder / "maps").iterdir())
-    data.mkdir()
-    for part in ("images", "maps"):
-        (data / part).symlink_to(toy.folder / part)
-    split = {"train": names[:18], "test": names[18:24], "seg_test": names[24:]}
-    (data / "split.json").write_text(json.dumps(split))
-    (folder / "paper").mkdir()
-    (folder / "paper" / "README.md").write_text(MARKED)
-    places = {"data": data, "reference": data, "out": folder / "out", "results": folder / "paper" / "results"}
-    argv = ["2", "--seeds", "0", "--ngf", "4", "--samples", "32", "--batch", "4"]
-    argv += [word for name, place in places.items() for word in (f"--{name}", str(place))]
+    argv = table_command("2", MARKED, "--samples", "32")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(generators, "KEPT", 1)
         patch.setitem(generators.ROWS, "covidgan", generators.Row("covidgan", ("--preset", "paper", "--n-blocks", "1")))

@@ -12,7 +12,7 @@ import torch
 
 import covidgan
 import export
-from data.slices import Mistake, patient_of, read_image, read_map
+from data.slices import Mistake, patient_of, read_image, read_map, read_split
 from paper import generators, mixes, runs, table345, tables, weighting
 from paper.mixes import Mix, Scores, members
 
@@ -266,21 +266,10 @@ def test_an_unknown_row_is_one_line_and_the_default_is_all_rows():
 
 
 @pytest.fixture(scope="module")
-def made(toy, tmp_path_factory):
+def made(table_command):
     """A table of one row, half its slices swapped and some added, at toy size by its command; its args."""
-    folder = tmp_path_factory.mktemp("table")
-    data, names = folder / "data", sorted(path.stem for path in (toy.folder / "maps").iterdir())
-    data.mkdir()
-    for part in ("images", "maps"):
-        (data / part).symlink_to(toy.folder / part)
-    split = {"train": names[:18], "test": names[18:24], "seg_test": names[24:]}
-    (data / "split.json").write_text(json.dumps(split))
-    (folder / "paper").mkdir()
-    (folder / "paper" / "README.md").write_text("<!-- table 3 -->\n<!-- end of table 3 -->\n")
-    places = {"data": data, "reference": data, "out": folder / "out", "results": folder / "paper" / "results"}
-    argv = ["3", "--seeds", "0", "--ngf", "4", "--samples", "16", "--batch", "4", "--channels", "4"]
-    argv += ["--unet-samples", "64"]
-    argv += [word for name, place in places.items() for word in (f"--{name}", str(place))]
+    readme = "<!-- table 3 -->\n<!-- end of table 3 -->\n"
+    argv = table_command("3", readme, "--samples", "16", "--channels", "4", "--unet-samples", "64")
     rows = {"mixed": Mix(replaced=0.5, added=0.25)}
     study = dataclasses.replace(table345.STUDIES["3"], rows=rows, against=lambda row: [])
     with pytest.MonkeyPatch.context() as patch:
@@ -290,9 +279,8 @@ def made(toy, tmp_path_factory):
         patch.setitem(tables.TABLES, "3", table345.table(study))
         tables.main([*argv, "--rows", "mixed"])
         args = tables.parse(argv)
-        yield SimpleNamespace(
-            args=args, split=split, data=data, unet=args.out / "unet_real-replaced50-added25-covidgan_0", study=study
-        )
+        split, unet = read_split(args.data / "split.json"), args.out / "unet_real-replaced50-added25-covidgan_0"
+        yield SimpleNamespace(args=args, split=split, data=args.data, unet=unet, study=study)
 
 
 def test_the_mix_on_disk_is_real_slices_synthetic_ones_of_their_maps_and_of_augmented_maps(made):
