@@ -3,6 +3,7 @@
     python data/prepare.py DOWNLOAD --size 256 --out data/ct
     python data/prepare.py DOWNLOAD --size 128 --out data/ct128
     python -m paper.fidelity --data data/ct --reference data/ct128 --rows base best-half --seeds 0 1 2
+    python -m paper.fidelity --epochs 1 --out out/screen      # all rows, half as long
     python -m paper.fidelity --list
 
 Trains on the train side of --data at the size of --reference, chooses by the side "test" and reports "seg_test", the
@@ -19,10 +20,10 @@ import numpy as np
 from data.slices import Mistake, OneLineParser, exit_on_mistake, list_pngs, read_image, write_bytes
 from paper import runs
 
-HALF, WHOLE = ["--epoch-len", "2100"], ["--epoch-len", "4200"]  # two epochs a stage
+HALF, WHOLE = ["--epoch-len", "2100"], ["--epoch-len", "4200"]  # of two epochs a stage, see --epochs
 BEST = ["--preset", "best"]
 CLEAN = ["--preset", "paper", "--noise", "0", "--ema", "0.998"]  # the paper's, with targets that a generator can match
-SCALE = ["--ngf", "32", "--ndf", "32", "--n-blocks", "6", "--batch", "4", "--epochs", "2"]
+SCALE = ["--ngf", "32", "--ndf", "32", "--n-blocks", "6", "--batch", "4"]
 FIGURES = {  # column -> table of eval.py's results, row, key, factor, decimals
     "PSNR": ("pixels", "complete PSNR", "mean", 1, 2),
     "SSIM": ("pixels", "complete SSIM", "mean", 1, 4),
@@ -63,7 +64,8 @@ ROWS: dict[str, tuple[str, list[str]]] = {
 def run(row: str, seed: int, args: argparse.Namespace, size: int) -> dict[str, dict[str, Any]]:
     """Train a row with a seed and measure it on both sides: side -> column -> value, and its CPU seconds."""
     out = args.out / f"{row}_{seed}"
-    options = ["--data", args.data, "--size", size, "--seed", seed, "--interval", 500, *SCALE, *ROWS[row][1]]
+    length = ["--epochs", args.epochs, "--interval", 250 * args.epochs]
+    options = ["--data", args.data, "--size", size, "--seed", seed, *length, *SCALE, *ROWS[row][1]]
     runs.train(["-m", "paper.study"], [*map(str, options)], out)
     features = runs.feature_network(args.out)
     measured = {}
@@ -100,6 +102,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     option("--reference", type=Path, default=Path("data/ct128"), help="the same, of the size to train and measure at")
     option("--rows", nargs="+", default=list(ROWS), metavar="ROW", help="of those that --list shows (default: all)")
     option("--seeds", nargs="+", type=int, default=[0], metavar="N")
+    option("--epochs", type=int, default=2, help="a stage: 2; 1 makes every row half as long, into another --out")
     option("--out", type=Path, default=Path("out/fidelity"), help="folder of the runs")
     option("--list", action="store_true", help="show the rows and what they try")
     args = parser.parse_args(argv)
