@@ -464,6 +464,10 @@ class Method(nn.Module):
         """Who moves in a stage. Their losses may share a graph: it is freed after the last player's."""
         raise NotImplementedError
 
+    def target(self, image: Tensor, labels: Tensor) -> Tensor:
+        """What `losses` takes as target, of augmented slices [B, 1, H, W] in [-1, 1] and maps: the lung alone."""
+        return lung_target(image, labels)
+
     def losses(self, onehot: Tensor, target: Tensor, stage: str) -> dict[str, Tensor]:
         """Players' losses and other figures of a step, scalars, for onehot [B, n_labels, H, W], target [B, 1, H, W]."""
         raise NotImplementedError
@@ -678,8 +682,8 @@ def augment(
     hu [B, 1, H, W] and labels uint8 [B, 1, H, W] are resampled through one and the same grid, the image bicubic and
     the map nearest, so that they stay aligned and a map stays a map. Given a smaller size they are shrunk to it last,
     as reading shrinks slices: a real image that resampling had blurred would teach D to like blur. Returns the windowed
-    lung target in [-1, 1] and the labels. rng is on the device; draws do not depend on how a batch is later shared out
-    among processes.
+    image in [-1, 1], whole, and the labels, 0 beyond a slice's border, which the image repeats. rng is on the device;
+    draws do not depend on how a batch is later shared out among processes.
     """
     n, _, height, width = hu.shape
     device = hu.device
@@ -699,7 +703,7 @@ def augment(
     labels = F.grid_sample(labels.float(), grid, mode="nearest", align_corners=False).byte()
     image, labels = resample(image, labels, size or height)
     image = image + 2 * c.noise * torch.randn(image.shape, generator=rng, device=device)
-    return lung_target(image.clamp(-1, 1), labels), labels
+    return image.clamp(-1, 1), labels
 
 
 # ------------------------------------------------------------------------------------ the loop: how a method is trained
@@ -758,7 +762,8 @@ class Trainer:
         chosen = torch.from_numpy(order[i * self.c.batch : (i + 1) * self.c.batch])
         hu, labels = self.train.hu[chosen].to(self.device), self.train.labels[chosen].to(self.device)
         self.rng.manual_seed(self.step_seed())
-        target, labels = augment(hu, labels, self.c, self.rng, self.c.size)  # every process draws for the whole batch
+        image, labels = augment(hu, labels, self.c, self.rng, self.c.size)  # every process draws for the whole batch
+        target = self.method.target(image, labels)
         return target[self.rank :: self.world], labels[self.rank :: self.world], [self.train.names[k] for k in chosen]
 
     def step_seed(self, *more: int) -> int:

@@ -120,6 +120,10 @@ class Segmentation(covidgan.Method):
         """All of it."""
         return {"unet": covidgan.Player.of(self.c, "loss", [self.unet])}
 
+    def target(self, image: Tensor, labels: Tensor) -> Tensor:
+        """It sees slices as they are, whole."""
+        return image
+
     def losses(self, onehot: Tensor, target: Tensor, stage: str) -> dict[str, Tensor]:
         """Cross entropy of a step, and soft Dice where wanted, for onehot [B, n_labels, H, W], slice [B, 1, H, W]."""
         logits = self.unet(target).float()
@@ -132,17 +136,10 @@ class Segmentation(covidgan.Method):
 
 
 class SegmentationTrainer(covidgan.Trainer):
-    """The loop, where the network sees whole slices, and what it draws are maps."""
+    """The loop, where what is made of a slice, and drawn, is a map."""
 
     def __init__(self, c: UNetConfig) -> None:
         super().__init__(Segmentation, c)
-        # The loop cuts its targets out along their maps. Raised by one, a map is above 0 all over, and nothing is cut.
-        self.train.labels = self.train.labels + 1
-
-    def batch(self) -> tuple[Tensor, Tensor, list[str]]:
-        """A step's whole slices [b, 1, S, S] in [-1, 1] and labels [b, 1, S, S]; beyond a slice's border is air."""
-        image, labels, names = super().batch()
-        return image, labels.clamp_min(1) - 1, names  # 0 is what augmentation takes from beyond the border
 
     @torch.no_grad()
     def segment(self, hu: Tensor) -> Tensor:

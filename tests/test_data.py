@@ -424,15 +424,21 @@ def test_image_and_map_stay_aligned_to_a_fraction_of_a_pixel(tiny, column):
     assert ((target > 0) == (moved == 2))[inside].float().mean() > 0.9999
 
 
-def test_a_map_stays_a_map_and_the_background_at_the_floor(tiny, toy):
+def test_a_map_stays_a_map_and_an_image_in_its_range(tiny, toy):
     c = tiny(noise=0.2)
     hu, labels = cases(toy)
     target, moved = covidgan.augment(hu + 300, labels, c, rng())
     assert moved.dtype == torch.uint8
     assert moved.shape == target.shape == labels.shape
     assert set(moved.unique().tolist()) == {0, 1, 2, 3}
-    assert (target[moved == 0] == -1).all()
-    assert target.abs().max() <= 1
+    assert target.abs().max() == 1
+
+
+def test_a_steps_target_is_the_lung_of_its_own_map_and_the_floor_outside(tiny, toy):
+    c = tiny(data=str(toy.folder))
+    trainer = covidgan.Trainer(covidgan.Covidgan, c)
+    target, labels, _ = trainer.batch()
+    assert (target[labels == 0] == -1).all() and (target[labels > 0] > -1).float().mean() > 0.9
 
 
 def test_zero_ranges_leave_the_target_as_it_is(tiny, toy):
@@ -441,7 +447,7 @@ def test_zero_ranges_leave_the_target_as_it_is(tiny, toy):
     labels = cases(toy)[1]
     target, moved = covidgan.augment(hu, labels, c, rng())
     assert torch.equal(moved, labels)
-    wanted = torch.where(labels > 0, ((hu.double() + 1350) / 750 - 1).clamp(-1, 1), -1.0)
+    wanted = ((hu.double() + 1350) / 750 - 1).clamp(-1, 1)
     assert (target - wanted).abs().max() < 1e-4
 
 
