@@ -21,6 +21,11 @@ PATIENTS, POSITIONS = 5, 6
 HU = {"air": -1000.0, "body": 40.0, 1: -850.0, 2: -550.0, 3: 20.0}  # plausible HU, by label inside the lung
 
 
+def pytest_addoption(parser):
+    """--long: the long form of tests/faults, for by hand."""
+    parser.addoption("--long", action="store_true", help="tests/faults: as many tries as its README.md counts")
+
+
 def ellipse(cy, cx, ry, rx, size=SIZE):
     """Mask of an ellipse, centre and half axes in parts of the picture's side."""
     y, x = (np.mgrid[:size, :size] + 0.5) / size
