@@ -4,6 +4,7 @@ import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: runs are compared bit by bit
 
+import collections
 import signal
 import subprocess
 import sys
@@ -21,9 +22,38 @@ PATIENTS, POSITIONS = 5, 6
 HU = {"air": -1000.0, "body": 40.0, 1: -850.0, 2: -550.0, 3: 20.0}  # plausible HU, by label inside the lung
 
 
+COUNTS = pytest.StashKey[collections.Counter]()
+
+
 def pytest_addoption(parser):
     """--long: the long form of tests/faults, for by hand."""
     parser.addoption("--long", action="store_true", help="tests/faults: as many tries as its README.md counts")
+
+
+def pytest_configure(config):
+    config.stash[COUNTS] = collections.Counter()
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """Tell what the tests of tests/faults tried."""
+    for what, n in sorted(config.stash[COUNTS].items()):
+        terminalreporter.write_line(f"{n:>9,}  {what}")
+
+
+@pytest.fixture(scope="session")
+def tries(request):
+    """How many tries to make: tries(short, long)."""
+    return lambda short, long: long if request.config.getoption("--long") else short
+
+
+@pytest.fixture(scope="session")
+def count(request):
+    """Count a try for the table at the end: count("kill -9 while training")."""
+
+    def add(what, n=1):
+        request.config.stash[COUNTS][what] += n
+
+    return add
 
 
 def ellipse(cy, cx, ry, rx, size=SIZE):
