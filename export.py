@@ -60,7 +60,8 @@ MAX_HU_PACKED = 2
 SMALL = 30_000  # numbers in a weight that is not worth packing
 MAX_ALPHA = 0.02  # of difference in alpha
 MAX_RELATIVE = 1e-3  # of a feature network's largest feature
-LICENCE = "Network: MIT. Weights: the terms of the data they were trained on. Research only, not for diagnosis."
+LICENCE = "Network: MIT. Weights: {}. Research only, not for diagnosis."
+TERMS = "the terms of the data they were trained on"  # where --terms names none
 
 
 # ------------------------------------------------------------------------------------------------ networks as deployed
@@ -455,9 +456,18 @@ def load_method(checkpoint: dict, kind: type[covidgan.Method]) -> covidgan.Metho
 
 
 def export_generator(
-    checkpoint: dict, digest: str, path: Path, fp16: bool = False, target: str = "any", pack: bool = False
+    checkpoint: dict,
+    digest: str,
+    path: Path,
+    fp16: bool = False,
+    target: str = "any",
+    pack: bool = False,
+    terms: str = TERMS,
 ) -> str:
-    """Write the generator of a checkpoint; returns a line on the file. Raises Mistake when it differs from PyTorch."""
+    """Write the generator of a checkpoint; returns a line on the file. Raises Mistake when it differs from PyTorch.
+
+    terms: under which its weights are given on, for its metadata.
+    """
     kind = method_of(checkpoint, path)
     try:
         traced, reference = (load_method(checkpoint, kind) for _ in range(2))  # one to trace, one to compare with
@@ -481,7 +491,7 @@ def export_generator(
         "precision": precision,
         "target": target,
         "checkpoint_sha256": digest,
-        "licence": LICENCE,
+        "licence": LICENCE.format(terms),
     }
     limit = {"float32": MAX_HU, "float16": MAX_HU_FP16, "packed": MAX_HU_PACKED}[precision]
     for candidate in packings(model) if pack else [model]:
@@ -494,7 +504,7 @@ def export_generator(
     return f"at most {hu} HU (limit {limit}) and {alpha:.1e} in alpha from PyTorch, batch 1 and 3, two sizes"
 
 
-def export_unet(checkpoint: dict, digest: str, path: Path) -> str:
+def export_unet(checkpoint: dict, digest: str, path: Path, terms: str = TERMS) -> str:
     """Write a U-Net's checkpoint {"kind": "unet", "config": {n_labels, width, level, window}, "unet": weights}."""
     from paper.segment import UNet  # a checkpoint asks for it
 
@@ -510,8 +520,8 @@ def export_unet(checkpoint: dict, digest: str, path: Path) -> str:
     if differ > 1e-3:
         raise Mistake(f"{path}: not written: ONNX Runtime labels {differ:.2%} of the pixels otherwise than PyTorch")
     labels = json.dumps(covidgan.LABELS[: config["n_labels"]])
-    metadata = {"kind": "unet", "contract": CONTRACT, "labels": labels, "multiple": "16", "licence": LICENCE}
-    save_checked(model, path, {**metadata, "checkpoint_sha256": digest})
+    metadata = {"kind": "unet", "contract": CONTRACT, "labels": labels, "multiple": "16"}
+    save_checked(model, path, {**metadata, "checkpoint_sha256": digest, "licence": LICENCE.format(terms)})
     return f"{differ:.4%} of the pixels labelled otherwise than by PyTorch, batch 1 and 3, two sizes"
 
 
@@ -541,7 +551,9 @@ def find_checkpoint(path: Path) -> Path:
     raise Mistake(f"{path}: no such checkpoint: python covidgan.py --stage all writes {covidgan.Config.out}/ckpt.pt")
 
 
-def export_checkpoint(path: Path, out: Path | None, fp16: bool, target: str, pack: bool) -> tuple[Path, Path, str]:
+def export_checkpoint(
+    path: Path, out: Path | None, fp16: bool, target: str, pack: bool, terms: str
+) -> tuple[Path, Path, str]:
     """Write what a checkpoint holds, a generator or a U-Net; returns its file, the file written and a line on it."""
     source = find_checkpoint(path)
     checkpoint, digest = covidgan.read_weights(source), hashlib.sha256(source.read_bytes()).hexdigest()
@@ -553,10 +565,10 @@ def export_checkpoint(path: Path, out: Path | None, fp16: bool, target: str, pac
         if pack:
             raise Mistake(f"{source}: a U-Net has no --pack, leave it out")
         covidgan.check_writable(out := out or Path("unet.onnx"))
-        return source, out, export_unet(checkpoint, digest, out)
+        return source, out, export_unet(checkpoint, digest, out, terms)
     covidgan.check_writable(out := out or Path("generator.onnx"))
     checkpoint = covidgan.read_checkpoint(source, method_of(checkpoint, source))
-    return source, out, export_generator(checkpoint, digest, out, fp16, target, pack)
+    return source, out, export_generator(checkpoint, digest, out, fp16, target, pack, terms)
 
 
 def main(argv: list[str]) -> None:
@@ -571,6 +583,7 @@ def main(argv: list[str]) -> None:
         "--target", choices=("any", "cpu"), default="any", help="what a generator's file is for; cpu: fewer products"
     )
     parser.add_argument("--pack", action="store_true", help="two fifths of the size: weights in 10 to 16 bits, to 2 HU")
+    parser.add_argument("--terms", help=f"licence of the weights, for the file's metadata (default: {TERMS})")
     parser.add_argument("--features", choices=tuple(FEATURES), help="export a feature network instead of a checkpoint")
     parser.add_argument("--weights", type=Path, help="the feature network's state dict")
     parser.add_argument("--download", action="store_true", help="fetch the weights of inception")
@@ -582,6 +595,7 @@ def main(argv: list[str]) -> None:
         (not (args.features and args.fp16), "--fp16: for generators alone, leave it out"),
         (not (args.features and args.target != "any"), "--target: for generators alone, leave it out"),
         (not (args.features and args.pack), "--pack: for generators alone, leave it out"),
+        (not (args.features and args.terms), "--terms: features come with their own, leave it out"),
         (not (args.fp16 and args.target == "cpu"), "--fp16, --target cpu: CPUs compute in fp32, give one of them"),
         (not (args.pack and args.fp16), "--pack, --fp16: packed weights are computed with in fp32, give one of them"),
         (not (args.pack and args.target == "cpu"), "--pack, --target cpu: Winograd's weights are not packed, give one"),
@@ -596,7 +610,8 @@ def main(argv: list[str]) -> None:
         covidgan.check_writable(path)
         line = export_features(args.features, source, path)
     else:
-        source, path, line = export_checkpoint(args.checkpoint, args.out, args.fp16, args.target, args.pack)
+        terms = args.terms or TERMS
+        source, path, line = export_checkpoint(args.checkpoint, args.out, args.fp16, args.target, args.pack, terms)
     print(f"{source} -> {path}, {path.stat().st_size / 1e6:.1f} MB: {line}")
 
 

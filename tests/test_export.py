@@ -244,6 +244,13 @@ def test_metadata_is_complete_and_can_be_parsed(plain):
     assert "not for diagnosis" in m["licence"]
 
 
+def test_the_terms_given_for_the_weights_stand_in_the_file(plain, tmp_path):
+    export.main([str(plain.source), "--terms", "CC BY 4.0, by us", "-o", str(tmp_path / "g.onnx")])
+    (licence,) = [entry.value for entry in onnx.load(tmp_path / "g.onnx").metadata_props if entry.key == "licence"]
+    assert licence == "Network: MIT. Weights: CC BY 4.0, by us. Research only, not for diagnosis."
+    assert "terms of the data" in plain.metadata["licence"]
+
+
 def test_metadata_follows_another_config(exported):
     m = exported("fp16").metadata
     assert json.loads(m["labels"]) == list(covidgan.LABELS[:3]) and len(json.loads(m["colours"])) == 3
