@@ -585,8 +585,9 @@ class AceNorm(SpadeNorm):
 
     def forward(self, x: Tensor, onehot: Tensor, codes: Tensor) -> Tensor:  # [B, c, H, W], [B, n_labels, H, W]
         """Normalise x, in training with noise of one channel, and modulate it."""
-        noise = torch.randn_like(x[:, :1]) * self.noise if self.training else 0.0
-        return super().forward(x + noise, onehot, codes)
+        if self.training:
+            x = x + torch.randn_like(x[:, :1]) * self.noise.to(x.dtype)  # trap: autocast would go on in float32
+        return super().forward(x, onehot, codes)
 
 
 class SeanGenerator(nn.Module):
