@@ -1,6 +1,7 @@
 """The generators that the paper's tables compare: which there are, and how one is trained.
 
 A generator is a row, trained with a seed into OUT/ROW_OPTIMISER_SEED. Tables III and IV take what Table II has trained.
+All see the same number of samples at full size: one of two stages there sees half of them in each.
 """
 
 import argparse
@@ -12,7 +13,7 @@ from typing import Any
 
 import covidgan
 from data.slices import list_pngs, read_image
-from paper import rivals, runs
+from paper import METHODS, rivals, runs
 
 RIVALS = ("pix2pix", "pix2pixHD", "SPADE", "SEAN")
 CHOOSE, REPORT = "test", "seg_test"  # sides
@@ -29,10 +30,14 @@ class Row:
     optimisers: tuple[str, ...] = ("paper",)  # Adam's settings to choose between
 
     @property
+    def kind(self) -> type[covidgan.Method]:
+        """Its method."""
+        return METHODS.get(self.method, covidgan.Covidgan)
+
+    @property
     def program(self) -> list[str]:
         """The script that trains it."""
-        own = self.method == covidgan.Covidgan.name
-        return [str(runs.ROOT / "covidgan.py")] if own else ["-m", "paper.rivals", self.method]
+        return ["-m", "paper.rivals", self.method] if self.method in METHODS else [str(runs.ROOT / "covidgan.py")]
 
 
 def rival(name: str, *options: str) -> Row:
@@ -88,6 +93,11 @@ def row_of(name: str) -> Row:
     return (ROWS | ABLATIONS | POLICIES)[name]
 
 
+def full_size(kind: type[covidgan.Method], c: covidgan.LoopConfig) -> float:
+    """Length of a method's stages at full size together, in --epochs: all but G1's own."""
+    return sum(kind.length(c, stage) for stage in kind.stages(c) if stage != "g1")
+
+
 def folder(name: str, optimiser: str, seed: int, args: argparse.Namespace) -> Path:
     """The folder of a run."""
     return args.out / f"{name}_{optimiser}_{seed}"
@@ -99,10 +109,11 @@ def train(name: str, optimiser: str, seed: int, args: argparse.Namespace) -> Pat
     Of Table II's rows the first seed's checkpoints are kept along the way.
     """
     row, out, size = row_of(name), folder(name, optimiser, seed, args), size_of(args.reference)
-    scale = {"ngf": args.ngf, "ndf": args.ngf, "batch": args.batch, "epochs": 2, "epoch-len": args.samples // 2}
-    given = {"data": args.data, "size": size, "seed": seed, **scale, "interval": args.samples // args.batch // KEPT}
+    stage = round(args.samples / full_size(row.kind, covidgan.parse_config([*row.options], row.kind)))  # samples of one
+    scale = {"ngf": args.ngf, "ndf": args.ngf, "batch": args.batch, "epochs": 2, "epoch-len": stage // 2}
+    given = {"data": args.data, "size": size, "seed": seed, **scale, "interval": stage // args.batch // KEPT}
     options = [*row.options, *itertools.chain(*[(f"--{key}", str(value)) for key, value in given.items()])]
-    options += ["--optimiser", optimiser] if row.method != covidgan.Covidgan.name else []
+    options += ["--optimiser", optimiser] if row.method in METHODS else []
     runs.train(row.program, options, out, keep=name in ROWS and seed == min(args.seeds))
     return out
 

@@ -20,7 +20,7 @@ import torch
 import covidgan
 import export
 from data.slices import coloured, patient_of, png, read_image, read_split, windowed, write_bytes, write_image
-from paper import METHODS, generators, rivals, runs
+from paper import generators, rivals, runs
 from paper.generators import CHOOSE, REPORT, RIVALS, ROWS, size_of
 from paper.report import Table, grid
 
@@ -106,15 +106,14 @@ def records_of(method: str, seed: int | None, results: dict[str, Any]) -> list[d
 
 def cost_of(name: str, seed: int, run: Path) -> dict[str, Any]:
     """What a run cost and what its generator costs."""
-    method = METHODS.get(ROWS[name].method, covidgan.Covidgan)
+    method = ROWS[name].kind
     trained = export.load_method(covidgan.read_checkpoint(run / "ckpt.pt", method), method)
     c = trained.c
-    lengths = [method.length(c, stage) for stage in method.stages(c)]
     return {
         "method": name,
         "seed": seed,
         "seconds": json.loads((run / "seconds.json").read_text()),
-        "samples": round(sum(lengths) * c.epochs * c.epoch_len),
+        "samples": round(generators.full_size(method, c) * c.epochs * c.epoch_len),
         "parameters": sum(p.numel() for p in trained.generator().parameters()),
         "synthesis": synthesis_seconds(run / "generator.onnx", c.size),
         "commit": (run / "commit.txt").read_text(),
@@ -275,7 +274,8 @@ def costs(runs_of: list[dict[str, Any]]) -> list[str]:
         seconds, synthesis = (np.mean([cost[key] for cost in several]) for key in ("seconds", "synthesis"))
         counts = [f"{several[0][key]:,}" for key in ("samples", "parameters")]
         lines.append([name, f"{seconds:,.0f}", *counts, f"{synthesis:.3f}"])
-    return grid(["method", "CPU seconds of training", "samples", "parameters of G", "CPU seconds a slice"], lines)
+    heads = ["method", "CPU seconds of training", "samples at full size", "parameters of G", "CPU seconds a slice"]
+    return grid(heads, lines)
 
 
 def verdicts(table: dict[str, Any]) -> list[str]:

@@ -53,10 +53,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     args.rows = list(rows) if args.rows is None else args.rows
     if unknown := [row for row in args.rows if row not in rows]:
         raise Mistake(f"--rows {unknown[0]}: give of {', '.join(rows)}")
-    least = generators.KEPT * args.batch
+    least = 2 * generators.KEPT * args.batch  # of two stages each sees half
     if args.batch < 1 or min(args.samples, args.unet_samples) < least:
         given = f"--samples {args.samples}, --unet-samples {args.unet_samples}, --batch {args.batch}"
-        raise Mistake(f"{given}: give {generators.KEPT} batches or more")
+        raise Mistake(f"{given}: give {2 * generators.KEPT} batches or more")
     return args
 
 

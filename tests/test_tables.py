@@ -178,7 +178,9 @@ def test_the_command_makes_the_table_of_the_rows_asked_for_and_both_floors(made)
 
 def test_what_a_run_cost_stands_beside_it(made):
     costs = {cost["method"]: cost for cost in json.loads((made.results / "table2.json").read_text())["costs"]}
-    assert costs["covidgan"]["samples"] == 3 * 32 and costs["SEAN"]["samples"] == 32
+    assert costs["covidgan"]["samples"] == costs["SEAN"]["samples"] == 32
+    steps = [json.loads(line)["stage"] for line in (made.out / "covidgan_paper_0" / "stats.jsonl").open()]
+    assert [steps.count(stage) for stage in ("g1", "g2", "joint")] == [4, 4, 4]  # of four samples each
     network = covidgan.build(rivals.Sean, rivals.SpadeConfig(size=64, ngf=4, ndf=4)).g
     assert costs["SEAN"]["parameters"] == sum(p.numel() for p in network.parameters())
     assert 0 < costs["SEAN"]["synthesis"] < 5 and costs["covidgan"]["seconds"] > 1
