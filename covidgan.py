@@ -986,16 +986,17 @@ def write_curves(path: Path, stats: Path, curves: tuple[tuple[str, ...], ...]) -
     """Draw groups of figures against the step, the stages in a row, from stats.jsonl."""
     from matplotlib.figure import Figure  # slow to import, and wanted here alone
 
-    lines = [json.loads(line) for line in stats.read_text().splitlines()]
-    points = [lines[i : i + max(1, len(lines) // 200)] for i in range(0, len(lines), max(1, len(lines) // 200))]
-    steps = np.cumsum([len(point) for point in points])
+    names = ("step", *sum(curves, ()))
+    with open(stats) as lines:  # one after the other, as numbers alone: there may be a million
+        steps = np.fromiter(([json.loads(line)[n] for n in names] for line in lines), np.dtype((float, len(names))))
+    points = np.array_split(steps, min(len(steps), 200))
+    ends = np.cumsum([len(point) for point in points])
     figure = Figure(figsize=(10, 6), layout="tight")
-    for axes, names in zip(figure.subplots(len(curves), sharex=True, squeeze=False)[:, 0], curves, strict=True):
-        for name in names:
-            axes.plot(steps, [np.mean([line[name] for line in point]) for point in points], label=name)
-        for i, (before, after) in enumerate(pairwise(lines), start=1):
-            if before["stage"] != after["stage"]:
-                axes.axvline(i, color="grey", lw=0.5)
+    for axes, group in zip(figure.subplots(len(curves), sharex=True, squeeze=False)[:, 0], curves, strict=True):
+        for name in group:
+            axes.plot(ends, [point[:, names.index(name)].mean() for point in points], label=name)
+        for before in np.flatnonzero(np.diff(steps[:, 0]) <= 0):  # a stage begins
+            axes.axvline(before + 1, color="grey", lw=0.5)
         axes.legend(loc="upper right")
     axes.set_xlabel("step, the stages in a row")
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))

@@ -310,6 +310,28 @@ def test_undo_redo_and_clear_go_through_the_steps(page):
     assert page.tab.locator("#redo").is_disabled()
 
 
+def test_the_heap_stays_flat_over_many_strokes(page, tries, count):
+    session = page.tab.context.new_cdp_session(page.tab)
+    strokes = tries(150, 1000)
+
+    def heap():
+        """MiB that the page holds, what it paints on and keeps to undo included."""
+        session.send("HeapProfiler.collectGarbage")
+        held = session.send("Runtime.getHeapUsage")
+        return (held["usedSize"] + held.get("backingStorageSize", 0)) / 2**20
+
+    held = []
+    for k in range(strokes):
+        if k % 10 == 0:
+            page.choose(("Lung", "Ground glass", "Consolidation", "Erase")[k // 10 % 4])
+        page.stroke((k % 60, 7 * k % 60), (11 * k % 60, 13 * k % 60))
+        if k >= 100 and k % 10 == 0:  # from here on the history is full
+            held.append(heap())
+    page.with_slice()
+    assert max(held) < 1.1 * held[0] + 1, held
+    count("strokes on the page with a flat heap", strokes)
+
+
 def test_fill_paints_what_hangs_together_and_no_more(page, two_lungs, tmp_path):
     lungs = np.where(two_lungs > 0, 1, 0).astype(np.uint8)
     write_map(tmp_path / "lungs.png", lungs)

@@ -1,0 +1,87 @@
+"""Long work holds its memory, open files and threads: synthesis of many maps, training of many steps."""
+
+import dataclasses
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+import covidgan
+import export
+from data.slices import write_map
+
+MIB = 2**20
+
+
+def usage(pid):
+    """Resident bytes, open files and threads of a process."""
+    status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    files = len([*Path(f"/proc/{pid}/fd").iterdir()])
+    return int(status["VmRSS"].split()[0]) * 1024, files, int(status["Threads"])
+
+
+def watch(process, done):
+    """How far a process is and its usage then, [n, 4], until it ends; done() counts what it has made."""
+    seen = []
+    while process.poll() is None:
+        try:
+            seen.append((done(), *usage(process.pid)))
+        except (OSError, KeyError):  # it ends meanwhile
+            break
+        time.sleep(0.02)
+    assert process.wait() == 0, process.stderr.read()
+    return np.array(seen, float)
+
+
+def told(what, seen):
+    """What grew in the second half of the work: bytes a piece by least squares, and the ranges of the counts."""
+    done, resident, files, threads = seen[seen[:, 0] > seen[:, 0].max() / 2].T
+    assert len(done) > 20, "too quick to be watched"
+    slope = np.polyfit(done, resident, 1)[0]
+    line = f"{what}: {slope:+.0f} bytes a piece over the second half, {resident.max() / MIB:.0f} MiB, "
+    return slope, np.ptp(files), np.ptp(threads), line + f"files +-{np.ptp(files):.0f}, threads +-{np.ptp(threads):.0f}"
+
+
+@pytest.fixture
+def model(tmp_path):
+    """A small generator's file."""
+    c = covidgan.Config(size=64, ngf=8, ndf=8, n_blocks=1, n_local_blocks=1)
+    method = covidgan.build(covidgan.Covidgan, c)
+    checkpoint = {"config": dataclasses.asdict(c), "networks": method.state_dict()}
+    export.export_generator(checkpoint, "0" * 64, tmp_path / "g.onnx")
+    return tmp_path / "g.onnx"
+
+
+def test_synthesis_of_many_maps_holds_its_memory_files_and_threads(cli, toy, model, tmp_path, tries, count):
+    n, labels = tries(1500, 5000), [toy.labels[name] for name in toy.train]
+    (tmp_path / "maps").mkdir()
+    for k in range(n):
+        write_map(tmp_path / "maps" / f"P{k // 100:02d}_S{k % 100:03d}.png", np.roll(labels[k % len(labels)], k, 1))
+    out = tmp_path / "out"
+    options = ["--model", model, "--out", out, "--provider", "cpu", "--threads", 1, "--batch", 2]
+    process = cli.start(tmp_path / "maps", *options, script=ROOT / "infer_onnx.py")
+    seen = watch(process, lambda: len([*(out / "images").glob("[!.]*.png")]) if out.exists() else 0)
+    assert len([*(out / "images").glob("*.png")]) == n
+    slope, files, threads, line = told("synthesis, a map", seen)
+    print(line)
+    assert slope * n < 32 * MIB, line
+    assert files <= 4 and threads == 0, line
+    count("maps synthesized in a row with flat memory", n)
+
+
+def test_training_of_many_steps_holds_its_memory_files_and_threads(cli, toy, tmp_path, tries, count):
+    steps = tries(2000, 20_000)
+    out, stats = tmp_path / "out", tmp_path / "out" / "stats.jsonl"
+    size = "--preset tiny --device cpu --dtype float32 --ngf 4 --ndf 4 --n-blocks 1 --n-local-blocks 1 --batch 1"
+    length = ["--epochs", 1, "--epoch-len", steps, "--interval", max(50, steps // 20), "--stage", "joint"]
+    process = cli.start("--data", toy.folder, "--out", out, *size.split(), *length)
+    seen = watch(process, lambda: stats.stat().st_size if stats.exists() else 0)
+    assert sum(1 for _ in stats.open()) == steps
+    seen[:, 0] *= steps / max(seen[:, 0].max(), 1)
+    slope, files, threads, line = told("training, a step", seen[seen[:, 0] > 0])
+    print(line)
+    assert slope * steps < 32 * MIB, line
+    assert files <= 4 and threads == 0, line
+    count("training steps in a row with flat memory", steps)
