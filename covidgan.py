@@ -22,6 +22,7 @@ import argparse
 import contextlib
 import ctypes
 import dataclasses
+import errno
 import inspect
 import json
 import math
@@ -33,6 +34,7 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
@@ -42,6 +44,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from filelock import FileLock, Timeout
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -52,6 +55,7 @@ HU_OFFSET = 1024  # a stored pixel is HU + 1024, 0..4095
 PARENCHYMA = -860  # HU of healthy lung between its vessels
 LUNG_HU = (-1000, -400)  # what a patient's mean of lung without lesion must lie in
 STAGES = ("g1", "g2", "joint")  # §III-A, in their order
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # what a filesystem without locks answers
 PHANTOM = "data/phantom"  # the built-in data; a folder whose name begins so is made when it is not there
 
 # -------------------------------------------------------------------------------------------------------- configuration
@@ -728,7 +732,8 @@ class Trainer:
         self.rank, self.world = int(os.environ.get("RANK", "0")), world_size()
         self.device = pick_device(c)
         self.bf16 = uses_bf16(c, self.device)
-        self.stop_signal = 0
+        self.stop_signal = 0  # this process's
+        self.all_stop = False  # what all of several processes have agreed on
         split = read_split(Path(c.data), c.seed)
         self.train = load_slices(Path(c.data), split["train"], c, room=2)
         self.test = load_slices(Path(c.data), split["test"], c)
@@ -841,8 +846,10 @@ class Trainer:
         if self.world == 1:
             return figures
         row = torch.tensor([*figures.values(), float(self.stop_signal)], device=self.device)
-        dist.all_reduce(row)
-        *shared, self.stop_signal = (row / self.world).tolist()
+        with together():
+            dist.all_reduce(row)
+        *shared, stopping = (row / self.world).tolist()
+        self.all_stop = stopping > 0
         return dict(zip(figures, shared, strict=True))
 
     def average_gradients(self) -> None:
@@ -852,7 +859,8 @@ class Trainer:
         moved = [p for player in self.players.values() for p in player.parameters]
         grads = [p.grad for p in moved if p.grad is not None]
         flat = torch.cat([g.flatten() for g in grads])
-        dist.all_reduce(flat)
+        with together():
+            dist.all_reduce(flat)
         for g, mean in zip(grads, (flat / self.world).split([g.numel() for g in grads]), strict=True):
             g.copy_(mean.view_as(g))
 
@@ -864,6 +872,7 @@ class Trainer:
             "stage": self.stage,
             "step": self.step_done,
             "steps": self.steps,
+            "processes": self.world,
             "networks": self.method.state_dict(),
             "average": self.average,
             "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
@@ -887,23 +896,56 @@ class Trainer:
             self.step_done = checkpoint["step"]
         except (KeyError, RuntimeError, ValueError, TypeError) as error:
             raise Mistake(f"{path}: its tensors do not fit its config ({type(error).__name__}): train anew") from error
+        if (before := checkpoint.get("processes", self.world)) != self.world and self.rank == 0:
+            told = f"{path}: trained by {before} processes, going on with {self.world}"
+            print(f"note: {told}: each draws dropout and noise of its own, and sums are rounded otherwise", flush=True)
+
+    def check_alike(self) -> None:
+        """Raise Mistake where the processes do not stand at one step, or have not read the same slices."""
+        if self.world == 1:
+            return
+        mine = [self.all_stages.index(self.stage), self.step_done, len(self.train.names), int(self.train.hu.sum())]
+        ends = torch.tensor([*mine, *(-number for number in mine)], device=self.device)
+        with together():
+            dist.all_reduce(ends, dist.ReduceOp.MAX)
+        if any(ends[: len(mine)] + ends[len(mine) :]):
+            raise Mistake(f"{self.c.data}, {self.out}: not the same on all machines: give folders that they share")
+
+    def stopping(self) -> bool:
+        """Whether to stop after this step; several processes answer alike, whenever each has got its signal."""
+        return bool(self.stop_signal) if self.world == 1 else self.all_stop
 
     def run(self) -> None:
         """Train every wanted stage from where the state stands, with bar, stats, checkpoints, panels and curves."""
-        for signum in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(signum, lambda received, _: setattr(self, "stop_signal", received))
         first = self.stages.index(self.stage) if self.stage in self.stages else 0
-        for stage in self.stages[first:]:
-            if stage != self.stage:
-                self.begin(stage)
-            try:
-                self.run_stage()
-            except OSError as error:
-                raise unwritable(self.out / "stats.jsonl", error) from error
+        with self.heeding_signals():
+            for stage in self.stages[first:]:
+                if stage != self.stage:
+                    self.begin(stage)
+                try:
+                    self.run_stage()
+                except OSError as error:
+                    raise unwritable(self.out / "stats.jsonl", error) from error
+
+    @contextlib.contextmanager
+    def heeding_signals(self) -> Iterator[None]:
+        """Let SIGTERM and SIGINT wait for the end of a step."""
+
+        def heed(received: int, _: Any) -> None:
+            self.stop_signal = received
+
+        before = {signum: signal.signal(signum, heed) for signum in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for signum, handler in before.items():
+                signal.signal(signum, handler)
 
     def run_stage(self) -> None:
         """Train the stage to its end. On SIGTERM or SIGINT finish the step, write the checkpoint and leave."""
         done, total = self.step_done * self.c.batch, self.steps * self.c.batch
+        if done == total and self.rank == 0:
+            self.draw()  # a kill may have come between this checkpoint and its pictures
         with (
             open(self.out / "stats.jsonl" if self.rank == 0 else os.devnull, "a") as stats,
             tqdm(desc=self.stage, initial=done, total=total, unit=" samples", disable=self.rank > 0) as bar,
@@ -913,13 +955,13 @@ class Trainer:
                 stats.write(json.dumps({"stage": self.stage, "step": self.step_done, **figures}) + "\n")
                 bar.update(self.c.batch)
                 bar.set_postfix({k: f"{figures[k]:.3f}" for k in sum(self.method.curves, ())}, refresh=False)
-                last = self.step_done == self.steps
-                if last or self.stop_signal or self.step_done % self.c.interval == 0:
+                last, stop = self.step_done == self.steps, self.stopping()
+                if last or stop or self.step_done % self.c.interval == 0:
                     stats.flush()
                     self.save()
-                    if self.rank == 0 and (last or not self.stop_signal):
+                    if self.rank == 0 and (last or not stop):
                         self.draw()
-                if self.stop_signal and not last:
+                if stop and not last:
                     raise Stopped(f"stopped at stage {self.stage}, step {self.step_done}: --resume goes on from there")
 
     @torch.no_grad()
@@ -1336,6 +1378,32 @@ def read_checkpoint(path: Path, method: type[Method]) -> dict[str, Any]:
     return checkpoint
 
 
+@contextlib.contextmanager
+def held(out: Path) -> Iterator[None]:
+    """Make a folder and hold it, so that it has one writer.
+
+    It is the system's lock, which goes with its process, however that dies and on whatever machine. Raises Mistake
+    where another process holds it. A filesystem without locks is told of, and gone on in.
+    """
+    lock = FileLock(out / ".lock", blocking=False, fallback_to_soft=False)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout as error:
+        raise Mistake(f"{out}: another run is writing to it: wait for its end, or give another --out") from error
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise Mistake(f"{out}: cannot be made a folder ({error.strerror}): give another --out") from error
+        print(f"warning: {out}: no locks on this filesystem: let no two runs write there", file=sys.stderr)
+    try:
+        yield
+    finally:
+        if lock.is_locked:
+            with contextlib.suppress(OSError):
+                (out / ".lock").unlink()  # while it is held: nobody takes one that has no name
+        lock.release()
+
+
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     """Let write(temporary path) make a file that appears under its name only when whole.
 
@@ -1466,10 +1534,8 @@ def prepare_out(c: LoopConfig, method: type[Method]) -> None:
     out, stats = Path(c.out), Path(c.out) / "stats.jsonl"
     if (out / "ckpt.pt").exists() and not (c.resume or c.overwrite):
         raise Mistake(f"{out}: holds another run: give --resume to go on, --overwrite to discard it, or another --out")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise Mistake(f"{out}: cannot be made a folder ({error.strerror}): give another --out") from error
+    for unfinished in out.glob(".*.tmp"):  # of a run that was killed
+        unfinished.unlink()
     if c.overwrite:
         for old in [*out.glob("panel_*.png"), *(out / name for name in ("ckpt.pt", "results.json", "curves.png"))]:
             old.unlink(missing_ok=True)
@@ -1497,7 +1563,30 @@ def on_first_rank(work: Callable[..., None], *arguments: Any) -> None:
     if int(os.environ.get("RANK", "0")) == 0:
         work(*arguments)
     if world_size() > 1:
-        dist.barrier()
+        with together():
+            dist.barrier()
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """Do what needs all processes. Raises Mistake where one has ended, which the backends call a RuntimeError."""
+    try:
+        yield
+    except RuntimeError as error:
+        told = f"another process of this training has ended ({first_line(error)})"
+        raise Mistake(f"{told}: see which and why; --resume goes on from the last checkpoint") from error
+
+
+def first_to_tell() -> bool:
+    """Whether no other process has told why all of them end: those of a torchrun share its store."""
+    if world_size() == 1:
+        return True
+    place = os.environ.get("MASTER_ADDR", ""), int(os.environ.get("MASTER_PORT", "0"))
+    try:
+        store = dist.TCPStore(*place, is_master=False, timeout=timedelta(seconds=5))
+        return store.add(f"told in start {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", 1) == 1
+    except RuntimeError:  # gone with the process that held it
+        return True
 
 
 def main(argv: list[str], method: type[Method] = Covidgan) -> None:
@@ -1508,12 +1597,24 @@ def main(argv: list[str], method: type[Method] = Covidgan) -> None:
         device = pick_device(c)
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        with together():
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     on_first_rank(make_phantom, c)
     trainer = Trainer(method, c)
-    on_first_rank(prepare_out, c, method)
-    if Path(c.out, "ckpt.pt").exists():
-        trainer.load(Path(c.out, "ckpt.pt"))
+    with contextlib.ExitStack() as until_the_end:
+        on_first_rank(until_the_end.enter_context, held(Path(c.out)))
+        on_first_rank(prepare_out, c, method)
+        train(trainer)
+    if world_size() > 1:
+        dist.destroy_process_group()
+
+
+def train(trainer: Trainer) -> None:
+    """Go on from OUT's checkpoint, if there is one, to the end, and report."""
+    c, checkpoint = trainer.c, trainer.out / "ckpt.pt"
+    if checkpoint.exists():
+        trainer.load(checkpoint)
+    trainer.check_alike()
     if trainer.rank == 0:
         print(f"{c.data}: {trainer.train} to train, {trainer.test} to test, at {c.size} pixels")
         sizes = {name: sum(p.numel() for p in net.parameters()) for name, net in trainer.method.named_children()}
@@ -1522,8 +1623,6 @@ def main(argv: list[str], method: type[Method] = Covidgan) -> None:
     trainer.run()
     if trainer.rank == 0:
         report(trainer)
-    if world_size() > 1:
-        dist.destroy_process_group()
 
 
 def report(trainer: Trainer) -> None:
@@ -1540,21 +1639,27 @@ def report(trainer: Trainer) -> None:
 
 def exit_on_mistake(program: Callable[[list[str]], None]) -> None:
     """Run a program on the command line's arguments; a mistake of the user's is one line and exit status 2."""
+    if world_size() == 1:  # of several, one that waits for the others would not hear it
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: nothing half-written is left
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # a terminal that lacks a sign is no reason to stop
     try:
         program(sys.argv[1:])
     except (Mistake, OSError) as mistake:
-        print(f"error: {mistake}", file=sys.stderr)
-        sys.exit(2)
+        leave(2, f"error: {mistake}")
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        print(f"error: out of memory ({first_line(error)}): less --batch, --size or --ngf needs less", file=sys.stderr)
-        sys.exit(2)
+        leave(2, f"error: out of memory ({first_line(error)}): less --batch, --size or --ngf needs less")
     except (Stopped, KeyboardInterrupt) as stop:
-        print(f"\n{stop or 'stopped'}", file=sys.stderr)
-        sys.exit(130)
+        leave(130, f"\n{stop or 'stopped'}")
+
+
+def leave(status: int, line: str) -> None:
+    """End the process with a line that says why, where no other process has said it."""
+    if first_to_tell():
+        print(line, file=sys.stderr)
+    sys.exit(status)
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -51,6 +51,7 @@ from data.slices import (
     OneLineParser,
     coloured,
     exit_on_mistake,
+    held,
     list_pngs,
     patient_of,
     read_image,
@@ -1002,7 +1003,8 @@ def save(path: Path, content: bytes) -> None:
     """Write a file and the folders it needs, whole or not at all. Raises Mistake where that fails."""
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(path, content)
+        with held(path.parent, f".{path.name}.lock", wait=True):  # two may write there, but not into one file
+            write_bytes(path, content)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

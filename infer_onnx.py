@@ -64,6 +64,7 @@ from data.slices import (
     OneLineParser,
     coloured,
     exit_on_mistake,
+    held,
     list_pngs,
     png,
     read_image,
@@ -723,6 +724,24 @@ def write(made: tuple[list[Slice], np.ndarray], args: argparse.Namespace, info: 
     return len(slices)
 
 
+@contextlib.contextmanager
+def shard_held(args: argparse.Namespace) -> Iterator[None]:
+    """Hold the shard of OUT that is to be made. Raises Mistake where it is being made, or OUT in other shards.
+
+    So every file has one writer, and shards of one set run side by side.
+    """
+    if args.dry_run:
+        yield
+        return
+    ending = f"-of-{args.parts}.lock"
+    with held(args.out, f".{args.part}{ending}"):
+        for lock in [*args.out.glob(".*-of-*.lock")]:
+            if not lock.name.endswith(ending):
+                with held(args.out, lock.name):
+                    pass
+        yield
+
+
 def claim(args: argparse.Namespace, info: dict[str, Any], kinds: Sequence[str]) -> None:
     """Make OUT and its folders `kinds`, not in a dry run. Raises Mistake where its slices were made otherwise."""
     made_with = {"checkpoint_sha256": info["checkpoint_sha256"], "precision": info["precision"], "format": args.format}
@@ -735,7 +754,9 @@ def claim(args: argparse.Namespace, info: dict[str, Any], kinds: Sequence[str]) 
         return
     for kind in kinds:
         (args.out / kind).mkdir(parents=True, exist_ok=True)
-    write_bytes(record, content)
+    with held(args.out, ".run.json.lock", wait=True):  # the one file of all shards
+        if not (record.exists() and record.read_bytes() == content):
+            write_bytes(record, content)
 
 
 def check_out(out: Path, inputs: Iterable[Path]) -> None:
@@ -988,21 +1009,23 @@ def make_slices(args: argparse.Namespace, maps: dict[str, Path], reals: dict[str
     jobs = plan(maps, args.variants)
     to_come = shapes_of(in_batches(jobs, args.batch or NVIDIA_BATCH))
     session, info, name, n = open_for(args, to_come)
-    claim(args, info, ("images", "maps", *["panels"] * args.panel))
     if any(job.size != (info["size"], info["size"]) for job in jobs):
         side = info["size"]
         print(f"note: not all maps are {side} x {side}, the size the model was trained at", file=sys.stderr)
     mine = share(jobs, args)
-    todo = [job for job in mine if not all(path.exists() for path in targets(job, args))]
-    batches = in_batches(todo, n)
-    finished = len(mine) - len(todo)
-    print(f"{len(maps)} maps: {finished} slices finished, {len(todo)} to make in {len(batches)} batches of up to {n}")
-    if args.dry_run:
-        describe(args, info, name, n, to_come, shapes_of(batches))
-        return 0
-    generator = Generator(session, info, n if args.cuda_graph else None)
-    reader = partial(load, n_labels=len(info["labels"]), reals=reals, seed=args.seed)
-    tally = run(batches, generator, reader, partial(write, args=args, info=info))
+    with shard_held(args):
+        claim(args, info, ("images", "maps", *["panels"] * args.panel))
+        todo = [job for job in mine if not all(path.exists() for path in targets(job, args))]
+        batches, finished = in_batches(todo, n), len(mine) - len(todo)
+        print(
+            f"{len(maps)} maps: {finished} slices finished, {len(todo)} to make in {len(batches)} batches of up to {n}"
+        )
+        if args.dry_run:
+            describe(args, info, name, n, to_come, shapes_of(batches))
+            return 0
+        generator = Generator(session, info, n if args.cuda_graph else None)
+        reader = partial(load, n_labels=len(info["labels"]), reals=reals, seed=args.seed)
+        tally = run(batches, generator, reader, partial(write, args=args, info=info))
     return report(args, "slices", tally, len(jobs))
 
 
@@ -1017,14 +1040,15 @@ def make_volumes(args: argparse.Namespace, volumes: dict[str, Path], reals: dict
     sizes = survey(todo, reals) if args.dry_run or args.provider == "tensorrt" else []  # nobody else asks before
     to_come = in_parts(sizes, args.batch or NVIDIA_BATCH)
     session, info, name, n = open_for(args, to_come)
-    claim(args, info, ["volumes"])
-    finished = len(mine) - len(todo)
-    print(f"{len(volumes)} volumes: {finished} finished, {len(todo)} to make, {n} slices at a time")
-    if args.dry_run:
-        describe(args, info, name, n, to_come, in_parts(sizes, n))
-        return 0
-    generator = Generator(session, info, n if args.cuda_graph else None)
-    return report(args, "volumes", run_volumes(todo, reals, args.out, generator, n), len(volumes))
+    with shard_held(args):
+        claim(args, info, ["volumes"])
+        finished = len(mine) - len(todo)
+        print(f"{len(volumes)} volumes: {finished} finished, {len(todo)} to make, {n} slices at a time")
+        if args.dry_run:
+            describe(args, info, name, n, to_come, in_parts(sizes, n))
+            return 0
+        generator = Generator(session, info, n if args.cuda_graph else None)
+        return report(args, "volumes", run_volumes(todo, reals, args.out, generator, n), len(volumes))
 
 
 def report(args: argparse.Namespace, what: str, tally: Tally, total: int) -> int:

@@ -13,7 +13,9 @@ base. `slices.py` tells the format of the result.
 import argparse
 import multiprocessing
 import os
+import signal
 import sys
+import threading
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -28,6 +30,7 @@ from data.slices import (
     Mistake,
     OneLineParser,
     exit_on_mistake,
+    held,
     held_split,
     make_room,
     patient_of,
@@ -512,17 +515,34 @@ def main(argv: list[str] | None = None) -> None:
         "source": "phantom", "by": "patient", "seed": args.seed, "size": args.size,
         "patients": args.patients, "slices": args.slices,
     }  # fmt: skip
-    held = held_split(args.out)
-    if held.get("drawn") == drawn:
-        sides = {side: names for side, names in held.items() if side in SIDES}
+    there = held_split(args.out)
+    if there.get("drawn") == drawn:
+        sides = {side: names for side, names in there.items() if side in SIDES}
         counts = [f"{side} {len({*map(patient_of, names)})}, {len(names)}" for side, names in sides.items()]
         print(f"{args.out} already holds this set, whole (patients, slices: {'; '.join(counts)}); nothing to do")
         return
-    make_room(args.out, args.overwrite)
+    with held(args.out):
+        make_room(args.out, args.overwrite)
+        make_set(args, drawn)
 
+
+def end_with_parent() -> None:
+    """Leave signals to the parent, and end when it is killed: a worker by itself would wait for work for ever."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    def watch() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def make_set(args: argparse.Namespace, drawn: dict) -> None:
+    """Draw the patients into OUT and print a summary; `drawn` is for split.json."""
     numbers = range(1, args.patients + 1)
     make = partial(make_patient, seed=args.seed, size=args.size, count=args.slices, out=args.out)
-    with multiprocessing.Pool(args.workers) as pool:
+    with multiprocessing.Pool(args.workers, end_with_parent) as pool:
         made = list(tqdm(pool.imap(make, numbers), total=args.patients, unit="patient", disable=None))
     pixels = {number: counts for number, (counts, _) in zip(numbers, made, strict=True)}
     sides = split_patients(args.patients, args.seed)

@@ -48,6 +48,7 @@ from data.slices import (
     Mistake,
     OneLineParser,
     exit_on_mistake,
+    held,
     held_split,
     make_room,
     slice_name,
@@ -554,9 +555,10 @@ def main(argv: list[str] | None = None) -> None:
     split = {side: [slice_name(*key) for key in slices] for side, slices in sides.items()}
     split["drawn"] = provenance(args, places, grey)
 
-    make_room(args.out, args.overwrite, same=held_split(args.out) == split)
-    write_slices(args, chosen, places, pixels)
-    write_split(args.out / "split.json", **split)  # last: it says that the set is whole
+    with held(args.out):
+        make_room(args.out, args.overwrite, same=held_split(args.out) == split)
+        write_slices(args, chosen, places, pixels)
+        write_split(args.out / "split.json", **split)  # last: it says that the set is whole
 
     print(f"{len(scans)} volumes, {len(pixels)} slices: {len(kept)} selected, {len(chosen)} written to {args.out}")
     print("\n".join([*remarks(args, split["drawn"]), summary(sides, pixels)]))

@@ -11,16 +11,19 @@ temporary name and renamed, so that an interrupted run leaves nothing half-writt
 """
 
 import argparse
+import contextlib
+import errno
 import io
 import itertools
 import json
-import os
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import imageio.v3 as iio
 import numpy as np
+from filelock import FileLock, Timeout
 from PIL import Image
 
 LABELS = ("background", "lung", "ground-glass opacity", "consolidation")
@@ -32,6 +35,7 @@ HELD = (-HU_OFFSET, 4095 - HU_OFFSET)  # the HU that the format holds
 NIFTI = (".nii", ".nii.gz")  # endings of volumes
 PNG_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # Pillow's, for a PNG that is none
 LEVEL, WIDTH = -600, 1500  # the lung window that pictures for people are shown in, HU
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # what a filesystem without locks answers
 
 
 class Mistake(Exception):
@@ -60,8 +64,10 @@ class OneLineParser(argparse.ArgumentParser):
 def exit_on_mistake(program: Callable[[list[str]], int | None], stopped: str = "stopped") -> None:
     """Run a program on the command line's arguments and leave with the exit status that it returns, None being 0.
 
-    A mistake of the user's, a full disk and the like are one line and exit status 2; Ctrl-C is the line `stopped`, 130.
+    A mistake of the user's, a full disk and the like are one line and exit status 2; Ctrl-C and SIGTERM are the line
+    `stopped`, 130.
     """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: nothing half-written is left
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # a terminal that lacks a sign is no reason to stop
     try:
@@ -197,9 +203,49 @@ def stem(name: str) -> str:
     return name[: -len(".png")] if name.lower().endswith(".png") else name
 
 
+@contextlib.contextmanager
+def held(folder: Path, name: str = ".lock", wait: bool = False) -> Iterator[None]:
+    """Make a folder and hold it, or what a name of a lock in it stands for, so that it has one writer.
+
+    It is the system's lock, which goes with its process, however that dies and on whatever machine. Raises Mistake
+    where another process holds it, or waits for that one's end. A filesystem without locks is told of, and gone on in.
+    """
+    lock = FileLock(folder / name, blocking=False, poll_interval=0.5, fallback_to_soft=False)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        take(lock, wait)
+    except Timeout as error:
+        raise Mistake(f"{folder}: another run is writing to it: wait for its end, or give another --out") from error
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise Mistake(f"{folder}: cannot be made a folder ({error.strerror}); give another --out") from error
+        print(f"warning: {folder}: no locks on this filesystem: let no two runs write there", file=sys.stderr)
+    try:
+        yield
+    finally:
+        if lock.is_locked:
+            with contextlib.suppress(OSError):
+                (folder / name).unlink()  # while it is held: who waits takes none that has no name
+        lock.release()
+
+
+def take(lock: FileLock, wait: bool) -> None:
+    """Take a lock; raises Timeout where another process holds it, or says so and waits."""
+    try:
+        lock.acquire()
+    except Timeout:
+        if not wait:
+            raise
+        print(f"waiting for another run: {lock.lock_file} is held", file=sys.stderr)
+        lock.acquire(blocking=True)
+
+
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file so that it is either whole or absent. Raises Mistake, naming it, where it cannot be written."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Write a file so that it is either whole or absent. Raises Mistake, naming it, where it cannot be written.
+
+    What a killed run has left unfinished is written over by the next, since a file has one writer: see `held`.
+    """
+    unfinished = path.with_name(f".{path.name}.tmp")
     try:
         unfinished.write_bytes(content)
         unfinished.replace(path)
@@ -270,7 +316,7 @@ def make_room(out: Path, overwrite: bool, same: bool = False) -> None:
         (out / UNFINISHED).touch()
     except OSError as error:
         raise Mistake(f"{out}: cannot be made a folder ({error.strerror}); give another --out") from error
-    left_by_a_kill = out.rglob(".*.png.*.tmp")
+    left_by_a_kill = [*out.rglob(".*.png.*tmp"), *out.glob(".split.json.*tmp")]
     (out / "split.json").unlink(missing_ok=True)  # first: without it no reader takes the set for whole
     for path in {*slices, *left_by_a_kill}:
         path.unlink()

@@ -75,7 +75,7 @@ def run(row: str, seed: int, args: argparse.Namespace, size: int) -> dict[str, d
         for column, (table, name, key, factor, _) in FIGURES.items():
             value = results[table][name][key]  # None where eval.py refuses it, as FD of few slices
             measured[side][column] = value if value is None else factor * value
-        measured[side]["seconds"] = json.loads((out / "seconds.json").read_text())
+        measured[side]["seconds"] = runs.seconds(out)
     return measured
 
 
@@ -90,7 +90,8 @@ def summary(measured: dict[str, list[dict[str, dict[str, Any]]]]) -> list[str]:
                 values = [one[side][column] for one in seeds if one[side][column] is not None]
                 spread = f" +- {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
                 cells.append(f"{np.mean(values):.{digits}f}{spread}" if values else "-")
-        lines.append([*cells, f"{np.mean([one['test']['seconds'] for one in seeds]):.0f}"])
+        known = [one["test"]["seconds"] for one in seeds if one["test"]["seconds"] is not None]
+        lines.append([*cells, f"{np.mean(known):.0f}" if known else "-"])
     return [f"| {' | '.join(line)} |" for line in lines]
 
 
@@ -122,7 +123,8 @@ def main(argv: list[str]) -> None:
     for seed in args.seeds:
         for row in args.rows:
             measured.setdefault(row, []).append(run(row, seed, args, size))
-            write_bytes(args.out / "fidelity.json", (json.dumps(measured, indent=1) + "\n").encode())
+            with runs.making(args.out / "fidelity.json"):
+                write_bytes(args.out / "fidelity.json", (json.dumps(measured, indent=1) + "\n").encode())
     print("\n".join(summary(measured)))
 
 

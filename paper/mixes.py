@@ -93,6 +93,13 @@ def synthetic_slices(mix: Mix, seed: int, args: argparse.Namespace, variants: in
 def augmented_slices(seed: int, args: argparse.Namespace) -> Path:
     """Dataset of SIDE's real slices under the augmentations that the synthetic variants of a seed have."""
     out = args.out / f"augmented_{SIDE}_{seed}"
+    with runs.making(out):
+        make_augmented(out, seed, args)
+    return out
+
+
+def make_augmented(out: Path, seed: int, args: argparse.Namespace) -> None:
+    """Write what is not there yet of `augmented_slices`."""
     for part in ("images", "maps"):
         (out / part).mkdir(parents=True, exist_ok=True)
     maps = infer_onnx.find_maps(args.reference, SIDE)
@@ -104,7 +111,6 @@ def augmented_slices(seed: int, args: argparse.Namespace) -> Path:
         if made := infer_onnx.load(job, len(LABELS), reals, seed):  # None: no lung is left in it
             write_map(out / "maps" / image.name, made.labels)
             write_image(image, made.real)
-    return out
 
 
 def split_of(args: argparse.Namespace) -> dict[str, list[str]]:
@@ -137,8 +143,14 @@ def dataset(mix: Mix, seed: int, args: argparse.Namespace) -> Path:
     Its train side is the mix, its test side real slices to look at; split.json says what is what. Raises Mistake.
     """
     out = folder(mix, seed, args) / "data"
-    if (out / "split.json").exists():
-        return out
+    with runs.making(out):
+        if not (out / "split.json").exists():
+            make_dataset(out, mix, seed, args)
+    return out
+
+
+def make_dataset(out: Path, mix: Mix, seed: int, args: argparse.Namespace) -> None:
+    """Link the slices of `dataset`."""
     split = split_of(args)
     sources = {
         "real": args.reference,
@@ -157,7 +169,6 @@ def dataset(mix: Mix, seed: int, args: argparse.Namespace) -> Path:
                 link.unlink(missing_ok=True)
                 link.symlink_to((sources[kind] / part / link.name).resolve())
     write_split(out / "split.json", [*itertools.chain(*found.values())], looked_at, [], found)
-    return out
 
 
 # ------------------------------------------------------------------------------------------------ the U-Net
@@ -203,13 +214,25 @@ def score(mix: Mix, seed: int, args: argparse.Namespace) -> None:
     out = train(mix, seed, args)
     split = split_of(args)
     for side in tested_sides(split):
-        if (file := out / f"scores_{side}.json").exists():
-            continue
-        if not (out / "unet.onnx").exists():
-            runs.call(runs.ROOT / "export.py", out / "unet.pt", "-o", out / "unet.onnx")
-        found = find_lesions(out / "unet.onnx", args.reference, split[side])
-        figures = {row: [None if math.isnan(v) else float(v) for v in values] for row, values in found.figures.items()}
-        write_bytes(file, (json.dumps({"names": found.names, "figures": figures}) + "\n").encode())
+        with runs.making(file := out / f"scores_{side}.json"):
+            if not file.exists():
+                write_scores(file, export(out), args.reference, split[side])
+
+
+def export(out: Path) -> Path:
+    """The U-Net of a run as a file, exported where it is not yet."""
+    model = out / "unet.onnx"
+    with runs.making(model):
+        if not model.exists():
+            runs.call(runs.ROOT / "export.py", out / "unet.pt", "-o", model)
+    return model
+
+
+def write_scores(file: Path, unet: Path, data: Path, names: list[str]) -> None:
+    """Test an exported U-Net on real slices and write what it finds."""
+    found = find_lesions(unet, data, names)
+    figures = {row: [None if math.isnan(v) else float(v) for v in values] for row, values in found.figures.items()}
+    write_bytes(file, (json.dumps({"names": found.names, "figures": figures}) + "\n").encode())
 
 
 def scores(mix: Mix, side: str, args: argparse.Namespace) -> dict[int, Scores]:

@@ -2,14 +2,14 @@
 
 A run is a folder: what training leaves (ckpt.pt, results.json at its end, ...), generator.onnx, synthetic_SIDE/ and
 eval_SIDE/. What is whole is not made again and a stopped training goes on, so that a study that was stopped is gone on
-with by the command that began it.
+with by the command that began it. Two commands, on one machine or two, may need the same run: what is being made is
+held, and who else wants it waits, and then finds it there.
 """
 
 import contextlib
 import json
 import os
 import resource
-import shutil
 import subprocess
 import sys
 import threading
@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data.slices import Mistake, write_bytes
+from data.slices import Mistake, held, write_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
 FEATURES = "efficientnet-lite0"  # of FID and KID: Inception's weights are a download
@@ -27,9 +27,28 @@ FEATURES = "efficientnet-lite0"  # of FID and KID: Inception's weights are a dow
 def call(*arguments: str | Path) -> None:
     """Run a script of the repository with this Python. Raises Mistake where it fails; it has said why."""
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    done = subprocess.run([sys.executable, *map(str, arguments)], env=os.environ | {"PYTHONPATH": path})
-    if done.returncode:
-        raise Mistake(f"{' '.join(map(str, arguments))}: stopped with status {done.returncode}, see above")
+    script = subprocess.Popen([sys.executable, *map(str, arguments)], env=os.environ | {"PYTHONPATH": path})
+    try:
+        status = script.wait()
+    except KeyboardInterrupt:  # a training writes its checkpoint before it ends
+        script.terminate()
+        script.wait()
+        raise
+    if status:
+        raise Mistake(f"{' '.join(map(str, arguments))}: stopped with status {status}, see above")
+
+
+@contextlib.contextmanager
+def making(product: Path, script: Path | None = None) -> Iterator[None]:
+    """Hold a file or folder that is to be made, or wait for who makes it: it may be there afterwards.
+
+    script: the lock of the script that makes it, which may have outlived whoever called it.
+    """
+    with held(product.parent, f".{product.name}.lock", wait=True):
+        if script:
+            with held(script.parent, script.name, wait=True):
+                pass
+        yield
 
 
 def cpu_seconds() -> float:
@@ -64,7 +83,7 @@ def keeping(out: Path) -> Iterator[None]:
             if (now := written()) != last:
                 last, folder = now, kept / f"{time.monotonic() - start:06.0f}"
                 folder.mkdir(parents=True, exist_ok=True)
-                shutil.copy(checkpoint, folder)
+                write_bytes(folder / checkpoint.name, checkpoint.read_bytes())
             if ending:
                 return
 
@@ -87,35 +106,43 @@ def train(program: list[str], options: list[str], out: Path, keep: bool = False)
 
     OUT/commit.txt is the repository's commit at its start; keep: see `keeping`. Raises Mistake.
     """
-    if (out / "results.json").exists():
-        return
-    started, sum_file = (out / "ckpt.pt").exists(), out / "seconds.json"
-    spent = json.loads(sum_file.read_text()) if started and sum_file.exists() else 0.0
-    before, source = cpu_seconds(), commit()
-    try:
-        with keeping(out) if keep else contextlib.nullcontext():
-            call(*program, "--out", out, *(["--resume"] if started else options))
-    finally:
-        if out.is_dir():
-            if not started:
-                write_bytes(out / "commit.txt", source.encode())
-            write_bytes(sum_file, json.dumps(spent + cpu_seconds() - before).encode())
+    with making(out / "results.json", script=out / ".lock"):
+        if (out / "results.json").exists():
+            return
+        started, spent, before = (out / "ckpt.pt").exists(), seconds(out), cpu_seconds()
+        if not started:
+            spent = 0.0
+            write_bytes(out / "commit.txt", commit().encode())
+        (out / "seconds.json").unlink(missing_ok=True)  # until its end: a kill takes along what was spent
+        try:
+            with keeping(out) if keep else contextlib.nullcontext():
+                call(*program, "--out", out, *(["--resume"] if started else options))
+        finally:
+            if spent is not None:
+                write_bytes(out / "seconds.json", json.dumps(spent + cpu_seconds() - before).encode())
+
+
+def seconds(out: Path) -> float | None:
+    """CPU seconds that a run's training took; None where a kill has taken the count along."""
+    path = out / "seconds.json"
+    return json.loads(path.read_text()) if path.exists() else None
 
 
 def feature_network(folder: Path) -> Path:
     """The feature network of FID and KID, made where it is not there yet."""
     path = folder / "features.onnx"
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        call(ROOT / "export.py", "--features", FEATURES, "-o", path)
+    with making(path):
+        if not path.exists():
+            call(ROOT / "export.py", "--features", FEATURES, "-o", path)
     return path
 
 
 def export(out: Path) -> Path:
     """The generator of a run as a file, exported where it is not yet."""
     model = out / "generator.onnx"
-    if not model.exists():
-        call(ROOT / "export.py", out / "ckpt.pt", "-o", model)
+    with making(model):
+        if not model.exists():
+            call(ROOT / "export.py", out / "ckpt.pt", "-o", model)
     return model
 
 
@@ -125,7 +152,8 @@ def synthesize(
     """Synthesize a side of a dataset by a run's generator, with more options of infer_onnx.py; returns the folder."""
     synthetic, model = out / f"{kind}_{side}", export(out)
     script = ROOT / "infer_onnx.py"
-    call(script, data, "--side", side, "--model", model, "--out", synthetic, *(options or []))
+    with making(synthetic, script=synthetic / ".1-of-1.lock"):
+        call(script, data, "--side", side, "--model", model, "--out", synthetic, *(options or []))
     return synthetic
 
 
@@ -139,6 +167,7 @@ def compare(data: Path, synthetic: Path, features: Path, out: Path) -> dict[str,
 def measure(out: Path, data: Path, side: str, features: Path) -> dict[str, Any]:
     """Synthesize a side of a dataset by a trained run and compare it with the real slices: eval.py's results."""
     results = out / f"eval_{side}" / "results.json"
-    if results.exists():
-        return json.loads(results.read_text())
-    return compare(data, synthesize(out, data, side), features, results.parent)
+    with making(results):
+        if results.exists():
+            return json.loads(results.read_text())
+        return compare(data, synthesize(out, data, side), features, results.parent)

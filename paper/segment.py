@@ -179,7 +179,14 @@ def main(argv: list[str]) -> None:
     covidgan.keep_freed_memory()
     covidgan.make_phantom(c)
     trainer = SegmentationTrainer(c)
-    covidgan.prepare_out(c, Segmentation)
+    with covidgan.held(trainer.out):
+        covidgan.prepare_out(c, Segmentation)
+        train(trainer)
+
+
+def train(trainer: SegmentationTrainer) -> None:
+    """Go on from OUT's checkpoint, if there is one, to the end, and write what came of it."""
+    c = trainer.c
     if (trainer.out / "ckpt.pt").exists():
         trainer.load(trainer.out / "ckpt.pt")
     parameters = sum(p.numel() for p in trainer.method.parameters())

@@ -61,26 +61,28 @@ def write_slices(out: Path, names: list[str], images: torch.Tensor) -> None:
 def measure_floor(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """eval.py's results of a floor: no network, and what every network has to beat."""
     out = args.out / name.replace(" ", "_")
-    if (out / "results.json").exists():
-        return json.loads((out / "results.json").read_text())
-    train_side, side = load_side(args.reference, "train"), load_side(args.reference, REPORT)
-    write_slices(out / "images", side.names, FLOORS[name](train_side, side.labels, covidgan.Config()))
-    return compare_lungs(out, args)
+    with runs.making(out / "results.json"):
+        if (out / "results.json").exists():
+            return json.loads((out / "results.json").read_text())
+        train_side, side = load_side(args.reference, "train"), load_side(args.reference, REPORT)
+        write_slices(out / "images", side.names, FLOORS[name](train_side, side.labels, covidgan.Config()))
+        return compare_lungs(out, args)
 
 
 @torch.no_grad()
 def measure_self(run: Path, args: argparse.Namespace) -> dict[str, Any]:
     """eval.py's results of SEAN in the style of the very slices that it is to synthesize, as its authors test it."""
     out = run / "self"
-    if (out / "results.json").exists():
-        return json.loads((out / "results.json").read_text())
-    method = export.load_method(covidgan.read_checkpoint(run / "ckpt.pt", rivals.Sean), rivals.Sean)
-    side, images = load_side(args.reference, REPORT), []
-    for hu, labels in zip(side.hu.split(8), side.labels.split(8), strict=True):
-        real = covidgan.lung_target(covidgan.window(hu, method.c), labels)
-        images.append(method.synthesize_self(covidgan.one_hot(labels, method.c.n_labels), real))
-    write_slices(out / "images", side.names, torch.cat(images))
-    return compare_lungs(out, args)
+    with runs.making(out / "results.json"):
+        if (out / "results.json").exists():
+            return json.loads((out / "results.json").read_text())
+        method = export.load_method(covidgan.read_checkpoint(run / "ckpt.pt", rivals.Sean), rivals.Sean)
+        side, images = load_side(args.reference, REPORT), []
+        for hu, labels in zip(side.hu.split(8), side.labels.split(8), strict=True):
+            real = covidgan.lung_target(covidgan.window(hu, method.c), labels)
+            images.append(method.synthesize_self(covidgan.one_hot(labels, method.c.n_labels), real))
+        write_slices(out / "images", side.names, torch.cat(images))
+        return compare_lungs(out, args)
 
 
 def compare_lungs(out: Path, args: argparse.Namespace) -> dict[str, Any]:
@@ -112,7 +114,7 @@ def cost_of(name: str, seed: int, run: Path) -> dict[str, Any]:
     return {
         "method": name,
         "seed": seed,
-        "seconds": json.loads((run / "seconds.json").read_text()),
+        "seconds": runs.seconds(run),
         "samples": round(generators.full_size(method, c) * c.epochs * c.epoch_len),
         "parameters": sum(p.numel() for p in trained.generator().parameters()),
         "synthesis": synthesis_seconds(run / "generator.onnx", c.size),
@@ -271,9 +273,10 @@ def costs(runs_of: list[dict[str, Any]]) -> list[str]:
     lines = []
     for name, group in itertools.groupby(runs_of, key=lambda cost: cost["method"]):
         several = [*group]
-        seconds, synthesis = (np.mean([cost[key] for cost in several]) for key in ("seconds", "synthesis"))
+        known = [cost["seconds"] for cost in several if cost["seconds"] is not None]
+        seconds = f"{np.mean(known):,.0f}" if known else "-"
         counts = [f"{several[0][key]:,}" for key in ("samples", "parameters")]
-        lines.append([name, f"{seconds:,.0f}", *counts, f"{synthesis:.3f}"])
+        lines.append([name, seconds, *counts, f"{np.mean([cost['synthesis'] for cost in several]):.3f}"])
     heads = ["method", "CPU seconds of training", "samples at full size", "parameters of G", "CPU seconds a slice"]
     return grid(heads, lines)
 

@@ -23,7 +23,7 @@ import numpy as np
 
 import eval as evaluation
 from data.slices import patient_of, read_split
-from paper import generators, mixes
+from paper import generators, mixes, runs
 from paper.mixes import Mix, Scores
 from paper.report import Table, grid
 
@@ -285,7 +285,7 @@ def setting(rows: dict[str, Mix], sides: list[str], args: argparse.Namespace) ->
         "U-Net": {"channels": args.channels, "samples": args.unet_samples, "parameters": sorted(parameters)},
         "generators": {"ngf, ndf": args.ngf, "samples at full size": args.samples},
         "batch": args.batch,
-        "CPU seconds of a U-Net": averaged([json.loads((path.parent / "seconds.json").read_text()) for path in unets]),
+        "CPU seconds of a U-Net": averaged([runs.seconds(path.parent) for path in unets]),
         "commits": sorted({(path.parent / "commit.txt").read_text() for path in unets}),
     }
 

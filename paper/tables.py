@@ -74,13 +74,13 @@ def main(argv: list[str]) -> None:
     print(text)
     title = f"table {args.table}" if args.table.isdecimal() else args.table
     name = title.replace(" ", "")
-    args.results.mkdir(parents=True, exist_ok=True)
-    write_bytes(args.results / f"{name}.json", (json.dumps(table, indent=1) + "\n").encode())
-    readme = args.results.parent / "README.md"
-    if readme.exists():
-        write_readme(readme, title, text)
-    if made.draw:
-        made.draw(args.out / f"{name}.png", args)
+    with runs.making(readme := args.results.parent / "README.md"):
+        args.results.mkdir(parents=True, exist_ok=True)
+        write_bytes(args.results / f"{name}.json", (json.dumps(table, indent=1) + "\n").encode())
+        if readme.exists():
+            write_readme(readme, title, text)
+        if made.draw:
+            made.draw(args.out / f"{name}.png", args)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ else. Written as --results/weighting.json, as Markdown between the marks of the 
 """
 
 import argparse
+import io
 import itertools
 import json
 import math
@@ -168,7 +169,9 @@ def draw(studies: list[dict[str, Any]], path: Path) -> None:
     axes[2].set(xlabel="share of lesion in the lung", ylabel="alpha of a slice")
     axes[0].legend()
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    picture = io.BytesIO()
+    figure.savefig(picture, format=path.suffix.lstrip(".") or "png")
+    write_bytes(path, picture.getvalue())
 
 
 # ------------------------------------------------------------------------------------------------ main
@@ -194,10 +197,12 @@ def main(argv: list[str]) -> None:
     print(text)
     setting = {"side": args.side, "slices": len(studies[0]["slices"]["alpha"])}
     args.results.mkdir(parents=True, exist_ok=True)
-    write_bytes(args.results / "weighting.json", (json.dumps({"setting": setting, "runs": studies}) + "\n").encode())
-    draw(studies, args.out or args.results / "weighting.png")
-    if (readme := args.results.parent / "README.md").exists():
-        write_readme(readme, "weighting", text)
+    content = (json.dumps({"setting": setting, "runs": studies}) + "\n").encode()
+    with runs.making(readme := args.results.parent / "README.md"):
+        write_bytes(args.results / "weighting.json", content)
+        draw(studies, args.out or args.results / "weighting.png")
+        if readme.exists():
+            write_readme(readme, "weighting", text)
 
 
 if __name__ == "__main__":
