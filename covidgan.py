@@ -1652,6 +1652,7 @@ def exit_on_mistake(program: Callable[[list[str]], None]) -> None:
             raise
         leave(2, f"error: out of memory ({first_line(error)}): less --batch, --size or --ngf needs less")
     except (Stopped, KeyboardInterrupt) as stop:
+        sys.unraisablehook = lambda _: None  # an object that was stopped in its making complains of that when it goes
         leave(130, f"\n{stop or 'stopped'}")
 
 

@@ -80,6 +80,7 @@ def exit_on_mistake(program: Callable[[list[str]], int | None], stopped: str = "
         sys.exit(2)
     except KeyboardInterrupt:
         print(stopped, file=sys.stderr)
+        sys.unraisablehook = lambda _: None  # an object that was stopped in its making complains of that when it goes
         sys.exit(130)
 
 
