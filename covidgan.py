@@ -1573,8 +1573,10 @@ def together() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        told = f"another process of this training has ended ({first_line(error)})"
-        raise Mistake(f"{told}: see which and why; --resume goes on from the last checkpoint") from error
+        told = (
+            "another process of this training has ended: see which and why; --resume goes on from the last checkpoint"
+        )
+        raise Mistake(f"{told} ({first_line(error)})") from error
 
 
 def first_to_tell() -> bool:
