@@ -346,6 +346,7 @@ def to_onnx(
     model = program.model_proto
     for node in model.graph.node:  # trap: the exporter writes a stack trace with absolute paths into every node
         del node.metadata_props[:]
+    del model.graph.metadata_props[:]  # bounds of the axes, in an order that no two runs have in common
     for value in [*model.graph.value_info, *model.graph.input, *model.graph.output]:
         del value.metadata_props[:]
     name_axes(model)
