@@ -13,8 +13,8 @@
 
 What each does stands at the head of paper/table2.py and paper/table345.py. All that is whole under --out stands in a
 table, whichever rows were asked for: it is written as --results/tableN.json, and as Markdown between its two marks in
-the README.md beside --results. A table takes what another has trained. Two commands with other --rows may run side by
-side on one --out.
+the README.md beside --results. A table takes what another has trained. Commands may run side by side on one --out, on
+one machine or several: who needs what another is making waits for it, and then finds it there.
 """
 
 import argparse

@@ -13,7 +13,7 @@ from conftest import ROOT
 from test_infer import build_generator, draw_map
 from test_prepare import put_patient
 from test_training import differing, leaves
-from whole import check_whole, leftovers
+from whole import check_whole, leftovers, with_long_alone
 
 from data.slices import write_map
 
@@ -98,7 +98,8 @@ def test_a_disk_that_is_full_is_one_line_and_with_room_again_the_command_ends_we
     check_whole(out)
 
 
-def test_a_disk_that_fills_while_training_keeps_the_last_checkpoint(disk, toy, small_run, whole_run, cli, count):
+def test_a_disk_that_fills_while_training_keeps_the_last_checkpoint(disk, toy, small_run, whole_run, cli, count, tries):
+    with_long_alone(tries)
     size = (whole_run[0] / "ckpt.pt").stat().st_size // 1024
     out = disk(size + size // 2)  # beside a checkpoint there is no room for the next one
     done = cli("--data", toy.folder, "--out", out, *small_run)
@@ -125,8 +126,10 @@ def wait_for(process, folder, files):
 
 @pytest.mark.parametrize("writer", WRITERS)
 def test_a_folder_that_turns_read_only_is_one_line_and_back_again_the_command_ends_well(
-    writer, writers, tmp_path, immutable, cli, count
+    writer, writers, tmp_path, immutable, cli, count, tries
 ):
+    if writer in WRITERS[:2]:
+        with_long_alone(tries)
     command, first = writers[writer]
     out = tmp_path / "out"
     process = cli.start(*command, script=None)
@@ -146,8 +149,9 @@ def test_a_folder_that_turns_read_only_is_one_line_and_back_again_the_command_en
 
 
 def test_a_folder_that_turns_read_only_while_training_keeps_the_last_checkpoint(
-    toy, small_run, tmp_path, immutable, cli, count
+    toy, small_run, tmp_path, immutable, cli, count, tries
 ):
+    with_long_alone(tries)
     out = tmp_path / "out"
     process = cli.start("--data", toy.folder, "--out", out, *small_run)
     wait_for(process, out, 2)
@@ -166,6 +170,8 @@ def test_a_folder_that_turns_read_only_while_training_keeps_the_last_checkpoint(
 def test_asked_to_stop_a_run_says_so_in_one_line_and_leaves_nothing_in_part(
     writer, signum, writers, tmp_path, cli, count, tries
 ):
+    if (writer, signum) not in {("data/phantom.py", signal.SIGINT), ("data/prepare.py", signal.SIGTERM)}:
+        with_long_alone(tries)
     command, first = writers[writer]
     out, rng = tmp_path / "out", random.Random(writer)
     for _ in range(tries(1, 5)):

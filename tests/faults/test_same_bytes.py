@@ -4,13 +4,13 @@ import json
 
 import pytest
 import torch
+from conftest import ROOT
 from test_infer import build_generator, draw_map
 from test_prepare import put_patient
 from test_training import differing
 from whole import files_of
 
 import eval as evaluation
-import export
 import infer_onnx
 from data import phantom, prepare
 from data.slices import write_map
@@ -51,7 +51,7 @@ def test_a_prepared_set(twice, tmp_path):
     assert first == second
 
 
-def test_a_training_and_its_pictures_and_the_file_exported_of_it(whole_run, toy, small_run, here, tmp_path):
+def test_a_training_and_its_pictures(whole_run, toy, small_run, here, tmp_path):
     """In this process after others, against one of its own; bytes but for the folder's name in the checkpoint."""
     out = tmp_path / "out"
     done = here("--stage", "all", "--data", toy.folder, "--out", out, *small_run, "--interval", 5)
@@ -64,8 +64,13 @@ def test_a_training_and_its_pictures_and_the_file_exported_of_it(whole_run, toy,
     }
 
 
-def test_an_exported_generator(whole_run, twice):
-    first, second = twice(lambda out, _: export.main([str(whole_run[0] / "ckpt.pt"), "-o", f"{out}/g.onnx"]))
+def test_an_exported_generator_whatever_seed_python_hashes_by(whole_run, twice, cli):
+    def run(out, turn):
+        command = [whole_run[0] / "ckpt.pt", "-o", f"{out}/g.onnx"]
+        done = cli(*command, script=ROOT / "export.py", env={"PYTHONHASHSEED": str(2 * turn + 1)}, timeout=600)
+        assert done.status == 0, done.stderr
+
+    first, second = twice(run)
     assert first == second
 
 

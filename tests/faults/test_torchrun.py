@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import ROOT
 from test_training import stats_of
-from whole import check_whole, leftovers
+from whole import check_whole, leftovers, with_long_alone
 
 import covidgan
 
@@ -56,8 +56,10 @@ def test_four_processes_train_as_one_on_the_joined_batch(joint, cli, here, tmp_p
 
 @pytest.mark.parametrize("dying", [0, 1])
 def test_a_process_that_dies_ends_all_soon_with_one_line_and_the_checkpoint_goes_on(
-    dying, joint, cli, here, tmp_path, count
+    dying, joint, cli, here, tmp_path, count, tries
 ):
+    if dying:
+        with_long_alone(tries)
     (tmp_path / "worker.py").write_text(DYING)
     env = {"PYTHONPATH": os.fspath(ROOT), "DYING": str(dying)}
     command = [*torchrun(2, tmp_path / "worker.py"), *joint, "--interval", 1, "--out", tmp_path / "out"]
@@ -81,7 +83,8 @@ def test_a_mistake_of_all_processes_is_one_line(joint, cli, tmp_path, count):
     count("torchrun, a mistake of all processes")
 
 
-def test_a_second_torchrun_on_one_folder_is_refused_in_one_line(joint, cli, tmp_path, count):
+def test_a_second_torchrun_on_one_folder_is_refused_in_one_line(joint, cli, tmp_path, count, tries):
+    with_long_alone(tries)
     with covidgan.held(tmp_path / "out"):
         done = cli(*torchrun(2), *joint, "--out", tmp_path / "out", script=None, timeout=600)
     assert done.status != 0

@@ -5,11 +5,18 @@ import json
 
 import nibabel
 import onnx
+import pytest
 import torch
 from PIL import Image
 from test_training import differing
 
 TIMED = ("kept", "seconds.json", "commit.txt")  # what hangs on time and place, in a run of the tables
+
+
+def with_long_alone(tries):
+    """Skip a test whose time CI has not."""
+    if not tries(0, 1):
+        pytest.skip("with --long alone")
 
 
 def files_of(folder):
