@@ -17,7 +17,7 @@ from paper import METHODS, rivals, runs
 
 RIVALS = ("pix2pix", "pix2pixHD", "SPADE", "SEAN")
 CHOOSE, REPORT = "test", "seg_test"  # sides
-CHOICE_SEED = 0  # of the runs that choose an optimiser
+FIRST_SEED = 0  # of the runs that choose an optimiser
 KEPT = 8  # checkpoints of a stage of the first seed's runs, to follow KID along
 
 
@@ -106,7 +106,7 @@ def folder(name: str, optimiser: str, seed: int, args: argparse.Namespace) -> Pa
 def train(name: str, optimiser: str, seed: int, args: argparse.Namespace) -> Path:
     """Train a row's run, or go on with it; returns its folder.
 
-    Of Table II's rows the first seed's checkpoints are kept along the way.
+    Of Table II's rows the first seed's checkpoints are kept along the way, whichever command makes the run.
     """
     row, out, size = row_of(name), folder(name, optimiser, seed, args), size_of(args.reference)
     stage = round(args.samples / full_size(row.kind, covidgan.parse_config([*row.options], row.kind)))  # samples of one
@@ -114,7 +114,7 @@ def train(name: str, optimiser: str, seed: int, args: argparse.Namespace) -> Pat
     given = {"data": args.data, "size": size, "seed": seed, **scale, "interval": stage // args.batch // KEPT}
     options = [*row.options, *itertools.chain(*[(f"--{key}", str(value)) for key, value in given.items()])]
     options += ["--optimiser", optimiser] if row.method in METHODS else []
-    runs.train(row.program, options, out, keep=name in ROWS and seed == min(args.seeds))
+    runs.train(row.program, options, out, keep=name in ROWS and seed == FIRST_SEED)
     return out
 
 
@@ -128,7 +128,7 @@ def optimiser_of(name: str, args: argparse.Namespace) -> str:
     published, features = name.removesuffix("-clean"), runs.feature_network(args.out)
 
     def kid(optimiser: str) -> float:
-        out = train(published, optimiser, CHOICE_SEED, args)
+        out = train(published, optimiser, FIRST_SEED, args)
         return runs.measure(out, args.reference, CHOOSE, features)["features"]["lung KID 1280"]["value"]
 
     return min(tried, key=kid)
@@ -149,7 +149,7 @@ def whole_runs(names: Iterable[str], args: argparse.Namespace) -> list[tuple[str
     found, order = [], list(names)
     for name in order:
         published, tried = name.removesuffix("-clean"), row_of(name).optimisers
-        choice = [folder(published, one, CHOICE_SEED, args) / f"eval_{CHOOSE}" / "results.json" for one in tried]
+        choice = [folder(published, one, FIRST_SEED, args) / f"eval_{CHOOSE}" / "results.json" for one in tried]
         if len(tried) > 1 and not all(path.exists() for path in choice):
             continue  # nothing is chosen yet
         for path in args.out.glob(f"{name}_{optimiser_of(name, args)}_*/results.json"):
