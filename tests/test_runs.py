@@ -77,7 +77,7 @@ def test_a_row_trains_exports_synthesizes_and_is_measured_on_both_sides_once(thr
     tiny += ["--batch", "2", "--epochs", "1", "--epoch-len", "4"]
     monkeypatch.setattr(fidelity, "SCALE", tiny)
     monkeypatch.setitem(fidelity.ROWS, "small", ("a start", ["--interval", "9"]))
-    args = types.SimpleNamespace(data=three_sides, reference=three_sides, out=tmp_path / "study")
+    args = types.SimpleNamespace(data=three_sides, reference=three_sides, epochs=1, out=tmp_path / "study")
     called = []
     real = runs.call
     monkeypatch.setattr(runs, "call", lambda *arguments: called.append(arguments) or real(*arguments))
