@@ -697,7 +697,8 @@ def encode(hu: np.ndarray, form: str, info: dict[str, Any]) -> bytes:
     if form == "nifti":
         import nibabel  # wanted here alone
 
-        return gzip.compress(nibabel.Nifti1Image(hu.T[..., None], np.diag([-1.0, -1.0, 1.0, 1.0])).to_bytes(), 1)
+        content = nibabel.Nifti1Image(hu.T[..., None], np.diag([-1.0, -1.0, 1.0, 1.0])).to_bytes()
+        return gzip.compress(content, 1, mtime=0)  # the hour is no part of it
     buffer = io.BytesIO()
     np.save(buffer, hu)
     return buffer.getvalue()

@@ -1,6 +1,7 @@
 """The same seed on the same machine gives the same bytes, script by script."""
 
 import json
+import time
 
 import pytest
 import torch
@@ -87,11 +88,17 @@ def test_synthesized_slices_and_what_is_measured_of_them(twice, toy, tmp_path):
     assert json.loads(first["eval.json"])["pixels"]
 
 
-def test_variants_of_a_seed(twice, tmp_path):
+@pytest.mark.parametrize("form", ["png16", "png8", "npy", "nifti"])
+def test_variants_of_a_seed_in_every_format_at_whatever_hour(form, twice, tmp_path, monkeypatch):
     (tmp_path / "maps").mkdir()
     for k in range(3):
         write_map(tmp_path / "maps" / f"P01_S{k:03d}.png", draw_map(64, 64, shift=k))
     model = build_generator(tmp_path / "model.onnx")
     argv = [str(tmp_path / "maps"), "--model", str(model), "--provider", "cpu", "--variants", "3", "--seed", "5"]
-    first, second = twice(lambda out, _: infer_onnx.main([*argv, "--out", out]))
+
+    def run(out, turn):
+        monkeypatch.setattr(time, "time", lambda: 1e9 * (1 + turn))
+        infer_onnx.main([*argv, "--format", form, "--out", out])
+
+    first, second = twice(run)
     assert first == second
