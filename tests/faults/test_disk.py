@@ -87,7 +87,7 @@ WRITERS = ("data/phantom.py", "data/prepare.py", "slices", "volumes")
 @pytest.mark.parametrize("writer", WRITERS)
 def test_a_disk_that_is_full_is_one_line_and_with_room_again_the_command_ends_well(writer, writers, disk, cli, count):
     command, _ = writers[writer]
-    out = disk(16 if writer == "volumes" else 60)
+    out = disk(8 if writer == "volumes" else 60)
     assert f"{out}/" in (told := error_of(cli(*command, script=None))) and "No space left" in told
     count(f"full disk: {writer}")
     check_whole(out)
