@@ -16,6 +16,7 @@ import errno
 import io
 import itertools
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -23,8 +24,12 @@ from pathlib import Path
 
 import imageio.v3 as iio
 import numpy as np
-from filelock import FileLock, Timeout
 from PIL import Image
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 LABELS = ("background", "lung", "ground-glass opacity", "consolidation")
 COLOURS = ((0, 0, 0), (255, 0, 0), (0, 0, 255), (0, 255, 0))  # Fig. 1: lung red, GGO blue, consolidation green
@@ -211,34 +216,41 @@ def held(folder: Path, name: str = ".lock", wait: bool = False) -> Iterator[None
     It is the system's lock, which goes with its process, however that dies and on whatever machine. Raises Mistake
     where another process holds it, or waits for that one's end. A filesystem without locks is told of, and gone on in.
     """
-    lock = FileLock(folder / name, blocking=False, poll_interval=0.5, fallback_to_soft=False)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        take(lock, wait)
-    except Timeout as error:
-        raise Mistake(f"{folder}: another run is writing to it: wait for its end, or give another --out") from error
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise Mistake(f"{folder}: cannot be made a folder ({error.strerror}); give another --out") from error
-        print(f"warning: {folder}: no locks on this filesystem: let no two runs write there", file=sys.stderr)
-    try:
+    path = folder / name
+    with contextlib.ExitStack() as until_the_end:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            until_the_end.enter_context(locked(path, wait))
+        except BlockingIOError as error:
+            raise Mistake(f"{folder}: another run is writing to it: wait for its end, or give another --out") from error
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise Mistake(f"{folder}: cannot be made a folder ({error.strerror}); give another --out") from error
+            print(f"warning: {folder}: no locks on this filesystem: let no two runs write there", file=sys.stderr)
         yield
-    finally:
-        if lock.is_locked:
-            with contextlib.suppress(OSError):
-                (folder / name).unlink()  # while it is held: who waits takes none that has no name
-        lock.release()
 
 
-def take(lock: FileLock, wait: bool) -> None:
-    """Take a lock; raises Timeout where another process holds it, or says so and waits."""
-    try:
-        lock.acquire()
-    except Timeout:
-        if not wait:
-            raise
-        print(f"waiting for another run: {lock.lock_file} is held", file=sys.stderr)
-        lock.acquire(blocking=True)
+@contextlib.contextmanager
+def locked(path: Path, wait: bool) -> Iterator[None]:
+    """Hold the system's lock on a file, which is there meanwhile; raises BlockingIOError, or says so and waits."""
+    if fcntl is None:
+        raise OSError(errno.ENOSYS, "no flock here")
+    while True:
+        with open(path, "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if not wait:
+                    raise
+                print(f"waiting for another run: {path} is held", file=sys.stderr)
+                fcntl.flock(file, fcntl.LOCK_EX)
+            if os.fstat(file.fileno()).st_nlink:  # 0: its holder has removed it, and the next has made a new one
+                try:
+                    yield
+                finally:
+                    with contextlib.suppress(OSError):  # of a folder that was taken away meanwhile
+                        path.unlink()
+                return
 
 
 def write_bytes(path: Path, content: bytes) -> None:
