@@ -31,12 +31,13 @@ import re
 import signal
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import pairwise
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 import imageio.v3 as iio
@@ -46,12 +47,15 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from filelock import FileLock, Timeout
 from PIL import Image, ImageDraw
+from PIL.PngImagePlugin import PngImageFile
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 LABELS = ("background", "lung", "ground-glass opacity", "consolidation")
 COLOURS = ((0, 0, 0), (255, 0, 0), (0, 0, 255), (0, 255, 0))  # Fig. 1: lung red, GGO blue, consolidation green
 HU_OFFSET = 1024  # a stored pixel is HU + 1024, 0..4095
+LARGEST = 4096  # pixels a side of a slice: what a header claims beyond is refused before memory is found for it
 PARENCHYMA = -860  # HU of healthy lung between its vessels
 LUNG_HU = (-1000, -400)  # what a patient's mean of lung without lesion must lie in
 STAGES = ("g1", "g2", "joint")  # §III-A, in their order
@@ -539,11 +543,13 @@ class Covidgan(Method):
     @classmethod
     def checks(cls, c: Config) -> list[tuple[bool, str]]:
         """Numbers that the networks or losses cannot be built with."""
+        blocks = (c.n_blocks, c.n_local_blocks)
         return [
             (c.n_gen in (1, 2, 3), f"--n-gen {c.n_gen}: give 1, 2 or 3"),
             (c.n_dis in (1, 2, 3), f"--n-dis {c.n_dis}: give 1, 2 or 3"),
-            (min(c.ngf, c.ndf) >= 4 and c.ngf % 2 == 0, "--ngf, --ndf: give 4 or more, --ngf even"),
-            (min(c.n_blocks, c.n_local_blocks) >= 1, "--n-blocks, --n-local-blocks: give 1 or more"),
+            (4 <= min(c.ngf, c.ndf) and max(c.ngf, c.ndf) <= 1024, "--ngf, --ndf: give 4 to 1024"),
+            (c.ngf % 2 == 0, f"--ngf {c.ngf}: give an even number"),
+            (1 <= min(blocks) and max(blocks) <= 100, "--n-blocks, --n-local-blocks: give 1 to 100"),
             (c.dfm != "d2" or c.n_dis > 1, "--dfm d2: needs --n-dis 2 or more"),
             (c.individual >= 0, f"--individual {c.individual:g}: give 0 or more"),
             (0 <= c.beta <= 1, f"--beta {c.beta:g}: give 0 to 1"),
@@ -623,6 +629,24 @@ def init_weights(module: nn.Module) -> None:
 def build(method: type[Method], c: LoopConfig) -> Method:
     """A method's networks; the same seed gives the same weights."""
     with seeded(c.seed):
+        return method(c)
+
+
+class Undrawn(TorchFunctionMode):
+    """Leaves out what fills starting weights, for which the device meta would first import a second's worth."""
+
+    def __torch_function__(
+        self, function: Callable, types: Any, given: tuple = (), named: dict[str, Any] | None = None
+    ) -> Any:
+        """Run a function of PyTorch's, or hand back the tensor that it would have filled."""
+        if getattr(function, "__name__", "") in ("normal_", "uniform_", "zeros_", "zero_", "fill_"):
+            return given[0] if given else named["tensor"]
+        return function(*given, **(named or {}))
+
+
+def outline(method: type[Method], c: LoopConfig) -> Method:
+    """A method's networks without weights, on PyTorch's device of shapes alone: they take no memory, whatever c says."""
+    with torch.device("meta"), Undrawn():
         return method(c)
 
 
@@ -1214,20 +1238,23 @@ def list_pngs(folder: Path) -> dict[str, Path]:
 
 
 def read_png(path: Path) -> tuple[str, np.ndarray, np.ndarray | None]:
-    """Mode, in Pillow's words, pixels, and the palette [colours, 3] where there is one, black where it is transparent.
+    """Mode, in Pillow's words, pixels, and the palette [256, 3] where there is one, black where it is transparent.
 
-    Raises Mistake for a file that is cut short, broken or no PNG.
+    Raises Mistake for a file that is cut short, broken or no PNG, and before it is decoded for one that is too large.
     """
     try:
-        with Image.open(path) as picture:
+        with PngImageFile(path) as picture:  # Image.open would take any format, and warn of some sizes
+            if not 1 <= min(picture.size) <= max(picture.size) <= LARGEST:
+                raise Mistake(f"{path}: {picture.width} x {picture.height} pixels: give 1 to {LARGEST} a side")
             clear = picture.info.get("transparency", b"")  # of a palette: one index, or opacities of the first ones
             pixels, palette = np.asarray(picture), picture.getpalette("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # Pillow's words for a broken PNG
+    except (OSError, SyntaxError, ValueError) as error:  # Pillow's words for a broken PNG
         raise Mistake(f"{path}: not a readable PNG ({error}): write it again") from error
     if palette is None:
         return picture.mode, pixels, None
-    colours = np.array(palette, np.uint8).reshape(-1, 3)
-    colours[[clear] if isinstance(clear, int) else [i for i, opacity in enumerate(clear) if opacity == 0]] = 0
+    colours = np.array([*palette, *bytes(768 - len(palette))], np.uint8).reshape(256, 3)
+    clear = [clear] if isinstance(clear, int) else [i for i, opacity in enumerate(clear) if opacity == 0]
+    colours[[i for i in clear if i < 256]] = 0
     return picture.mode, pixels, colours
 
 
@@ -1276,6 +1303,15 @@ def patient_of(name: str) -> str:
     return name.rpartition("_")[0]
 
 
+def names_of(side: Any) -> list[str]:
+    """Names of a list, without .png. Raises ValueError for what is no list of names, or leads out of a folder."""
+    names = [re.sub(r"(?i)\.png$", "", name) for name in side] if isinstance(side, list) else [""]
+    for name in names:
+        if PureWindowsPath(name).name != name or name[:1] in ("", ".") or min(name) < " ":
+            raise ValueError(f"{name!r:.80} is no name")
+    return names
+
+
 def read_split(folder: Path, seed: int) -> dict[str, list[str]]:
     """Names of the train and test slices: from split.json, else about a fifth of the patients held out, drawn by seed.
 
@@ -1286,8 +1322,8 @@ def read_split(folder: Path, seed: int) -> dict[str, list[str]]:
     if (path := folder / "split.json").exists():
         try:
             split = json.loads(path.read_text(encoding="utf-8-sig"))  # a byte order mark is no mistake
-            split = {side: [re.sub(r"(?i)\.png$", "", name) for name in split[side]] for side in ("train", "test")}
-        except (ValueError, KeyError, TypeError) as error:
+            split = {side: names_of(split[side]) for side in ("train", "test")}
+        except (ValueError, KeyError, TypeError, RecursionError) as error:  # the last for lists in lists, on and on
             raise Mistake(f"{path}: lists of names under train and test are wanted ({error!r})") from error
     else:
         names = sorted(list_pngs(folder / "maps"))
@@ -1356,8 +1392,15 @@ def check_hu(folder: Path, side: Slices) -> None:
 
 
 def read_weights(path: Path) -> dict[str, Any]:
-    """Read a file of torch.save that holds one plain dict of tensors and numbers. Raises Mistake for anything else."""
+    """Read a file of torch.save that holds one plain dict of tensors and numbers. Raises Mistake for anything else.
+
+    No code of the file's is run, and it takes no more memory than disk: torch.save does not compress.
+    """
     try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if sum(part.file_size for part in archive.infolist()) > path.stat().st_size:
+                    raise zipfile.BadZipFile("compressed")
         weights = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # out of a broken file the unpickler brings any error there is
         raise Mistake(f"{path}: not a checkpoint that can be read ({type(error).__name__})") from error
@@ -1367,15 +1410,47 @@ def read_weights(path: Path) -> dict[str, Any]:
 
 
 def read_checkpoint(path: Path, method: type[Method]) -> dict[str, Any]:
-    """Read a method's checkpoint (see Trainer.state). Raises Mistake for anything else."""
-    checkpoint, options = read_weights(path), {field.name for field in dataclasses.fields(method.options)}
+    """Read a method's checkpoint (see Trainer.state). Raises Mistake for anything else, before networks are built."""
+    checkpoint, kinds = read_weights(path), get_type_hints(method.options)
     config, name = checkpoint.get("config"), checkpoint.get("method")
     if isinstance(config, dict) and name not in (None, method.name):
-        raise Mistake(f"{path}: a checkpoint of {name}, not of {method.name}: give another folder")
-    if not isinstance(config, dict) or set(config) != options:
-        differing = sorted(options ^ set(config)) if isinstance(config, dict) else "all"
-        raise Mistake(f"{path}: no checkpoint of this version of {method.name}, options differ: {differing}")
+        raise Mistake(f"{path}: a checkpoint of {str(name)!r:.80}, not of {method.name}: give another folder")
+    if not isinstance(config, dict) or set(config) != set(kinds):
+        differing = sorted(map(str, set(kinds) ^ set(config))) if isinstance(config, dict) else "all"
+        raise Mistake(f"{path}: no checkpoint of this version of {method.name}, options differ: {differing!s:.200}")
+    for option, kind in kinds.items():
+        if not is_of(config[option], kind):
+            raise Mistake(f"{path}: no checkpoint, its {option} is no value for that option: give another")
+    try:
+        c = method.options(**config)
+        check_values(c, method)
+        check_fit(checkpoint, method, c)
+    except (Mistake, ValueError) as error:
+        raise Mistake(f"{path}: its parts do not fit one another ({error}): train anew") from error
     return checkpoint
+
+
+def is_of(value: Any, kind: Any) -> bool:
+    """Whether a value is one that an option of this kind may have; of words only plain ones, fit to be printed."""
+    if get_origin(kind) is Literal:
+        return isinstance(value, str) and value in get_args(kind)
+    return type(value) in ((int, float) if kind is float else (kind,)) and (kind is not str or value.isprintable())
+
+
+def check_fit(checkpoint: dict[str, Any], method: type[Method], c: LoopConfig) -> None:
+    """Raise ValueError where a checkpoint's place in training or its tensors are not those of its config."""
+    stage, step = checkpoint.get("stage", c.stage), checkpoint.get("step", 0)
+    if not isinstance(stage, str) or stage not in ("all", *method.stages(c)) or type(step) is not int or step < 0:
+        raise ValueError("its stage or step is none")
+    networks = outline(method, c)
+    for part in ("networks", "average"):
+        if part == "average" and not checkpoint.get(part):  # there is none with --ema 0
+            continue
+        module, tensors = networks if part == "networks" else networks.generator(), checkpoint.get(part)
+        if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+            raise ValueError(f"its {part} are no tensors")
+        if {name: x.shape for name, x in tensors.items()} != {name: x.shape for name, x in module.state_dict().items()}:
+            raise ValueError(f"its {part} are of another architecture")
 
 
 @contextlib.contextmanager
@@ -1480,7 +1555,7 @@ def parse_config(argv: list[str], method: type[Method] = Covidgan) -> LoopConfig
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     preset = given.get("preset", method.options.preset)
     if preset not in method.presets:
-        raise Mistake(f"--preset {preset}: give one of {', '.join(method.presets)}")
+        raise Mistake(f"--preset {preset!r:.80}: give one of {', '.join(method.presets)}")
     base = method.presets[preset]
     if given.get("resume") and given.get("overwrite"):
         raise Mistake("--resume and --overwrite: give one of them")
@@ -1499,21 +1574,9 @@ def parse_config(argv: list[str], method: type[Method] = Covidgan) -> LoopConfig
 
 
 def check_config(c: LoopConfig, method: type[Method]) -> None:
-    """Raise Mistake, before any work, where the values cannot work together."""
+    """Raise Mistake, before any work, where the values cannot work together, or not on this machine."""
+    check_values(c, method)
     checks = [
-        *method.checks(c),
-        (c.stage in ("all", *method.stages(c)), f"--stage {c.stage}: give all, or of {', '.join(method.stages(c))}"),
-        (c.width > 0, f"--width {c.width:g}: give a window width above 0 HU"),
-        (2 <= c.n_labels <= 256, f"--n-labels {c.n_labels}: give 2 to 256"),
-        (c.batch >= 1 and c.epochs >= 1 and c.interval >= 1, "--batch, --epochs, --interval: give 1 or more"),
-        (c.epoch_len >= c.batch, f"--epoch-len {c.epoch_len}: give at least the batch of {c.batch}"),
-        (c.lr > 0 and math.isfinite(c.lr), f"--lr {c.lr:g}: give a learning rate above 0"),
-        (0 <= c.adam_beta1 < 1 and 0 <= c.adam_beta2 < 1, "--adam-beta1, --adam-beta2: give 0 to below 1"),
-        (0 <= c.ema < 1, f"--ema {c.ema:g}: give 0 to below 1"),
-        (c.seed >= 0, f"--seed {c.seed}: give 0 or more"),
-        (c.contrast >= 0 and math.isfinite(c.contrast), f"--contrast {c.contrast:g}: give 0 or more"),
-        (c.resize >= 1 and min(c.rotate, c.elastic, c.noise) >= 0, "--resize below 1, or a negative augmentation"),
-        (c.elastic_cell >= 4, f"--elastic-cell {c.elastic_cell:g}: give 4 pixels or more"),
         (c.batch % world_size() == 0, f"--batch {c.batch}: give a multiple of the {world_size()} processes"),
         (c.device != "cuda" or torch.cuda.is_available(), "--device cuda: no CUDA device here, leave it out"),
         (c.device != "mps" or torch.backends.mps.is_available(), "--device mps: no Metal device here, leave it out"),
@@ -1521,9 +1584,37 @@ def check_config(c: LoopConfig, method: type[Method]) -> None:
     for fine, complaint in checks:
         if not fine:
             raise Mistake(complaint)
+
+
+def check_values(c: LoopConfig, method: type[Method]) -> None:
+    """Raise Mistake where the values cannot work together on any machine."""
+    for name, value in vars(c).items():
+        if isinstance(value, int | float) and not abs(value) < 2**63:  # nan is not, either
+            raise Mistake(f"--{name.replace('_', '-')} {value:g}: give a number that is finite and below 2**63")
+    stages, ranges = ("all", *method.stages(c)), (c.rotate, c.elastic, c.noise)
+    checks = [
+        *method.checks(c),
+        (c.stage in stages, f"--stage {c.stage!r:.80}: give one of {', '.join(stages)}"),
+        (abs(c.level) <= 1e5, f"--level {c.level:g}: give HU"),
+        (0.1 <= c.width <= 1e5, f"--width {c.width:g}: give a window width of 0.1 to 100,000 HU"),
+        (2 <= c.n_labels <= 256, f"--n-labels {c.n_labels}: give 2 to 256"),
+        (c.batch >= 1 and c.epochs >= 1 and c.interval >= 1, "--batch, --epochs, --interval: give 1 or more"),
+        (c.batch <= c.epoch_len <= 10**7, f"--epoch-len {c.epoch_len}: give the batch of {c.batch} to 10,000,000"),
+        (c.lr > 0, f"--lr {c.lr:g}: give a learning rate above 0"),
+        (0 <= c.adam_beta1 < 1 and 0 <= c.adam_beta2 < 1, "--adam-beta1, --adam-beta2: give 0 to below 1"),
+        (0 <= c.ema < 1, f"--ema {c.ema:g}: give 0 to below 1"),
+        (c.seed >= 0, f"--seed {c.seed}: give 0 or more"),
+        (c.contrast >= 0, f"--contrast {c.contrast:g}: give 0 or more"),
+        (1 <= c.resize <= 100, f"--resize {c.resize:g}: give 1 to 100"),
+        (0 <= min(ranges) and max(ranges) <= 512, "--rotate, --elastic, --noise: give 0 to 512"),
+        (c.elastic_cell >= 4, f"--elastic-cell {c.elastic_cell:g}: give 4 pixels or more"),
+    ]
+    for fine, complaint in checks:
+        if not fine:
+            raise Mistake(complaint)
     multiple = method.multiple(c)
-    if c.size % multiple or c.size < 2 * multiple:
-        raise Mistake(f"--size {c.size}: give a multiple of {multiple}, from {2 * multiple} on")
+    if c.size % multiple or not 2 * multiple <= c.size <= LARGEST:
+        raise Mistake(f"--size {c.size}: give a multiple of {multiple}, from {2 * multiple} to {LARGEST}")
 
 
 def prepare_out(c: LoopConfig, method: type[Method]) -> None:
@@ -1551,8 +1642,8 @@ def prepare_out(c: LoopConfig, method: type[Method]) -> None:
 
 def make_phantom(c: LoopConfig) -> None:
     """Make the built-in data, at the size that it is trained at, where it is asked for and not there."""
-    script = Path(__file__).parent / "data" / "phantom.py"
-    if c.data.startswith(PHANTOM) and not Path(c.data, "split.json").exists():
+    script, data, phantom = Path(__file__).parent / "data" / "phantom.py", Path(c.data), Path(PHANTOM)
+    if data.parent == phantom.parent and data.name.startswith(phantom.name) and not Path(c.data, "split.json").exists():
         print(f"{c.data} is not there: making the built-in phantom data", flush=True)
         if subprocess.run([sys.executable, script, "--out", c.data, "--size", str(c.size)]).returncode:
             raise Mistake(f"{c.data}: could not be made, see above")

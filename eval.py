@@ -60,7 +60,7 @@ from data.slices import (
     windowed,
     write_bytes,
 )
-from infer_onnx import ORT_ERRORS, PROVIDERS, ahead, first_line, open_session, usable_cores
+from infer_onnx import ORT_ERRORS, PROVIDERS, ahead, first_line, open_session, parsed, usable_cores
 
 SIDES = ("fake", "real")
 LESIONS = {"GGO": (2,), "consolidation": (3,), "infection": (2, 3)}  # labels of each
@@ -692,7 +692,7 @@ class Segmentation:
 
     def __init__(self, model: Path, provider: str) -> None:
         self.model, (self.session, info) = model, open_session(model, provider, kind="unet")
-        self.multiple = int(info.get("multiple", 16))
+        self.multiple = parsed(model, {"multiple": "16"} | info, "multiple")
         self.found: dict[str, list[np.ndarray]] = defaultdict(list)  # row -> [N] of each batch
         self.empty: Counter[str] = Counter()
 

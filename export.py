@@ -31,6 +31,7 @@ import hashlib
 import io
 import json
 import logging
+import math
 import warnings
 from collections.abc import Iterator
 from itertools import pairwise
@@ -442,8 +443,10 @@ def method_of(checkpoint: dict, path: Path) -> type[covidgan.Method]:
         return covidgan.Covidgan
     from paper import METHODS
 
-    if name not in METHODS:
-        raise Mistake(f"{path}: a checkpoint of {name!r}, which is none of {', '.join(['covidgan', *METHODS])}")
+    if not isinstance(name, str) or name not in METHODS:
+        raise Mistake(
+            f"{path}: a checkpoint of {str(name)!r:.80}, which is none of {', '.join(['covidgan', *METHODS])}"
+        )
     return METHODS[name]
 
 
@@ -511,10 +514,14 @@ def export_unet(checkpoint: dict, digest: str, path: Path, terms: str = TERMS) -
 
     try:
         config = checkpoint["config"]
-        unet = UNet(config["n_labels"], config["width"])
-        unet.load_state_dict(checkpoint["unet"])
-        deployed = DeployedUNet(unet, config["level"], config["window"]).eval()
-    except (KeyError, TypeError, RuntimeError) as error:
+        level, window = float(config["level"]), float(config["window"])
+        with torch.device("meta"):  # shapes alone: what the config asks for takes no memory before the weights fit it
+            unet = UNet(config["n_labels"], config["width"])
+        unet.load_state_dict(checkpoint["unet"], assign=True)
+        deployed = DeployedUNet(unet.float(), level, window).eval()
+        if not (math.isfinite(level) and 0 < window < math.inf):
+            raise ValueError("no window")
+    except (AttributeError, KeyError, OverflowError, RuntimeError, TypeError, ValueError) as error:
         raise Mistake(f"{path}: not written: the U-Net's checkpoint is not whole ({type(error).__name__})") from error
     model = to_onnx(deployed, torch.zeros(2, 64, 96, dtype=torch.int16), ["ct"], ["map"], multiple=16)
     differ = unet_difference(model, deployed, multiple=16)

@@ -38,7 +38,6 @@ import json
 import math
 import os
 import sys
-import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -58,14 +57,15 @@ from data.slices import (
     HELD,
     HU_OFFSET,
     LABELS,
+    LARGEST,
     NIFTI,
-    PNG_ERRORS,
     Mistake,
     OneLineParser,
     coloured,
     exit_on_mistake,
     held,
     list_pngs,
+    open_png,
     png,
     read_image,
     read_map,
@@ -93,6 +93,9 @@ ORT_ERRORS = (
     RuntimeError,  # what a node raises that finds no memory
     MemoryError,
 )
+MOST_HU = 1e5
+ELSEWHERE = b"location"  # a protobuf's key by which tensors lie in other files, of whatever path
+ORT_FORMAT = b"ORTM"  # of a file that is no ONNX, and that ONNX Runtime checks less
 TOO_OLD = ("IR version", "opset versions", "model file format version")  # in ONNX Runtime's words on a newer file
 
 # what a clone comes with, found from any folder
@@ -102,7 +105,15 @@ SHIPPED_MODEL, EXAMPLES = SHIPPED / "covid-ct-256.onnx", SHIPPED / "examples"
 # the contract with export.py
 CONTRACT = "1"
 TENSORS = {"input map": "tensor(uint8)", "output ct": "tensor(int16)", "output alpha": "tensor(float)"}
-PARSED = ("labels", "colours", "level", "width", "size", "multiple")  # metadata that is JSON
+PARSED = {  # metadata that is JSON, and what it must be
+    "labels": lambda value: type(value) is list and {*map(type, value)} == {str} and len(value) <= len(COLOURS),
+    "colours": lambda value: value in [[list(colour) for colour in COLOURS[:n]] for n in range(1, len(COLOURS) + 1)],
+    "level": lambda value: type(value) in (int, float) and abs(value) <= MOST_HU,
+    "width": lambda value: type(value) in (int, float) and 0 < value <= MOST_HU,
+    "size": lambda value: type(value) is int and 1 <= value <= LARGEST,
+    "multiple": lambda value: type(value) is int and 1 <= value <= LARGEST // 2,
+}
+LONGEST = 1000  # letters of an entry
 METADATA = ("contract", *PARSED, "precision", "checkpoint_sha256", "licence")
 
 # the augmentation of covidgan.Config; lengths in pixels of a 512-pixel slice
@@ -142,6 +153,7 @@ def open_session(
         raise Mistake(f"{model}: a folder: name the .onnx file in it")
     if not model.is_file():
         raise Mistake(f"{model}: no such file: python export.py writes it, or name another")
+    check_file(model)
     threads = threads or usable_cores()
     try:
         session = start(model, "cpu", {}, threads)  # reads and checks the file before anything is compiled for it
@@ -169,6 +181,13 @@ def open_session(
             return session, info
         reasons.setdefault(reason, []).append(name)
     raise Mistake(f"--provider {provider}: {reason}: --provider auto takes the best there is")
+
+
+def check_file(model: Path) -> None:
+    """Raise Mistake for a model that is no single ONNX file: ONNX Runtime would read what it names on this disk."""
+    content = model.read_bytes()
+    if content[4:8] == ORT_FORMAT or ELSEWHERE in content:
+        raise Mistake(f"{model}: no ONNX file that has its tensors within: export it again")
 
 
 def find_model(given: Path | None) -> Path:
@@ -239,6 +258,9 @@ def writable(folder: Path) -> bool:
 def check_model(session: ort.InferenceSession, model: Path, kind: str) -> dict[str, Any]:
     """Metadata of a model of this kind, with "fixed", its input's N, H, W, None where free. Raises Mistake by lack."""
     info: dict[str, Any] = dict(session.get_modelmeta().custom_metadata_map)
+    for key, value in info.items():
+        if not (key + value).isprintable() or len(key + value) > LONGEST:
+            raise Mistake(f"{model}: metadata {key!r:.80} is no plain line: export it again")
     if info.get("kind", kind) != kind:
         raise Mistake(f"{model}: is a {info['kind']}, not a {kind}: give the other file")
     lacks = ["metadata kind"] if "kind" not in info else []
@@ -253,14 +275,24 @@ def check_model(session: ort.InferenceSession, model: Path, kind: str) -> dict[s
         return info
     if info["contract"] != CONTRACT:
         raise Mistake(f"{model}: contract {info['contract']}, this file speaks {CONTRACT}: export it again")
-    try:
-        info |= {key: json.loads(info[key]) for key in PARSED}
-    except ValueError as error:
-        raise Mistake(f"{model}: unreadable metadata ({error}): export it again") from error
-    if info["colours"] != [list(colour) for colour in COLOURS[: len(info["labels"])]]:
-        raise Mistake(f"{model}: colours {info['colours']} are not those of the maps, {COLOURS}: export it again")
+    info |= {key: parsed(model, info, key) for key in PARSED}
+    if len(info["colours"]) != len(info["labels"]):
+        raise Mistake(f"{model}: {len(info['colours'])} colours of {len(info['labels'])} labels: export it again")
     fixed = [side if isinstance(side, int) else None for side in session.get_inputs()[0].shape]
+    if len(fixed) != 3 or any(side is not None and not 1 <= side <= LARGEST for side in fixed):
+        raise Mistake(f"{model}: its map is of shape {fixed!s:.80}, not [N, H, W]: export it again")
     return info | {"fixed": fixed}
+
+
+def parsed(model: Path, info: dict[str, str], key: str) -> Any:
+    """An entry of a model's metadata that is JSON. Raises Mistake where it is not what it must be."""
+    try:
+        value = json.loads(info[key])
+    except (ValueError, RecursionError):
+        value = None
+    if not PARSED[key](value):
+        raise Mistake(f"{model}: metadata {key} is {info[key]!r:.80}: export it again")
+    return value
 
 
 def provider_options(
@@ -558,7 +590,7 @@ def need_nibabel(asker: Any) -> None:
 
 
 def plan(maps: dict[str, Path], variants: int) -> list[Job]:
-    """The slices to make from maps. Raises Mistake for a picture that is larger than Pillow's limit for bombs."""
+    """The slices to make from maps."""
     jobs = []
     for name, path in maps.items():
         size = header_size(path)
@@ -569,15 +601,11 @@ def plan(maps: dict[str, Path], variants: int) -> list[Job]:
 
 def header_size(path: Path) -> tuple[int, int]:
     """Height and width by a PNG's header alone; 0, 0 where load will tell why it cannot be read."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        try:
-            with Image.open(path) as picture:
-                return picture.height, picture.width
-        except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-            raise Mistake(f"{path}: no slice is that large ({error}): leave it out") from error
-        except PNG_ERRORS:
-            return 0, 0
+    try:
+        with open_png(path) as picture:
+            return picture.height, picture.width
+    except Mistake:
+        return 0, 0
 
 
 def in_batches(jobs: list[Job], n: int) -> list[list[Job]]:

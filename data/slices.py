@@ -20,11 +20,12 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 import imageio.v3 as iio
 import numpy as np
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 
 try:
     import fcntl
@@ -38,7 +39,9 @@ UNFINISHED = ".unfinished"  # in a folder: its set is being written, or the run 
 HU_OFFSET = 1024  # stored value = HU + 1024: air is 24, water 1024
 HELD = (-HU_OFFSET, 4095 - HU_OFFSET)  # the HU that the format holds
 NIFTI = (".nii", ".nii.gz")  # endings of volumes
-PNG_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # Pillow's, for a PNG that is none
+LARGEST = 4096  # pixels a side of a slice: what a header claims beyond is refused before memory is found for it
+PNG_ERRORS = (OSError, SyntaxError, ValueError)  # Pillow's, for a PNG that is none
+JSON_ERRORS = (OSError, ValueError, RecursionError)  # of a JSON file; the last of lists in lists, on and on
 LEVEL, WIDTH = -600, 1500  # the lung window that pictures for people are shown in, HU
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # what a filesystem without locks answers
 
@@ -99,21 +102,35 @@ def patient_of(name: str) -> str:
     return name.rpartition("_")[0] or name
 
 
-def read_png(path: Path) -> tuple[str, np.ndarray, np.ndarray | None]:
-    """Mode, in Pillow's words, pixels, and the palette, uint8 [colours, 3], where the PNG has one.
+@contextlib.contextmanager
+def open_png(path: Path) -> Iterator[PngImageFile]:
+    """Lend a PNG of which the header alone has been read.
 
-    A transparent entry of the palette is black. Raises Mistake for a file that is cut short, broken or no PNG.
+    Raises Mistake, from within as well, for a file that is cut short, broken or no PNG, and for one without pixels or
+    with more than LARGEST a side.
     """
     try:
-        with Image.open(path) as picture:
-            clear = picture.info.get("transparency", b"")  # one index, or an opacity for each of the first
-            pixels, palette = np.asarray(picture), picture.getpalette("RGB")
+        with PngImageFile(path) as picture:  # Image.open would take any format, and warn of some sizes
+            if not 1 <= min(picture.size) <= max(picture.size) <= LARGEST:
+                raise Mistake(f"{path}: {picture.width} x {picture.height} pixels: give 1 to {LARGEST} a side")
+            yield picture
     except PNG_ERRORS as error:
         raise Mistake(f"{path}: not a readable PNG ({error}): write it again") from error
+
+
+def read_png(path: Path) -> tuple[str, np.ndarray, np.ndarray | None]:
+    """Mode, in Pillow's words, pixels, and the palette, uint8 [256, 3], where the PNG has one.
+
+    A transparent entry of the palette is black, and so is one that is not there. Raises Mistake as `open_png` does.
+    """
+    with open_png(path) as picture:
+        clear = picture.info.get("transparency", b"")  # one index, or an opacity for each of the first
+        pixels, palette = np.asarray(picture), picture.getpalette("RGB")
     if palette is None:
         return picture.mode, pixels, None
-    colours = np.array(palette, np.uint8).reshape(-1, 3)
-    colours[[clear] if isinstance(clear, int) else [i for i, opacity in enumerate(clear) if opacity == 0]] = 0
+    colours = np.array([*palette, *bytes(768 - len(palette))], np.uint8).reshape(256, 3)
+    clear = [clear] if isinstance(clear, int) else [i for i, opacity in enumerate(clear) if opacity == 0]
+    colours[[i for i in clear if i < 256]] = 0
     return picture.mode, pixels, colours
 
 
@@ -161,7 +178,7 @@ def read_map(path: Path) -> np.ndarray:
 
 
 def decides(palette: np.ndarray, pixels: np.ndarray) -> bool:
-    """Tell whether a palette [colours, 3] tells the label: it holds the paper's colours, or all is plain black."""
+    """Tell whether a palette [256, 3] tells the label: it holds the paper's colours, or all is plain black."""
     empty = np.ptp(pixels) == 0 and not palette[pixels[0, 0]].any()  # a slice without lung, black being any index
     return empty or bool({*COLOURS[1:]} & {*map(tuple, palette.tolist())})
 
@@ -193,15 +210,20 @@ def read_split(path: Path) -> dict[str, list[str]]:
     """
     try:
         split = json.loads(path.read_text(encoding="utf-8-sig"))  # a byte order mark is no mistake
-    except (OSError, ValueError) as error:
+    except JSON_ERRORS as error:
         raise Mistake(f"{path}: no JSON with lists of names under train and test ({error})") from error
     sides = {side: split[side] for side in SIDES if side in split} if isinstance(split, dict) else {}
     if not sides or not all(isinstance(names, list) for names in sides.values()):
         raise Mistake(f"{path}: no lists of names under train and test: give a list for each")
     for name in itertools.chain(*sides.values()):
-        if not isinstance(name, str) or Path(name).name != name or not stem(name) or name.startswith("."):
-            raise Mistake(f"{path}: {name!r} is no name of a slice: give names without folders")
+        if not isinstance(name, str) or not is_name(stem(name)):
+            raise Mistake(f"{path}: {name!r:.80} is no name of a slice: give names without folders")
     return {side: [stem(name) for name in names] for side, names in sides.items()}
+
+
+def is_name(name: str) -> bool:
+    """Tell whether a name is a file's on any system: no folder or drive before it, no control character in it."""
+    return PureWindowsPath(name).name == name != "" and name[0] != "." and min(name) >= " "
 
 
 def stem(name: str) -> str:
@@ -302,7 +324,7 @@ def held_split(out: Path) -> dict:
     """What OUT/split.json holds; nothing if it is not there or no JSON object."""
     try:
         held = json.loads((out / "split.json").read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError):
+    except JSON_ERRORS:
         return {}
     return held if isinstance(held, dict) else {}
 

@@ -9,7 +9,7 @@ import itertools
 import math
 import sys
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +23,9 @@ from nibabel.wrapstruct import WrapStructError
 from data.slices import NIFTI, Mistake, write_bytes
 
 DISPLAY = axcodes2ornt("LPS")  # columns to the left, rows to the back, slices upwards
+HEADER = 540  # bytes of the longer header, NIfTI-2's
+MOST = 2**31  # bytes of a volume: 1,000 slices of 512 x 512 in float64
+PIECE = SPARE = 2**20  # bytes unpacked at a time; and what may follow the voxels, unread
 # What of a header says where the voxels lie. The rest is not carried on: free text may name a patient.
 GRID_FIELDS = (
     "pixdim", "xyzt_units", "qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d",
@@ -150,48 +153,72 @@ def write_volume(path: Path, like: Volume, hu: np.ndarray) -> None:
 
 def read_stored(path: Path) -> tuple[nib.Nifti1Header, np.ndarray]:
     """Header, and voxels [3 axes] in the file's own order. Raises Mistake as `read_volume` does."""
-    content = unpacked(path)
-    kinds = [kind for kind in (nib.Nifti1Image, nib.Nifti2Image) if kind.header_class.may_contain_header(content)]
+    pieces = unpacked(path)
+    content = bytearray()
+    while len(content) < HEADER and (piece := next(pieces, b"")):
+        content += piece
+    header, shape, dtype, announced = read_header(path, bytes(content))
+    for piece in pieces:  # no more of them than the header announces: a small file may unpack to any size
+        content += piece
+        if len(content) > announced + SPARE:
+            raise Mistake(f"{path}: damaged, it holds more than the {announced} bytes of its header; get it again")
+    if announced > len(content):  # asked before room is made for what a damaged header announces
+        raise Mistake(f"{path}: cut short or damaged ({len(content)} of {announced} bytes); get the file again")
+    stored = np.ndarray(shape, dtype, content, header.get_data_offset(), order="F")
+    stored = nib.volumeutils.apply_read_scaling(stored, *header.get_slope_inter())
+    return header, stored.astype(stored.dtype.newbyteorder("="), copy=False)
+
+
+def read_header(path: Path, content: bytes) -> tuple[nib.Nifti1Header, tuple[int, ...], np.dtype, int]:
+    """Header at the beginning of a file, shape [3 axes] and type of its voxels, and the bytes up to their end.
+
+    Extensions, which may hold anything, are not read. Raises Mistake as `read_volume` does.
+    """
+    kinds = [kind for kind in (nib.Nifti1Header, nib.Nifti2Header) if kind.may_contain_header(content)]
     if not kinds:
         raise Mistake(f"{path}: no NIfTI file; put a real .nii or .nii.gz there")
     try:
-        image = kinds[0].from_bytes(content)
-        shape, dtype = image.shape, image.header.get_data_dtype()
-        announced = image.dataobj.offset + math.prod(shape) * dtype.itemsize
-    except (ImageFileError, HeaderDataError, WrapStructError, ValueError) as error:
+        header = kinds[0](content[: kinds[0].sizeof_hdr])
+        shape, dtype, offset = header.get_data_shape(), header.get_data_dtype(), header.get_data_offset()
+        header.get_slope_inter(), header.get_best_affine()
+    except (ImageFileError, HeaderDataError, WrapStructError, ValueError, OverflowError) as error:
         raise Mistake(f"{path}: no NIfTI file that can be read ({error}); save it again") from error
-    if announced > len(content):  # asked before nibabel makes room for what a damaged header announces
-        raise Mistake(f"{path}: cut short or damaged ({len(content)} of {announced} bytes); get the file again")
+    told = f"{dtype} {shape}"
     while len(shape) > 3 and shape[-1] == 1:
         shape = shape[:-1]
-    if len(shape) != 3 or 0 in shape or dtype.kind not in "iuf":
-        raise Mistake(f"{path}: {dtype} {image.shape} is no 3-D volume of numbers; give one value a voxel, one scan")
-    stored = np.asanyarray(image.dataobj).reshape(shape, order="A")
-    return image.header, stored.astype(stored.dtype.newbyteorder("="), copy=False)
+    if len(shape) != 3 or min(shape) < 1 or dtype.kind not in "iuf":
+        raise Mistake(f"{path}: {told} is no 3-D volume of numbers; give one value a voxel, one scan")
+    announced = offset + math.prod(shape) * dtype.itemsize
+    if announced > MOST:
+        raise Mistake(f"{path}: {told} takes {announced} bytes, above the {MOST} that are read; is it one scan?")
+    return header, shape, dtype, announced
 
 
-def unpacked(path: Path) -> bytes:
-    """Bytes of a file, decompressed if they are gzip; like gunzip, what follows the stream is ignored.
+def unpacked(path: Path) -> Iterator[bytes]:
+    """Bytes of a file by pieces, decompressed if they are gzip; like gunzip, what follows the stream is ignored.
 
     Raises Mistake for a file that cannot be read and a stream that is cut short or fails its checksum.
     """
     try:
-        rest = path.read_bytes()
+        with open(path, "rb") as file:
+            if not is_gzip(file.peek(2)):
+                yield from iter(lambda: file.read(PIECE), b"")
+            rest = file.read()
     except OSError as error:
         raise Mistake(f"{path}: cannot be read ({error.strerror}); see to the file") from error
-    if not is_gzip(rest):
-        return rest
-    members = []
     while is_gzip(rest):
         stream = zlib.decompressobj(wbits=31)  # gzip; compares the checksum at the stream's end
-        try:
-            members.append(stream.decompress(rest))
-        except zlib.error as error:
-            raise Mistake(f"{path}: cut short or damaged ({error}); get the file again") from error
-        if not stream.eof:
-            raise Mistake(f"{path}: cut short or damaged (the stream has no end); get the file again")
+        while not stream.eof:
+            try:
+                piece = stream.decompress(rest, PIECE)
+            except zlib.error as error:
+                raise Mistake(f"{path}: cut short or damaged ({error}); get the file again") from error
+            rest = stream.unconsumed_tail
+            if not piece and not rest and not stream.eof:
+                raise Mistake(f"{path}: cut short or damaged (the stream has no end); get the file again")
+            if piece:
+                yield piece
         rest = stream.unused_data
-    return b"".join(members)
 
 
 def is_gzip(content: bytes) -> bool:

@@ -76,7 +76,8 @@ class Rival(covidgan.Method):
         paper = (RivalConfig.lr, RivalConfig.adam_beta1, RivalConfig.adam_beta2)
         untouched = (c.lr, c.adam_beta1, c.adam_beta2) == paper
         return [
-            (min(c.ngf, c.ndf) >= 4 and c.ngf % 2 == 0, "--ngf, --ndf: give 4 or more, --ngf even"),
+            (4 <= min(c.ngf, c.ndf) and max(c.ngf, c.ndf) <= 1024, "--ngf, --ndf: give 4 to 1024"),
+            (c.ngf % 2 == 0, f"--ngf {c.ngf}: give an even number"),
             (c.optimiser == "paper" or untouched, "--lr, --adam-beta1, --adam-beta2: they go with --optimiser paper"),
         ]
 
@@ -309,7 +310,7 @@ class Pix2pixHD(Rival):
     @classmethod
     def checks(cls, c: Pix2pixHDConfig) -> list[tuple[bool, str]]:
         """A trunk of some depth."""
-        return [*super().checks(c), (c.n_blocks >= 1, f"--n-blocks {c.n_blocks}: give 1 or more")]
+        return [*super().checks(c), (1 <= c.n_blocks <= 100, f"--n-blocks {c.n_blocks}: give 1 to 100")]
 
     def losses(self, onehot: Tensor, target: Tensor, stage: str) -> dict[str, Tensor]:
         """Least squares summed over the scales, D's halved; G's and 10 times the feature matching."""

@@ -111,7 +111,7 @@ class Segmentation(covidgan.Method):
     def checks(cls, c: UNetConfig) -> list[tuple[bool, str]]:
         """What it cannot be built or trained with."""
         return [
-            (c.channels >= 1, f"--channels {c.channels}: give 1 or more"),
+            (1 <= c.channels <= 1024, f"--channels {c.channels}: give 1 to 1024"),
             (c.dice >= 0, f"--dice {c.dice:g}: give 0 or more"),
             (covidgan.world_size() == 1, "torchrun: the U-Net trains in one process, start it without"),
         ]

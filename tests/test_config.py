@@ -102,7 +102,7 @@ MISTAKES = {
     "value of another type": (["--batch", "many"], "many"),
     "four discriminators": (["--n-dis", 4], "--n-dis 4"),
     "no generator": (["--n-gen", 0], "--n-gen 0"),
-    "one generator has no stages": (["--n-gen", 1, "--stage", "g1"], "--stage g1"),
+    "one generator has no stages": (["--n-gen", 1, "--stage", "g1"], "--stage 'g1'"),
     "epoch below the batch": (["--epoch-len", 3, "--batch", 4], "--epoch-len 3"),
     "no batch": (["--batch", 0], "--batch"),
     "resume and overwrite": (["--resume", "--overwrite"], "--overwrite"),

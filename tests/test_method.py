@@ -172,7 +172,7 @@ def test_a_checkpoint_of_an_unknown_method_is_told_in_one_line(small, tmp_path):
 def test_a_run_of_one_method_is_not_taken_up_by_another(small):
     arguments, out = small
     covidgan.main(arguments, Small)
-    with pytest.raises(covidgan.Mistake, match="of small, not of covidgan"):
+    with pytest.raises(covidgan.Mistake, match="of 'small', not of covidgan"):
         covidgan.main(["--resume", "--out", str(out)])
 
 
