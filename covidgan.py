@@ -547,9 +547,9 @@ class Covidgan(Method):
         return [
             (c.n_gen in (1, 2, 3), f"--n-gen {c.n_gen}: give 1, 2 or 3"),
             (c.n_dis in (1, 2, 3), f"--n-dis {c.n_dis}: give 1, 2 or 3"),
-            (4 <= min(c.ngf, c.ndf) and max(c.ngf, c.ndf) <= 1024, "--ngf, --ndf: give 4 to 1024"),
+            (min(c.ngf, c.ndf) >= 4 and max(c.ngf, c.ndf) <= 1024, "--ngf, --ndf: give 4 to 1024"),
             (c.ngf % 2 == 0, f"--ngf {c.ngf}: give an even number"),
-            (1 <= min(blocks) and max(blocks) <= 100, "--n-blocks, --n-local-blocks: give 1 to 100"),
+            (min(blocks) >= 1 and max(blocks) <= 100, "--n-blocks, --n-local-blocks: give 1 to 100"),
             (c.dfm != "d2" or c.n_dis > 1, "--dfm d2: needs --n-dis 2 or more"),
             (c.individual >= 0, f"--individual {c.individual:g}: give 0 or more"),
             (0 <= c.beta <= 1, f"--beta {c.beta:g}: give 0 to 1"),
@@ -645,7 +645,7 @@ class Undrawn(TorchFunctionMode):
 
 
 def outline(method: type[Method], c: LoopConfig) -> Method:
-    """A method's networks without weights, on PyTorch's device of shapes alone: they take no memory, whatever c says."""
+    """A method's networks without weights, on PyTorch's device of shapes alone: they take no memory."""
     with torch.device("meta"), Undrawn():
         return method(c)
 
@@ -1529,7 +1529,7 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> None:
         """Raise instead of printing the usage."""
-        raise Mistake(f"{message} (-h lists the options)")
+        raise Mistake(f"{message:.300} (-h lists the options)")
 
 
 def parse_config(argv: list[str], method: type[Method] = Covidgan) -> LoopConfig:
@@ -1606,7 +1606,7 @@ def check_values(c: LoopConfig, method: type[Method]) -> None:
         (c.seed >= 0, f"--seed {c.seed}: give 0 or more"),
         (c.contrast >= 0, f"--contrast {c.contrast:g}: give 0 or more"),
         (1 <= c.resize <= 100, f"--resize {c.resize:g}: give 1 to 100"),
-        (0 <= min(ranges) and max(ranges) <= 512, "--rotate, --elastic, --noise: give 0 to 512"),
+        (min(ranges) >= 0 and max(ranges) <= 512, "--rotate, --elastic, --noise: give 0 to 512"),
         (c.elastic_cell >= 4, f"--elastic-cell {c.elastic_cell:g}: give 4 pixels or more"),
     ]
     for fine, complaint in checks:

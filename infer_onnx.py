@@ -157,9 +157,9 @@ def open_session(
     threads = threads or usable_cores()
     try:
         session = start(model, "cpu", {}, threads)  # reads and checks the file before anything is compiled for it
-    except ORT_ERRORS as error:
+        info = check_model(session, model, kind)
+    except (*ORT_ERRORS, UnicodeDecodeError) as error:  # the last of names that are no text
         raise Mistake(f"{model}: {refusal(error)}") from error
-    info = check_model(session, model, kind)
     reasons: dict[str, list[str]] = {}  # why not, and which providers
     for name in PROVIDERS if provider == "auto" else [provider]:
         reason = obstacle(name)
@@ -226,8 +226,9 @@ def start(model: Path, name: str, options: dict[str, str], threads: int) -> ort.
 
 
 def first_line(error: Exception) -> str:
-    """What ONNX Runtime says, without its stack."""
-    return str(error).partition("\n")[0]
+    """What ONNX Runtime says, without its stack; names of a file's may hold anything."""
+    line = str(error).partition("\n")[0][:500]
+    return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in line)
 
 
 def refusal(error: Exception) -> str:

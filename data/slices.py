@@ -66,7 +66,7 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> None:
         """Raise instead of printing the usage."""
-        raise Mistake(f"{message} (-h lists the options)")
+        raise Mistake(f"{message:.300} (-h lists the options)")
 
 
 def exit_on_mistake(program: Callable[[list[str]], int | None], stopped: str = "stopped") -> None:

@@ -76,7 +76,7 @@ class Rival(covidgan.Method):
         paper = (RivalConfig.lr, RivalConfig.adam_beta1, RivalConfig.adam_beta2)
         untouched = (c.lr, c.adam_beta1, c.adam_beta2) == paper
         return [
-            (4 <= min(c.ngf, c.ndf) and max(c.ngf, c.ndf) <= 1024, "--ngf, --ndf: give 4 to 1024"),
+            (min(c.ngf, c.ndf) >= 4 and max(c.ngf, c.ndf) <= 1024, "--ngf, --ndf: give 4 to 1024"),
             (c.ngf % 2 == 0, f"--ngf {c.ngf}: give an even number"),
             (c.optimiser == "paper" or untouched, "--lr, --adam-beta1, --adam-beta2: they go with --optimiser paper"),
         ]

@@ -34,6 +34,7 @@ from PIL import Image
 
 SECONDS, BYTES = 5, 2**31  # that one input may take
 LONGEST = 1000  # letters of a complaint
+COMMAND = "command.json"  # which no complaint names, since no user has it
 ODD_NUMBERS = (0, -1, 1, 2**31 - 1, 2**31, 2**63, -(2**63), 10**12, 10**30, 1e308, math.nan, math.inf, -math.inf, 0.5)
 ODD_VALUES = (*ODD_NUMBERS, True, None, "", "../../x", "/etc/passwd", "C:\\x", "a\0b", "a\nb", "x" * 10**5, [], {})
 ODD_VALUES += ([[]], {"a": 1}, [1, 2], "nan", "\ud800", "\x1b[2J")
@@ -42,11 +43,10 @@ ODD_VALUES += ([[]], {"a": 1}, [1, 2], "nan", "\ud800", "\x1b[2J")
 class Reader(NamedTuple):
     """Something that reads what others have made."""
 
-    ending: str  # of the file's name
-    seeds: Callable[[], list]  # right inputs
-    mutate: Callable[[np.random.Generator, list], object]  # one of them, spoilt
+    file: str  # its name
+    seeds: Callable[[], list[bytes]]  # right inputs
+    mutate: Callable[[np.random.Generator, list[bytes]], bytes]  # one of them, spoilt
     read: Callable[[Path], object]
-    write: Callable[[Path, object], object] = lambda path, content: path.write_bytes(content)
 
 
 # ---- mutations
@@ -267,22 +267,19 @@ def right_header() -> object:
 # ---- split.json
 
 
-def split_seeds() -> list:
-    """Splits as trees."""
-    return [
-        {"train": ["P01_S001", "P01_S002.png"], "test": ["P02_S001"], "seg_test": [], "drawn": {"seed": 1}},
-        {"train": ["a"], "test": ["b"]},
-    ]
+def split_seeds() -> list[bytes]:
+    """Splits with all and with the least in them."""
+    whole = {"train": ["P01_S001", "P01_S002.png"], "test": ["P02_S001"], "seg_test": [], "drawn": {"seed": 1}}
+    return [json.dumps(split).encode() for split in (whole, {"train": ["a"], "test": ["b"]})]
 
 
-def spoil_split(rng: np.random.Generator, seeds: list) -> bytes:
+def spoil_split(rng: np.random.Generator, seeds: list[bytes]) -> bytes:
     """Spoil a split as a tree, or as bytes."""
-    split = one(rng, seeds)
-    if rng.random() < 0.6:
-        for _ in range(rng.integers(1, 3)):
-            split = spoil_tree(rng, split)
-        return json.dumps(split).encode()
-    return spoil(rng, json.dumps(split).encode())
+    content = one(rng, seeds)
+    if rng.random() < 0.4:
+        return spoil(rng, content)
+    split = spoil_tree(rng, json.loads(content))
+    return json.dumps(spoil_tree(rng, split) if rng.random() < 0.5 else split).encode()
 
 
 def right_split(sides: dict) -> None:
@@ -310,7 +307,7 @@ def covidgan_split(path: Path) -> None:
 # ---- checkpoints
 
 
-def checkpoint_seeds() -> list:
+def checkpoint_seeds() -> list[bytes]:
     """The checkpoint of a small method that has made no step."""
     import covidgan
 
@@ -318,14 +315,16 @@ def checkpoint_seeds() -> list:
     method = covidgan.build(covidgan.Covidgan, c)
     average = method.generator().state_dict()
     state = {"method": "covidgan", "config": dataclasses.asdict(c), "stage": "g1", "step": 3, "steps": 20}
-    return [state | {"networks": dict(method.state_dict()), "average": dict(average), "optimizers": {}}]
+    buffer = io.BytesIO()
+    covidgan.torch.save(state | {"networks": method.state_dict(), "average": average, "optimizers": {}}, buffer)
+    return [buffer.getvalue()]
 
 
-def spoil_checkpoint(rng: np.random.Generator, seeds: list) -> bytes:
+def spoil_checkpoint(rng: np.random.Generator, seeds: list[bytes]) -> bytes:
     """Spoil a checkpoint as a tree, its config first, or as bytes, the index of the archive first."""
     import torch
 
-    state = one(rng, seeds)
+    state = torch.load(io.BytesIO(one(rng, seeds)), weights_only=True)
     buffer = io.BytesIO()
     how = rng.random()
     if how < 0.4:
@@ -451,32 +450,35 @@ def model(path: Path) -> None:
 # ---- command lines
 
 
-def command_seeds() -> list:
-    """The options of a config."""
+def command_seeds() -> list[bytes]:
+    """A command line as JSON."""
+    return [b'["--preset", "tiny", "--ngf", "12"]']
+
+
+def spoil_command(rng: np.random.Generator, seeds: list[bytes]) -> bytes:
+    """A command line of a few options, odd values among right ones."""
     import covidgan
 
-    return [[*covidgan.get_type_hints(covidgan.Config).items()]]
-
-
-def spoil_command(rng: np.random.Generator, seeds: list) -> list[str]:
-    """A command line of a few options, odd values among right ones."""
+    options = [*covidgan.get_type_hints(covidgan.Config).items()]
     words = ["--preset", one(rng, ("tiny", "demo", "paper", "best"))]
     for _ in range(rng.integers(1, 4)):
-        name, kind = one(rng, seeds[0])
+        name, kind = one(rng, options)
         odd = str(one(rng, ODD_VALUES))
         right = {int: str(int(rng.integers(-2, 300))), float: f"{rng.normal(0, 10):.3g}"}.get(kind, odd)
         value = one(rng, (odd, right, "1e400", "1_0", "0x10", "-0", "１"))
         words += [f"--{name.replace('_', '-')}"] + ([] if kind is bool else [value])
-    return words
+    return json.dumps(words).encode()
 
 
-def command(words: list[str]) -> None:
+def command(path: Path) -> None:
     """A command line by covidgan.py; what it lets pass augments a slice to a slice, and builds its networks."""
     import torch
 
     import covidgan
 
-    c = covidgan.parse_config([word for word in words if word not in ("--resume", "--overwrite")])
+    c = covidgan.parse_config(
+        [word for word in json.loads(path.read_bytes()) if word not in ("--resume", "--overwrite")]
+    )
     assert all(math.isfinite(value) for value in dataclasses.astuple(c) if isinstance(value, float))
     labels = torch.ones(1, 1, 32, 32, dtype=torch.uint8)
     image, drawn = covidgan.augment(torch.full((1, 1, 32, 32), -800), labels, c, torch.Generator().manual_seed(0))
@@ -484,20 +486,19 @@ def command(words: list[str]) -> None:
 
 
 READERS = {
-    "slices_map": Reader(".png", map_seeds, spoil_png, slices_map),
-    "slices_image": Reader(".png", image_seeds, spoil_png, slices_image),
-    "covidgan_map": Reader(".png", map_seeds, spoil_png, covidgan_map),
-    "covidgan_image": Reader(".png", image_seeds, spoil_png, covidgan_image),
-    "nii": Reader(".nii", nifti_seeds, spoil_nifti, nifti),
-    "nii_gz": Reader(".nii.gz", nifti_seeds, spoil_packed_nifti, nifti),
+    "slices_map": Reader("map.png", map_seeds, spoil_png, slices_map),
+    "slices_image": Reader("image.png", image_seeds, spoil_png, slices_image),
+    "covidgan_map": Reader("map.png", map_seeds, spoil_png, covidgan_map),
+    "covidgan_image": Reader("image.png", image_seeds, spoil_png, covidgan_image),
+    "nii": Reader("ct.nii", nifti_seeds, spoil_nifti, nifti),
+    "nii_gz": Reader("ct.nii.gz", nifti_seeds, spoil_packed_nifti, nifti),
     "slices_split": Reader("split.json", split_seeds, spoil_split, slices_split),
     "covidgan_split": Reader("split.json", split_seeds, spoil_split, covidgan_split),
     "checkpoint_resumed": Reader("ckpt.pt", checkpoint_seeds, spoil_checkpoint, resumed),
     "checkpoint_exported": Reader("ckpt.pt", checkpoint_seeds, spoil_checkpoint, exported),
-    "onnx": Reader(".onnx", model_seeds, spoil_model, model),
-    "command": Reader("", command_seeds, spoil_command, lambda path: command(json.loads(path.read_text()))),
+    "onnx": Reader("generator.onnx", model_seeds, spoil_model, model),
+    "command": Reader(COMMAND, command_seeds, spoil_command, command),
 }
-READERS["command"] = READERS["command"]._replace(write=lambda path, words: path.write_text(json.dumps(words)))
 
 
 # ---- the child
@@ -512,7 +513,7 @@ def fault_of(reader: Reader, path: Path) -> str:
         if type(error).__name__ != "Mistake":
             return "".join(traceback.format_exception(error)[-4:])
         fine = len(text.splitlines()) == 1 and text.isprintable() and len(text) <= LONGEST
-        return "refused" if fine and (reader.ending == "" or str(path) in text) else f"complaint: {text[:300]!r}"
+        return "refused" if fine and (reader.file == COMMAND or str(path) in text) else f"complaint: {text[:300]!r}"
     return ""
 
 
@@ -530,20 +531,19 @@ def limit_memory() -> None:
 def tally(name: str, tries: int, seed: int, folder: Path) -> dict:
     """Try a reader on mutated inputs: how many came out right and were refused, and each fault with its input."""
     reader, rng = READERS[name], np.random.default_rng(seed)
-    path = folder / "in" / (reader.ending if reader.ending[:1] != "." else f"x{reader.ending}")
-    kept = folder / "faults"
+    path, kept = folder / "in" / reader.file, folder / "faults"
     for each in (path.parent, kept, folder / "cwd"):
-        each.mkdir()
+        each.mkdir(parents=True)
     os.chdir(folder / "cwd")
     seeds, counts, faults, slowest = reader.seeds(), Counter(), {}, 0.0
     signal.signal(signal.SIGALRM, too_slow)
     sys.stderr = io.StringIO()  # warnings and notes are no faults
-    reader.write(path, seeds[0] if isinstance(seeds[0], bytes) else reader.mutate(rng, seeds))
-    fault_of(reader, path)  # loads the libraries
+    for content in seeds:  # which are right; the first loads the libraries
+        path.write_bytes(content)
+        reader.read(path)
     limit_memory()
     for k in range(tries):
-        content = reader.mutate(rng, seeds)
-        reader.write(path, content)
+        path.write_bytes(reader.mutate(rng, seeds))
         started = time.monotonic()
         signal.setitimer(signal.ITIMER_REAL, SECONDS)
         fault = fault_of(reader, path)
