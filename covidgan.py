@@ -1307,7 +1307,7 @@ def names_of(side: Any) -> list[str]:
     """Names of a list, without .png. Raises ValueError for what is no list of names, or leads out of a folder."""
     names = [re.sub(r"(?i)\.png$", "", name) for name in side] if isinstance(side, list) else [""]
     for name in names:
-        if PureWindowsPath(name).name != name or name[:1] in ("", ".") or min(name) < " ":
+        if PureWindowsPath(name).name != name or name[:1] in ("", ".") or min(name) < " " or len(name) > 255:
             raise ValueError(f"{name!r:.80} is no name")
     return names
 

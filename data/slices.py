@@ -222,8 +222,8 @@ def read_split(path: Path) -> dict[str, list[str]]:
 
 
 def is_name(name: str) -> bool:
-    """Tell whether a name is a file's on any system: no folder or drive before it, no control character in it."""
-    return PureWindowsPath(name).name == name != "" and name[0] != "." and min(name) >= " "
+    """Tell whether a name is a file's on any system: not too long, no folder or drive, no control character in it."""
+    return PureWindowsPath(name).name == name != "" and name[0] != "." and min(name) >= " " and len(name) < 256
 
 
 def stem(name: str) -> str:

@@ -4,6 +4,7 @@ Wants Debian's package chromium, or a Chrome, and what `make runtime` fetches; w
 """
 
 import base64
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -12,6 +13,7 @@ import os
 import re
 import shutil
 import threading
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +25,8 @@ from PIL import Image
 import covidgan
 import export
 import infer_onnx
-from data.slices import COLOURS, LABELS, coloured, read_image, read_map, windowed, write_image, write_map
+from data.slices import COLOURS, LABELS, Mistake, coloured, read_image, read_map, windowed, write_image, write_map
+from faults import readers
 
 ROOT = Path(__file__).resolve().parents[1]
 WEB, VENDOR = ROOT / "web", ROOT / "web" / "vendor"
@@ -533,6 +536,77 @@ def test_a_browser_without_webassembly_is_told_so_in_one_line(new_page, site):
     page = new_page()
     page.tab.add_init_script("delete window.WebAssembly")
     assert "This browser lacks WebAssembly" in page.open(site).line(error=True)
+
+
+# ------------------------------------------------------------------------------------------------ files that are wrong
+
+
+TRY_MAPS = """async (files) => {
+    const answers = [];
+    for (const file of files) {
+        const bytes = Uint8Array.from(atob(file), (sign) => sign.charCodeAt()), started = performance.now();
+        const answer = await readMap("a.png", bytes).then((map) => ({ ...map, labels: [...map.labels] }),
+                                                          (error) => ({ error: String(error.message) }));
+        answers.push({ ...answer, seconds: (performance.now() - started) / 1000 });
+    }
+    return answers;
+}"""
+TRY_MODELS = """async (files) => {
+    const answers = [];
+    for (const file of files) {
+        const bytes = Uint8Array.from(atob(file), (sign) => sign.charCodeAt()).buffer, started = performance.now();
+        const answer = await worker.ask("open", { name: "a.onnx", bytes }, [bytes]).then(
+            ({ level, width, size, multiple }) => ({ numbers: [level, width, size, multiple] }),
+            (error) => ({ error: String(error.message), memory: error.memory }));
+        answers.push({ ...answer, seconds: (performance.now() - started) / 1000 });
+    }
+    return answers;
+}"""
+
+
+def tried(page, script, reader, n, part=50):
+    """Mutated inputs of a reader of the scripts, and what the page makes of each; every complaint is one line."""
+    rng, seeds = np.random.default_rng(2), readers.READERS[reader].seeds()
+    inputs = [readers.READERS[reader].mutate(rng, seeds) for _ in range(n)]
+    for k in range(0, n, part):
+        files = [base64.b64encode(content).decode() for content in inputs[k : k + part]]
+        for content, answer in zip(inputs[k : k + part], page.tab.evaluate(script, files), strict=True):
+            assert answer["seconds"] < readers.SECONDS
+            error = answer.get("error")
+            assert error is None or ("\n" not in error and len(error) <= readers.LONGEST), error
+            assert error is None or answer.get("memory") or error.startswith("a."), error
+            yield content, answer
+
+
+def test_a_mutated_map_is_refused_or_read_as_the_scripts_read_it(page, tmp_path, tries, count):
+    n, alike = tries(100, 2_000), 0
+    for content, answer in tried(page, TRY_MAPS, "slices_map", n):
+        (tmp_path / "a.png").write_bytes(content)
+        with contextlib.suppress(Mistake, KeyError):
+            labels = np.array(answer["labels"]).reshape(answer["height"], answer["width"])
+            assert np.array_equal(labels, read_map(tmp_path / "a.png")), content
+            alike += 1
+    count("mutated inputs of the page's map reader", n)
+    assert alike > n / 5
+
+
+def test_a_mutated_generator_is_refused_in_one_line_and_the_right_one_opens_after_it(page, generator, tries, count):
+    n, opened = tries(60, 1_000), 0
+    for _, answer in tried(page, TRY_MODELS, "onnx", n):
+        assert "error" in answer or all(isinstance(number, int | float) for number in answer["numbers"])
+        opened += "numbers" in answer
+    count("mutated inputs of the page's generator reader", n)
+    assert 0 < opened < n
+    page.pick("generator", generator)
+    page.tab.get_by_text(f"generator.onnx, trained at {SIZE} x {SIZE} pixels").wait_for()
+    assert page.with_slice().save("ct").shape == (SIZE, SIZE)
+
+
+def test_a_small_map_that_unpacks_to_a_giant_one_is_refused(page, tmp_path):
+    head = (b"IHDR", bytes([0, 0, 0, 4, 0, 0, 0, 4, 8, 0, 0, 0, 0]))
+    bomb = (b"IDAT", zlib.compress(bytes(2**28), 1))
+    (tmp_path / "bomb.png").write_bytes(readers.png_of([head, bomb, (b"IEND", b"")]))
+    refuses(page, "map", tmp_path / "bomb.png", "it holds more than its header says")
 
 
 # ------------------------------------------------------------------------------------------------ the runtime

@@ -41,7 +41,16 @@ const clamp = (value, low, high) => Math.min(Math.max(value, low), high);
 function generatorWorker() {
   const CONTRACT = "1"; // with export.py, whose head has it in full
   const TENSORS = { "input map": "uint8", "output ct": "int16", "output alpha": "float32" };
-  const PARSED = ["labels", "level", "width", "size", "multiple"]; // metadata that is JSON
+  const isSide = (value) => Number.isInteger(value) && value >= 1 && value <= 4096; // as LARGEST in data/slices.py
+  const isHu = (value) => Number.isFinite(value) && Math.abs(value) <= 1e5;
+  const PARSED = { // metadata that is JSON, and what it must be, as in infer_onnx.py
+    labels: (value) => Array.isArray(value) && value.length >= 1 && value.length <= 4
+      && value.every((label) => typeof label === "string"),
+    level: isHu,
+    width: (value) => isHu(value) && value > 0,
+    size: isSide,
+    multiple: (value) => isSide(value) && value <= 2048,
+  };
   let ort, session, info;
 
   const tasks = {
@@ -59,7 +68,7 @@ function generatorWorker() {
     async open({ name, bytes }) {
       const metadata = readMetadata(name, new Uint8Array(bytes));
       if ((metadata.kind ?? "generator") !== "generator") {
-        throw new Error(`${name}: is a ${metadata.kind}, not a generator: give the other file`);
+        throw new Error(`${name}: is a ${short(metadata.kind)}, not a generator: give the other file`);
       }
       const opened = await start(name, bytes);
       try {
@@ -116,16 +125,31 @@ function generatorWorker() {
     for (const value of opened.inputMetadata) tensors[`input ${value.name}`] = value.type;
     for (const value of opened.outputMetadata) tensors[`output ${value.name}`] = value.type;
     const lacks = [
-      ...["kind", "contract", ...PARSED].filter((key) => !(key in metadata)).map((key) => `metadata ${key}`),
+      ...["kind", "contract", ...Object.keys(PARSED)].filter((key) => !(key in metadata)).map((key) => `metadata ${key}`),
       ...Object.keys(TENSORS).filter((key) => tensors[key] !== TENSORS[key]).map((key) => `${key}, ${TENSORS[key]}`),
     ];
     if (lacks.length) throw new Error(`${name}: not a generator that export.py wrote: it lacks ${lacks.join("; ")}`);
     if (metadata.contract !== CONTRACT) {
-      throw new Error(`${name}: contract ${metadata.contract}, this page speaks ${CONTRACT}: export it again`);
+      throw new Error(`${name}: contract ${short(metadata.contract)}, this page speaks ${CONTRACT}: export it again`);
     }
-    const parsed = Object.fromEntries(PARSED.map((key) => [key, JSON.parse(metadata[key])]));
+    const parsed = Object.fromEntries(Object.keys(PARSED).map((key) => [key, parse(name, key, metadata[key])]));
     const fixed = opened.inputMetadata[0].shape.map((side) => (typeof side === "number" ? side : null));
+    if (fixed.length !== 3 || fixed.some((side) => side !== null && !isSide(side))) {
+      throw new Error(`${name}: its map is of shape ${fixed}, not [N, H, W]: export it again`);
+    }
     return { name, licence: "", ...metadata, ...parsed, fixed };
+  }
+
+  /** A value of the metadata, held to what PARSED says of it. */
+  function parse(name, key, text) {
+    let value;
+    try {
+      value = JSON.parse(text);
+    } catch { /* no JSON: nothing */ }
+    if (!PARSED[key](value)) {
+      throw new Error(`${name}: metadata ${key} is ${JSON.stringify(text.slice(0, 80))}: export it again`);
+    }
+    return value;
   }
 
   /** Height and width that the generator takes a map in: two multiples at least, as in infer_onnx.py. */
@@ -143,7 +167,7 @@ function generatorWorker() {
     try {
       for (const [field, pair] of fields(bytes)) {
         if (field !== 14) continue;
-        const [key, value] = [...fields(pair)].map(([, content]) => text.decode(content));
+        const [key, value = ""] = [...fields(pair)].map(([, content]) => text.decode(content));
         metadata[key] = value;
       }
     } catch {
@@ -170,7 +194,8 @@ function generatorWorker() {
     }
   }
 
-  const firstLine = (error) => String(error?.message ?? error).split("\n")[0];
+  const short = (text) => text.slice(0, 80).replace(/\p{C}/gu, "?"); // a file's own word, fit to be shown
+  const firstLine = (error) => String(error?.message ?? error).split("\n")[0].slice(0, 500);
   const isMemory = (error) => /memory|bad_alloc|allocat|Aborted/i.test(firstLine(error));
 
   async function answer({ id, task, ...given }) {
@@ -216,9 +241,22 @@ const SIGNATURE = [137, 80, 78, 71, 13, 10, 26, 10];
 const CHANNELS = { 0: 1, 2: 3, 3: 1, 4: 2, 6: 4 }; // by colour type: grey, RGB, palette, grey and alpha, RGBA
 const KINDS = { 0: "grey", 2: "RGB", 3: "palette", 4: "grey with alpha", 6: "RGBA" };
 
-/** Send bytes through a CompressionStream or DecompressionStream of zlib's format, which is PNG's. */
-async function through(stream, bytes) {
-  return new Uint8Array(await new Response(new Blob([bytes]).stream().pipeThrough(stream)).arrayBuffer());
+/** Send bytes through a CompressionStream or DecompressionStream of zlib's format, which is PNG's. Throws where more
+    than `most` bytes come out: a small file may unpack to any size. */
+async function through(stream, bytes, most = Infinity) {
+  const parts = [];
+  let length = 0;
+  for (const reader = new Blob([bytes]).stream().pipeThrough(stream).getReader(); ;) {
+    const { done, value } = await reader.read();
+    if (done) break;
+    parts.push(value);
+    length += value.length;
+    if (length > most) {
+      await reader.cancel();
+      throw new Error("it holds more than its header says");
+    }
+  }
+  return new Uint8Array(await new Blob(parts).arrayBuffer());
 }
 
 /** The CRC-32 that closes each chunk of a PNG. */
@@ -269,12 +307,16 @@ async function readPng(bytes) {
     if (type === "IDAT") found.IDAT.push(content);
     else found[type] = content;
   }
+  if (found.IHDR?.length !== 13) throw new Error("it has no header");
   const header = new DataView(found.IHDR.slice().buffer);
   const png = { width: header.getUint32(0), height: header.getUint32(4), depth: found.IHDR[8], type: found.IHDR[9] };
   const { width, height } = png;
   if (!width || !height || Math.max(width, height) > LARGEST) throw new Error(`not 1 to ${LARGEST} pixels a side`);
+  const depths = { 0: [1, 2, 4, 8, 16], 2: [8, 16], 3: [1, 2, 4, 8], 4: [8, 16], 6: [8, 16] }[png.type];
+  if (!depths?.includes(png.depth)) throw new Error("no PNG has such pixels");
   if (found.IHDR[12]) throw new Error("it is interlaced");
-  const raw = await through(new DecompressionStream("deflate"), await new Blob(found.IDAT).arrayBuffer());
+  const most = height * (width * 8 + 1); // of RGBA in 16 bits
+  const raw = await through(new DecompressionStream("deflate"), await new Blob(found.IDAT).arrayBuffer(), most);
   const palette = [];
   for (let i = 0; i < (found.PLTE?.length ?? 0); i += 3) palette.push([...found.PLTE.subarray(i, i + 3)]);
   return { ...png, samples: unpack(unfilter(raw, png), png), palette, opacities: found.tRNS ?? [] };
@@ -287,6 +329,7 @@ function unfilter(raw, { width, height, depth, type }) {
   const rows = new Uint8Array(height * stride);
   for (let y = 0; y < height; y++) {
     const filter = raw[y * (stride + 1)];
+    if (filter > 4) throw new Error(`its row ${y} has no filter of PNG's`);
     for (let x = 0; x < stride; x++) {
       const at = y * stride + x;
       const left = x >= step ? rows[at - step] : 0;
