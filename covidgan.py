@@ -24,6 +24,7 @@ import ctypes
 import dataclasses
 import errno
 import inspect
+import io
 import json
 import math
 import os
@@ -1243,7 +1244,8 @@ def read_png(path: Path) -> tuple[str, np.ndarray, np.ndarray | None]:
     Raises Mistake for a file that is cut short, broken or no PNG, and before it is decoded for one that is too large.
     """
     try:
-        with PngImageFile(path) as picture:  # Image.open would take any format, and warn of some sizes
+        content = io.BytesIO(path.read_bytes())  # in which no chunk finds the gigabytes that its head may claim
+        with PngImageFile(content) as picture:  # Image.open would take any format, and warn of some sizes
             if not 1 <= min(picture.size) <= max(picture.size) <= LARGEST:
                 raise Mistake(f"{path}: {picture.width} x {picture.height} pixels: give 1 to {LARGEST} a side")
             clear = picture.info.get("transparency", b"")  # of a palette: one index, or opacities of the first ones
@@ -1449,7 +1451,11 @@ def check_fit(checkpoint: dict[str, Any], method: type[Method], c: LoopConfig) -
         module, tensors = networks if part == "networks" else networks.generator(), checkpoint.get(part)
         if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
             raise ValueError(f"its {part} are no tensors")
-        if {name: x.shape for name, x in tensors.items()} != {name: x.shape for name, x in module.state_dict().items()}:
+        found, wanted = (
+            {name: (x.shape, x.dtype, x.layout) for name, x in state.items()}
+            for state in (tensors, module.state_dict())
+        )
+        if found != wanted:
             raise ValueError(f"its {part} are of another architecture")
 
 

@@ -110,7 +110,8 @@ def open_png(path: Path) -> Iterator[PngImageFile]:
     with more than LARGEST a side.
     """
     try:
-        with PngImageFile(path) as picture:  # Image.open would take any format, and warn of some sizes
+        content = io.BytesIO(path.read_bytes())  # in which no chunk finds the gigabytes that its head may claim
+        with PngImageFile(content) as picture:  # Image.open would take any format, and warn of some sizes
             if not 1 <= min(picture.size) <= max(picture.size) <= LARGEST:
                 raise Mistake(f"{path}: {picture.width} x {picture.height} pixels: give 1 to {LARGEST} a side")
             yield picture

@@ -20,13 +20,13 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from faults import readers
 from PIL import Image
 
 import covidgan
 import export
 import infer_onnx
 from data.slices import COLOURS, LABELS, Mistake, coloured, read_image, read_map, windowed, write_image, write_map
-from faults import readers
 
 ROOT = Path(__file__).resolve().parents[1]
 WEB, VENDOR = ROOT / "web", ROOT / "web" / "vendor"

@@ -309,14 +309,18 @@ def covidgan_split(path: Path) -> None:
 
 def checkpoint_seeds() -> list[bytes]:
     """The checkpoint of a small method that has made no step."""
+    import torch
+
     import covidgan
 
     c = covidgan.Config(**covidgan.PRESETS["tiny"] | dict(ngf=4, ndf=4, n_blocks=1, n_local_blocks=1, device="cpu"))
     method = covidgan.build(covidgan.Covidgan, c)
     average = method.generator().state_dict()
     state = {"method": "covidgan", "config": dataclasses.asdict(c), "stage": "g1", "step": 3, "steps": 20}
+    players = {name: player for name, player in method.players("g1").items() if player.parameters}
+    adams = {name: torch.optim.Adam(player.parameters, fused=True).state_dict() for name, player in players.items()}
     buffer = io.BytesIO()
-    covidgan.torch.save(state | {"networks": method.state_dict(), "average": average, "optimizers": {}}, buffer)
+    torch.save(state | {"networks": method.state_dict(), "average": average, "optimizers": adams}, buffer)
     return [buffer.getvalue()]
 
 
@@ -537,10 +541,10 @@ def tally(name: str, tries: int, seed: int, folder: Path) -> dict:
     os.chdir(folder / "cwd")
     seeds, counts, faults, slowest = reader.seeds(), Counter(), {}, 0.0
     signal.signal(signal.SIGALRM, too_slow)
-    sys.stderr = io.StringIO()  # warnings and notes are no faults
     for content in seeds:  # which are right; the first loads the libraries
         path.write_bytes(content)
         reader.read(path)
+    sys.stderr = io.StringIO()  # warnings and notes are no faults
     limit_memory()
     for k in range(tries):
         path.write_bytes(reader.mutate(rng, seeds))

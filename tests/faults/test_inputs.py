@@ -4,6 +4,7 @@ By chance: thousands of mutations of every reader's inputs, in a child of limite
 what follows, each with the fault that it once was, or would be.
 """
 
+import contextlib
 import dataclasses
 import gzip
 import io
@@ -47,6 +48,16 @@ def refused(read, path, words=""):
     text = str(mistake.value)
     assert str(path) in text and text.isprintable() and len(text) <= readers.LONGEST and words in text
     return text
+
+
+def peak(work):
+    """Most bytes that Python and NumPy hold while work goes on."""
+    tracemalloc.start()
+    try:
+        work()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("name", readers.READERS)
@@ -93,6 +104,20 @@ def test_a_png_that_claims_giant_sides_is_refused_before_it_is_decoded(tmp_path,
     refused(read, tmp_path / "a.png", "4096")
 
 
+@pytest.mark.parametrize("read", PNG_READERS)
+def test_a_chunk_that_claims_gigabytes_is_given_none(tmp_path, read):
+    """Reading that many bytes from a file would find room for them first."""
+    content = readers.png_of([header(4, 4, 16 if "image" in read.__name__ else 8), *end(bytes(36))])
+    at = content.index(b"IDAT")
+    (tmp_path / "a.png").write_bytes(content[: at - 4] + b"\x7f\xff\xff\xff" + content[at:-12])
+
+    def attempt():
+        with contextlib.suppress(*MISTAKES):
+            read(tmp_path / "a.png")
+
+    assert peak(attempt) < 2**22
+
+
 @pytest.mark.parametrize("read", [slices_map, covidgan_map])
 @pytest.mark.parametrize("clear", [bytes(9), bytes(300)])
 def test_opacities_of_more_colours_than_there_are_change_no_label(tmp_path, read, clear):
@@ -118,16 +143,6 @@ def test_another_format_by_the_name_of_a_png_reaches_no_other_decoder(tmp_path, 
 
 
 # ------------------------------------------------------------------------------------------------ volumes
-
-
-def peak(work):
-    """Most bytes that Python and NumPy hold while work goes on."""
-    tracemalloc.start()
-    try:
-        work()
-        return tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
 
 
 def test_a_small_file_that_unpacks_to_a_giant_one_is_refused_after_a_few_megabytes(tmp_path):
@@ -268,9 +283,10 @@ def test_a_checkpoint_whose_config_asks_for_other_networks_is_refused_before_the
 
 
 @pytest.mark.parametrize("part", ["networks", "average"])
-def test_tensors_that_only_claim_their_size_are_refused(tmp_path, checkpoint, part):
+@pytest.mark.parametrize("make", [lambda _: torch.zeros(1).expand(2**40), torch.Tensor.to_sparse, torch.Tensor.long])
+def test_tensors_that_only_claim_their_size_or_are_of_another_kind_are_refused(tmp_path, checkpoint, part, make):
     name = next(iter(checkpoint[part]))
-    checkpoint[part][name] = torch.zeros(1).expand(2**40)  # of four bytes
+    checkpoint[part][name] = make(checkpoint[part][name])
     torch.save(checkpoint, tmp_path / "ckpt.pt")
     refused(read_checkpoint, tmp_path / "ckpt.pt", "another architecture")
 
