@@ -166,7 +166,7 @@ def test_a_png_that_claims_to_be_huge_is_one_line(tmp_path):
     (tmp_path / "i.png").write_bytes(
         b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
     )
-    with pytest.raises(Mistake, match=r"i\.png: not a readable PNG"):
+    with pytest.raises(Mistake, match=r"i\.png: 60000 x 60000 pixels"):
         covidgan.read_image(tmp_path / "i.png")
 
 
