@@ -30,6 +30,7 @@ import math
 import os
 import re
 import signal
+import struct
 import subprocess
 import sys
 import zipfile
@@ -59,6 +60,7 @@ HU_OFFSET = 1024  # a stored pixel is HU + 1024, 0..4095
 LARGEST = 4096  # pixels a side of a slice: what a header claims beyond is refused before memory is found for it
 PARENCHYMA = -860  # HU of healthy lung between its vessels
 LUNG_HU = (-1000, -400)  # what a patient's mean of lung without lesion must lie in
+PNG_ERRORS = (OSError, SyntaxError, ValueError, LookupError, TypeError, EOFError, struct.error)  # Pillow's
 STAGES = ("g1", "g2", "joint")  # §III-A, in their order
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # what a filesystem without locks answers
 PHANTOM = "data/phantom"  # the built-in data; a folder whose name begins so is made when it is not there
@@ -1250,7 +1252,7 @@ def read_png(path: Path) -> tuple[str, np.ndarray, np.ndarray | None]:
                 raise Mistake(f"{path}: {picture.width} x {picture.height} pixels: give 1 to {LARGEST} a side")
             clear = picture.info.get("transparency", b"")  # of a palette: one index, or opacities of the first ones
             pixels, palette = np.asarray(picture), picture.getpalette("RGB")
-    except (OSError, SyntaxError, ValueError) as error:  # Pillow's words for a broken PNG
+    except PNG_ERRORS as error:
         raise Mistake(f"{path}: not a readable PNG ({error}): write it again") from error
     if palette is None:
         return picture.mode, pixels, None
@@ -1338,7 +1340,7 @@ def read_split(folder: Path, seed: int) -> dict[str, list[str]]:
         split = {"train": [name for name in names if name not in {*test}], "test": test}
     if not split["train"] or not split["test"]:
         counts = f"{len(split['train'])} slices to train, {len(split['test'])} to test"
-        raise Mistake(f"{folder}: {counts}: both need one")
+        raise Mistake(f"{path if path.exists() else folder}: {counts}: both need one")
     return split
 
 

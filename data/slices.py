@@ -18,6 +18,7 @@ import itertools
 import json
 import os
 import signal
+import struct
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path, PureWindowsPath
@@ -40,7 +41,7 @@ HU_OFFSET = 1024  # stored value = HU + 1024: air is 24, water 1024
 HELD = (-HU_OFFSET, 4095 - HU_OFFSET)  # the HU that the format holds
 NIFTI = (".nii", ".nii.gz")  # endings of volumes
 LARGEST = 4096  # pixels a side of a slice: what a header claims beyond is refused before memory is found for it
-PNG_ERRORS = (OSError, SyntaxError, ValueError)  # Pillow's, for a PNG that is none
+PNG_ERRORS = (OSError, SyntaxError, ValueError, LookupError, TypeError, EOFError, struct.error)  # Pillow's
 JSON_ERRORS = (OSError, ValueError, RecursionError)  # of a JSON file; the last of lists in lists, on and on
 LEVEL, WIDTH = -600, 1500  # the lung window that pictures for people are shown in, HU
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # what a filesystem without locks answers

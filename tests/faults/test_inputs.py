@@ -118,6 +118,15 @@ def test_a_chunk_that_claims_gigabytes_is_given_none(tmp_path, read):
     assert peak(attempt) < 2**22
 
 
+@pytest.mark.parametrize("read", PNG_READERS)
+def test_a_colour_profile_cut_short_behind_the_pixels_is_one_line(tmp_path, read):
+    """Pillow raises an IndexError of its own."""
+    pixels, close = end(bytes(36))
+    depth = 16 if "image" in read.__name__ else 8
+    (tmp_path / "a.png").write_bytes(readers.png_of([header(4, 4, depth), pixels, (b"iCCP", b"a\0"), close]))
+    refused(read, tmp_path / "a.png", "not a readable PNG")
+
+
 @pytest.mark.parametrize("read", [slices_map, covidgan_map])
 @pytest.mark.parametrize("clear", [bytes(9), bytes(300)])
 def test_opacities_of_more_colours_than_there_are_change_no_label(tmp_path, read, clear):
@@ -203,6 +212,11 @@ def test_a_name_that_leads_out_of_the_folder_is_refused(split_file, read, name):
 def test_lists_in_lists_and_endless_numbers_are_one_line(split_file, read, content):
     split_file.write_text(content)
     refused(read, split_file)
+
+
+def test_a_split_with_an_empty_side_is_named(split_file):
+    split_file.write_text(json.dumps({"train": ["P01_S001"], "test": []}))
+    refused(SPLIT_READERS[1], split_file, "both need one")
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints
