@@ -488,7 +488,7 @@ def test_a_mistake_is_one_line_and_status_2(cli):
         (["pix2pix", "--size", "72"], "--size 72: give a multiple of 32"),
         (["pix2pixHD", "--n-blocks", "0"], "--n-blocks 0"),
         (["SEAN", "--lr", "1e-3"], "they go with --optimiser paper"),
-        (["SEAN", "--ngf", "5"], "--ngf even"),
+        (["SEAN", "--ngf", "5"], "--ngf 5: give an even number"),
         (["SEAN", "--n-gen", "1"], "--n-gen"),
     ],
 )
