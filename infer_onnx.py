@@ -728,9 +728,6 @@ def encode(hu: np.ndarray, form: str, info: dict[str, Any]) -> bytes:
 
         content = nibabel.Nifti1Image(hu.T[..., None], np.diag([-1.0, -1.0, 1.0, 1.0])).to_bytes()
         return gzip.compress(content, 1, mtime=0)  # the hour is no part of it
-        return gzip.compress(
-            nibabel.Nifti1Image(hu.T[..., None], np.diag([-1.0, -1.0, 1.0, 1.0])).to_bytes(), 1, mtime=0
-        )
     buffer = io.BytesIO()
     np.save(buffer, hu)
     return buffer.getvalue()

@@ -62,7 +62,7 @@ def generator(tmp_path_factory):
     method = covidgan.build(covidgan.Covidgan, c)
     state = {"config": dataclasses.asdict(c), "networks": method.state_dict()}
     torch.save(state, folder / "ckpt.pt")
-    export.export_checkpoint(folder / "ckpt.pt", folder / "generator.onnx", fp16=False, target="any", pack=False)
+    export.export_checkpoint(folder / "ckpt.pt", folder / "generator.onnx", False, "any", False, export.TERMS)
     return folder / "generator.onnx"
 
 
