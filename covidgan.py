@@ -51,7 +51,6 @@ from filelock import FileLock, Timeout
 from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngImageFile
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 LABELS = ("background", "lung", "ground-glass opacity", "consolidation")
@@ -635,21 +634,9 @@ def build(method: type[Method], c: LoopConfig) -> Method:
         return method(c)
 
 
-class Undrawn(TorchFunctionMode):
-    """Leaves out what fills starting weights, for which the device meta would first import a second's worth."""
-
-    def __torch_function__(
-        self, function: Callable, types: Any, given: tuple = (), named: dict[str, Any] | None = None
-    ) -> Any:
-        """Run a function of PyTorch's, or hand back the tensor that it would have filled."""
-        if getattr(function, "__name__", "") in ("normal_", "uniform_", "zeros_", "zero_", "fill_"):
-            return given[0] if given else named["tensor"]
-        return function(*given, **(named or {}))
-
-
 def outline(method: type[Method], c: LoopConfig) -> Method:
     """A method's networks without weights, on PyTorch's device of shapes alone: they take no memory."""
-    with torch.device("meta"), Undrawn():
+    with torch.device("meta"):
         return method(c)
 
 
