@@ -44,7 +44,7 @@ def making(product: Path, script: Path | None = None) -> Iterator[None]:
 
     script: the lock of the script that makes it, which may have outlived whoever called it.
     """
-    with held(product.parent, f".{product.name}.lock", wait=True):
+    with held(product.parent, f".{product.name}.maker.lock", wait=True):  # no name that a script itself locks
         if script:
             with held(script.parent, script.name, wait=True):
                 pass
