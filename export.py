@@ -554,7 +554,7 @@ def export_features(kind: str, source: Path, path: Path) -> str:
 
 def find_checkpoint(path: Path) -> Path:
     """The checkpoint meant: a file, a run's folder, or a name that stands in the default run's folder, `out`."""
-    for candidate in (path, path / "ckpt.pt", Path(covidgan.Config.out) / path):
+    for candidate in (path, path / "unet.pt", path / "ckpt.pt", Path(covidgan.Config.out) / path):
         if candidate.is_file():
             return candidate
     raise Mistake(f"{path}: no such checkpoint: python covidgan.py --stage all writes {covidgan.Config.out}/ckpt.pt")

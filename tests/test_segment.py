@@ -92,7 +92,7 @@ def test_it_learns_to_find_lung_and_ground_glass_on_a_patient_that_it_has_not_se
 
 
 def test_its_file_exports_and_labels_as_the_trained_network_does(toy, trained, tmp_path):
-    export.main([str(trained / "unet.pt"), "-o", str(tmp_path / "unet.onnx")])
+    export.main([str(trained), "-o", str(tmp_path / "unet.onnx")])  # its folder, or unet.pt in it
     trainer = segment.SegmentationTrainer(config(toy, trained))
     trainer.load(trained / "ckpt.pt")
     ours = trainer.segment(trainer.test.hu)[:, 0].numpy()
