@@ -563,9 +563,9 @@ def test_a_checkpoint_is_found_by_path_folder_or_name_in_out(plain, recorded, tm
     for target in ("ckpt.pt", "other.pt"):
         Path("out", target).write_bytes(plain.source.read_bytes())
     export.main([name])
-    ((checkpoint, digest, path, fp16, target, packed),) = recorded
+    ((checkpoint, digest, path, fp16, target, packed, terms),) = recorded
     assert checkpoint["config"]["ngf"] == plain.c.ngf and digest == plain.metadata["checkpoint_sha256"]
-    assert path == Path("generator.onnx") and not fp16 and target == "any" and not packed
+    assert path == Path("generator.onnx") and not fp16 and target == "any" and not packed and terms == export.TERMS
 
 
 def test_a_missing_checkpoint_is_told_in_one_line(tmp_path, monkeypatch, capsys):
