@@ -176,7 +176,7 @@ def start(*arguments, script=ROOT / "covidgan.py", **more):
     command = [sys.executable, *map(str, [script] if script else []), *map(str, arguments)]
     env = {**os.environ, "OMP_NUM_THREADS": "1", **more.pop("env", {})}
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    return subprocess.Popen(command, cwd=ROOT, env=env, **pipes, **more)
+    return subprocess.Popen(command, cwd=ROOT, env=env, **(pipes | more))
 
 
 @pytest.fixture(scope="session")
