@@ -999,6 +999,17 @@ class Trainer:
         write_panel(self.out / f"panel_{self.stage}_{self.step_done:06d}.png", labels, real, self.synthesize(labels))
         write_curves(self.out / "curves.png", self.out / "stats.jsonl", self.method.curves)
 
+    def report(self) -> None:
+        """Print the table of results on the test side and write it as OUT/results.json."""
+        c, results, test = self.c, evaluate(self), self.test.with_lung()
+        n, without_lung = len(test.names), len(self.test.names) - len(test.names)
+        head = {"stage": self.stage, "n": n, "without_lung": without_lung, "size": c.size}
+        text = json.dumps({**head, **results}, indent=1)
+        write_atomically(self.out / "results.json", lambda path: path.write_text(text + "\n"))
+        left_out = f" ({without_lung} without lung left out)" if without_lung else ""
+        print(f"\n{n} test slices of {c.data}{left_out}:\n{table(results)}\n")
+        print(f"wrote {c.out}/: ckpt.pt, results.json, stats.jsonl, curves.png and panels")
+
 
 def world_size() -> int:
     """Processes of a torchrun, 1 without."""
@@ -1627,7 +1638,7 @@ def prepare_out(c: LoopConfig, method: type[Method]) -> None:
             old.unlink(missing_ok=True)
     kept = []
     if (out / "ckpt.pt").exists() and stats.exists():
-        checkpoint, order = read_checkpoint(out / "ckpt.pt", method), method.stages(c).index
+        checkpoint, order = read_weights(out / "ckpt.pt"), method.stages(c).index  # parse_config has checked it
         done = order(checkpoint["stage"]), checkpoint["step"]
         for line in stats.read_text().splitlines():  # a killed run wrote past its checkpoint, the last line perhaps cut
             if line.endswith("}") and (order((x := json.loads(line))["stage"]), x["step"]) <= done:
@@ -1677,8 +1688,8 @@ def first_to_tell() -> bool:
         return True
 
 
-def main(argv: list[str], method: type[Method] = Covidgan) -> None:
-    """Train a method as the command line says, then print and write the results on the test side."""
+def main(argv: list[str], method: type[Method] = Covidgan, kind: type[Trainer] = Trainer) -> None:
+    """Train a method as the command line says, by this kind of trainer, then print and write the results."""
     c = parse_config(argv, method)
     keep_freed_memory()
     if world_size() > 1:
@@ -1688,7 +1699,7 @@ def main(argv: list[str], method: type[Method] = Covidgan) -> None:
         with together():
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     on_first_rank(make_phantom, c)
-    trainer = Trainer(method, c)
+    trainer = kind(method, c)
     with contextlib.ExitStack() as until_the_end:
         on_first_rank(until_the_end.enter_context, held(Path(c.out)))
         on_first_rank(prepare_out, c, method)
@@ -1710,19 +1721,7 @@ def train(trainer: Trainer) -> None:
         print(f"parameters: {told}; {trainer.device}, {'bfloat16' if trainer.bf16 else 'float32'}", flush=True)
     trainer.run()
     if trainer.rank == 0:
-        report(trainer)
-
-
-def report(trainer: Trainer) -> None:
-    """Print the table of results and write it as OUT/results.json."""
-    c, results, test = trainer.c, evaluate(trainer), trainer.test.with_lung()
-    n, without_lung = len(test.names), len(trainer.test.names) - len(test.names)
-    head = {"stage": trainer.stage, "n": n, "without_lung": without_lung, "size": c.size}
-    text = json.dumps({**head, **results}, indent=1)
-    write_atomically(Path(c.out, "results.json"), lambda path: path.write_text(text + "\n"))
-    left_out = f" ({without_lung} without lung left out)" if without_lung else ""
-    print(f"\n{n} test slices of {c.data}{left_out}:\n{table(results)}\n")
-    print(f"wrote {c.out}/: ckpt.pt, results.json, stats.jsonl, curves.png and panels")
+        trainer.report()
 
 
 def exit_on_mistake(program: Callable[[list[str]], None]) -> None:

@@ -350,7 +350,6 @@ def to_onnx(
     del model.graph.metadata_props[:]  # bounds of the axes, in an order that no two runs have in common
     for value in [*model.graph.value_info, *model.graph.input, *model.graph.output]:
         del value.metadata_props[:]
-    del model.graph.metadata_props[:]  # what the exporter notes for itself
     name_axes(model)
     return model
 

@@ -17,13 +17,15 @@ from typing import Any
 
 import numpy as np
 
-from data.slices import Mistake, OneLineParser, exit_on_mistake, list_pngs, read_image, write_bytes
+from data.slices import Mistake, OneLineParser, exit_on_mistake, write_bytes
 from paper import runs
+from paper.report import grid, over_seeds
 
 HALF, WHOLE = ["--epoch-len", "2100"], ["--epoch-len", "4200"]  # of two epochs a stage, see --epochs
 BEST = ["--preset", "best"]
 CLEAN = ["--preset", "paper", "--noise", "0", "--ema", "0.998"]  # the paper's, with targets that a generator can match
 SCALE = ["--ngf", "32", "--ndf", "32", "--n-blocks", "6", "--batch", "4"]
+SIDES = ("test", "seg_test")  # chosen by, and not
 FIGURES = {  # column -> table of eval.py's results, row, key, factor, decimals
     "PSNR": ("pixels", "complete PSNR", "mean", 1, 2),
     "SSIM": ("pixels", "complete SSIM", "mean", 1, 4),
@@ -69,7 +71,7 @@ def run(row: str, seed: int, args: argparse.Namespace, size: int) -> dict[str, d
     runs.train(["-m", "paper.study"], [*map(str, options)], out)
     features = runs.feature_network(args.out)
     measured = {}
-    for side in ("test", "seg_test"):
+    for side in SIDES:
         results = runs.measure(out, args.reference, side, features)
         measured[side] = {}
         for column, (table, name, key, factor, _) in FIGURES.items():
@@ -79,20 +81,20 @@ def run(row: str, seed: int, args: argparse.Namespace, size: int) -> dict[str, d
     return measured
 
 
+def known(seeds: list[dict[str, dict[str, Any]]], side: str, column: str) -> list[float]:
+    """Values of a column over the seeds that have one."""
+    return [one[side][column] for one in seeds if one[side][column] is not None]
+
+
 def summary(measured: dict[str, list[dict[str, dict[str, Any]]]]) -> list[str]:
     """Lines of a table in Markdown: a row's mean over its seeds, +- its standard deviation where there are several."""
     head = ["row", "seeds", *(f"{column} ({side})" for side in ("chosen on", "not") for column in FIGURES), "CPU s"]
-    lines = [head, ["---"] * len(head)]
+    lines = []
     for row, seeds in measured.items():
-        cells = [row, str(len(seeds))]
-        for side in ("test", "seg_test"):
-            for column, (*_, digits) in FIGURES.items():
-                values = [one[side][column] for one in seeds if one[side][column] is not None]
-                spread = f" +- {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
-                cells.append(f"{np.mean(values):.{digits}f}{spread}" if values else "-")
-        known = [one["test"]["seconds"] for one in seeds if one["test"]["seconds"] is not None]
-        lines.append([*cells, f"{np.mean(known):.0f}" if known else "-"])
-    return [f"| {' | '.join(line)} |" for line in lines]
+        cells = [over_seeds(known(seeds, side, column), FIGURES[column][-1]) for side in SIDES for column in FIGURES]
+        cost = known(seeds, "test", "seconds")
+        lines.append([row, len(seeds), *cells, f"{np.mean(cost):.0f}" if cost else "-"])
+    return grid(head, lines)[:-1]
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -118,7 +120,7 @@ def main(argv: list[str]) -> None:
     if args.list:
         print("\n".join(f"{row:16} {about:60} {' '.join(options)}" for row, (about, options) in ROWS.items()))
         return
-    size = len(read_image(next(iter(list_pngs(args.reference / "images", "images").values()))))
+    size = runs.size_of(args.reference)
     measured: dict[str, list[dict[str, dict[str, Any]]]] = {}
     for seed in args.seeds:
         for row in args.rows:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import covidgan
-from data.slices import list_pngs, read_image
 from paper import METHODS, rivals, runs
 
 RIVALS = ("pix2pix", "pix2pixHD", "SPADE", "SEAN")
@@ -108,7 +107,7 @@ def train(name: str, optimiser: str, seed: int, args: argparse.Namespace) -> Pat
 
     Of Table II's rows the first seed's checkpoints are kept along the way, whichever command makes the run.
     """
-    row, out, size = row_of(name), folder(name, optimiser, seed, args), size_of(args.reference)
+    row, out, size = row_of(name), folder(name, optimiser, seed, args), runs.size_of(args.reference)
     stage = round(args.samples / full_size(row.kind, covidgan.parse_config([*row.options], row.kind)))  # samples of one
     scale = {"ngf": args.ngf, "ndf": args.ngf, "batch": args.batch, "epochs": 2, "epoch-len": stage // 2}
     given = {"data": args.data, "size": size, "seed": seed, **scale, "interval": stage // args.batch // KEPT}
@@ -155,8 +154,3 @@ def whole_runs(names: Iterable[str], args: argparse.Namespace) -> list[tuple[str
         for path in args.out.glob(f"{name}_{optimiser_of(name, args)}_*/results.json"):
             found.append((name, int(path.parent.name.rpartition("_")[2]), path.parent))
     return sorted(found, key=lambda run: (order.index(run[0]), run[1]))
-
-
-def size_of(data: Path) -> int:
-    """Side of a dataset's slices in pixels."""
-    return len(read_image(next(iter(list_pngs(data / "images", "images").values()))))

@@ -179,7 +179,7 @@ def train(mix: Mix, seed: int, args: argparse.Namespace) -> Path:
     out = folder(mix, seed, args)
     if (out / "results.json").exists():
         return out
-    size, length = generators.size_of(args.reference), args.unet_samples
+    size, length = runs.size_of(args.reference), args.unet_samples
     given = {"data": dataset(mix, seed, args), "size": size, "channels": args.channels, "seed": seed}
     given |= {"batch": args.batch, "epochs": 2, "epoch-len": length // 2}
     given["interval"] = length // args.batch // generators.KEPT
@@ -221,11 +221,7 @@ def score(mix: Mix, seed: int, args: argparse.Namespace) -> None:
 
 def export(out: Path) -> Path:
     """The U-Net of a run as a file, exported where it is not yet."""
-    model = out / "unet.onnx"
-    with runs.making(model):
-        if not model.exists():
-            runs.call(runs.ROOT / "export.py", out / "unet.pt", "-o", model)
-    return model
+    return runs.exported(out / "unet.onnx", out / "unet.pt")
 
 
 def write_scores(file: Path, unet: Path, data: Path, names: list[str]) -> None:

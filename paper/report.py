@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from data.slices import Mistake, write_bytes
 
 
@@ -23,6 +25,14 @@ class Table:
 def grid(head: list[str], lines: list[list[Any]]) -> list[str]:
     """Lines of a Markdown table, and an empty one."""
     return [f"| {' | '.join(map(str, line))} |" for line in (head, ["---"] * len(head), *lines)] + [""]
+
+
+def over_seeds(values: list[float] | None, digits: int) -> str:
+    """Mean +- standard deviation over the seeds, - of none."""
+    if not values:
+        return "-"
+    spread = f" +- {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.{digits}f}{spread}"
 
 
 def write_readme(path: Path, what: str, text: str) -> None:

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data.slices import Mistake, held, write_bytes
+from data.slices import Mistake, held, list_pngs, read_image, write_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
 FEATURES = "efficientnet-lite0"  # of FID and KID: Inception's weights are a download
@@ -128,22 +128,27 @@ def seconds(out: Path) -> float | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
+def size_of(data: Path) -> int:
+    """Side of a dataset's slices in pixels."""
+    return len(read_image(next(iter(list_pngs(data / "images", "images").values()))))
+
+
 def feature_network(folder: Path) -> Path:
     """The feature network of FID and KID, made where it is not there yet."""
-    path = folder / "features.onnx"
-    with making(path):
-        if not path.exists():
-            call(ROOT / "export.py", "--features", FEATURES, "-o", path)
-    return path
+    return exported(folder / "features.onnx", "--features", FEATURES)
 
 
 def export(out: Path) -> Path:
     """The generator of a run as a file, exported where it is not yet."""
-    model = out / "generator.onnx"
-    with making(model):
-        if not model.exists():
-            call(ROOT / "export.py", out / "ckpt.pt", "-o", model)
-    return model
+    return exported(out / "generator.onnx", out / "ckpt.pt")
+
+
+def exported(file: Path, *what: str | Path) -> Path:
+    """A file of export.py's, of what its command line names, made where it is not there yet."""
+    with making(file):
+        if not file.exists():
+            call(ROOT / "export.py", *what, "-o", file)
+    return file
 
 
 def synthesize(

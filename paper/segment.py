@@ -138,9 +138,6 @@ class Segmentation(covidgan.Method):
 class SegmentationTrainer(covidgan.Trainer):
     """The loop, where what is made of a slice, and drawn, is a map."""
 
-    def __init__(self, c: UNetConfig) -> None:
-        super().__init__(Segmentation, c)
-
     @torch.no_grad()
     def segment(self, hu: Tensor) -> Tensor:
         """Labels uint8 of slices in HU, both [N, 1, S, S], on the CPU."""
@@ -172,31 +169,19 @@ class SegmentationTrainer(covidgan.Trainer):
         config = {"n_labels": c.n_labels, "width": c.channels, "level": c.level, "window": c.width}
         return {"kind": "unet", "config": config, "unet": weights}
 
+    def report(self) -> None:
+        """Write OUT/unet.pt and OUT/results.json."""
+        covidgan.write_atomically(self.out / "unet.pt", lambda path: torch.save(self.checkpoint(), path))
+        parameters = sum(p.numel() for p in self.method.parameters())
+        results = {"parameters": parameters, "samples": self.steps * self.c.batch, "slices": len(self.train.names)}
+        text = json.dumps(results | {"config": dataclasses.asdict(self.c)}, indent=1)
+        covidgan.write_atomically(self.out / "results.json", lambda path: path.write_text(text + "\n"))
+        print(f"wrote {self.out}/: unet.pt, ckpt.pt, stats.jsonl, curves.png and panels")
+
 
 def main(argv: list[str]) -> None:
     """Train the U-Net as the command line says, and write OUT/unet.pt and OUT/results.json. Raises Mistake."""
-    c = covidgan.parse_config(argv, Segmentation)
-    covidgan.keep_freed_memory()
-    covidgan.make_phantom(c)
-    trainer = SegmentationTrainer(c)
-    with covidgan.held(trainer.out):
-        covidgan.prepare_out(c, Segmentation)
-        train(trainer)
-
-
-def train(trainer: SegmentationTrainer) -> None:
-    """Go on from OUT's checkpoint, if there is one, to the end, and write what came of it."""
-    c = trainer.c
-    if (trainer.out / "ckpt.pt").exists():
-        trainer.load(trainer.out / "ckpt.pt")
-    parameters = sum(p.numel() for p in trainer.method.parameters())
-    print(f"{c.data}: {trainer.train} to train, at {c.size} pixels; {parameters:,} parameters, {trainer.device}")
-    trainer.run()
-    covidgan.write_atomically(trainer.out / "unet.pt", lambda path: torch.save(trainer.checkpoint(), path))
-    results = {"parameters": parameters, "samples": trainer.steps * c.batch, "slices": len(trainer.train.names)}
-    text = json.dumps(results | {"config": dataclasses.asdict(c)}, indent=1)
-    covidgan.write_atomically(trainer.out / "results.json", lambda path: path.write_text(text + "\n"))
-    print(f"wrote {trainer.out}/: unet.pt, ckpt.pt, stats.jsonl, curves.png and panels")
+    covidgan.main(argv, Segmentation, SegmentationTrainer)
 
 
 if __name__ == "__main__":

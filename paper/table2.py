@@ -21,8 +21,8 @@ import covidgan
 import export
 from data.slices import coloured, patient_of, png, read_image, read_split, windowed, write_bytes, write_image
 from paper import generators, rivals, runs
-from paper.generators import CHOOSE, REPORT, RIVALS, ROWS, size_of
-from paper.report import Table, grid
+from paper.generators import CHOOSE, REPORT, RIVALS, ROWS
+from paper.report import Table, grid, over_seeds
 
 FLOORS = {"label means": covidgan.mean_paint, "nearest training case": covidgan.nearest_copy}
 FID = "FID 24"  # 24 dimensions: fewer than the slices of any side here
@@ -46,7 +46,7 @@ PAPER = {
 
 def load_side(data: Path, side: str) -> covidgan.Slices:
     """A side of a dataset, at its own size."""
-    c = covidgan.Config(data=str(data), size=size_of(data))
+    c = covidgan.Config(data=str(data), size=runs.size_of(data))
     return covidgan.load_slices(data, read_split(data / "split.json")[side], c)
 
 
@@ -181,7 +181,7 @@ def setting(args: argparse.Namespace, found: list[tuple[str, int, Path]]) -> dic
         "data": {side: {"slices": len(s), "patients": len({*map(patient_of, s)})} for side, s in split.items()},
         "reported": REPORT,
         "chosen on": CHOOSE,
-        "size": size_of(args.reference),
+        "size": runs.size_of(args.reference),
         "ngf, ndf": args.ngf,
         "samples at full size": args.samples,
         "batch": args.batch,
@@ -251,20 +251,12 @@ def time_to(progress: dict[str, list[dict[str, Any]]], block: str) -> dict[str, 
     }
 
 
-def cell(values: list[float] | None, digits: int) -> str:
-    """Mean +- standard deviation over the seeds."""
-    if not values:
-        return "-"
-    spread = f" +- {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.{digits}f}{spread}"
-
-
 def quality(records: list[dict[str, Any]], region: str) -> list[str]:
     """A region's figures of all methods as Markdown: means over the seeds and their deviations."""
     values, lines = by_method(records), []
     for method in dict.fromkeys(record["method"] for record in records):
         seeds = "-" if method in FLOORS else len(values[method, region, "PSNR"])
-        lines.append([method, seeds, *(cell(values.get((method, region, m)), DIGITS[m]) for m in BETTER)])
+        lines.append([method, seeds, *(over_seeds(values.get((method, region, m)), DIGITS[m]) for m in BETTER)])
     return [f"**{region}**", "", *grid(["method", "seeds", *BETTER], lines)]
 
 

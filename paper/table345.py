@@ -281,7 +281,7 @@ def setting(rows: dict[str, Mix], sides: list[str], args: argparse.Namespace) ->
         "U-Net trained on": mixes.SIDE,
         "U-Net tested on": {side: TOLD[side] for side in sides},
         "slices": {row: mixes.composition(mix, args) for row, mix in rows.items()},
-        "size": generators.size_of(args.reference),
+        "size": runs.size_of(args.reference),
         "U-Net": {"channels": args.channels, "samples": args.unet_samples, "parameters": sorted(parameters)},
         "generators": {"ngf, ndf": args.ngf, "samples at full size": args.samples},
         "batch": args.batch,

@@ -17,6 +17,7 @@ import pytest
 from data import slices
 
 ROOT = Path(__file__).resolve().parents[1]
+os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", str(ROOT / ".pytest_cache" / "hypothesis"))  # out of the tree
 SIZE = 64
 PATIENTS, POSITIONS = 5, 6
 HU = {"air": -1000.0, "body": 40.0, 1: -850.0, 2: -550.0, 3: 20.0}  # plausible HU, by label inside the lung

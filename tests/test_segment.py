@@ -30,7 +30,7 @@ def test_the_published_unet_has_31036676_parameters_and_16_times_fewer_at_a_quar
 
 def test_it_sees_the_whole_windowed_slice_and_the_map_as_it_is(toy, tmp_path):
     still = dict(resize=1.0, rotate=0.0, elastic=0.0, noise=0.0)
-    trainer = segment.SegmentationTrainer(config(toy, tmp_path, **still))
+    trainer = segment.SegmentationTrainer(segment.Segmentation, config(toy, tmp_path, **still))
     images, labels, names = trainer.batch()
     for image, drawn, name in zip(images, labels, names, strict=True):
         expected = (np.clip(toy.hu[name].round(), -1024, 150) + 600) / 750
@@ -42,7 +42,7 @@ def test_it_sees_the_whole_windowed_slice_and_the_map_as_it_is(toy, tmp_path):
 
 def test_beyond_the_border_of_a_turned_slice_is_no_label(toy, tmp_path):
     turned = dict(resize=1.0, rotate=45.0, elastic=0.0, noise=0.0)
-    trainer = segment.SegmentationTrainer(config(toy, tmp_path, **turned))
+    trainer = segment.SegmentationTrainer(segment.Segmentation, config(toy, tmp_path, **turned))
     trainer.train.labels.clamp_(min=1)
     labels = trainer.batch()[1]
     assert {*labels.unique().tolist()} == {0, 1, 2, 3}
@@ -84,7 +84,7 @@ def trained(toy, tmp_path_factory):
 
 
 def test_it_learns_to_find_lung_and_ground_glass_on_a_patient_that_it_has_not_seen(toy, trained):
-    trainer = segment.SegmentationTrainer(config(toy, trained))
+    trainer = segment.SegmentationTrainer(segment.Segmentation, config(toy, trained))
     trainer.load(trained / "ckpt.pt")
     found, truth = trainer.segment(trainer.test.hu), trainer.test.labels
     right = [(found[truth == label] == label).float().mean().item() for label in (0, 1, 2)]
@@ -93,7 +93,7 @@ def test_it_learns_to_find_lung_and_ground_glass_on_a_patient_that_it_has_not_se
 
 def test_its_file_exports_and_labels_as_the_trained_network_does(toy, trained, tmp_path):
     export.main([str(trained), "-o", str(tmp_path / "unet.onnx")])  # its folder, or unet.pt in it
-    trainer = segment.SegmentationTrainer(config(toy, trained))
+    trainer = segment.SegmentationTrainer(segment.Segmentation, config(toy, trained))
     trainer.load(trained / "ckpt.pt")
     ours = trainer.segment(trainer.test.hu)[:, 0].numpy()
     session = ort.InferenceSession(tmp_path / "unet.onnx", providers=["CPUExecutionProvider"])
