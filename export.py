@@ -63,6 +63,7 @@ MAX_ALPHA = 0.02  # of difference in alpha
 MAX_RELATIVE = 1e-3  # of a feature network's largest feature
 LICENCE = "Network: MIT. Weights: {}. Research only, not for diagnosis."
 TERMS = "the terms of the data they were trained on"  # where --terms names none
+LONGEST_TERMS = 900  # letters: infer_onnx.py and the page take entries of 1,000
 
 
 # ------------------------------------------------------------------------------------------------ networks as deployed
@@ -596,6 +597,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--weights", type=Path, help="the feature network's state dict")
     parser.add_argument("--download", action="store_true", help="fetch the weights of inception")
     args = parser.parse_args(argv)
+    terms = TERMS if args.terms is None else args.terms
     checks = [
         (args.checkpoint or args.features, "nothing to export: give a checkpoint, or --features"),
         (not (args.checkpoint and args.features), f"{args.checkpoint} and --features: give one of them"),
@@ -603,7 +605,9 @@ def main(argv: list[str]) -> None:
         (not (args.features and args.fp16), "--fp16: for generators alone, leave it out"),
         (not (args.features and args.target != "any"), "--target: for generators alone, leave it out"),
         (not (args.features and args.pack), "--pack: for generators alone, leave it out"),
-        (not (args.features and args.terms), "--terms: features come with their own, leave it out"),
+        (not args.features or args.terms is None, "--terms: features come with their own, leave it out"),
+        (terms.isprintable() and terms.strip(), "--terms: give words, on one line"),
+        (len(terms) <= LONGEST_TERMS, f"--terms: {len(terms)} letters, give {LONGEST_TERMS} or fewer"),
         (not (args.fp16 and args.target == "cpu"), "--fp16, --target cpu: CPUs compute in fp32, give one of them"),
         (not (args.pack and args.fp16), "--pack, --fp16: packed weights are computed with in fp32, give one of them"),
         (not (args.pack and args.target == "cpu"), "--pack, --target cpu: Winograd's weights are not packed, give one"),
@@ -618,7 +622,6 @@ def main(argv: list[str]) -> None:
         covidgan.check_writable(path)
         line = export_features(args.features, source, path)
     else:
-        terms = args.terms or TERMS
         source, path, line = export_checkpoint(args.checkpoint, args.out, args.fp16, args.target, args.pack, terms)
     print(f"{source} -> {path}, {path.stat().st_size / 1e6:.1f} MB: {line}")
 

@@ -251,6 +251,13 @@ def test_the_terms_given_for_the_weights_stand_in_the_file(plain, tmp_path):
     assert "terms of the data" in plain.metadata["licence"]
 
 
+@pytest.mark.parametrize("terms", ["", " ", "two\nlines", "x" * 901])
+def test_terms_that_a_reader_would_refuse_are_refused_before_any_work(plain, tmp_path, terms):
+    with pytest.raises(Mistake, match=r"^--terms: "):
+        export.main([str(plain.source), "--terms", terms, "-o", str(tmp_path / "g.onnx")])
+    assert not (tmp_path / "g.onnx").exists()
+
+
 def test_metadata_follows_another_config(exported):
     m = exported("fp16").metadata
     assert json.loads(m["labels"]) == list(covidgan.LABELS[:3]) and len(json.loads(m["colours"])) == 3
