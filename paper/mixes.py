@@ -55,6 +55,8 @@ def members(mix: Mix, names: list[str], whole: list[str], variants: list[str], s
     One order is drawn of a seed, and every set is the beginning of it, so that a smaller share is part of a larger.
     Raises Mistake where there are too few.
     """
+    if mix.real > len(names):
+        raise Mistake(f"{mix.real} real slices wanted, there are {len(names)}: leave the row out")
     order = [names[k] for k in np.random.default_rng(seed).permutation(len(names))]
     chosen = order[: mix.real or None]
     able, made = {*whole}, {*variants}

@@ -74,6 +74,11 @@ def test_what_has_no_synthetic_slice_stays_real_and_too_few_are_an_error():
         members(Mix(replaced=0.5), NAMES, some, [], 0)
 
 
+def test_more_real_slices_than_there_are_is_refused():
+    with pytest.raises(Mistake, match="41 real slices wanted, there are 40"):
+        members(Mix(41), NAMES, [], [], 0)
+
+
 def test_every_row_of_every_table_has_a_folder_of_its_own_and_the_same_mix_the_same():
     for study in table345.STUDIES.values():
         names = [mix.name for mix in study.rows.values()]
@@ -93,7 +98,7 @@ def test_the_rows_are_those_of_the_paper_and_the_shares_are_what_they_say():
 
 def test_few_compares_synthetic_slices_with_real_ones_alone_and_with_plain_augmentation():
     assert table345.few_against("20 + covidgan") == ["20 real", "20 + augmented"]
-    assert table345.few_against("20 + augmented") == ["20 real"] and table345.few_against("100 real") == []
+    assert table345.few_against("20 + augmented") == ["20 real"] and table345.few_against("all real") == []
     assert table345.STUDIES["few"].sides == ("seg_test",)
 
 
