@@ -34,7 +34,7 @@ import struct
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
@@ -1041,12 +1041,17 @@ def write_panel(path: Path, labels: Tensor, real: Tensor, lung: Tensor) -> None:
     palette = np.array([*COLOURS, *[(128, 128, 128)] * 252], np.uint8)
     rows = np.concatenate([palette[labels[:, 0].numpy()], grey], 2).reshape(-1, 5 * labels.shape[-1], 3)
     enlarge = max(1, 256 // labels.shape[-1])
-    rows = rows.repeat(enlarge, 0).repeat(enlarge, 1)
-    strip = Image.new("RGB", (rows.shape[1], 16))
-    for k, title in enumerate(("label map", "real lung", "synthetic lung", "real slice", "completed slice")):
-        ImageDraw.Draw(strip).text((k * rows.shape[1] // 5 + 4, 2), title, fill="white")
-    picture = np.concatenate([np.asarray(strip), rows])
+    titles = ("label map", "real lung", "synthetic lung", "real slice", "completed slice")
+    picture = under_titles(rows.repeat(enlarge, 0).repeat(enlarge, 1), titles)
     write_atomically(path, lambda temporary: iio.imwrite(temporary, picture, extension=".png"))
+
+
+def under_titles(columns: np.ndarray, titles: Sequence[str]) -> np.ndarray:
+    """A picture uint8 [H, W, 3] of columns of one width, under a strip with each one's title."""
+    strip = Image.new("RGB", (columns.shape[1], 16))
+    for k, title in enumerate(titles):
+        ImageDraw.Draw(strip).text((k * columns.shape[1] // len(titles) + 4, 2), title, fill="white")
+    return np.concatenate([np.asarray(strip), columns])
 
 
 def write_curves(path: Path, stats: Path, curves: tuple[tuple[str, ...], ...]) -> None:

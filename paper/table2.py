@@ -310,8 +310,8 @@ def write_picture(path: Path, args: argparse.Namespace) -> None:
         greys = [windowed(np.where(labels > 0, hu, real)) for hu in (real, *map(read_image, files))]
         tiles = [coloured(labels), *[np.stack([grey] * 3, 2) for grey in greys]]
         lines.append(np.concatenate([tile[lesion_window(labels)].repeat(4, 0).repeat(4, 1) for tile in tiles], 1))
-    write_bytes(path, png(np.concatenate(lines)))
-    print(f"{path}: map | real | {' | '.join(first)}")
+    write_bytes(path, png(covidgan.under_titles(np.concatenate(lines), ["label map", "real slice", *first])))
+    print(f"wrote {path}")
 
 
 def lesion_window(labels: np.ndarray) -> tuple[slice, slice]:
