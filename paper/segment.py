@@ -72,7 +72,7 @@ class UNetConfig(covidgan.LoopConfig):
 
     out: str = "out/unet"
     channels: int = 64  # of the first level; each next one has twice as many
-    dice: float = 0.0  # weight of a soft Dice loss beside the cross entropy
+    dice: float = 1.0  # weight of a soft Dice loss beside the cross entropy, which alone finds no consolidation
     noise: float = 0.01  # Table I names it, and here nobody has to match it
     lr: float = 1e-3
     adam_beta1: float = 0.9

@@ -43,7 +43,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     option("--ngf", type=int, default=16, help="channels of the first layers, G's and D's: 64 as published")
     option("--samples", type=int, default=12_000, help="that each generator sees at full size")
     option("--channels", type=int, default=16, help="of the U-Net's first level: 64 as published")
-    option("--unet-samples", type=int, default=8_000, help="that each U-Net sees, however many slices it has")
+    option("--unet-samples", type=int, default=4_000, help="that each U-Net sees, however many slices it has")
     option("--batch", type=int, default=4)
     option("--out", type=Path, default=Path("out/tables"), help="folder of the runs")
     option("--results", type=Path, default=runs.ROOT / "paper" / "results", help="folder of the table's JSON")
