@@ -137,14 +137,20 @@ def synthesis_seconds(model: Path, size: int) -> float:
 
 
 def progress_of(run: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Lung KID along a run whose checkpoints were kept: by the clock's seconds of training, at its full size."""
-    points = []
-    for seconds in runs.kept_seconds(run):
+    """Lung KID along a run whose checkpoints were kept, at its full size: by CPU seconds of training.
+
+    The clock's, by which they are kept, scaled to what the whole run took: what else a machine did is no method's.
+    """
+    points, cpu, kept = [], runs.seconds(run), runs.kept_seconds(run)
+    if cpu is None:
+        return []
+    for seconds in kept:
         checkpoint = covidgan.read_weights(run / "kept" / seconds / "ckpt.pt")
         if checkpoint["stage"] in ("g1", "g2"):
             continue  # no generator yet
         results = generators.measured(run / "kept" / seconds, args)
-        points.append({"seconds": int(seconds), "KID": results["features"]["lung KID 1280"]["value"]})
+        spent = round(int(seconds) / max(int(kept[-1]), 1) * cpu)
+        points.append({"seconds": spent, "KID": results["features"]["lung KID 1280"]["value"]})
     return points
 
 
@@ -283,7 +289,7 @@ def verdicts(table: dict[str, Any]) -> list[str]:
         )
     for block in ("", "-clean"):
         if times := time_to(table["progress"], block):
-            told = ", ".join(f"{name} {'never' if s is None else f'{s:,} s'}" for name, s in times.items())
+            told = ", ".join(f"{name} {'never' if s is None else f'{s:,} CPU seconds'}" for name, s in times.items())
             lines += ["", f"Time to the lung KID that pix2pixHD{block} ends with, first seed: {told}"]
     return lines
 

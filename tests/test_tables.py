@@ -1,11 +1,13 @@
 """Table II: what stands in it, what it concludes, and that a part of it can be made alone."""
 
+import argparse
 import json
 import threading
 import time
 
 import numpy as np
 import pytest
+import torch
 
 import covidgan
 from data.slices import Mistake, read_image, read_map
@@ -90,6 +92,18 @@ def test_time_to_quality_is_the_first_moment_at_what_pix2pixHD_ends_with():
     progress = {name: [{"seconds": s, "KID": kid} for s, kid in path] for name, path in points.items()}
     assert table2.time_to(progress, "") == {"covidgan": 80, "pix2pixHD": 200, "SPADE": None}
     assert table2.time_to(progress, "-clean") == {}
+
+
+def test_quality_along_a_run_is_told_in_cpu_seconds_whatever_else_its_machine_did(tmp_path, monkeypatch):
+    for seconds, stage in [("000500", "g1"), ("001000", "joint"), ("002000", "joint")]:
+        (tmp_path / "kept" / seconds).mkdir(parents=True)
+        torch.save({"stage": stage}, tmp_path / "kept" / seconds / "ckpt.pt")
+    (tmp_path / "seconds.json").write_text("600.0")
+    kids = {"001000": 0.08, "002000": 0.04}
+    told = {name: {"features": {"lung KID 1280": {"value": kid}}} for name, kid in kids.items()}
+    monkeypatch.setattr(generators, "measured", lambda run, _: told[run.name])
+    points = table2.progress_of(tmp_path, argparse.Namespace())
+    assert points == [{"seconds": 300, "KID": 0.08}, {"seconds": 600, "KID": 0.04}]
 
 
 def test_the_papers_figures_are_those_of_its_table():
