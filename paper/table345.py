@@ -198,7 +198,8 @@ def lesion_record(row: str, lesion: str, metric: str, side: str, found: dict[int
 def difference(row: str, other: str, side: str, ours: dict[int, Scores], theirs: dict[int, Scores]) -> Record | None:
     """By how much the headline of a row is above another's, in %, slice by slice, of the seeds that both have.
 
-    Clear: beyond the 95 % interval over patients, and of one sign in every seed. None where no seed is common.
+    Clear: beyond the 95 % interval over patients, and of one sign in every seed of several. None where no seed is
+    common.
     """
     each = {}
     for seed in ours.keys() & theirs.keys():
@@ -208,7 +209,7 @@ def difference(row: str, other: str, side: str, ours: dict[int, Scores], theirs:
         return None
     means, halves = zip(*[each[seed] for seed in sorted(each)], strict=True)
     mean, half = averaged([*means]), averaged([*halves])
-    one_sign = min(means) > 0 or max(means) < 0
+    one_sign = len(means) > 1 and (min(means) > 0 or max(means) < 0)
     told = {"row": row, "against": other, "side": side, "metric": HEADLINE, "difference": mean, "ci95_patients": half}
     return told | {"of seeds": [*means], "clear": bool(half is not None and abs(mean) > half and one_sign)}
 
@@ -327,7 +328,8 @@ def told_apart(one: Record) -> str:
     """A line on a difference."""
     half = f" ± {one['ci95_patients']:.2f}" if one["ci95_patients"] is not None else ""
     each = ", ".join(f"{mean:+.2f}" for mean in one["of seeds"])
-    verdict = "clear" if one["clear"] else "cannot be told from noise"
+    unclear = "cannot be told from noise" if len(one["of seeds"]) > 1 else "one seed, no verdict"
+    verdict = "clear" if one["clear"] else unclear
     return f"- {one['row']} against {one['against']}: {one['difference']:+.2f}{half} (each seed: {each}): {verdict}"
 
 

@@ -236,6 +236,12 @@ def test_a_difference_is_not_clear_within_its_interval_nor_where_seeds_disagree(
     assert table345.difference("a", "b", "train", scores(0, (0,)), scores(0, (1,))) is None
 
 
+def test_of_one_seed_no_difference_is_clear_however_large():
+    told = table345.difference("a", "b", "train", scores(0.2, (0,), noise=0.005), scores(0.0, (0,)))
+    assert told["difference"] > 10 * told["ci95_patients"] and not told["clear"]
+    assert table345.told_apart(told).endswith("one seed, no verdict")
+
+
 def test_the_markdown_gives_both_intervals_the_verdict_and_the_papers_row():
     study = table345.STUDIES["3"]
     found = [
