@@ -48,12 +48,16 @@ def test_beyond_the_border_of_a_turned_slice_is_no_label(toy, tmp_path):
     assert {*labels.unique().tolist()} == {0, 1, 2, 3}
 
 
-def test_its_loss_is_the_cross_entropy_of_the_labels_pixel_by_pixel(toy, tmp_path):
-    method = covidgan.build(segment.Segmentation, config(toy, tmp_path))
+@pytest.mark.parametrize("weight", [0.0, 1.0, 2.5])
+def test_its_loss_is_the_cross_entropy_of_the_labels_pixel_by_pixel_and_soft_dice_as_told(toy, tmp_path, weight):
+    method = covidgan.build(segment.Segmentation, config(toy, tmp_path, dice=weight))
     image, labels = torch.randn(2, 1, 32, 32), torch.randint(0, 4, (2, 1, 32, 32))
     loss = method.losses(covidgan.one_hot(labels.byte(), 4), image, "whole")["loss"].item()
-    probabilities = method.unet(image).double().softmax(1).gather(1, labels)
-    assert loss == pytest.approx(-probabilities.log().mean().item(), rel=1e-5)
+    found = method.unet(image).double().softmax(1).detach().numpy()
+    truth = np.eye(4)[labels[:, 0].numpy()].transpose(0, 3, 1, 2)
+    entropy = -np.log(found[truth == 1]).mean()
+    dice = np.mean([(2 * (found * truth)[:, k].sum() + 1) / ((found + truth)[:, k].sum() + 1) for k in range(4)])
+    assert loss == pytest.approx(entropy + weight * (1 - dice), rel=1e-5)
 
 
 def test_soft_dice_is_0_for_the_map_itself_and_1_where_no_pixel_agrees():
