@@ -958,7 +958,7 @@ class Trainer:
     def run_stage(self) -> None:
         """Train the stage to its end. On SIGTERM or SIGINT finish the step, write the checkpoint and leave."""
         done, total = self.step_done * self.c.batch, self.steps * self.c.batch
-        if done == total and self.rank == 0:
+        if self.rank == 0 and self.at_interval():
             self.draw()  # a kill may have come between this checkpoint and its pictures
         with (
             open(self.out / "stats.jsonl" if self.rank == 0 else os.devnull, "a") as stats,
@@ -969,14 +969,18 @@ class Trainer:
                 stats.write(json.dumps({"stage": self.stage, "step": self.step_done, **figures}) + "\n")
                 bar.update(self.c.batch)
                 bar.set_postfix({k: f"{figures[k]:.3f}" for k in sum(self.method.curves, ())}, refresh=False)
-                last, stop = self.step_done == self.steps, self.stopping()
-                if last or stop or self.step_done % self.c.interval == 0:
+                stop = self.stopping()
+                if stop or self.at_interval():
                     stats.flush()
                     self.save()
-                    if self.rank == 0 and (last or not stop):
+                    if self.rank == 0 and self.at_interval():
                         self.draw()
-                if stop and not last:
+                if stop and self.step_done < self.steps:
                     raise Stopped(f"stopped at stage {self.stage}, step {self.step_done}: --resume goes on from there")
+
+    def at_interval(self) -> bool:
+        """Whether this step is one to leave a checkpoint and pictures after."""
+        return self.step_done > 0 and (self.step_done % self.c.interval == 0 or self.step_done == self.steps)
 
     @torch.no_grad()
     def synthesize(self, labels: Tensor) -> Tensor:
@@ -1061,6 +1065,8 @@ def write_curves(path: Path, stats: Path, curves: tuple[tuple[str, ...], ...]) -
     names = ("step", *sum(curves, ()))
     with open(stats) as lines:  # one after the other, as numbers alone: there may be a million
         steps = np.fromiter(([json.loads(line)[n] for n in names] for line in lines), np.dtype((float, len(names))))
+    if not len(steps):  # somebody has removed them
+        return
     points = np.array_split(steps, min(len(steps), 200))
     ends = np.cumsum([len(point) for point in points])
     figure = Figure(figsize=(10, 6), layout="tight")

@@ -347,6 +347,27 @@ def test_stats_beyond_the_checkpoint_and_cut_lines_are_dropped_on_resume(tiny, t
     assert steps_of(out) == EVERY_STEP
 
 
+def test_pictures_that_a_kill_came_before_are_made_on_resume(toy, small_run, here, tmp_path, whole_run):
+    """The checkpoint of step 5 of g1 is there, its panel is not: in the middle of a stage, too, it is made up for."""
+    run = ["--stage", "g1", "--data", toy.folder, "--out", tmp_path, *small_run, "--interval", 5]
+    trainer = covidgan.Trainer(Covidgan, covidgan.parse_config([str(word) for word in run]))
+    for _ in range(5):
+        trainer.step()
+    trainer.save()
+    assert not list(tmp_path.glob("panel_*"))
+    done = here("--resume", "--out", tmp_path)
+    assert done.status == 0, done.stderr
+    panel = "panel_g1_000005.png"
+    assert (tmp_path / panel).read_bytes() == (whole_run[0] / panel).read_bytes()
+
+
+def test_curves_removed_with_their_stats_stop_no_resume(whole_run, here, copy):
+    out = copy(whole_run[0])
+    (out / "stats.jsonl").unlink()
+    done = here("--resume", "--out", out)
+    assert done.status == 0, done.stderr
+
+
 @pytest.fixture
 def copy(tmp_path):
     """A copy of a run's folder to write in."""
