@@ -635,6 +635,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if args.checkpoint:
         path = args.checkpoint = export.find_checkpoint(args.checkpoint)
         covidgan.read_checkpoint(path, export.method_of(covidgan.read_weights(path), path))
+    if args.json:  # now, and not at the end of ten minutes
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        covidgan.check_writable(args.json)
     return args
 
 
@@ -652,7 +655,6 @@ def main(argv: list[str]) -> None:
     rows = [named for found in parts.values() for table in found["tables"].values() for named in table.values()]
     results |= {"figures": figures, "errors": [row["error"] for row in rows if "error" in row]}
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
         flat = {key: value["median"] if isinstance(value, dict) else value for key, value in figures.items()}
         text = json.dumps({**flat, **results}, indent=1) + "\n"
         covidgan.write_atomically(args.json, lambda path: path.write_text(text))

@@ -1003,6 +1003,13 @@ class Trainer:
         write_panel(self.out / f"panel_{self.stage}_{self.step_done:06d}.png", labels, real, self.synthesize(labels))
         write_curves(self.out / "curves.png", self.out / "stats.jsonl", self.method.curves)
 
+    def write_split(self) -> None:
+        """Write OUT/split.json where the data have none, so that the other scripts know what was held out."""
+        sides = {"train": self.train.names, "test": self.test.names}
+        path, patients = self.out / "split.json", ", ".join(sorted({*map(patient_of, self.test.names)}))
+        write_atomically(path, lambda temporary: temporary.write_text(json.dumps(sides, indent=1) + "\n"))
+        print(f"no split.json in {self.c.data}: held out {patients or 'the last fifth'}; copy {path} there for --side")
+
     def report(self) -> None:
         """Print the table of results on the test side and write it as OUT/results.json."""
         c, results, test = self.c, evaluate(self), self.test.with_lung()
@@ -1042,8 +1049,8 @@ def write_panel(path: Path, labels: Tensor, real: Tensor, lung: Tensor) -> None:
     completed = torch.where(labels > 0, lung, real)
     greys = [lung_target(real, labels), lung, real, completed]
     grey = ((torch.cat(greys, 3) + 1) * 127.5).round().byte()[:, 0, :, :, None].expand(-1, -1, -1, 3).numpy()
-    palette = np.array([*COLOURS, *[(128, 128, 128)] * 252], np.uint8)
-    rows = np.concatenate([palette[labels[:, 0].numpy()], grey], 2).reshape(-1, 5 * labels.shape[-1], 3)
+    maps = np.array(COLOURS, np.uint8)[labels[:, 0].numpy()]
+    rows = np.concatenate([maps, grey], 2).reshape(-1, 5 * labels.shape[-1], 3)
     enlarge = max(1, 256 // labels.shape[-1])
     titles = ("label map", "real lung", "synthetic lung", "real slice", "completed slice")
     picture = under_titles(rows.repeat(enlarge, 0).repeat(enlarge, 1), titles)
@@ -1241,7 +1248,10 @@ class Mistake(Exception):
 def list_pngs(folder: Path) -> dict[str, Path]:
     """PNGs of a folder by name without ending, .PNG too; what begins with a dot is no data. Raises Mistake by lack."""
     files = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-    found = {path.stem: path for path in files if path.suffix.lower() == ".png"}
+    found: dict[str, Path] = {}
+    for path in files:
+        if path.suffix.lower() == ".png" and found.setdefault(path.stem, path) is not path:
+            raise Mistake(f"{path}: {found[path.stem].name} has the same name: rename one")
     if not found and any(path.suffix.lower() in (".jpg", ".jpeg") for path in files):
         raise Mistake(f"{folder}: JPEG, which changes grey levels and labels: give PNG")
     if not found:
@@ -1284,17 +1294,16 @@ def read_image(path: Path) -> np.ndarray:
 def read_map(path: Path, n_labels: int) -> np.ndarray:
     """Read a label map, uint8 [H, W]: grey PNG of label values, or RGB or palette in exactly the paper's COLOURS.
 
-    Where a palette holds the paper's colours in another order, colour decides: a paint program orders as it likes. A
-    palette without them only dresses label values up. What is transparent is background. Raises Mistake that names the
+    Where a palette holds the paper's colours, colour decides: a paint program orders as it likes. A palette without
+    them only dresses label values up. What is transparent is background. Raises Mistake that names the
     file, the value or colour and the pixel.
     """
     mode, pixels, palette = read_png(path)
     if mode not in ("P", "L", "RGB", "RGBA"):
         raise Mistake(f"{path}: a PNG of mode {mode} is no label map: give 8-bit palette, or RGB in {COLOURS}")
     if palette is not None:
-        entries = [*map(tuple, palette.tolist())]
         empty = np.ptp(pixels) == 0 and not palette[pixels[0, 0]].any()  # no lung, black being any index
-        if empty or ({*COLOURS[1:]} & {*entries} and entries[: len(COLOURS)] != [*COLOURS]):
+        if empty or {*COLOURS[1:]} & {*map(tuple, palette.tolist())}:
             pixels = palette[pixels]
     if mode == "RGBA":
         pixels = np.where(pixels[..., 3:] > 0, pixels, 0)  # an eraser leaves the colour below
@@ -1332,6 +1341,8 @@ def read_split(folder: Path, seed: int) -> dict[str, list[str]]:
     """
     if not (folder / "images").is_dir() or not (folder / "maps").is_dir():
         raise Mistake(f"{folder}: no images/ and maps/ in it: data/prepare.py or data/phantom.py makes such a folder")
+    if (folder / ".unfinished").exists() and not (folder / "split.json").exists():
+        raise Mistake(f"{folder}: its making was cut off: run the command that makes it again")
     if (path := folder / "split.json").exists():
         try:
             split = json.loads(path.read_text(encoding="utf-8-sig"))  # a byte order mark is no mistake
@@ -1614,7 +1625,11 @@ def check_values(c: LoopConfig, method: type[Method]) -> None:
         (c.stage in stages, f"--stage {c.stage!r:.80}: give one of {', '.join(stages)}"),
         (abs(c.level) <= 1e5, f"--level {c.level:g}: give HU"),
         (0.1 <= c.width <= 1e5, f"--width {c.width:g}: give a window width of 0.1 to 100,000 HU"),
-        (2 <= c.n_labels <= 256, f"--n-labels {c.n_labels}: give 2 to 256"),
+        (
+            2 <= c.n_labels <= len(LABELS),
+            f"--n-labels {c.n_labels}: give 2 to {len(LABELS)}, or LABELS and COLOURS more names and colours, in"
+            " data/slices.py too",
+        ),
         (c.batch >= 1 and c.epochs >= 1 and c.interval >= 1, "--batch, --epochs, --interval: give 1 or more"),
         (c.batch <= c.epoch_len <= 10**7, f"--epoch-len {c.epoch_len}: give the batch of {c.batch} to 10,000,000"),
         (c.lr > 0, f"--lr {c.lr:g}: give a learning rate above 0"),
@@ -1645,7 +1660,8 @@ def prepare_out(c: LoopConfig, method: type[Method]) -> None:
     for unfinished in out.glob(".*.tmp"):  # of a run that was killed
         unfinished.unlink()
     if c.overwrite:
-        for old in [*out.glob("panel_*.png"), *(out / name for name in ("ckpt.pt", "results.json", "curves.png"))]:
+        names = ("ckpt.pt", "unet.pt", "results.json", "curves.png")  # unet.pt: of paper/segment.py
+        for old in [*out.glob("panel_*.png"), *(out / name for name in names)]:
             old.unlink(missing_ok=True)
     kept = []
     if (out / "ckpt.pt").exists() and stats.exists():
@@ -1727,6 +1743,8 @@ def train(trainer: Trainer) -> None:
     trainer.check_alike()
     if trainer.rank == 0:
         print(f"{c.data}: {trainer.train} to train, {trainer.test} to test, at {c.size} pixels")
+        if not (Path(c.data) / "split.json").exists():
+            trainer.write_split()
         sizes = {name: sum(p.numel() for p in net.parameters()) for name, net in trainer.method.named_children()}
         told = ", ".join(f"{name} {n:,}" for name, n in sizes.items())
         print(f"parameters: {told}; {trainer.device}, {'bfloat16' if trainer.bf16 else 'float32'}", flush=True)

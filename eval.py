@@ -49,6 +49,8 @@ from data.slices import (
     WIDTH,
     Mistake,
     OneLineParser,
+    check_finished,
+    check_hu,
     coloured,
     exit_on_mistake,
     held,
@@ -101,6 +103,7 @@ class Batch(NamedTuple):
 
 def pngs(folder: Path, part: str) -> dict[str, Path]:
     """PNGs of a folder by name; of a dataset those of its part, "images" or "maps". Raises Mistake where none is."""
+    check_finished(folder)
     return list_pngs(folder / part if (folder / part).is_dir() else folder, part)
 
 
@@ -119,11 +122,21 @@ def find_pairs(real: Path, fake: Path, maps: Path | None = None, strict: bool = 
             raise Mistake(f"{line}, {single[0]} first: without --strict they are left out")
         print(f"note: {line}: left out", file=sys.stderr)
     maps = maps or next((dataset / "maps" for dataset in (fake, real) if (dataset / "maps").is_dir()), None)
+    tell_training(real, both)
     labels = pngs(maps, "maps") if maps else {}
     missing = [name for name in both if maps and name not in labels]
     if missing:
         raise Mistake(f"{maps}: the maps of {len(missing)} pairs are missing, {missing[0]}.png first: add them")
     return [Pair(name, reals[name], fakes[name], labels.get(name)) for name in both]
+
+
+def tell_training(real: Path, names: list[str]) -> None:
+    """Say on stderr how many names are of the training side of the dataset REAL, whose figures tell little."""
+    if (split := real / "split.json").is_file():
+        seen = {*read_split(split).get("train", [])} & {*names}
+        if seen:
+            line = f"{len(seen)} of {len(names)} pairs are of the training side ({split})"
+            print(f"note: {line}: synthesize --side test alone for figures of new patients", file=sys.stderr)
 
 
 def check_sizes(path: Path, array: np.ndarray, other_path: Path, other: np.ndarray) -> None:
@@ -149,6 +162,8 @@ def read_pair(pair: Pair) -> Batch:
     else:
         fake, labels = read_image(pair.fake), np.ones_like(real, np.uint8)
     check_sizes(pair.fake, fake, pair.real, real)
+    ours = pair.labels and pair.labels.parent.parent != pair.fake.parent.parent  # FAKE's may be of other slices
+    check_hu(pair.real, real, labels if ours else None)
     return Batch(real[None], np.where(labels > 0, fake, real)[None], labels[None])
 
 
@@ -1046,6 +1061,8 @@ def main(argv: list[str]) -> None:
     optional = ((suspects_file, args.train), (texture_file, with_maps), (args.json, args.json))
     for path in [cases_file, *(path for path, wanted in optional if wanted)]:
         check_target(path)
+    for path in (suspects_file, texture_file):
+        path.unlink(missing_ok=True)  # of an evaluation before, it would stand for this one's
     regions, window = ["complete", "lung"] if with_maps else ["complete"], Window(args.level, args.width)
 
     pixels = PixelMetrics(window, args.provider, regions)

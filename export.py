@@ -576,7 +576,11 @@ def export_checkpoint(
         covidgan.check_writable(out := out or Path("unet.onnx"))
         return source, out, export_unet(checkpoint, digest, out, terms)
     covidgan.check_writable(out := out or Path("generator.onnx"))
-    checkpoint = covidgan.read_checkpoint(source, method_of(checkpoint, source))
+    kind = method_of(checkpoint, source)
+    checkpoint = covidgan.read_checkpoint(source, kind)
+    last = kind.stages(kind.options(**checkpoint["config"]))[-1]
+    if (stage := checkpoint.get("stage", last)) != last:  # what it has not reached would be as random as at the start, and no comparison would tell
+        raise Mistake(f"{source}: stopped in stage {stage}, {last} makes the generator whole: go on with --resume")
     return source, out, export_generator(checkpoint, digest, out, fp16, target, pack, terms)
 
 
@@ -607,6 +611,7 @@ def main(argv: list[str]) -> None:
         (not (args.features and args.pack), "--pack: for generators alone, leave it out"),
         (not args.features or args.terms is None, "--terms: features come with their own, leave it out"),
         (terms.isprintable() and terms.strip(), "--terms: give words, on one line"),
+        ("location" not in terms, "--terms: readers take the word location for tensors elsewhere: find another"),
         (len(terms) <= LONGEST_TERMS, f"--terms: {len(terms)} letters, give {LONGEST_TERMS} or fewer"),
         (not (args.fp16 and args.target == "cpu"), "--fp16, --target cpu: CPUs compute in fp32, give one of them"),
         (not (args.pack and args.fp16), "--pack, --fp16: packed weights are computed with in fp32, give one of them"),

@@ -14,7 +14,7 @@
     OUT/maps/P03_S041.png     the map it was made from: OUT with png16 is a dataset as covidgan.py --data reads it
     OUT/panels/P03_S041.png   --panel: map, synthesis and, with --complement, completion side by side
     OUT/volumes/NAME.nii.gz   of a label volume NAME.nii or .nii.gz: HU int16 on its grid, in its storage order
-    OUT/run.json              what OUT was made with: another model or format needs another OUT
+    OUT/run.json              what OUT was made with: other folders, model or format need another OUT
 
 Variants are named P03_S041v01, ...: what stands before the last "_" is still the patient. With --complement, the real
 slice is resampled (bicubic) by the same crop, rotation and elastic displacement as the map before the lung goes in.
@@ -22,16 +22,18 @@ Label volumes, like maps, hold 0 background, 1 lung, 2 ground-glass opacity, 3 c
 slice by slice in radiological display, as data/prepare.py writes slices. With --complement the result lies on the CT's
 grid, and every voxel outside the lung is the CT's own, to the HU; fractions of a HU are rounded, with a note. Maps and
 volumes without lung are left out and counted; slices without lung within a volume are background, or the real slice.
-The same command goes on with a stopped run: finished files are skipped. HU below -1024, which the format cannot hold,
-are written as -1024; so is everything outside a lung that is not pasted. Without --model it is generator.onnx, where
-there is one, else the trained models/covid-ct-256.onnx beside this file; and maps/, where there is no such folder, is
-data/phantom/maps, else models/examples beside this file. Research only, not for diagnosis.
+The same command goes on with a stopped run: finished files are skipped, unless a map or a real slice is newer. HU below
+-1024, which the format cannot hold, are written as -1024; so is everything outside a lung that is not pasted. Without
+--model it is generator.onnx, where there is one, else the trained models/covid-ct-256.onnx beside this file; and maps/,
+where there is no such folder, is data/phantom/maps, else models/examples beside this file. Research only, not for
+diagnosis.
 """
 
 import argparse
 import contextlib
 import ctypes
 import gzip
+import hashlib
 import importlib.util
 import io
 import json
@@ -58,9 +60,12 @@ from data.slices import (
     HU_OFFSET,
     LABELS,
     LARGEST,
+    LUNG_HU,
     NIFTI,
     Mistake,
     OneLineParser,
+    check_finished,
+    check_hu,
     coloured,
     exit_on_mistake,
     held,
@@ -120,7 +125,6 @@ METADATA = ("contract", *PARSED, "precision", "checkpoint_sha256", "licence")
 RESIZE, ROTATE, ELASTIC, ELASTIC_CELL = 1.117, 10.0, 2.0, 24.0
 
 ENDINGS = {"png16": ".png", "png8": ".png", "nifti": ".nii.gz", "npy": ".npy"}
-LUNG_HU = (-1000, -300)  # a mean beyond them in healthy lung, which has about -850 to -500, is no HU
 
 Shape = tuple[int, int, int]  # N, H, W of a batch
 
@@ -514,6 +518,7 @@ def find_maps(source: Path, side: str | None = None) -> dict[str, Path]:
         print(f"maps is not there: taking {source}", file=sys.stderr)
     if not source.exists():
         raise Mistake(f"{source}: not there: give a folder of label maps")
+    check_finished(source)
     folder = source / "maps" if (source / "maps").is_dir() else source
     found = find_files(folder, "maps")
     owners: dict[str, Path] = {}
@@ -645,6 +650,7 @@ def load(job: Job, n_labels: int, reals: dict[str, Path] | None, seed: int) -> S
         real = read_image(path)
         if real.shape != labels.shape:
             raise Mistake(f"{path}: {real.shape} pixels, but its map has {labels.shape}: bring both to one size")
+        check_hu(path, real, labels)
     if job.variant:
         rng = np.random.default_rng([seed, job.variant, *os.fsencode(job.path.stem)])  # in whichever batch or shard
         rows, columns = augmentation(*labels.shape, rng)
@@ -739,6 +745,18 @@ def targets(job: Job, args: argparse.Namespace) -> list[Path]:
     return [*files, args.out / "panels" / f"{job.name}.png"] if args.panel else files
 
 
+def sources(path: Path, name: str, reals: dict[str, Path] | None) -> list[Path]:
+    """The files that a slice or volume is made of: its map and, where `reals` are given, the real one."""
+    return [path, *filter(None, [(reals or {}).get(name)])]
+
+
+def is_made(made: list[Path], of: list[Path]) -> bool:
+    """Whether all files made are there, and none of those that they were made of has changed since."""
+    if not all(path.exists() for path in made):
+        return False
+    return min(path.stat().st_mtime_ns for path in made) >= max(path.stat().st_mtime_ns for path in of)
+
+
 def write(made: tuple[list[Slice], np.ndarray], args: argparse.Namespace, info: dict[str, Any]) -> int:
     """Write slices with their synthetic lungs, HU int16 [N, H, W]; returns their number."""
     slices, lungs = made
@@ -772,10 +790,14 @@ def shard_held(args: argparse.Namespace) -> Iterator[None]:
         yield
 
 
-def claim(args: argparse.Namespace, info: dict[str, Any], kinds: Sequence[str]) -> None:
-    """Make OUT and its folders `kinds`, not in a dry run. Raises Mistake where its slices were made otherwise."""
+def claim(args: argparse.Namespace, info: dict[str, Any], kinds: Sequence[str], sources: str) -> None:
+    """Make OUT and its folders `kinds`, not in a dry run. Raises Mistake where its slices were made otherwise.
+
+    sources: see `whence`.
+    """
     made_with = {"checkpoint_sha256": info["checkpoint_sha256"], "precision": info["precision"], "format": args.format}
     made_with |= {"completed": bool(args.complement), "seed": args.seed if args.variants else None}
+    made_with["sources"] = sources
     record, content = args.out / "run.json", (json.dumps(made_with, indent=1) + "\n").encode()
     made = [path for kind in ("images", "volumes") for path in (args.out / kind).glob("[!.]*")]
     if made and not (record.exists() and record.read_bytes() == content):  # without slices, a failed start left it
@@ -787,6 +809,18 @@ def claim(args: argparse.Namespace, info: dict[str, Any], kinds: Sequence[str]) 
     with held(args.out, ".run.json.lock", wait=True):  # the one file of all shards
         if not (record.exists() and record.read_bytes() == content):
             write_bytes(record, content)
+
+
+def whence(out: Path, maps: dict[str, Path], reals: dict[str, Path] | None) -> str:
+    """A digest of where maps and real slices lie, seen from OUT: those of another set may have the same names."""
+    places = []
+    for files in filter(None, (maps, reals)):
+        folder = next(iter(files.values())).parent.resolve()
+        try:
+            places.append(os.path.relpath(folder, out.resolve()))
+        except ValueError:  # on another drive of Windows
+            places.append(str(folder))
+    return hashlib.sha256(os.fsencode("\n".join(places))).hexdigest()[:16]
 
 
 def check_out(out: Path, inputs: Iterable[Path]) -> None:
@@ -1044,8 +1078,8 @@ def make_slices(args: argparse.Namespace, maps: dict[str, Path], reals: dict[str
         print(f"note: not all maps are {side} x {side}, the size the model was trained at", file=sys.stderr)
     mine = share(jobs, args)
     with shard_held(args):
-        claim(args, info, ("images", "maps", *["panels"] * args.panel))
-        todo = [job for job in mine if not all(path.exists() for path in targets(job, args))]
+        claim(args, info, ("images", "maps", *["panels"] * args.panel), whence(args.out, maps, reals))
+        todo = [job for job in mine if not is_made(targets(job, args), sources(job.path, job.path.stem, reals))]
         batches, finished = in_batches(todo, n), len(mine) - len(todo)
         print(
             f"{len(maps)} maps: {finished} slices finished, {len(todo)} to make in {len(batches)} batches of up to {n}"
@@ -1053,6 +1087,8 @@ def make_slices(args: argparse.Namespace, maps: dict[str, Path], reals: dict[str
         if args.dry_run:
             describe(args, info, name, n, to_come, shapes_of(batches))
             return 0
+        for path in (path for job in todo for path in targets(job, args)):  # of a map that has changed, if any
+            path.unlink(missing_ok=True)
         generator = Generator(session, info, n if args.cuda_graph else None)
         reader = partial(load, n_labels=len(info["labels"]), reals=reals, seed=args.seed)
         tally = run(batches, generator, reader, partial(write, args=args, info=info))
@@ -1066,17 +1102,22 @@ def make_volumes(args: argparse.Namespace, volumes: dict[str, Path], reals: dict
             raise Mistake(f"{args.maps}: of volumes, and --{option} goes with PNG maps alone: leave it out")
     args.format = "volume"
     mine = share(list(volumes), args)
-    todo = {name: volumes[name] for name in mine if not volume_file(args.out, name).exists()}
+
+    def finished(name: str) -> bool:
+        return is_made([volume_file(args.out, name)], sources(volumes[name], name, reals))
+
+    todo = {name: volumes[name] for name in mine if not finished(name)}
     sizes = survey(todo, reals) if args.dry_run or args.provider == "tensorrt" else []  # nobody else asks before
     to_come = in_parts(sizes, args.batch or NVIDIA_BATCH)
     session, info, name, n = open_for(args, to_come)
     with shard_held(args):
-        claim(args, info, ["volumes"])
-        finished = len(mine) - len(todo)
-        print(f"{len(volumes)} volumes: {finished} finished, {len(todo)} to make, {n} slices at a time")
+        claim(args, info, ["volumes"], whence(args.out, volumes, reals))
+        print(f"{len(volumes)} volumes: {len(mine) - len(todo)} finished, {len(todo)} to make, {n} slices at a time")
         if args.dry_run:
             describe(args, info, name, n, to_come, in_parts(sizes, n))
             return 0
+        for one in todo:  # of a map that has changed, if any
+            volume_file(args.out, one).unlink(missing_ok=True)
         generator = Generator(session, info, n if args.cuda_graph else None)
         return report(args, "volumes", run_volumes(todo, reals, args.out, generator, n), len(volumes))
 

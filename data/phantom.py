@@ -26,6 +26,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, only data/ itself is on it
 from data.slices import (
     LABELS,
+    LARGEST,
     SIDES,
     Mistake,
     OneLineParser,
@@ -511,6 +512,8 @@ def main(argv: list[str] | None = None) -> None:
     for name, least in {"size": 64, "patients": 3, "slices": 1, "seed": 0, "workers": 1}.items():
         if getattr(args, name) < least:
             raise Mistake(f"--{name} {getattr(args, name)}: must be at least {least}")
+    if args.size > LARGEST:
+        raise Mistake(f"--size {args.size}: must be at most {LARGEST}")
     drawn = {
         "source": "phantom", "by": "patient", "seed": args.seed, "size": args.size,
         "patients": args.patients, "slices": args.slices,

@@ -44,6 +44,7 @@ from data.lungs import find_lungs
 from data.slices import (
     HELD,
     LABELS,
+    LARGEST,
     SIDES,
     Mistake,
     OneLineParser,
@@ -482,8 +483,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         setattr(args, name, getattr(args, name) or str(Path(args.src) / folder))
     if args.stacked and args.exclude_patient:
         raise Mistake("--exclude-patient: slices of a stack have no names to exclude them by; leave it out")
-    if args.size < 1 or args.seed < 0 or args.grey_window[0] >= args.grey_window[1]:
-        raise Mistake("--size must be at least 1, --seed at least 0 and --grey-window LOW below HIGH")
+    if not 1 <= args.size <= LARGEST or args.seed < 0 or args.grey_window[0] >= args.grey_window[1]:
+        raise Mistake(f"--size must be 1 to {LARGEST}, --seed at least 0 and --grey-window LOW below HIGH")
     return args
 
 

@@ -36,6 +36,7 @@ except ImportError:  # Windows
 LABELS = ("background", "lung", "ground-glass opacity", "consolidation")
 COLOURS = ((0, 0, 0), (255, 0, 0), (0, 0, 255), (0, 255, 0))  # Fig. 1: lung red, GGO blue, consolidation green
 SIDES = ("train", "test", "seg_test")  # of a split
+LUNG_HU = (-1000, -300)  # a mean beyond them in healthy lung, which has about -850 to -500, is no HU
 UNFINISHED = ".unfinished"  # in a folder: its set is being written, or the run that wrote it was cut off
 HU_OFFSET = 1024  # stored value = HU + 1024: air is 24, water 1024
 HELD = (-HU_OFFSET, 4095 - HU_OFFSET)  # the HU that the format holds
@@ -100,7 +101,7 @@ def slice_name(patient: int, position: int) -> str:
 
 def patient_of(name: str) -> str:
     """The patient of a slice: what stands before the last "_"."""
-    return name.rpartition("_")[0] or name
+    return name.rpartition("_")[0]
 
 
 @contextlib.contextmanager
@@ -203,6 +204,25 @@ def list_pngs(folder: Path, what: str) -> dict[str, Path]:
     if not found:
         raise Mistake(f"{folder}: no PNG in it: give the folder of the {what}")
     return found
+
+
+def check_finished(folder: Path) -> None:
+    """Raise Mistake for a dataset whose making was cut off: a part of it would be taken for all."""
+    if (folder / UNFINISHED).exists() and not (folder / "split.json").exists():
+        raise Mistake(f"{folder}: its making was cut off: run the command that makes it again")
+
+
+def check_hu(path: Path, hu: np.ndarray, labels: np.ndarray | None = None) -> None:
+    """Raise Mistake for a real slice, int16 [H, W], that can hold no HU: grey levels, or no lung's where lung is.
+
+    labels uint8 [H, W]: healthy lung is 1; less than a hundredth of a slice tells nothing.
+    """
+    if hu.max() <= 255 - HU_OFFSET:
+        raise Mistake(f"{path}: no value above 255, so grey levels, not HU + {HU_OFFSET}: convert it first")
+    lung = np.empty(0) if labels is None else hu[labels == 1]
+    if 100 * lung.size >= hu.size and not LUNG_HU[0] <= (mean := lung.mean(dtype=float)) <= LUNG_HU[1]:
+        told = f"mean {mean:+.0f} in healthy lung, which has HU of -850 to -500"
+        raise Mistake(f"{path}: {told}: store HU + {HU_OFFSET}, or mend the map")
 
 
 def read_split(path: Path) -> dict[str, list[str]]:
@@ -354,7 +374,7 @@ def make_room(out: Path, overwrite: bool, same: bool = False) -> None:
     except OSError as error:
         raise Mistake(f"{out}: cannot be made a folder ({error.strerror}); give another --out") from error
     left_by_a_kill = [*out.rglob(".*.png.*tmp"), *out.glob(".split.json.*tmp")]
-    (out / "split.json").unlink(missing_ok=True)  # first: without it no reader takes the set for whole
+    (out / "split.json").unlink(missing_ok=True)  # first: until it is back no reader takes the set, see check_finished
     for path in {*slices, *left_by_a_kill}:
         path.unlink()
 

@@ -15,6 +15,12 @@ import covidgan
 import eval as evaluation
 from covidgan import Mistake
 
+
+def test_a_file_of_figures_that_cannot_be_written_is_told_before_any_work(tmp_path):
+    with pytest.raises(Mistake, match="is a folder: give the name of a file"):
+        bench.parse(["--json", str(tmp_path)])
+
+
 # ---- the yardstick
 
 

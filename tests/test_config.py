@@ -113,6 +113,7 @@ MISTAKES = {
     "learning rate no number": (["--lr", "nan"], "--lr"),
     "window": (["--width", 0], "--width"),
     "one label": (["--n-labels", 1], "--n-labels"),
+    "labels without a name": (["--n-labels", 5], "--n-labels 5: give 2 to 4"),
     "odd width": (["--ngf", 9], "--ngf"),
     "resize below 1": (["--resize", 0.5], "--resize"),
     "adam": (["--adam-beta1", 1.5], "--adam-beta1"),
@@ -143,7 +144,7 @@ def test_more_labels_in_a_map_than_the_model_has_are_named(here, toy, tmp_path):
     done = here("--preset", "tiny", "--data", toy.folder, "--out", tmp_path / "out", "--n-labels", 3)
     line = is_one_line(done)
     assert str(toy.folder / "maps") in line
-    assert "label 3 at row" in line
+    assert "colour [0, 255, 0] at row" in line
     assert not (tmp_path / "out").exists()
 
 
@@ -226,7 +227,7 @@ def test_a_checkpoint_whose_weights_do_not_fit_its_config_is_named(here, toy, wh
     assert str(tmp_path / "ckpt.pt") in is_one_line(done)
 
 
-OTHER = {"--ngf": 16, "--ndf": 16, "--n-blocks": 3, "--n-local-blocks": 2, "--n-gen": 3, "--n-dis": 3, "--n-labels": 5}
+OTHER = {"--ngf": 16, "--ndf": 16, "--n-blocks": 3, "--n-local-blocks": 2, "--n-gen": 3, "--n-dis": 3, "--n-labels": 3}
 OTHER |= {"--desum": "sum", "--upsample": "resize", "--dfm": "fixed"}
 
 

@@ -71,6 +71,15 @@ def test_palette_grey_and_colour_maps_are_one_and_the_same(tmp_path, labels):
         assert np.array_equal(slices.read_map(tmp_path / f"{name}.png"), labels), name
 
 
+def test_a_colour_counts_wherever_in_a_palette_it_stands(tmp_path):
+    """A paint program may add the same red a second time, behind the paper's four."""
+    picture = Image.fromarray(np.array([[0, 1, 2, 3, 4]], np.uint8), "P")
+    picture.putpalette([*sum(covidgan.COLOURS, ()), 255, 0, 0])
+    picture.save(tmp_path / "map.png")
+    for read in (covidgan.read_map(tmp_path / "map.png", 4), slices.read_map(tmp_path / "map.png")):
+        assert read.tolist() == [[0, 1, 2, 3, 1]]
+
+
 # ---- bad maps
 
 
@@ -322,6 +331,22 @@ def test_the_last_slices_of_a_single_patient_are_held_out(own_toy, keep):
             (own_toy.folder / "maps" / f"{name}.png").unlink()
     left = [name for name in names if keep(name)]
     assert covidgan.read_split(own_toy.folder, 0) == {"train": left[:-1], "test": left[-1:]}
+
+
+def test_a_set_whose_making_was_cut_off_is_refused_until_it_is_made(own_toy):
+    (own_toy.folder / ".unfinished").touch()
+    assert covidgan.read_split(own_toy.folder, 0)["train"] == own_toy.train
+    (own_toy.folder / "split.json").unlink()
+    with pytest.raises(covidgan.Mistake, match="its making was cut off"):
+        covidgan.read_split(own_toy.folder, 0)
+
+
+def test_two_files_of_one_name_are_refused(own_toy):
+    (own_toy.folder / "split.json").unlink()
+    first = own_toy.folder / "maps" / "P01_S001.png"
+    first.with_suffix(".PNG").write_bytes(first.read_bytes())
+    with pytest.raises(covidgan.Mistake, match=r"P01_S001\.png: P01_S001\.PNG has the same name"):
+        covidgan.read_split(own_toy.folder, 0)
 
 
 def test_names_without_a_patient_are_split_too(own_toy):

@@ -421,6 +421,25 @@ def test_pairs_are_by_name_and_the_rest_is_told(sets, capsys):
         evaluate(sets, "--strict")
 
 
+def test_pairs_of_the_training_side_are_told(sets, capsys):
+    names = [f"P0{k // 3}_S00{k}" for k in range(9)]
+    (sets / "real/split.json").write_text(json.dumps({"train": names[:6], "test": names[6:]}))
+    evaluate(sets)
+    assert f"note: 6 of 9 pairs are of the training side ({sets / 'real/split.json'})" in capsys.readouterr().err
+    for name in names[:6]:
+        (sets / f"fake/{name}.png").unlink()
+    evaluate(sets)
+    assert "training side" not in capsys.readouterr().err
+
+
+def test_pictures_of_an_evaluation_before_do_not_stand_beside_this_ones(sets):
+    evaluate(sets, "--train", sets / "train")
+    assert (sets / "out/eval_memorisation.png").exists() and (sets / "out/eval_texture.png").exists()
+    (sets / "real/maps").rename(sets / "hidden")
+    evaluate(sets)
+    assert [path.name for path in (sets / "out").glob("*.png")] == ["eval_cases.png"]
+
+
 def test_without_maps_the_images_are_taken_as_they_are(sets):
     (sets / "real/maps").rename(sets / "hidden")
     results = evaluate(sets)
@@ -451,6 +470,15 @@ def spoil(sets, what):
     if what == "size":
         write_image(sets / "real/images/P00_S000.png", np.zeros((40, 40)))
         return [], "bring both to one size"
+    if what == "grey levels":
+        iio.imwrite(sets / "real/images/P00_S000.png", np.full((HEIGHT, WIDTH), 200, np.uint16))
+        return [], "real/images/P00_S000.png: no value above 255"
+    if what == "HU without an offset":
+        iio.imwrite(sets / "real/images/P00_S000.png", np.full((HEIGHT, WIDTH), 1300, np.uint16))
+        return [], "real/images/P00_S000.png: mean +276 in healthy lung"
+    if what == "set cut off":
+        (sets / "real/.unfinished").touch()
+        return [], "real: its making was cut off"
     if what == "size of the map":
         write_map(sets / "real/maps/P00_S000.png", np.ones((40, 40), np.uint8))
         return [], "real/maps/P00_S000.png"
@@ -504,11 +532,10 @@ def spoil(sets, what):
     }[what]
 
 
-MISTAKES = """8-bit image, size, size of the map, missing map, no lung in any, no lung in training, JPEG, no pair,
-broken image, training map, split, name of the split, width, level, batch, folder of the maps, maps of others, out,
-folder as JSON, no folder to write to, no folder for the JSON, no features file, U-Net without maps""".replace(
-    "\n", " "
-)
+MISTAKES = """8-bit image, grey levels, HU without an offset, set cut off, size, size of the map, missing map, no lung
+in any, no lung in training, JPEG, no pair, broken image, training map, split, name of the split, width,
+level, batch, folder of the maps, maps of others, out, folder as JSON, no folder to write to, no folder
+for the JSON, no features file, U-Net without maps""".replace("\n", " ")
 
 
 @pytest.mark.parametrize("what", MISTAKES.split(", "))

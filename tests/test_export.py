@@ -251,7 +251,16 @@ def test_the_terms_given_for_the_weights_stand_in_the_file(plain, tmp_path):
     assert "terms of the data" in plain.metadata["licence"]
 
 
-@pytest.mark.parametrize("terms", ["", " ", "two\nlines", "x" * 901])
+@pytest.mark.parametrize("stage", ["g1", "g2"])
+def test_a_checkpoint_of_a_stage_before_the_last_is_no_generator_yet(plain, tmp_path, stage):
+    """Its G2 or its sum would be as drawn at the start, in PyTorch as well, so that no comparison would tell."""
+    torch.save(torch.load(plain.source, weights_only=True) | {"stage": stage}, tmp_path / "ckpt.pt")
+    with pytest.raises(Mistake, match=rf"ckpt.pt: stopped in stage {stage}, joint makes the generator whole"):
+        export.main([str(tmp_path / "ckpt.pt"), "-o", str(tmp_path / "g.onnx")])
+    assert not (tmp_path / "g.onnx").exists()
+
+
+@pytest.mark.parametrize("terms", ["", " ", "two\nlines", "x" * 901, "by the data's allocation"])
 def test_terms_that_a_reader_would_refuse_are_refused_before_any_work(plain, tmp_path, terms):
     with pytest.raises(Mistake, match=r"^--terms: "):
         export.main([str(plain.source), "--terms", terms, "-o", str(tmp_path / "g.onnx")])

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -104,8 +105,8 @@ def draw_map(height=64, width=64, shift=0):
 
 
 def draw_slice(height=64, width=64, seed=0):
-    """A slice of noise, HU int16 [H, W]: whatever is changed shows."""
-    return np.random.default_rng(seed).integers(-1024, 3072, (height, width)).astype(np.int16)
+    """A slice of noise of -1024 to 0 HU, int16 [H, W]: whatever is changed shows."""
+    return np.random.default_rng(seed).integers(-1024, 1, (height, width)).astype(np.int16)
 
 
 @pytest.fixture
@@ -147,6 +148,11 @@ def script(*argv, **options):
 
 def files(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def slices_in(folder):
+    """Files without the record of where their maps lie."""
+    return {name: content for name, content in files(folder).items() if name != "run.json"}
 
 
 def direct(model, labels):
@@ -197,7 +203,7 @@ def test_palette_and_rgb_maps_give_the_same_files(infer, tmp_path):
         path = tmp_path / name / "P00_S000.png"
         write_map(path, pixels) if name == "palette" else iio.imwrite(path, pixels)
         infer(tmp_path / name, out=f"out_{name}")
-    assert files(tmp_path / "out_palette") == files(tmp_path / "out_rgb")
+    assert slices_in(tmp_path / "out_palette") == slices_in(tmp_path / "out_rgb")
 
 
 def test_batches_change_nothing(infer, maps):
@@ -356,7 +362,7 @@ def test_a_real_slice_is_resampled_with_its_variant_s_map(infer, tmp_path):
     for folder in ("squares", "shown"):
         (tmp_path / folder).mkdir()
     write_map(tmp_path / "squares/P00_S000.png", labels)
-    write_image(tmp_path / "shown/P00_S000.png", np.where(labels > 0, 1000, -500))
+    write_image(tmp_path / "shown/P00_S000.png", np.where(labels > 0, -900, 500))
     _, out, _ = infer(tmp_path / "squares", "--variants", 5, "--complement", tmp_path / "shown")
     for k in range(1, 6):
         background = read_map(out / f"maps/P00_S000v0{k}.png") == 0
@@ -366,7 +372,7 @@ def test_a_real_slice_is_resampled_with_its_variant_s_map(infer, tmp_path):
                 inner &= np.roll(background, step, axis)
         inner[:14], inner[-14:], inner[:, :14], inner[:, -14:] = False, False, False, False
         assert inner.sum() > 100
-        assert (read_image(out / f"images/P00_S000v0{k}.png")[inner] == -500).all()
+        assert (read_image(out / f"images/P00_S000v0{k}.png")[inner] == 500).all()
 
 
 # ------------------------------------------------------------------------------------------------ formats
@@ -465,6 +471,70 @@ def test_what_a_failed_start_left_is_gone_on_with_and_slices_of_others_are_not_t
     (out / "run.json").unlink()
     status, _, told = infer(maps)
     assert status == 2 and told.startswith(f"error: {out}: its slices were made otherwise")
+
+
+def test_a_map_that_has_changed_is_made_anew_and_one_that_lost_its_lung_takes_its_slice_along(infer, maps, model):
+    _, out, _ = infer(maps)
+    before = files(out)
+    write_map(maps / "P00_S000.png", draw_map(shift=20))
+    write_map(maps / "P00_S001.png", np.zeros((64, 64), np.uint8))
+    status, _, told = infer(maps)
+    assert status == 0 and "1 slices without lung are left out" in told
+    after = files(out)
+    assert np.array_equal(read_image(out / "images/P00_S000.png"), direct(model, draw_map(shift=20)))
+    assert np.array_equal(read_map(out / "maps/P00_S000.png"), draw_map(shift=20))
+    assert before.keys() - after.keys() == {"images/P00_S001.png", "maps/P00_S001.png"}
+    assert {name for name in after if after[name] != before[name]} == {"images/P00_S000.png", "maps/P00_S000.png"}
+
+
+def test_a_real_slice_that_has_changed_is_pasted_into_anew(infer, maps, images):
+    _, out, _ = infer(maps, "--complement", images)
+    write_image(images / "P00_S000.png", draw_slice(seed=77))
+    infer(maps, "--complement", images)
+    labels, made = read_map(maps / "P00_S000.png"), read_image(out / "images/P00_S000.png")
+    assert np.array_equal(made[labels == 0], draw_slice(seed=77)[labels == 0])
+
+
+def test_slices_of_another_set_are_not_taken_for_finished_though_names_are_the_same(infer, maps, images, tmp_path):
+    _, out, _ = infer(maps, "--complement", images)
+    for change in (["maps"], ["images"]):
+        others = [tmp_path / "other" if path.name in change else path for path in (maps, images)]
+        shutil.copytree(maps if "maps" in change else images, tmp_path / "other")
+        before = files(out)
+        status, _, told = infer(others[0], "--complement", others[1])
+        assert status == 2 and told.startswith(f"error: {out}: its slices were made otherwise")
+        assert files(out) == before
+        shutil.rmtree(tmp_path / "other")
+
+
+def test_a_set_moved_with_its_slices_is_gone_on_with(infer, maps, tmp_path):
+    _, out, _ = infer(maps)
+    before = files(out)
+    (tmp_path / "moved").mkdir()
+    for folder in (maps, out):
+        folder.rename(tmp_path / "moved" / folder.name)
+    assert infer(tmp_path / "moved" / "maps", out="moved/out")[0] == 0
+    assert files(tmp_path / "moved" / "out") == before
+
+
+@pytest.mark.parametrize("what", ["grey levels", "HU without an offset"])
+def test_real_slices_that_hold_no_hu_are_left_out_as_faulty(infer, maps, images, what):
+    real, labels = images / "P00_S000.png", read_map(maps / "P00_S000.png")
+    hu = np.where(labels > 0, -850, 700)  # bone all about
+    stored = np.clip((hu + 1350) / 1500 * 255, 0, 255) if what == "grey levels" else np.maximum(hu, 0)
+    iio.imwrite(real, stored.astype(np.uint16))
+    status, out, told = infer(maps, "--complement", images)
+    assert status == 2 and f"error: {real}: " in told and "left out as faulty: 1" in told
+    assert ("grey levels" in told) == (what == "grey levels")
+    assert not (out / "images/P00_S000.png").exists() and len(files(out / "images")) == 4
+
+
+def test_a_set_whose_making_was_cut_off_is_refused(infer, maps):
+    (maps.parent / ".unfinished").touch()
+    status, _, told = infer(maps.parent)
+    assert status == 2 and told == f"error: {maps.parent}: its making was cut off: run the command that makes it again"
+    (maps.parent / "split.json").write_text('{"train": [], "test": []}')
+    assert infer(maps.parent)[0] == 0
 
 
 def test_a_killed_run_leaves_nothing_half_written_and_is_gone_on_with(infer, maps, tmp_path):
@@ -685,8 +755,8 @@ def cases(tmp_path_factory):
 @pytest.mark.parametrize("case", ["upper_case", "indexed_colours"])
 def test_endings_and_palettes_as_people_have_them_give_the_same_slices(infer, cases, case):
     outs = [infer(cases / c, "--complement", cases / c, out=c)[1] for c in ("base", case)]
-    assert len(files(outs[0])) == 2 * 18 + 1
-    assert files(outs[0]) == files(outs[1])
+    assert len(slices_in(outs[0])) == 2 * 18
+    assert slices_in(outs[0]) == slices_in(outs[1])
 
 
 def test_jpeg_maps_are_one_line(infer, cases):
@@ -704,11 +774,11 @@ def test_slices_without_lung_are_left_out_of_a_real_dataset(infer, cases):
 
 
 def test_the_sides_of_a_split_with_endings_are_the_whole(infer, cases):
-    whole = files(infer(cases / "base", out="whole")[1])
+    whole = slices_in(infer(cases / "base", out="whole")[1])
     for side in ("train", "test"):
         status, out, _ = infer(cases / "split_with_endings", "--side", side, out="sides")
         assert status == 0
-    assert files(out) == whole
+    assert slices_in(out) == whole
     assert "no names under seg_test" in infer(cases / "split_with_endings", "--side", "seg_test", out="none")[2]
 
 

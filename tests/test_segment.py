@@ -105,6 +105,13 @@ def test_its_file_exports_and_labels_as_the_trained_network_does(toy, trained, t
     assert (labels == ours).mean() > 0.999 and len(np.unique(labels)) > 2
 
 
+def test_overwriting_a_run_discards_its_unet_too(toy, trained, tmp_path):
+    for name in ("ckpt.pt", "unet.pt"):
+        (tmp_path / name).write_bytes((trained / name).read_bytes())
+    covidgan.prepare_out(config(toy, tmp_path, overwrite=True), segment.Segmentation)
+    assert not (tmp_path / "unet.pt").exists() and not (tmp_path / "ckpt.pt").exists()
+
+
 def test_its_panel_and_results_stand_beside_the_checkpoint(trained):
     results = json.loads((trained / "results.json").read_text())
     assert (results["samples"], results["slices"], results["config"]["channels"]) == (480, 24, 4)

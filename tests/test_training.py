@@ -361,6 +361,17 @@ def test_pictures_that_a_kill_came_before_are_made_on_resume(toy, small_run, her
     assert (tmp_path / panel).read_bytes() == (whole_run[0] / panel).read_bytes()
 
 
+def test_a_split_that_was_drawn_is_written_beside_the_checkpoint(own_toy, small_run, here, tmp_path):
+    (own_toy.folder / "split.json").unlink()
+    run = ["--stage", "g1", "--data", own_toy.folder, "--out", tmp_path / "out", *small_run]
+    done = here(*run)
+    assert done.status == 0, done.stderr
+    split = json.loads((tmp_path / "out" / "split.json").read_text())
+    assert split == covidgan.read_split(own_toy.folder, covidgan.Config.seed)
+    (patient,) = {name[:3] for name in split["test"]}
+    assert f"no split.json in {own_toy.folder}: held out {patient}; copy" in done.stdout
+
+
 def test_curves_removed_with_their_stats_stop_no_resume(whole_run, here, copy):
     out = copy(whole_run[0])
     (out / "stats.jsonl").unlink()

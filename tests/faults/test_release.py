@@ -191,5 +191,5 @@ def test_the_record_of_a_folder_of_slices_holds_no_path(noted_set):
     out = noted_set / "out"
     infer_onnx.main([str(noted_set / "maps"), "--model", str(model), "--out", str(out), "--provider", "cpu"])
     assert {*json.loads((out / "run.json").read_text())} == {
-        "checkpoint_sha256", "precision", "format", "completed", "seed"
+        "checkpoint_sha256", "precision", "format", "completed", "seed", "sources"
     }  # fmt: skip
