@@ -579,7 +579,7 @@ def export_checkpoint(
     kind = method_of(checkpoint, source)
     checkpoint = covidgan.read_checkpoint(source, kind)
     last = kind.stages(kind.options(**checkpoint["config"]))[-1]
-    if (stage := checkpoint.get("stage", last)) != last:  # what it has not reached would be as random as at the start, and no comparison would tell
+    if (stage := checkpoint.get("stage", last)) != last:  # G is in part as drawn at its start: no comparison would tell
         raise Mistake(f"{source}: stopped in stage {stage}, {last} makes the generator whole: go on with --resume")
     return source, out, export_generator(checkpoint, digest, out, fp16, target, pack, terms)
 

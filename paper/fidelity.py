@@ -6,11 +6,13 @@
     python -m paper.fidelity --epochs 1 --out out/screen      # all rows, half as long
     python -m paper.fidelity --list
 
-Trains on the train side of --data at the size of --reference, chooses by the side "test" and reports "seg_test", the
-patients that no choice was made on, each row beside its cost. The same command goes on with a stopped study.
+Trains on the train side of --data at the size of --reference, chooses by the side "test" and reports "seg_test" too,
+each row beside its cost. All that is whole under --out stands in the table, whichever rows were asked for. The same
+command goes on with a stopped study.
 """
 
 import argparse
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -111,6 +113,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if unknown := [row for row in args.rows if row not in ROWS]:
         raise Mistake(f"--rows {unknown[0]}: give of {', '.join(ROWS)}")
+    if min(args.seeds) < 0:
+        raise Mistake(f"--seeds {min(args.seeds)}: give 0 or more")
     return args
 
 
@@ -120,13 +124,17 @@ def main(argv: list[str]) -> None:
     if args.list:
         print("\n".join(f"{row:16} {about:60} {' '.join(options)}" for row, (about, options) in ROWS.items()))
         return
+    runs.check_sides(args.data, args.reference)
+    runs.keep_setting(args.out, args.reference, {name: getattr(args, name) for name in ("data", "reference", "epochs")})
     size = runs.size_of(args.reference)
-    measured: dict[str, list[dict[str, dict[str, Any]]]] = {}
-    for seed in args.seeds:
-        for row in args.rows:
-            measured.setdefault(row, []).append(run(row, seed, args, size))
-            with runs.making(args.out / "fidelity.json"):
-                write_bytes(args.out / "fidelity.json", (json.dumps(measured, indent=1) + "\n").encode())
+    for seed, row in itertools.product(args.seeds, args.rows):
+        run(row, seed, args, size)
+    measured = {}
+    for row in ROWS:
+        seeds = [seed for seed, out in runs.seeded(args.out, row).items() if (out / "results.json").exists()]
+        measured |= {row: [run(row, seed, args, size) for seed in seeds]} if seeds else {}
+    with runs.making(args.out / "fidelity.json"):
+        write_bytes(args.out / "fidelity.json", (json.dumps(measured, indent=1) + "\n").encode())
     print("\n".join(summary(measured)))
 
 

@@ -145,12 +145,12 @@ def measured(run: Path, args: argparse.Namespace) -> dict[str, Any]:
 
 def whole_runs(names: Iterable[str], args: argparse.Namespace) -> list[tuple[str, int, Path]]:
     """Row, seed and folder of rows' runs under --out that are trained to their end, of their chosen optimisers."""
-    found, order = [], list(names)
-    for name in order:
+    found = []
+    for name in names:
         published, tried = name.removesuffix("-clean"), row_of(name).optimisers
         choice = [folder(published, one, FIRST_SEED, args) / f"eval_{CHOOSE}" / "results.json" for one in tried]
         if len(tried) > 1 and not all(path.exists() for path in choice):
             continue  # nothing is chosen yet
-        for path in args.out.glob(f"{name}_{optimiser_of(name, args)}_*/results.json"):
-            found.append((name, int(path.parent.name.rpartition("_")[2]), path.parent))
-    return sorted(found, key=lambda run: (order.index(run[0]), run[1]))
+        runs_of = runs.seeded(args.out, f"{name}_{optimiser_of(name, args)}")
+        found += [(name, seed, out) for seed, out in runs_of.items() if (out / "results.json").exists()]
+    return found

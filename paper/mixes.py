@@ -236,15 +236,17 @@ def write_scores(file: Path, unet: Path, data: Path, names: list[str]) -> None:
 def scores(mix: Mix, side: str, args: argparse.Namespace) -> dict[int, Scores]:
     """Scores on a side of all U-Nets of a mix that are there, by seed."""
     found = {}
-    for file in args.out.glob(f"unet_{mix.name}_*/scores_{side}.json"):
-        held = json.loads(file.read_text())
-        figures = {row: np.array(values, float) for row, values in held["figures"].items()}
-        found[int(file.parent.name.rpartition("_")[2])] = Scores(held["names"], figures)
-    return dict(sorted(found.items()))
+    for seed, out in runs.seeded(args.out, f"unet_{mix.name}").items():
+        if (file := out / f"scores_{side}.json").exists():
+            held = json.loads(file.read_text())
+            figures = {row: np.array(values, float) for row, values in held["figures"].items()}
+            found[seed] = Scores(held["names"], figures)
+    return found
 
 
 def composition(mix: Mix, args: argparse.Namespace) -> dict[str, int] | None:
     """How many slices of each kind a mix has; None where it has not been made."""
-    for file in args.out.glob(f"unet_{mix.name}_*/data/split.json"):
-        return {kind: len(names) for kind, names in json.loads(file.read_text())["drawn"].items()}
+    for out in runs.seeded(args.out, f"unet_{mix.name}").values():
+        if (file := out / "data" / "split.json").exists():
+            return {kind: len(names) for kind, names in json.loads(file.read_text())["drawn"].items()}
     return None

@@ -7,6 +7,7 @@ held, and who else wants it waits, and then finds it there.
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import resource
@@ -14,26 +15,33 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from data.slices import Mistake, held, list_pngs, read_image, write_bytes
+from data.slices import SIDES, Mistake, held, list_pngs, read_image, read_split, write_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
 FEATURES = "efficientnet-lite0"  # of FID and KID: Inception's weights are a download
+Beside = Callable[[int], AbstractContextManager[None]]
 
 
-def call(*arguments: str | Path) -> None:
-    """Run a script of the repository with this Python. Raises Mistake where it fails; it has said why."""
+def call(*arguments: str | Path, beside: Beside | None = None) -> None:
+    """Run a script of the repository with this Python. Raises Mistake where it fails; it has said why.
+
+    beside: what is done meanwhile, given the script's process.
+    """
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     script = subprocess.Popen([sys.executable, *map(str, arguments)], env=os.environ | {"PYTHONPATH": path})
-    try:
-        status = script.wait()
-    except KeyboardInterrupt:  # a training writes its checkpoint before it ends
-        script.terminate()
-        script.wait()
-        raise
+    with beside(script.pid) if beside else contextlib.nullcontext():
+        try:
+            status = script.wait()
+        except KeyboardInterrupt:  # a training writes its checkpoint before it ends
+            script.terminate()
+            script.wait()
+            raise
     if status:
         raise Mistake(f"{' '.join(map(str, arguments))}: stopped with status {status}, see above")
 
@@ -57,6 +65,14 @@ def cpu_seconds() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
+def cpu_seconds_of(pid: int) -> float | None:
+    """CPU seconds of a running script so far, of all its threads; None where the system does not tell as Linux does."""
+    with contextlib.suppress(OSError):
+        user, system = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+        return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+    return None
+
+
 def commit() -> str:
     """The repository's commit, with -dirty where files differ from it; "unknown" outside of git."""
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
@@ -66,13 +82,18 @@ def commit() -> str:
 
 
 @contextlib.contextmanager
-def keeping(out: Path) -> Iterator[None]:
+def keeping(out: Path, pid: int) -> Iterator[None]:
     """Keep each checkpoint that a training writes meanwhile, in a run's folder of its own: OUT/kept/SECONDS.
 
-    SECONDS are of training, by the clock, without what a stopped run did after its last checkpoint and does again.
+    SECONDS are CPU seconds of training, or the clock's where the system does not tell them, without what a stopped run
+    did after its last checkpoint and does again. pid: the training's process.
     """
     checkpoint, kept, over = out / "ckpt.pt", out / "kept", threading.Event()
-    start = time.monotonic() - max(map(int, kept_seconds(out)), default=0)
+    before, start = max(map(int, kept_seconds(out)), default=0), time.monotonic()
+
+    def spent() -> float:
+        cpu = cpu_seconds_of(pid)
+        return before + (time.monotonic() - start if cpu is None else cpu)
 
     def written() -> int:
         return checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
@@ -81,7 +102,7 @@ def keeping(out: Path) -> Iterator[None]:
         while True:
             ending = over.wait(0.5)
             if (now := written()) != last:
-                last, folder = now, kept / f"{time.monotonic() - start:06.0f}"
+                last, folder = now, kept / f"{spent():06.0f}"
                 folder.mkdir(parents=True, exist_ok=True)
                 write_bytes(folder / checkpoint.name, checkpoint.read_bytes())
             if ending:
@@ -115,8 +136,8 @@ def train(program: list[str], options: list[str], out: Path, keep: bool = False)
             write_bytes(out / "commit.txt", commit().encode())
         (out / "seconds.json").unlink(missing_ok=True)  # until its end: a kill takes along what was spent
         try:
-            with keeping(out) if keep else contextlib.nullcontext():
-                call(*program, "--out", out, *(["--resume"] if started else options))
+            beside = partial(keeping, out) if keep else None
+            call(*program, "--out", out, *(["--resume"] if started else options), beside=beside)
         finally:
             if spent is not None:
                 write_bytes(out / "seconds.json", json.dumps(spent + cpu_seconds() - before).encode())
@@ -126,6 +147,46 @@ def seconds(out: Path) -> float | None:
     """CPU seconds that a run's training took; None where a kill has taken the count along."""
     path = out / "seconds.json"
     return json.loads(path.read_text()) if path.exists() else None
+
+
+def seeded(folder: Path, name: str) -> dict[int, Path]:
+    """Runs NAME_SEED in a folder by seed; whatever else a name goes on with, as that of a copy put aside, is none."""
+    ends = {path.name.removeprefix(f"{name}_"): path for path in folder.glob(f"{name}_*")}
+    return {int(end): ends[end] for end in sorted(ends, key=lambda end: (len(end), end)) if end.isdecimal()}
+
+
+def check_sides(data: Path, reference: Path) -> None:
+    """Raise Mistake unless both datasets part the same slices alike, and no slice is on two sides.
+
+    Otherwise a generator trained on the one would be measured on its own training slices of the other.
+    """
+    split, judged = (read_split(folder / "split.json") for folder in (data, reference))
+    for side in SIDES:
+        if not judged.get(side):
+            raise Mistake(f"{reference / 'split.json'}: no names under {side}: prepare a set of {', '.join(SIDES)}")
+        if {*split.get(side, [])} != {*judged[side]}:
+            raise Mistake(f"{data}, {reference}: not the same slices under {side}: prepare both alike, but for --size")
+    names = [name for side in SIDES for name in judged[side]]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise Mistake(f"{reference / 'split.json'}: {min(twice)} is on two sides: prepare a set whose sides are apart")
+
+
+def keep_setting(out: Path, reference: Path, setting: dict[str, Any]) -> None:
+    """Write OUT/setting.json: what all runs in it have in common. Raises Mistake where those there were made otherwise.
+
+    Without it a run of other options would be taken for one of these. reference: its split is part of the setting.
+    """
+    told = {name: str(value.resolve() if isinstance(value, Path) else value) for name, value in setting.items()}
+    split = json.dumps(read_split(reference / "split.json"), sort_keys=True).encode()
+    told["split of reference"] = hashlib.sha256(split).hexdigest()[:16]
+    with making(path := out / "setting.json"):
+        there = json.loads(path.read_text()) if path.exists() else told
+        for name, value in told.items():
+            if there.get(name) != value:
+                option = name if " " in name else f"--{name.replace('_', '-')}"
+                raise Mistake(f"{out}: made with {option} {there.get(name)}, not {value}: give that, or another --out")
+        if not path.exists():
+            write_bytes(path, (json.dumps(told, indent=1) + "\n").encode())
 
 
 def size_of(data: Path) -> int:

@@ -7,8 +7,9 @@ paper, "few" asks whether synthetic slices help where real ones are few, and mor
 real slices do; "beta" is Table V for who moves beta, which the paper does not say.
 
 mean +- 95 % interval as the paper has it, over ten folds of the test slices, and beside it the interval over patients,
-which is the one to go by: slices of a patient are alike. Both are of one U-Net, averaged over the seeds. Which sides
-train and test stands at the head of paper/mixes.py.
+which is the one to go by: slices of a patient are alike; it is about the mean of the patients' means. Both are of one
+U-Net, averaged over the seeds. Where a map has no lesion, Dice is 100 if none is found, else 0. Which sides train and
+test stands at the head of paper/mixes.py.
 """
 
 import argparse
@@ -180,10 +181,10 @@ def spread(means: list[float | None]) -> float | None:
 
 
 def record(where: Record, seeds: list[int], figures: list[tuple[float | None, ...]]) -> Record:
-    """A figure of a row: mean, interval and interval over patients, averaged over the seeds, and the means' spread."""
-    means, halves, patients = (list(values) for values in zip(*figures, strict=True))
-    found = {"mean": averaged(means), "ci95": averaged(halves), "ci95_patients": averaged(patients)}
-    return where | found | {"seeds": seeds, "sd_seeds": spread(means)}
+    """A figure of a row: mean and interval, and both over patients, averaged over the seeds, and the means' spread."""
+    columns = [list(values) for values in zip(*figures, strict=True)]
+    found = dict(zip(("mean", "ci95", "mean_patients", "ci95_patients"), map(averaged, columns), strict=True))
+    return where | found | {"seeds": seeds, "sd_seeds": spread(columns[0])}
 
 
 def lesion_record(row: str, lesion: str, metric: str, side: str, found: dict[int, Scores]) -> Record:
@@ -191,7 +192,7 @@ def lesion_record(row: str, lesion: str, metric: str, side: str, found: dict[int
     figures = []
     for scores in found.values():
         values = 100 * scores.figures[f"{lesion} {metric}"]
-        figures.append((*over_folds(values), over_patients(values, scores.names)[1]))
+        figures.append((*over_folds(values), *over_patients(values, scores.names)))
     return record({"row": row, "class": lesion, "metric": metric, "side": side}, [*found], figures)
 
 
@@ -214,12 +215,20 @@ def difference(row: str, other: str, side: str, ours: dict[int, Scores], theirs:
     return told | {"of seeds": [*means], "clear": bool(half is not None and abs(mean) > half and one_sign)}
 
 
+def slices_without(found: dict[str, dict[int, Scores]]) -> dict[str, int]:
+    """How many slices of a side, of which any U-Net's scores tell, have no pixel of a lesion."""
+    for scores in itertools.chain(*(of_row.values() for of_row in found.values())):
+        return {name: int(np.isnan(scores.figures[f"{name} sensitivity"]).sum()) for name in evaluation.LESIONS}
+    return {}
+
+
 def image_figure(results: dict[str, Any], metric: str) -> tuple[float | None, ...]:
-    """A figure of complete images out of eval.py's results: mean, interval over slices and over patients, if any."""
+    """A figure of complete images out of eval.py's results: mean and interval over slices and over patients, if any."""
     if metric == "PSNR":
         found = results["pixels"]["complete PSNR"]
-        return found["mean"], found["interval"], found["patients_interval"]
-    return results["features"]["complete FID 24" if metric == "FID" else "complete KID 1280"]["value"], None, None
+        return found["mean"], found["interval"], found["patients_mean"], found["patients_interval"]
+    name = "complete FID 24" if metric == "FID" else "complete KID 1280"
+    return results["features"][name]["value"], None, None, None
 
 
 def image_records(row: str, mix: Mix, args: argparse.Namespace) -> list[Record]:
@@ -251,9 +260,10 @@ def paper_records(study: Study) -> list[Record]:
 def collect(study: Study, args: argparse.Namespace) -> dict[str, Any]:
     """All that is known of a table, whichever rows were asked for."""
     sides = [side for side in mixes.tested_sides(mixes.split_of(args)) if side in study.sides]
-    records, differences = [], []
+    records, differences, without = [], [], {}
     for side in sides:
         found = {row: mixes.scores(mix, side, args) for row, mix in study.rows.items()}
+        without[side] = slices_without(found)
         for row in (row for row in study.rows if found[row]):
             for lesion, metric in itertools.product(evaluation.LESIONS, METRICS):
                 records.append(lesion_record(row, lesion, metric, side, found[row]))
@@ -263,7 +273,7 @@ def collect(study: Study, args: argparse.Namespace) -> dict[str, Any]:
         records += [one for row, mix in study.rows.items() for one in image_records(row, mix, args)]
     known = [*dict.fromkeys(one["row"] for one in records)]
     return {
-        "setting": setting({row: study.rows[row] for row in known}, sides, args),
+        "setting": setting({row: study.rows[row] for row in known}, sides, args) | {"slices without": without},
         "records": records,
         "paper": paper_records(study),
         "differences": [one for one in differences if one],
@@ -274,7 +284,8 @@ def setting(rows: dict[str, Mix], sides: list[str], args: argparse.Namespace) ->
     """What the figures hold for."""
     split = read_split(args.reference / "split.json")
     counts = {side: {"slices": len(s), "patients": len({*map(patient_of, s)})} for side, s in split.items()}
-    unets = [path for mix in rows.values() for path in args.out.glob(f"unet_{mix.name}_*/results.json")]
+    folders = [out for mix in rows.values() for out in runs.seeded(args.out, f"unet_{mix.name}").values()]
+    unets = [path for out in folders if (path := out / "results.json").exists()]
     parameters = {json.loads(path.read_text())["parameters"] for path in unets}
     return {
         "unit": "% of Dice, sensitivity, specificity",
@@ -295,12 +306,14 @@ def setting(rows: dict[str, Mix], sides: list[str], args: argparse.Namespace) ->
 
 
 def cell(one: Record | None, digits: int = 2) -> str:
-    """mean +- interval over folds (interval over patients); what there is of it."""
+    """mean +- interval over folds (the same over patients); what there is of it."""
     if not one or one["mean"] is None:
         return "-"
     text = f"{one['mean']:.{digits}f}"
     text += f" ± {one['ci95']:.{digits}f}" if one.get("ci95") is not None else ""
-    return text + (f" ({one['ci95_patients']:.{digits}f})" if one.get("ci95_patients") is not None else "")
+    if one.get("ci95_patients") is None:
+        return text
+    return f"{text} ({one['mean_patients']:.{digits}f} ± {one['ci95_patients']:.{digits}f})"
 
 
 def of_rows(records: list[Record], side: str | None, heads: list[str]) -> list[list[str]]:
@@ -324,6 +337,12 @@ def slices_told(counts: dict[str, int]) -> str:
     return " + ".join(f"{n} {kind}" for kind, n in kinds.items() if n)
 
 
+def empty_told(counts: dict[str, int]) -> list[str]:
+    """A line on slices without a lesion, whose Dice counts as 100 or 0; none where each slice has every lesion."""
+    told = [f"{n} without {lesion}" for lesion, n in counts.items() if n]
+    return [f"Slices {', '.join(told)}: their Dice is 100 where none is found, else 0.", ""] if told else []
+
+
 def told_apart(one: Record) -> str:
     """A line on a difference."""
     half = f" ± {one['ci95_patients']:.2f}" if one["ci95_patients"] is not None else ""
@@ -344,6 +363,7 @@ def markdown(study: Study, table: dict[str, Any]) -> str:
         heads = [HEADLINE] if study.images else FIGURES
         segmented = [one for one in table["records"] if one["class"] != "complete"]
         lines += [f"**Tested on {side}**: {told}. %, mean ± 95 % interval over folds (over patients)", ""]
+        lines += empty_told(table["setting"]["slices without"][side])
         counts = table["setting"]["slices"]
         rows = [[row, slices_told(counts[row]), *cells] for row, *cells in of_rows(segmented, side, heads)]
         lines += grid(["row", "trained on", "seeds", *heads], rows)

@@ -12,9 +12,10 @@
     python -m paper.tables beta                                # beyond the paper: who moves beta
 
 What each does stands at the head of paper/table2.py and paper/table345.py. All that is whole under --out stands in a
-table, whichever rows were asked for: it is written as --results/tableN.json, and as Markdown between its two marks in
-the README.md beside --results. A table takes what another has trained. Commands may run side by side on one --out, on
-one machine or several: who needs what another is making waits for it, and then finds it there.
+table, whichever rows were asked for, so that all has one setting, OUT/setting.json; the table is written as
+--results/tableN.json, and as Markdown between its two marks in the README.md beside --results. A table takes what
+another has trained. Commands may run side by side on one --out, on one machine or several: who needs what another is
+making waits for it, and then finds it there.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from data.slices import Mistake, OneLineParser, exit_on_mistake, write_bytes
 from paper import generators, runs, table2, table345
 from paper.report import Table, write_readme
 
+SETTING = ("data", "reference", "ngf", "samples", "channels", "unet_samples", "batch")  # what all in --out share
 TABLES: dict[str, Table] = {"2": table2.TABLE, **table345.TABLES}
 
 
@@ -53,6 +55,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     args.rows = list(rows) if args.rows is None else args.rows
     if unknown := [row for row in args.rows if row not in rows]:
         raise Mistake(f"--rows {unknown[0]}: give of {', '.join(rows)}")
+    if min(args.seeds) < 0:
+        raise Mistake(f"--seeds {min(args.seeds)}: give 0 or more")
     least = 2 * generators.KEPT * args.batch  # of two stages each sees half
     if args.batch < 1 or min(args.samples, args.unet_samples) < least:
         given = f"--samples {args.samples}, --unet-samples {args.unet_samples}, --batch {args.batch}"
@@ -67,6 +71,8 @@ def main(argv: list[str]) -> None:
     if args.list:
         print("\n".join(f"{name:24} {told}" for name, told in made.rows.items()))
         return
+    runs.check_sides(args.data, args.reference)
+    runs.keep_setting(args.out, args.reference, {name: getattr(args, name) for name in SETTING})
     for seed, name in itertools.product(args.seeds, args.rows):
         made.make(name, seed, args)
     table = made.collect(args)

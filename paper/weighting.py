@@ -28,6 +28,7 @@ from paper.report import grid, write_readme
 Z = 1.959964  # of 95 %
 POINTS = 200  # of a curve
 FEWEST = 4  # slices for a correlation: Fisher's interval needs more than three
+DRAWN = (".png", ".svg", ".pdf")
 CLOSE = 0.02  # to where it ends: beta is settled
 
 Course = list[dict[str, Any]]  # "step" from the run's start, "stage", "alpha", "beta"; each of some steps' mean
@@ -170,7 +171,7 @@ def draw(studies: list[dict[str, Any]], path: Path) -> None:
     axes[0].legend()
     path.parent.mkdir(parents=True, exist_ok=True)
     picture = io.BytesIO()
-    figure.savefig(picture, format=path.suffix.lstrip(".") or "png")
+    figure.savefig(picture, format=path.suffix[1:])
     write_bytes(path, picture.getvalue())
 
 
@@ -186,7 +187,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     option("--side", choices=("train", "test", "seg_test"), default="seg_test", help="of its split")
     option("--results", type=Path, default=runs.ROOT / "paper" / "results", help="folder of weighting.json")
     option("--out", type=Path, help="picture (default: weighting.png in --results)")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.out = args.out or args.results / "weighting.png"
+    if args.out.suffix not in DRAWN:
+        raise Mistake(f"--out {args.out}: give a name that ends in {', '.join(DRAWN)}")
+    return args
 
 
 def main(argv: list[str]) -> None:
@@ -200,7 +205,7 @@ def main(argv: list[str]) -> None:
     content = (json.dumps({"setting": setting, "runs": studies}) + "\n").encode()
     with runs.making(readme := args.results.parent / "README.md"):
         write_bytes(args.results / "weighting.json", content)
-        draw(studies, args.out or args.results / "weighting.png")
+        draw(studies, args.out)
         if readme.exists():
             write_readme(readme, "weighting", text)
 

@@ -49,6 +49,48 @@ def test_what_a_run_cost_is_its_cpu_time_and_not_that_of_others(program, tmp_pat
     assert json.loads((tmp_path / "run" / "seconds.json").read_text()) == pytest.approx(runs.cpu_seconds() - before)
 
 
+def test_a_run_is_found_by_its_seed_and_a_copy_put_aside_is_none(tmp_path):
+    for name in ("a_paper_0", "a_paper_10", "a_paper_2", "a_paper_0_old", "a_paper_old_0", "a_paper_", "ab_paper_1"):
+        (tmp_path / name).mkdir()
+    assert runs.seeded(tmp_path, "a_paper") == {seed: tmp_path / f"a_paper_{seed}" for seed in (0, 2, 10)}
+    assert [*runs.seeded(tmp_path, "a_paper")] == [0, 2, 10]
+
+
+def split_in(folder, **sides):
+    """A folder that holds a split alone."""
+    folder.mkdir(exist_ok=True)
+    (folder / "split.json").write_text(json.dumps(sides))
+    return folder
+
+
+def test_sets_that_would_measure_a_generator_on_what_it_was_trained_on_are_refused(tmp_path):
+    good = {"train": ["P1_1", "P1_2"], "test": ["P2_1"], "seg_test": ["P3_1"]}
+    data, reference = split_in(tmp_path / "256", **good), split_in(tmp_path / "128", **good)
+    runs.check_sides(data, reference)
+    split_in(data, **good | {"train": ["P1_1", "P3_1"], "seg_test": ["P1_2"]})
+    with pytest.raises(Mistake, match="not the same slices under train: prepare both alike, but for --size"):
+        runs.check_sides(data, reference)
+    for folder in (data, reference):
+        split_in(folder, **good | {"seg_test": ["P2_1"]})
+    with pytest.raises(Mistake, match=r"128/split\.json: P2_1 is on two sides"):
+        runs.check_sides(data, reference)
+    split_in(reference, **good | {"seg_test": []})
+    with pytest.raises(Mistake, match=r"128/split\.json: no names under seg_test"):
+        runs.check_sides(data, reference)
+
+
+def test_a_folder_keeps_the_setting_of_its_runs_and_that_of_the_split(tmp_path):
+    reference, out = split_in(tmp_path / "set", train=["P1_1"], test=["P2_1"]), tmp_path / "out"
+    out.mkdir()
+    runs.keep_setting(out, reference, {"unet_samples": 4000, "data": reference})
+    runs.keep_setting(out, reference, {"unet_samples": 4000, "data": reference.parent / "set" / ".." / "set"})
+    with pytest.raises(Mistake, match="out: made with --unet-samples 4000, not 8000: give that, or another --out"):
+        runs.keep_setting(out, reference, {"unet_samples": 8000, "data": reference})
+    split_in(reference, train=["P2_1"], test=["P1_1"])
+    with pytest.raises(Mistake, match="out: made with split of reference"):
+        runs.keep_setting(out, reference, {"unet_samples": 4000, "data": reference})
+
+
 def test_every_row_of_the_study_is_a_command_that_training_takes():
     import covidgan
     from paper.study import Study
@@ -80,7 +122,7 @@ def test_a_row_trains_exports_synthesizes_and_is_measured_on_both_sides_once(thr
     args = types.SimpleNamespace(data=three_sides, reference=three_sides, epochs=1, out=tmp_path / "study")
     called = []
     real = runs.call
-    monkeypatch.setattr(runs, "call", lambda *arguments: called.append(arguments) or real(*arguments))
+    monkeypatch.setattr(runs, "call", lambda *arguments, **_: called.append(arguments) or real(*arguments))
     measured = fidelity.run("small", 1, args, 64)
     for side, n in (("test", 6), ("seg_test", 6)):
         results = json.loads((args.out / "small_1" / f"eval_{side}" / "results.json").read_text())

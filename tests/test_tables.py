@@ -2,11 +2,14 @@
 
 import argparse
 import json
+import subprocess
+import sys
 import threading
 import time
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 
 import covidgan
@@ -54,12 +57,15 @@ def test_the_optimiser_kept_is_the_one_with_the_lower_lung_kid_on_the_patients_t
     assert set(asked) == {"test"} and generators.REPORT == "seg_test"
 
 
-def test_a_comparison_is_clear_beyond_twice_the_standard_error_of_the_difference():
+def test_a_comparison_is_clear_beyond_students_interval_of_the_difference():
     ours, theirs = [27.0, 27.2, 27.4], [26.5, 26.6, 26.7]
     found = table2.comparison(records("covidgan", ours) + records("SPADE", theirs), "covidgan", "")
-    error = np.sqrt(np.var(ours, ddof=1) / 3 + np.var(theirs, ddof=1) / 3)
-    assert found["each"][0]["lead"] == pytest.approx(0.6) and found["each"][0]["error"] == pytest.approx(error)
+    judge = scipy.stats.ttest_ind(ours, theirs).confidence_interval(0.95)
+    assert found["each"][0]["lead"] == pytest.approx(0.6)
+    assert found["each"][0]["ci95"] == pytest.approx((judge.high - judge.low) / 2, rel=1e-3)
     assert (found["compared"], found["ahead"], found["clearly ahead"], found["clearly behind"]) == (1, 1, 1, 0)
+    two = table2.comparison(records("covidgan", [26.8, 27.2]) + records("SPADE", [26.3, 26.5]), "covidgan", "")
+    assert two["each"][0]["lead"] > 2 * np.sqrt(0.08 / 2 + 0.02 / 2) and two["clearly ahead"] == 0  # two seeds are few
     near = table2.comparison(records("covidgan", [26.0, 26.7, 27.4]) + records("SPADE", theirs), "covidgan", "")
     assert (near["ahead"], near["clearly ahead"], near["clearly behind"]) == (1, 0, 0)
 
@@ -68,7 +74,7 @@ def test_where_lower_is_better_the_lower_is_ahead_and_one_seed_is_never_clear():
     found = records("covidgan-best", [0.04], "RMSE") + records("SEAN-clean", [0.05], "RMSE")
     told = table2.comparison(found, "covidgan-best", "-clean")
     assert (told["rivals"], told["ahead"], told["clearly ahead"]) == ("clean", 1, 0)
-    assert told["each"][0]["lead"] == pytest.approx(0.01) and told["each"][0]["error"] is None
+    assert told["each"][0]["lead"] == pytest.approx(0.01) and told["each"][0]["ci95"] is None
 
 
 def test_of_a_full_table_32_comparisons_are_made():
@@ -94,16 +100,15 @@ def test_time_to_quality_is_the_first_moment_at_what_pix2pixHD_ends_with():
     assert table2.time_to(progress, "-clean") == {}
 
 
-def test_quality_along_a_run_is_told_in_cpu_seconds_whatever_else_its_machine_did(tmp_path, monkeypatch):
+def test_quality_along_a_run_is_that_of_its_kept_checkpoints_of_the_whole_generator(tmp_path, monkeypatch):
     for seconds, stage in [("000500", "g1"), ("001000", "joint"), ("002000", "joint")]:
         (tmp_path / "kept" / seconds).mkdir(parents=True)
         torch.save({"stage": stage}, tmp_path / "kept" / seconds / "ckpt.pt")
-    (tmp_path / "seconds.json").write_text("600.0")
     kids = {"001000": 0.08, "002000": 0.04}
     told = {name: {"features": {"lung KID 1280": {"value": kid}}} for name, kid in kids.items()}
     monkeypatch.setattr(generators, "measured", lambda run, _: told[run.name])
     points = table2.progress_of(tmp_path, argparse.Namespace())
-    assert points == [{"seconds": 300, "KID": 0.08}, {"seconds": 600, "KID": 0.04}]
+    assert points == [{"seconds": 1000, "KID": 0.08}, {"seconds": 2000, "KID": 0.04}]
 
 
 def test_the_papers_figures_are_those_of_its_table():
@@ -146,16 +151,22 @@ def test_the_markdown_has_every_method_with_its_spread_and_the_papers_rows():
     assert "| SEAN | 0.0341 | 26.69 | 0.8922 | 0.0837 | 0.3575 | 28.02 | 0.8952 | 0.2795 |" in text
 
 
-def test_checkpoints_are_kept_as_they_come_with_the_seconds_behind_them(tmp_path):
+def test_checkpoints_are_kept_as_they_come_with_the_cpu_seconds_behind_them(tmp_path):
+    """Of a script that computes for two seconds and sleeps for two more, and went on with a run of 100 seconds."""
     (tmp_path / "kept" / "000100").mkdir(parents=True)
     (tmp_path / "kept" / "000100" / "ckpt.pt").write_text("of the part before the stop")
     (tmp_path / "ckpt.pt").write_text("of the part before the stop")
-    with runs.keeping(tmp_path):
-        time.sleep(1.2)
+    work = "import time\nwhile time.process_time() < 2: pass\ntime.sleep(2); open('done', 'w'); time.sleep(9)"
+    script = subprocess.Popen([sys.executable, "-c", work], cwd=tmp_path)
+    with runs.keeping(tmp_path, script.pid):
+        while not (tmp_path / "done").exists():
+            time.sleep(0.01)
         (tmp_path / "new").write_text("later")
         (tmp_path / "new").replace(tmp_path / "ckpt.pt")
+    script.kill()
+    script.wait()
     first, second = runs.kept_seconds(tmp_path)
-    assert first == "000100" and 101 <= int(second) <= 104
+    assert first == "000100" and int(second) == 102
     assert (tmp_path / "kept" / second / "ckpt.pt").read_text() == "later"
     assert threading.active_count() == 1 or not any("watch" in t.name for t in threading.enumerate())
 
@@ -163,6 +174,8 @@ def test_checkpoints_are_kept_as_they_come_with_the_seconds_behind_them(tmp_path
 def test_an_unknown_row_is_one_line(tmp_path):
     with pytest.raises(Mistake, match="--rows cyclegan: give of covidgan, covidgan-best, pix2pix"):
         tables.main(["2", "--rows", "cyclegan"])
+    with pytest.raises(Mistake, match="--seeds -1: give 0 or more"):
+        tables.main(["2", "--seeds", "0", "-1"])
 
 
 @pytest.fixture(scope="module")
@@ -188,6 +201,16 @@ def test_the_command_makes_the_table_of_the_rows_asked_for_and_both_floors(made)
     assert found["covidgan", "complete", "SSIM"]["value"] == results["pixels"]["complete SSIM"]["mean"]
     assert table["setting"]["size"] == 64 and table["setting"]["optimisers"] == {"covidgan": "paper", "SEAN": "paper"}
     assert "| SEAN-self | 1 |" in (made.results.parent / "README.md").read_text()
+
+
+def test_runs_of_another_setting_are_not_taken_for_this_ones(made):
+    places = [
+        str(word) for name in ("data", "reference", "out", "results") for word in (f"--{name}", getattr(made, name))
+    ]
+    before = (made.results / "table2.json").read_bytes()
+    with pytest.raises(Mistake, match=rf"{made.out}: made with --samples 32, not 64: give that, or another --out"):
+        tables.main(["2", *places, "--rows", "--ngf", "4", "--samples", "64"])
+    assert (made.results / "table2.json").read_bytes() == before
 
 
 def test_what_a_run_cost_stands_beside_it(made):

@@ -206,10 +206,11 @@ def test_the_interval_over_patients_is_students_of_their_means_and_wider_for_lik
 
 
 def test_a_record_averages_the_seeds_and_gives_their_spread():
-    one = table345.record({"row": "x"}, [0, 1], [(80.0, 1.0, None), (84.0, 3.0, None)])
-    assert (one["mean"], one["ci95"], one["ci95_patients"], one["seeds"]) == (82.0, 2.0, None, [0, 1])
+    one = table345.record({"row": "x"}, [0, 1], [(80.0, 1.0, 70.0, None), (84.0, 3.0, 72.0, None)])
+    assert (one["mean"], one["ci95"], one["mean_patients"], one["ci95_patients"]) == (82.0, 2.0, 71.0, None)
+    assert one["seeds"] == [0, 1]
     assert one["sd_seeds"] == pytest.approx(np.std([80, 84], ddof=1))
-    assert table345.record({}, [0], [(80.0, 1.0, 2.0)])["sd_seeds"] is None
+    assert table345.record({}, [0], [(80.0, 1.0, 70.0, 2.0)])["sd_seeds"] is None
 
 
 def scores(shift, seeds=(0, 1), noise=0.0):
@@ -246,7 +247,7 @@ def test_the_markdown_gives_both_intervals_the_verdict_and_the_papers_row():
     study = table345.STUDIES["3"]
     found = [
         {"row": "50%", "class": lesion, "metric": metric, "side": "train", "mean": 70.5, "ci95": 0.5}
-        | {"ci95_patients": 4.25, "seeds": [0, 1], "sd_seeds": 1.0}
+        | {"mean_patients": 68.5, "ci95_patients": 4.25, "seeds": [0, 1], "sd_seeds": 1.0}
         for lesion in ("GGO", "consolidation", "infection")
         for metric in table345.METRICS
     ]
@@ -256,15 +257,28 @@ def test_the_markdown_gives_both_intervals_the_verdict_and_the_papers_row():
     text = table345.markdown(
         study,
         {
-            "setting": {"U-Net tested on": {"train": "seen"}, "slices": {"50%": counts}},
+            "setting": {"U-Net tested on": {"train": "seen"}, "slices": {"50%": counts}}
+            | {"slices without": {"train": {"GGO": 0, "consolidation": 18, "infection": 0}}},
             "records": found,
             "differences": [differing],
         }
         | {"paper": table345.paper_records(study)},
     )
-    assert "| 50% | 49 real + 49 synthetic | 2 | 70.50 ± 0.50 (4.25) |" in text
+    assert "| 50% | 49 real + 49 synthetic | 2 | 70.50 ± 0.50 (68.50 ± 4.25) |" in text
+    assert "Slices 18 without consolidation: their Dice is 100 where none is found, else 0." in text
     assert "- 50% against 0%: -1.50 ± 2.00 (each seed: -1.00, -2.00): cannot be told from noise" in text
     assert "| 50% SEAN | 85.23 ± 0.40 | 84.99 ± 0.31 |" in text
+
+
+def test_slices_without_a_lesion_are_those_of_which_no_sensitivity_is_defined():
+    figures = {
+        "GGO sensitivity": [0.5, 0.0],
+        "consolidation sensitivity": [np.nan, 0.0],
+        "infection sensitivity": [1, 1],
+    }
+    found = {"0%": {}, "50%": {3: Scores(["a_1", "a_2"], {row: np.array(v) for row, v in figures.items()})}}
+    assert table345.slices_without(found) == {"GGO": 0, "consolidation": 1, "infection": 0}
+    assert table345.slices_without({"0%": {}}) == {}
 
 
 def test_an_unknown_row_is_one_line_and_the_default_is_all_rows():
@@ -355,7 +369,7 @@ def test_the_same_command_goes_on_without_training_anything_again(made, monkeypa
 
 def test_images_of_table_5_are_measured_by_eval_and_one_that_is_refused_has_no_figure(made, monkeypatch):
     results = {
-        "pixels": {"complete PSNR": {"mean": 20.0, "interval": 0.5, "patients_interval": None}},
+        "pixels": {"complete PSNR": {"mean": 20.0, "interval": 0.5, "patients_mean": 21.0, "patients_interval": None}},
         "features": {"complete FID 24": {"value": None}, "complete KID 1280": {"value": 0.25}},
     }
     monkeypatch.setattr(generators, "measured", lambda run, args: results)
