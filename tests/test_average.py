@@ -124,6 +124,14 @@ def test_an_augmented_slice_is_as_sharp_as_a_real_one(large, tiny):
     assert np.mean(sharp) > 1.2 * np.mean([fine_power(x[inside]) for x in blurred[:, 0].numpy()])
 
 
+def test_a_trainer_reads_larger_slices_at_twice_its_size_and_measures_at_its_own(large, tiny):
+    trainer = covidgan.Trainer(Covidgan, tiny(data=str(large), batch=2))
+    assert (trainer.train.hu.shape[-1], trainer.test.hu.shape[-1]) == (128, 64)
+    target, labels, _ = trainer.batch()
+    assert target.shape == labels.shape == (2, 1, 64, 64)
+    assert covidgan.evaluate(trainer)["nearest training case"]["complete"]["psnr"] > 10
+
+
 def test_an_image_that_is_not_moved_is_the_one_that_reading_gives(large, tiny):
     c = tiny(size=64, data=str(large), **STILL)
     names = [f"P01_S{k:03d}" for k in range(5)]

@@ -341,6 +341,25 @@ def test_a_set_whose_making_was_cut_off_is_refused_until_it_is_made(own_toy):
         covidgan.read_split(own_toy.folder, 0)
 
 
+def test_slices_without_lung_count_in_no_figure(own_toy, tiny):
+    for name in own_toy.test[:2]:
+        slices.write_map(own_toy.folder / "maps" / f"{name}.png", np.zeros((64, 64), np.uint8))
+
+    def figures():
+        trainer = covidgan.Trainer(covidgan.Covidgan, tiny(data=str(own_toy.folder), batch=2))
+        return covidgan.evaluate(trainer)["mean HU a label"]
+
+    among = figures()
+    slices.write_split(own_toy.folder / "split.json", own_toy.train, own_toy.test[2:], [], {})
+    assert figures() == among
+
+
+def test_a_folder_of_jpeg_is_told_from_an_empty_one(tmp_path):
+    (tmp_path / "a.jpg").touch()
+    with pytest.raises(covidgan.Mistake, match="JPEG, which changes grey levels"):
+        covidgan.list_pngs(tmp_path)
+
+
 def test_two_files_of_one_name_are_refused(own_toy):
     (own_toy.folder / "split.json").unlink()
     first = own_toy.folder / "maps" / "P01_S001.png"
@@ -529,6 +548,8 @@ def test_resize_enlarges_up_to_its_range_and_crops_inside_the_slice(tiny):
     assert zoom.min() > 0.93
     assert zoom.max() < 1.5 * 1.07
     assert zoom.max() > 1.4
+    centres = np.array([np.argwhere(x[0].numpy()).mean(0) - 31.5 for x in moved])  # moved by U(-1, 1) (zoom - 1) 32
+    assert centres.std(0) == pytest.approx(32 / 6, rel=0.2) and abs(np.corrcoef(centres.T)[0, 1]) < 0.2
     whole = covidgan.augment(torch.zeros(labels.shape), torch.ones_like(labels), c, rng())[1]
     assert (whole == 1).all()  # nothing from beyond the slice
 

@@ -402,6 +402,29 @@ def test_a_file_that_differs_is_not_written(plain, tmp_path, monkeypatch, flags)
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("alpha", [0.5, float("nan")])
+def test_a_file_whose_alpha_differs_is_not_written(plain, tmp_path, monkeypatch, alpha):
+    monkeypatch.setattr(export, "to_onnx", lambda *_: copy.deepcopy(plain.model))
+    monkeypatch.setattr(export, "generator_difference", lambda *_: (0, alpha))
+    with pytest.raises(Mistake, match=r"not written.* in alpha"):
+        export.main([str(plain.source), "-o", str(tmp_path / "generator.onnx")])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_fault_of_the_rewriting_is_seen_and_nothing_written(plain, tmp_path, monkeypatch):
+    real = export.rewrite
+
+    def broken(*arguments):
+        made = real(*arguments)
+        next(made.parameters()).data.neg_()
+        return made
+
+    monkeypatch.setattr(export, "rewrite", broken)
+    with pytest.raises(Mistake, match="not written: ONNX Runtime differs from PyTorch"):
+        export.main([str(plain.source), "-o", str(tmp_path / "g.onnx")])
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_file_that_the_checker_refuses_is_not_written(plain, tmp_path, monkeypatch):
     broken = onnx.ModelProto.FromString(plain.model.SerializeToString())
     broken.graph.node[0].input[0] = "nothing"
@@ -660,6 +683,13 @@ def test_unets_contract_metadata_and_cleanness(unet):
     assert unet.metadata["kind"] == "unet" and json.loads(unet.metadata["labels"]) == list(covidgan.LABELS)
     assert unet.metadata["checkpoint_sha256"] == hashlib.sha256(unet.source.read_bytes()).hexdigest()
     check_cleanness(unet.path)
+
+
+def test_the_unets_check_sees_a_changed_weight(unet):
+    deployed = export.DeployedUNet(copy.deepcopy(unet.generator), -600.0, 1500.0).eval()
+    assert export.unet_difference(unet.model, deployed, multiple=16) < 1e-3
+    deployed.unet.head.weight.data[0] *= -1
+    assert export.unet_difference(unet.model, deployed, multiple=16) > 1e-3
 
 
 def test_a_unet_that_differs_is_not_written(unet, tmp_path, monkeypatch):

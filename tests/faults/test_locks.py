@@ -204,7 +204,7 @@ exit_on_mistake(lambda argv: runs.train([argv[0]], [], pathlib.Path(argv[1])))
 
 
 def test_two_tables_that_need_one_run_make_it_once_and_the_second_waits(cli, tmp_path, count):
-    slow = PROGRAM.replace('(out / "results.json")', 'import time; time.sleep(2); (out / "results.json")')
+    slow = PROGRAM.replace('(out / "results.json")', 'import time; time.sleep(10); (out / "results.json")')
     (tmp_path / "train.py").write_text(slow)
     out, path = tmp_path / "run", {"PYTHONPATH": str(ROOT)}
     both = [cli.start("-c", TRAIN, tmp_path / "train.py", out, script=None, env=path) for _ in range(2)]
