@@ -15,7 +15,7 @@ With the paper in hand, from top to bottom:
     Eq. 1   DESUM, alpha                Desum                   Fig. 2  three stages    Covidgan.players
     Fig. 2  G                           Generator               Table I augmentation    augment
     Fig. 5  D1, D2                      PatchGAN, Discriminators
-Then come the loop, which trains any Method, its pictures and figures, what makes a CPU fast, and the command line.
+Then come the loop, which trains any Method, its pictures and figures, what makes a processor fast, files, command line.
 """
 
 import argparse
@@ -78,7 +78,7 @@ class LoopConfig:
     stage: str = "all"  # or one of the method's stages alone
     preset: str = "demo"  # a named group of overrides, see PRESETS
     data: str = PHANTOM  # folder with images/ and maps/, and perhaps split.json
-    out: str = "out"  # folder of ckpt.pt, stats.jsonl, panels, curves, results
+    out: str = "out"  # folder of ckpt.pt, stats.jsonl, split.json, panels, curves, results
     resume: bool = False  # go on from OUT/ckpt.pt, with its config where no option is given
     overwrite: bool = False  # discard what stands in OUT
     seed: int = 0
@@ -92,8 +92,8 @@ class LoopConfig:
     # augmentation (Table I names the kinds; the ranges are ours), lengths in pixels of a 512-pixel slice
     resize: float = 1.117  # random resize to 1..this times, then random crop
     rotate: float = 10.0  # random rotation, +- degrees
-    elastic: float = 2.0  # elastic displacement, standard deviation in pixels
-    elastic_cell: float = 24.0  # and the distance over which it varies
+    elastic: float = 2.0  # elastic displacement, standard deviation in pixels of what is drawn
+    elastic_cell: float = 24.0  # at points so far apart, and smooth between them
     noise: float = 0.0  # Gaussian noise on the image's lung, of the window's range: no generator can match it
     contrast: float = 4.0  # how many times as large D sees the HU inside the lung; 0: it sees whole images, as they are
     # optimisation
@@ -283,7 +283,8 @@ class Generator(nn.Module):
     def forward(self, onehot: Tensor, stage: str = "joint") -> tuple[Tensor, Tensor]:
         """One-hot map [B, n_labels, H, W] to an image [B, 1, H, W] in [-1, 1] and alpha [B] of the finest sum, or 1.
 
-        Stage g1: G1 alone, at its own reduced size. g2: the local generators alone, F_out = F_local. joint: all.
+        Stage g1: G1 alone, at its own reduced size. g2: the local generators alone, F_out = F_local; a finer one takes
+        in the coarser one's, by a DESUM that the joint stage alone moves. joint: all.
         """
         finest = len(self.locals)
         reduced = onehot[..., :: 2**finest, :: 2**finest]  # nearest, so that G1 sees a map of labels in every stage
@@ -367,7 +368,8 @@ class Dfm(nn.Module):
 
     With t_k the L1 distance of scale k's first three feature maps between real and synthetic pair,
         L_DFM = (1 - beta) t_1 + beta t_2,
-    beta one number an image, drawn from D1's third feature map of the real pair ("d2": from D2's, "fixed": --beta).
+    beta one number an image, drawn from D1's third feature map of the real pair ("d2": from D2's, "fixed": --beta), in
+    stage g1 of three discriminators from the finest that takes part.
     More than two scales share beta evenly; a single scale has the weight 1.
 
     Who moves beta is not said in the paper. Eq. 2 puts L_DFM under min_G, but a plain minimum just moves all weight
@@ -556,17 +558,25 @@ class Covidgan(Method):
             (c.individual >= 0, f"--individual {c.individual:g}: give 0 or more"),
             (0 <= c.beta <= 1, f"--beta {c.beta:g}: give 0 to 1"),
             (0 <= c.beta_margin < 0.5, f"--beta-margin {c.beta_margin:g}: give 0 to below 0.5"),
+            (min(c.lambda_dfm, c.beta_entropy) >= 0, "--lambda-dfm, --beta-entropy: give 0 or more"),
+            (
+                c.beta_policy == "clamp" or c.dfm in ("learned", "d2"),
+                f"--beta-policy {c.beta_policy}: nothing moves beta with --dfm {c.dfm}, give --dfm learned",
+            ),
+            (
+                c.fix_global == 0 or (0 < c.fix_global < c.epochs and c.n_gen > 1),
+                f"--fix-global {c.fix_global}: G1 or all of G would never move: give less than --epochs {c.epochs}",
+            ),
         ]
 
     def first_scale(self, stage: str) -> int:
-        """The finest discriminator of a stage: at G1's reduced size the one of that size, D2 in the paper."""
+        """The finest discriminator of a stage: in g1 that of G1's reduced size, D2 in the paper, or else the last."""
         return min(self.c.n_gen, self.c.n_dis) - 1 if stage == "g1" else 0
 
-    def judged(self, onehot: Tensor, target: Tensor, stage: str) -> tuple[Tensor, Tensor]:
-        """Map and target as D sees them in a stage: g1 works at G1's reduced size."""
+    def at_stage_size(self, onehot: Tensor, target: Tensor, stage: str) -> tuple[Tensor, Tensor]:
+        """Map and target at the size of a stage: g1 works at G1's reduced size."""
         shrink = 2 ** (self.c.n_gen - 1) if stage == "g1" else 1
-        onehot = onehot[..., ::shrink, ::shrink]  # nearest, as in Generator.forward
-        return onehot, self.shown(F.avg_pool2d(target, shrink), onehot)
+        return onehot[..., ::shrink, ::shrink], F.avg_pool2d(target, shrink)  # nearest, as in Generator.forward
 
     def players(self, stage: str) -> dict[str, Player]:
         """D, beta's network, and of G what the stage trains: G1 (g1), the local generators (g2), all (joint)."""
@@ -591,8 +601,8 @@ class Covidgan(Method):
         """
         c, first = self.c, self.first_scale(stage)
         image, alpha = self.g(onehot, stage)
-        onehot, target = self.judged(onehot, target, stage)
-        real, fake = self.d(onehot, target, first), self.d(onehot, self.shown(image, onehot), first)
+        onehot, target = self.at_stage_size(onehot, target, stage)
+        real, fake = (self.d(onehot, self.shown(x, onehot), first) for x in (target, image))
         verdicts = [(r[-1].float(), f[-1].float()) for r, f in zip(real, fake, strict=True)]
         loss_dfm, loss_beta, beta = self.dfm(real, fake)
         loss_gan = sum(gan_loss_g(f, c.gan) for _, f in verdicts)
@@ -658,6 +668,7 @@ class Slices:
     names: list[str]
     hu: Tensor
     labels: Tensor
+    stored: int = 0  # pixels a side in the first one's file
 
     def with_lung(self) -> "Slices":
         """Those whose map is not all background."""
@@ -898,21 +909,55 @@ class Trainer:
             write_atomically(self.out / "ckpt.pt", lambda path: torch.save(self.state(), path))
 
     def load(self, path: Path) -> None:
-        """Go on from a checkpoint. Raises Mistake for one whose tensors are not those of this architecture."""
+        """Go on from a checkpoint. Raises Mistake where it is of other stages, slices or tensors than this run."""
         checkpoint = read_checkpoint(path, type(self.method))
+        self.check_held_out()
         try:
+            self.check_stage(path, checkpoint)
             self.method.load_state_dict(checkpoint["networks"])
             self.begin(checkpoint["stage"])
-            for name, mean in self.average.items():
-                mean.copy_(checkpoint["average"][name])
+            for name, mean in checkpoint["average"].items() if self.average else ():  # none of a run with --ema 0
+                self.average[name].copy_(mean)
             for name, optimizer in self.optimizers.items():
                 optimizer.load_state_dict(checkpoint["optimizers"][name])
             self.step_done = checkpoint["step"]
+            self.check_length(path, checkpoint["steps"])
         except (KeyError, RuntimeError, ValueError, TypeError) as error:
             raise Mistake(f"{path}: its tensors do not fit its config ({type(error).__name__}): train anew") from error
         if (before := checkpoint.get("processes", self.world)) != self.world and self.rank == 0:
             told = f"{path}: trained by {before} processes, going on with {self.world}"
             print(f"note: {told}: each draws dropout and noise of its own, and sums are rounded otherwise", flush=True)
+
+    def check_stage(self, path: Path, checkpoint: dict[str, Any]) -> None:
+        """Raise Mistake where --stage would train a stage again, or leave one unfinished; tell of one left out."""
+        stage, wanted = checkpoint["stage"], self.stages[-1]
+        ahead = self.all_stages.index(wanted) - self.all_stages.index(stage)
+        if ahead < 0:
+            raise Mistake(f"{path}: in stage {stage}, and {wanted} lies behind it: leave --stage out")
+        if stage not in self.stages and checkpoint["step"] < checkpoint["steps"]:
+            done = f"step {checkpoint['step']} of {checkpoint['steps']}"
+            raise Mistake(f"{path}: stage {stage} is at {done}: end it first, by --stage {stage} or all")
+        if stage not in self.stages and ahead > 1 and self.rank == 0:
+            print(f"note: {path}: from stage {stage} straight to {wanted}", flush=True)
+
+    def check_held_out(self) -> None:
+        """Raise Mistake where a slice that would be tested now was trained on before, as OUT/split.json tells."""
+        if not (path := self.out / "split.json").exists():
+            return
+        seen = {*read_sides(path)["train"]}
+        if again := [name for name in self.test.names if name in seen]:
+            told = f"{len(again)} slices to test were trained on before the stop, {again[0]} first"
+            raise Mistake(f"{self.c.data}: {told}: give the split of {path}")
+
+    def check_length(self, path: Path, before: int) -> None:
+        """Tell where the stage has another number of steps than before the stop; Mistake where that ends it."""
+        if before == self.steps:
+            return
+        told = f"{path}: stage {self.stage}, at step {self.step_done}, had {before} steps and would have {self.steps}"
+        if self.step_done >= self.steps:
+            raise Mistake(f"{told}: give the --batch, --epochs and --epoch-len of before, or longer ones")
+        if self.rank == 0:
+            print(f"note: {told}: the learning rate goes on with these", flush=True)
 
     def check_alike(self) -> None:
         """Raise Mistake where the processes do not stand at one step, or have not read the same slices."""
@@ -1004,11 +1049,15 @@ class Trainer:
         write_curves(self.out / "curves.png", self.out / "stats.jsonl", self.method.curves)
 
     def write_split(self) -> None:
-        """Write OUT/split.json where the data have none, so that the other scripts know what was held out."""
-        sides = {"train": self.train.names, "test": self.test.names}
-        path, patients = self.out / "split.json", ", ".join(sorted({*map(patient_of, self.test.names)}))
+        """Write OUT/split.json: all that was trained on, and what is held out; say where it was drawn."""
+        path, train = self.out / "split.json", {*self.train.names}
+        if self.c.resume and path.exists():
+            train |= {*read_sides(path)["train"]}
+        sides = {"train": sorted(train), "test": self.test.names}
         write_atomically(path, lambda temporary: temporary.write_text(json.dumps(sides, indent=1) + "\n"))
-        print(f"no split.json in {self.c.data}: held out {patients or 'the last fifth'}; copy {path} there for --side")
+        if not (Path(self.c.data) / "split.json").exists():
+            patients = ", ".join(sorted({*map(patient_of, self.test.names)})) or "the last fifth"
+            print(f"no split.json in {self.c.data}: held out {patients}; copy {path} there for --side")
 
     def report(self) -> None:
         """Print the table of results on the test side and write it as OUT/results.json."""
@@ -1189,7 +1238,8 @@ def uses_bf16(c: LoopConfig, device: torch.device) -> bool:
         return c.dtype == "bfloat16"
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    with_onednn = device.type == "cpu" and torch.backends.mkldnn.is_available()
+    return with_onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def memory_layout(device: torch.device, bf16: bool) -> torch.memory_format:
@@ -1334,6 +1384,18 @@ def names_of(side: Any) -> list[str]:
     return names
 
 
+def read_sides(path: Path) -> dict[str, list[str]]:
+    """Names under train and test of a split.json. Raises Mistake for anything else, and for a name under both."""
+    try:
+        split = json.loads(path.read_text(encoding="utf-8-sig"))  # a byte order mark is no mistake
+        split = {side: names_of(split[side]) for side in ("train", "test")}
+    except (ValueError, KeyError, TypeError, RecursionError) as error:  # the last for lists in lists, on and on
+        raise Mistake(f"{path}: lists of names under train and test are wanted ({error!r})") from error
+    if both := {*split["train"]} & {*split["test"]}:
+        raise Mistake(f"{path}: {min(both)} is under train and test: take it out of one")
+    return split
+
+
 def read_split(folder: Path, seed: int) -> dict[str, list[str]]:
     """Names of the train and test slices: from split.json, else about a fifth of the patients held out, drawn by seed.
 
@@ -1344,11 +1406,7 @@ def read_split(folder: Path, seed: int) -> dict[str, list[str]]:
     if (folder / ".unfinished").exists() and not (folder / "split.json").exists():
         raise Mistake(f"{folder}: its making was cut off: run the command that makes it again")
     if (path := folder / "split.json").exists():
-        try:
-            split = json.loads(path.read_text(encoding="utf-8-sig"))  # a byte order mark is no mistake
-            split = {side: names_of(split[side]) for side in ("train", "test")}
-        except (ValueError, KeyError, TypeError, RecursionError) as error:  # the last for lists in lists, on and on
-            raise Mistake(f"{path}: lists of names under train and test are wanted ({error!r})") from error
+        split = read_sides(path)
     else:
         names = sorted(list_pngs(folder / "maps"))
         patients = sorted({*map(patient_of, names)})
@@ -1365,8 +1423,9 @@ def read_split(folder: Path, seed: int) -> dict[str, list[str]]:
 
 
 def load_slices(folder: Path, names: list[str], c: LoopConfig, room: int = 1) -> Slices:
-    """Read and check every slice of a side, resampled to c.size, or where they are as large to `room` times that.
+    """Read and check every slice of a side, resampled to c.size, or where the first is as large to `room` times that.
 
+    HU beyond the window are cut to it before, so that what resampling mixes is what is seen (§IV-A: grey images).
     Raises Mistake where a file is missing or bad, image and map differ in size, a slice is not square, no map holds
     lung, or the images hold no HU (see check_hu).
     """
@@ -1377,7 +1436,8 @@ def load_slices(folder: Path, names: list[str], c: LoopConfig, room: int = 1) ->
             raise Mistake(f"{folder / part / name}.png: missing: each slice has an image and a map of one name")
         return files[part][name]
 
-    side = c.size * (room if len(read_image(find("images", names[0]))) >= c.size * room else 1)
+    stored = len(read_image(find("images", names[0])))
+    side = c.size * (room if stored >= c.size * room else 1)
 
     def load(name: str) -> tuple[Tensor, Tensor]:
         image_path, map_path = find("images", name), find("maps", name)
@@ -1386,12 +1446,13 @@ def load_slices(folder: Path, names: list[str], c: LoopConfig, room: int = 1) ->
             raise Mistake(f"{map_path}: {labels.shape} is not its image's size {hu.shape}")
         if hu.shape[0] != hu.shape[1]:
             raise Mistake(f"{image_path}: {hu.shape} is not square: crop or pad image and map")
-        x, y = resample(torch.from_numpy(hu)[None, None].float(), torch.from_numpy(labels.copy())[None, None], side)
+        seen = torch.from_numpy(hu)[None, None].float().clamp(c.level - c.width / 2, c.level + c.width / 2)
+        x, y = resample(seen, torch.from_numpy(labels.copy())[None, None], side)
         return x.round().clamp(-HU_OFFSET, 4095 - HU_OFFSET).short(), y
 
     with ThreadPoolExecutor() as pool:
         hu, labels = zip(*pool.map(load, names), strict=True)
-    slices = Slices(names, torch.cat(hu), torch.cat(labels))
+    slices = Slices(names, torch.cat(hu), torch.cat(labels), stored)
     if not slices.labels.any():
         raise Mistake(f"{folder}/maps: no lung in any of {len(names)} maps, {names[0]}.png first: all is background")
     if not c.unchecked:
@@ -1593,7 +1654,7 @@ def parse_config(argv: list[str], method: type[Method] = Covidgan) -> LoopConfig
             raise Mistake(f"{checkpoint}: not there, so nothing to go on from: mend --out, or leave --resume out")
         base = read_checkpoint(checkpoint, method)["config"]
         base |= {"out": str(checkpoint.parent), "device": method.options.device}  # of this machine, not of that run
-        for name in method.architecture:
+        for name in ("preset", *method.architecture):  # of a preset nothing would be taken over
             if name in given and given[name] != base[name]:
                 raise Mistake(f"{checkpoint} has {name} {base[name]}, not {given[name]}: leave the option out")
     config = method.options(**{**base, **given})
@@ -1665,7 +1726,12 @@ def prepare_out(c: LoopConfig, method: type[Method]) -> None:
             old.unlink(missing_ok=True)
     kept = []
     if (out / "ckpt.pt").exists() and stats.exists():
-        checkpoint, order = read_weights(out / "ckpt.pt"), method.stages(c).index  # parse_config has checked it
+        checkpoint, stages = read_weights(out / "ckpt.pt"), method.stages(c)  # parse_config has checked it
+        if checkpoint["stage"] not in stages:
+            raise Mistake(
+                f"{out}/ckpt.pt: in stage {checkpoint['stage']}, which these options have not: leave them out"
+            )
+        order = stages.index
         done = order(checkpoint["stage"]), checkpoint["step"]
         for line in stats.read_text().splitlines():  # a killed run wrote past its checkpoint, the last line perhaps cut
             if line.endswith("}") and (order((x := json.loads(line))["stage"]), x["step"]) <= done:
@@ -1742,9 +1808,9 @@ def train(trainer: Trainer) -> None:
         trainer.load(checkpoint)
     trainer.check_alike()
     if trainer.rank == 0:
-        print(f"{c.data}: {trainer.train} to train, {trainer.test} to test, at {c.size} pixels")
-        if not (Path(c.data) / "split.json").exists():
-            trainer.write_split()
+        stored = "" if trainer.train.stored == c.size else f", {trainer.train.stored} in the files"
+        print(f"{c.data}: {trainer.train} to train, {trainer.test} to test, at {c.size} pixels{stored}")
+        trainer.write_split()
         sizes = {name: sum(p.numel() for p in net.parameters()) for name, net in trainer.method.named_children()}
         told = ", ".join(f"{name} {n:,}" for name, n in sizes.items())
         print(f"parameters: {told}; {trainer.device}, {'bfloat16' if trainer.bf16 else 'float32'}", flush=True)

@@ -80,10 +80,11 @@ class Study(covidgan.Covidgan):
 
     def slope(self, onehot: Tensor, target: Tensor, stage: str) -> Tensor:
         """Mean over the batch of the squared gradient of D's mean verdicts with respect to the real slice."""
-        onehot, target = self.judged(onehot, target, stage)
-        judged = self.d(onehot, target.requires_grad_(), self.first_scale(stage))
+        onehot, target = self.at_stage_size(onehot, target, stage)
+        real = self.shown(target, onehot).requires_grad_()
+        judged = self.d(onehot, real, self.first_scale(stage))
         verdicts = sum(features[-1].float().mean((1, 2, 3)).sum() for features in judged)
-        (gradient,) = torch.autograd.grad(verdicts, target, create_graph=True)
+        (gradient,) = torch.autograd.grad(verdicts, real, create_graph=True)
         return gradient.square().sum((1, 2, 3)).mean()
 
 

@@ -112,6 +112,9 @@ MISTAKES = {
     "learning rate": (["--lr", 0], "--lr"),
     "learning rate no number": (["--lr", "nan"], "--lr"),
     "window": (["--width", 0], "--width"),
+    "weight of feature matching": (["--lambda-dfm", -1], "--lambda-dfm"),
+    "beta that nothing moves": (["--dfm", "fixed", "--beta-policy", "max"], "--beta-policy max"),
+    "G1 that never moves": (["--fix-global", 1], "--fix-global 1"),
     "interval": (["--interval", 0], "--interval"),
     "epochs": (["--epochs", 0], "--epochs"),
     "average": (["--ema", 1.5], "--ema 1.5"),
@@ -234,6 +237,12 @@ def test_a_checkpoint_whose_weights_do_not_fit_its_config_is_named(here, toy, wh
 
 OTHER = {"--ngf": 16, "--ndf": 16, "--n-blocks": 3, "--n-local-blocks": 2, "--n-gen": 3, "--n-dis": 3, "--n-labels": 3}
 OTHER |= {"--desum": "sum", "--upsample": "resize", "--dfm": "fixed"}
+
+
+def test_resume_with_another_preset_is_refused_since_nothing_of_it_would_be_taken_over(whole_run):
+    with pytest.raises(covidgan.Mistake, match=r"ckpt\.pt has preset tiny, not best: leave the option out"):
+        covidgan.parse_config(["--resume", "--out", str(whole_run[0]), "--preset", "best"])
+    assert covidgan.parse_config(["--resume", "--out", str(whole_run[0]), "--preset", "tiny"]).preset == "tiny"
 
 
 @pytest.mark.parametrize(("option", "value"), OTHER.items())

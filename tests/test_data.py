@@ -248,14 +248,17 @@ def test_resampling_keeps_a_map_a_map_and_the_image_in_its_range(tiny, toy, size
 
 
 def test_resampling_to_a_smaller_size_does_not_lose_fine_lines(tiny, own_toy):
-    """Every fourth column is bright: a quarter of the size must hold their mean, whichever columns it looks at."""
+    """Every fourth column is bright: a quarter of the size must hold their mean, whichever columns it looks at.
+
+    Within the window, to whose ends HU are cut before.
+    """
     for first in range(4):
-        lines = np.zeros((64, 64))
-        lines[:, first::4] = 1000
+        lines = np.full((64, 64), -1000)
+        lines[:, first::4] = 0
         slices.write_image(own_toy.folder / "images" / f"{own_toy.train[first]}.png", lines)
     side = covidgan.load_slices(own_toy.folder, own_toy.train[:4], tiny(size=16, unchecked=True))
     for picture in side.hu[:, 0, 2:-2, 2:-2].float():
-        assert picture.mean().item() == pytest.approx(250, abs=125)
+        assert picture.mean().item() == pytest.approx(-750, abs=125)
 
 
 def remove_image(toy, name):
@@ -366,6 +369,22 @@ def test_two_files_of_one_name_are_refused(own_toy):
     first.with_suffix(".PNG").write_bytes(first.read_bytes())
     with pytest.raises(covidgan.Mistake, match=r"P01_S001\.png: P01_S001\.PNG has the same name"):
         covidgan.read_split(own_toy.folder, 0)
+
+
+def test_a_name_on_both_sides_of_a_split_is_refused(own_toy):
+    slices.write_split(own_toy.folder / "split.json", own_toy.train, [*own_toy.test, "P01_S001"], [], {})
+    with pytest.raises(covidgan.Mistake, match=r"split\.json: P01_S001 is under train and test"):
+        covidgan.read_split(own_toy.folder, 0)
+
+
+def test_what_resampling_mixes_is_cut_to_the_window_before(own_toy, tiny):
+    """Half lung of -800 and half bone of 1000 HU, which the window shows as 150, mix to -325 and not to 100."""
+    hu = np.where(np.arange(64) % 2, 1000, -800)[None].repeat(64, 0)
+    slices.write_image(own_toy.folder / "images" / "P01_S001.png", hu)
+    slices.write_map(own_toy.folder / "maps" / "P01_S001.png", np.full((64, 64), 2, np.uint8))
+    read = covidgan.load_slices(own_toy.folder, ["P01_S001"], tiny(data=str(own_toy.folder), size=32))
+    assert read.stored == 64
+    assert read.hu[0, 0, 4:-4, 4:-4].float().mean().item() == pytest.approx(-325, abs=5)
 
 
 def test_names_without_a_patient_are_split_too(own_toy):

@@ -15,6 +15,7 @@ from conftest import ROOT
 
 import covidgan
 from covidgan import Covidgan
+from data import slices
 
 
 def flatten(tree, path=""):
@@ -176,6 +177,67 @@ def test_stages_one_by_one_are_the_same_as_all_at_once(whole_run, toy, small_run
         assert done.status == 0, done.stderr
     assert differing(torch.load(tmp_path / "ckpt.pt"), torch.load(whole_run[0] / "ckpt.pt")) == []
     assert steps_of(tmp_path) == EVERY_STEP
+
+
+def test_a_stage_that_lies_behind_the_checkpoint_is_not_trained_again(whole_run, here, copy):
+    out = copy(whole_run[0])
+    before = contents(out)
+    done = here("--resume", "--out", out, "--stage", "g1")
+    assert (done.status, done.stderr.count("\n")) == (2, 1)
+    assert "in stage joint, and g1 lies behind it: leave --stage out" in done.stderr
+    assert contents(out) == before
+
+
+def stopped_in_g1(toy, small_run, out, *more):
+    """A run stopped after step 5 of 10 of its first stage."""
+    run = ["--data", toy.folder, "--out", out, *small_run, "--interval", 99, *more]
+    trainer = covidgan.Trainer(Covidgan, covidgan.parse_config([str(word) for word in run]))
+    for _ in range(5):
+        trainer.step()
+    trainer.save()
+
+
+def test_a_stage_that_is_not_at_its_end_is_not_left_behind(toy, small_run, here, tmp_path):
+    stopped_in_g1(toy, small_run, tmp_path)
+    done = here("--resume", "--out", tmp_path, "--stage", "g2")
+    assert done.status == 2 and "stage g1 is at step 5 of 10: end it first" in done.stderr
+    done = here("--resume", "--out", tmp_path, "--individual", 0)
+    assert done.status == 2 and "in stage g1, which these options have not" in done.stderr
+
+
+def test_a_stage_left_out_on_resume_is_told(toy, small_run, here, tmp_path):
+    assert here("--stage", "g1", "--data", toy.folder, "--out", tmp_path, *small_run, "--interval", 99).status == 0
+    done = here("--resume", "--out", tmp_path, "--stage", "joint")
+    assert done.status == 0 and "from stage g1 straight to joint" in done.stdout
+
+
+def test_another_length_on_resume_is_told_and_one_that_would_end_the_stage_refused(toy, small_run, here, tmp_path):
+    stopped_in_g1(toy, small_run, tmp_path)
+    done = here("--resume", "--out", tmp_path, "--stage", "g1", "--batch", 5)  # 4 steps
+    assert done.status == 2 and "stage g1, at step 5, had 10 steps and would have 4" in done.stderr
+    done = here("--resume", "--out", tmp_path, "--stage", "g1", "--epochs", 3)
+    assert done.status == 0 and "stage g1, at step 5, had 10 steps and would have 15: the learning" in done.stdout
+    assert steps_of(tmp_path)[-1] == ("g1", 15)
+
+
+def test_slices_that_were_trained_on_are_not_tested_after_a_resume(own_toy, small_run, here, tmp_path):
+    out = tmp_path / "out"
+    run = ["--stage", "g1", "--data", own_toy.folder, "--out", out, *small_run, "--interval", 99]
+    assert here(*run).status == 0
+    moved = own_toy.train[0]
+    slices.write_split(own_toy.folder / "split.json", own_toy.train[1:], [*own_toy.test, moved], [], {})
+    done = here("--resume", "--out", out)
+    assert done.status == 2 and f"1 slices to test were trained on before the stop, {moved} first" in done.stderr
+    slices.write_split(own_toy.folder / "split.json", own_toy.train[1:], own_toy.test, [], {})
+    assert here("--resume", "--out", out).status == 0
+    assert moved in json.loads((out / "split.json").read_text())["train"]  # it was seen, and stays so
+
+
+def test_an_average_may_begin_on_resume(toy, small_run, here, tmp_path):
+    stopped_in_g1(toy, small_run, tmp_path, "--ema", 0)
+    done = here("--resume", "--out", tmp_path, "--stage", "g1", "--ema", 0.5)
+    assert done.status == 0, done.stderr
+    assert torch.load(tmp_path / "ckpt.pt")["average"]
 
 
 # ---- a run and its checkpoint
