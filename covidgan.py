@@ -1727,12 +1727,10 @@ def prepare_out(c: LoopConfig, method: type[Method]) -> None:
     kept = []
     if (out / "ckpt.pt").exists() and stats.exists():
         checkpoint, stages = read_weights(out / "ckpt.pt"), method.stages(c)  # parse_config has checked it
-        if checkpoint["stage"] not in stages:
-            raise Mistake(
-                f"{out}/ckpt.pt: in stage {checkpoint['stage']}, which these options have not: leave them out"
-            )
+        if (stage := checkpoint["stage"]) not in stages:
+            raise Mistake(f"{out}/ckpt.pt: in stage {stage}, which these options have not: leave them out")
         order = stages.index
-        done = order(checkpoint["stage"]), checkpoint["step"]
+        done = order(stage), checkpoint["step"]
         for line in stats.read_text().splitlines():  # a killed run wrote past its checkpoint, the last line perhaps cut
             if line.endswith("}") and (order((x := json.loads(line))["stage"]), x["step"]) <= done:
                 kept.append(line + "\n")
