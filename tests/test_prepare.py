@@ -507,7 +507,8 @@ def test_the_contact_sheet_shows_the_most_diseased_slice_above_its_map(src, out)
     put_patient(src, 1, (hu, lung, lesion))
     run(src, out)
     sheet = iio.imread(out / "contact_sheet.png")
-    assert (sheet[:SIZE, :SIZE, 0] == windowed(hu_of(out, "P01_S003"))).all()
+    difference = sheet[:SIZE, :SIZE, 0].astype(int) - windowed(hu_of(out, "P01_S003"))
+    assert np.abs(difference).max() <= 1  # the file's HU are rounded
     assert (sheet[SIZE : 2 * SIZE, :SIZE] == coloured(map_of(out, "P01_S003"))).all()
 
 

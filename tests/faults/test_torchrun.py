@@ -115,8 +115,10 @@ def test_told_to_stop_it_leaves_a_checkpoint_that_another_number_of_processes_go
     assert done.status == 0, done.stderr
     told = [line for line in done.stdout.splitlines() if line.startswith("note: ")]
     assert told == [
+        f"note: {out}/ckpt.pt: stage joint, at step {step}, had 1000 steps and would have {step + 2}: "
+        "the learning rate goes on with these",
         f"note: {out}/ckpt.pt: trained by 2 processes, going on with 1: "
-        "each draws dropout and noise of its own, and sums are rounded otherwise"
+        "each draws dropout and noise of its own, and sums are rounded otherwise",
     ]
     assert [line["step"] for line in stats_of(out)] == [*range(1, step + 3)]
     count("torchrun, SIGTERM and going on with one process")
