@@ -563,10 +563,8 @@ class Covidgan(Method):
                 c.beta_policy == "clamp" or c.dfm in ("learned", "d2"),
                 f"--beta-policy {c.beta_policy}: nothing moves beta with --dfm {c.dfm}, give --dfm learned",
             ),
-            (
-                c.fix_global == 0 or (0 < c.fix_global < c.epochs and c.n_gen > 1),
-                f"--fix-global {c.fix_global}: G1 or all of G would never move: give less than --epochs {c.epochs}",
-            ),
+            (0 <= c.fix_global < c.epochs, f"--fix-global {c.fix_global}: give 0 to below --epochs {c.epochs}"),
+            (c.fix_global == 0 or c.n_gen > 1, f"--fix-global {c.fix_global}: with --n-gen 1 G1 is all of G, give 0"),
         ]
 
     def first_scale(self, stage: str) -> int:
@@ -921,7 +919,8 @@ class Trainer:
             for name, optimizer in self.optimizers.items():
                 optimizer.load_state_dict(checkpoint["optimizers"][name])
             self.step_done = checkpoint["step"]
-            self.check_length(path, checkpoint["steps"])
+            if self.stage in self.stages:
+                self.check_length(path, checkpoint["steps"])
         except (KeyError, RuntimeError, ValueError, TypeError) as error:
             raise Mistake(f"{path}: its tensors do not fit its config ({type(error).__name__}): train anew") from error
         if (before := checkpoint.get("processes", self.world)) != self.world and self.rank == 0:
@@ -1050,14 +1049,17 @@ class Trainer:
 
     def write_split(self) -> None:
         """Write OUT/split.json: all that was trained on, and what is held out; say where it was drawn."""
-        path, train = self.out / "split.json", {*self.train.names}
+        path, own, train = self.out / "split.json", Path(self.c.data) / "split.json", {*self.train.names}
+        if own.exists() and path.exists() and own.samefile(path):  # OUT is the data's folder
+            return
         if self.c.resume and path.exists():
             train |= {*read_sides(path)["train"]}
         sides = {"train": sorted(train), "test": self.test.names}
         write_atomically(path, lambda temporary: temporary.write_text(json.dumps(sides, indent=1) + "\n"))
-        if not (Path(self.c.data) / "split.json").exists():
-            patients = ", ".join(sorted({*map(patient_of, self.test.names)})) or "the last fifth"
-            print(f"no split.json in {self.c.data}: held out {patients}; copy {path} there for --side")
+        if not own.exists():
+            test, rest = ({*map(patient_of, side.names)} for side in (self.test, self.train))
+            told = ", ".join(sorted(test - rest)) or "the last fifth of the slices"
+            print(f"no split.json in {self.c.data}: held out {told}; copy {path} there for --side")
 
     def report(self) -> None:
         """Print the table of results on the test side and write it as OUT/results.json."""
@@ -1439,7 +1441,7 @@ def load_slices(folder: Path, names: list[str], c: LoopConfig, room: int = 1) ->
     stored = len(read_image(find("images", names[0])))
     side = c.size * (room if stored >= c.size * room else 1)
 
-    def load(name: str) -> tuple[Tensor, Tensor]:
+    def load(name: str) -> tuple[Tensor, Tensor, np.ndarray, int]:
         image_path, map_path = find("images", name), find("maps", name)
         hu, labels = read_image(image_path), read_map(map_path, c.n_labels)
         if hu.shape != labels.shape:
@@ -1448,31 +1450,31 @@ def load_slices(folder: Path, names: list[str], c: LoopConfig, room: int = 1) ->
             raise Mistake(f"{image_path}: {hu.shape} is not square: crop or pad image and map")
         seen = torch.from_numpy(hu)[None, None].float().clamp(c.level - c.width / 2, c.level + c.width / 2)
         x, y = resample(seen, torch.from_numpy(labels.copy())[None, None], side)
-        return x.round().clamp(-HU_OFFSET, 4095 - HU_OFFSET).short(), y
+        return x.round().clamp(-HU_OFFSET, 4095 - HU_OFFSET).short(), y, hu[labels == 1], hu.max()
 
     with ThreadPoolExecutor() as pool:
-        hu, labels = zip(*pool.map(load, names), strict=True)
+        hu, labels, lungs, peaks = zip(*pool.map(load, names), strict=True)
     slices = Slices(names, torch.cat(hu), torch.cat(labels), stored)
     if not slices.labels.any():
         raise Mistake(f"{folder}/maps: no lung in any of {len(names)} maps, {names[0]}.png first: all is background")
     if not c.unchecked:
-        check_hu(folder / "images", slices)
+        check_hu(folder / "images", names, lungs, max(peaks))
     return slices
 
 
-def check_hu(folder: Path, side: Slices) -> None:
-    """Raise Mistake where a side holds grey levels 0..255, or a patient's lung (label 1) has no lung's HU."""
-    if side.hu.max() <= 255 - HU_OFFSET:
+def check_hu(folder: Path, names: Sequence[str], lungs: Sequence[np.ndarray], peak: int) -> None:
+    """Raise Mistake where slices hold grey levels 0..255, or a patient's lungs, HU of label 1, have no lung's HU.
+
+    peak: the largest HU of all. Both as the files have them, not cut to the window.
+    """
+    if peak <= 255 - HU_OFFSET:
         raise Mistake(f"{folder}: no value above 255, so grey levels, not HU + {HU_OFFSET}: convert them first")
-    patients = [*map(patient_of, side.names)]
+    patients = [*map(patient_of, names)]
     for patient in dict.fromkeys(patients):
-        theirs = torch.tensor([one == patient for one in patients])
-        lung = side.hu[theirs][side.labels[theirs] == 1].float()
-        if len(lung) and not LUNG_HU[0] <= lung.mean() <= LUNG_HU[1]:
-            first = folder / f"{side.names[patients.index(patient)]}.png"
-            told = (
-                f"mean {lung.mean():.0f} HU where the patient's maps say lung, which has {LUNG_HU[0]} to {LUNG_HU[1]}"
-            )
+        lung = np.concatenate([hu for hu, one in zip(lungs, patients, strict=True) if one == patient])
+        if len(lung) and not LUNG_HU[0] <= (mean := lung.mean(dtype=float)) <= LUNG_HU[1]:
+            first = folder / f"{names[patients.index(patient)]}.png"
+            told = f"mean {mean:.0f} HU where the patient's maps say lung, which has {LUNG_HU[0]} to {LUNG_HU[1]}"
             raise Mistake(f"{first}: {told}: store HU + {HU_OFFSET}, mend the maps, or overrule by --unchecked")
 
 

@@ -46,6 +46,7 @@ from data.slices import (
     HU_OFFSET,
     LABELS,
     LEVEL,
+    LUNG_HU,
     WIDTH,
     Mistake,
     OneLineParser,
@@ -122,7 +123,8 @@ def find_pairs(real: Path, fake: Path, maps: Path | None = None, strict: bool = 
             raise Mistake(f"{line}, {single[0]} first: without --strict they are left out")
         print(f"note: {line}: left out", file=sys.stderr)
     maps = maps or next((dataset / "maps" for dataset in (fake, real) if (dataset / "maps").is_dir()), None)
-    tell_training(real, both)
+    if real != fake:
+        tell_training(real, both)
     labels = pngs(maps, "maps") if maps else {}
     missing = [name for name in both if maps and name not in labels]
     if missing:
@@ -162,8 +164,7 @@ def read_pair(pair: Pair) -> Batch:
     else:
         fake, labels = read_image(pair.fake), np.ones_like(real, np.uint8)
     check_sizes(pair.fake, fake, pair.real, real)
-    ours = pair.labels and pair.labels.parent.parent != pair.fake.parent.parent  # FAKE's may be of other slices
-    check_hu(pair.real, real, labels if ours else None)
+    check_hu(pair.real, real)
     return Batch(real[None], np.where(labels > 0, fake, real)[None], labels[None])
 
 
@@ -1061,8 +1062,6 @@ def main(argv: list[str]) -> None:
     optional = ((suspects_file, args.train), (texture_file, with_maps), (args.json, args.json))
     for path in [cases_file, *(path for path, wanted in optional if wanted)]:
         check_target(path)
-    for path in (suspects_file, texture_file):
-        path.unlink(missing_ok=True)  # of an evaluation before, it would stand for this one's
     regions, window = ["complete", "lung"] if with_maps else ["complete"], Window(args.level, args.width)
 
     pixels = PixelMetrics(window, args.provider, regions)
@@ -1078,16 +1077,22 @@ def main(argv: list[str]) -> None:
         memory = Memorisation(args.train, window)
         meters.append(memory)
     kept: list[Pair] = []
+    lung = np.zeros(2)  # sum of real HU, and pixels
     try:
         for members, batch in batches(pairs, args.batch):
             for meter in meters:
                 meter.update(batch)
             kept += members
+            healthy = batch.real[batch.labels == 1]
+            lung += healthy.sum(dtype=float), healthy.size
     except MemoryError as error:
         raise Mistake(f"out of memory ({error}): give a smaller --batch") from error
     if not kept:
         raise Mistake(f"{pairs[0].labels} and all other maps of the {len(pairs)} pairs: no lung in them: give others")
 
+    if with_maps and lung[1] and not LUNG_HU[0] <= (mean := lung[0] / lung[1]) <= LUNG_HU[1]:
+        told = f"mean {mean:+.0f} in their healthy lung, which has HU of -850 to -500"
+        print(f"note: {args.real}: {told}: are these HU + {HU_OFFSET}, and the maps theirs?", file=sys.stderr)
     names, ssim = [pair.name for pair in kept], pixels.of_pairs("complete SSIM")
     counts = {"measured": len(kept), "without_lung": len(pairs) - len(kept), "patients": len({*map(patient_of, names)})}
     results: dict[str, Rows] = {"run": {"window, HU": {"level": args.level, "width": args.width}, "pairs": counts}}
@@ -1098,6 +1103,8 @@ def main(argv: list[str]) -> None:
     results["cases"] = {case: {"name": names[k], "SSIM": ssim[k]} for case, k in shown.items()}
     print(report(results))
 
+    for path in (suspects_file, texture_file):
+        path.unlink(missing_ok=True)  # of an evaluation before, it would stand for this one's
     save(cases_file, picture([tiles(kept[k], window) for k in shown.values()]))
     if with_maps and (curves := texture.picture()):
         save(texture_file, curves)

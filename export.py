@@ -580,7 +580,7 @@ def export_checkpoint(
     checkpoint = covidgan.read_checkpoint(source, kind)
     last = kind.stages(kind.options(**checkpoint["config"]))[-1]
     if (stage := checkpoint.get("stage", last)) != last:  # G is in part as drawn at its start: no comparison would tell
-        raise Mistake(f"{source}: stopped in stage {stage}, {last} makes the generator whole: go on with --resume")
+        raise Mistake(f"{source}: stopped in stage {stage}, {last} makes G whole: --resume --stage all goes on")
     return source, out, export_generator(checkpoint, digest, out, fp16, target, pack, terms)
 
 

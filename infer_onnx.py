@@ -566,6 +566,7 @@ def find_reals(source: Path, maps: dict[str, Path]) -> dict[str, Path]:
 
     Raises Mistake where there is none, one for many maps, and where they are not of the maps' kind.
     """
+    check_finished(source)
     found = find_files(source / "images" if (source / "images").is_dir() else source, "real slices")
     kinds = {is_volume(path) for path in (*maps.values(), *found.values())}
     if len(kinds) > 1:
@@ -634,11 +635,11 @@ def shapes_of(batches: list[list[Job]]) -> list[Shape]:
     return [(len(batch), *batch[0].size) for batch in batches if all(batch[0].size)]
 
 
-def load(job: Job, n_labels: int, reals: dict[str, Path] | None, seed: int) -> Slice | None:
+def load(job: Job, n_labels: int, reals: dict[str, Path] | None, seed: int, unchecked: bool = False) -> Slice | None:
     """Read the map of a job, and the real slice where `reals` are given; augment both for a variant.
 
-    Returns None where there is no lung in it. Raises Mistake for a bad map, and for a real slice that is missing, bad
-    or of another size.
+    unchecked: take a real slice whose lung has no lung's HU. Returns None where there is no lung in the map. Raises
+    Mistake for a bad map, and for a real slice that is missing, bad or of another size.
     """
     labels, real = read_map(job.path), None
     if labels.max() >= n_labels:
@@ -650,7 +651,8 @@ def load(job: Job, n_labels: int, reals: dict[str, Path] | None, seed: int) -> S
         real = read_image(path)
         if real.shape != labels.shape:
             raise Mistake(f"{path}: {real.shape} pixels, but its map has {labels.shape}: bring both to one size")
-        check_hu(path, real, labels)
+        if not unchecked:
+            check_hu(path, real, labels)
     if job.variant:
         rng = np.random.default_rng([seed, job.variant, *os.fsencode(job.path.stem)])  # in whichever batch or shard
         rows, columns = augmentation(*labels.shape, rng)
@@ -750,11 +752,15 @@ def sources(path: Path, name: str, reals: dict[str, Path] | None) -> list[Path]:
     return [path, *filter(None, [(reals or {}).get(name)])]
 
 
+def outdated(made: list[Path], of: list[Path]) -> list[Path]:
+    """The files made that are there, but older than one of those that they were made of."""
+    newest = max(path.stat().st_mtime_ns for path in of)
+    return [path for path in made if path.exists() and path.stat().st_mtime_ns < newest]
+
+
 def is_made(made: list[Path], of: list[Path]) -> bool:
-    """Whether all files made are there, and none of those that they were made of has changed since."""
-    if not all(path.exists() for path in made):
-        return False
-    return min(path.stat().st_mtime_ns for path in made) >= max(path.stat().st_mtime_ns for path in of)
+    """Whether all files made are there, and none is outdated."""
+    return all(path.exists() for path in made) and not outdated(made, of)
 
 
 def write(made: tuple[list[Slice], np.ndarray], args: argparse.Namespace, info: dict[str, Any]) -> int:
@@ -797,10 +803,11 @@ def claim(args: argparse.Namespace, info: dict[str, Any], kinds: Sequence[str], 
     """
     made_with = {"checkpoint_sha256": info["checkpoint_sha256"], "precision": info["precision"], "format": args.format}
     made_with |= {"completed": bool(args.complement), "seed": args.seed if args.variants else None}
+    before = dict(made_with)  # what a record held at first
     made_with["sources"] = sources
     record, content = args.out / "run.json", (json.dumps(made_with, indent=1) + "\n").encode()
     made = [path for kind in ("images", "volumes") for path in (args.out / kind).glob("[!.]*")]
-    if made and not (record.exists() and record.read_bytes() == content):  # without slices, a failed start left it
+    if made and recorded(record) not in (made_with, before):  # without slices, a failed start left it
         raise Mistake(f"{args.out}: its slices were made otherwise (see run.json): give another --out")
     if args.dry_run:
         return
@@ -809,6 +816,14 @@ def claim(args: argparse.Namespace, info: dict[str, Any], kinds: Sequence[str], 
     with held(args.out, ".run.json.lock", wait=True):  # the one file of all shards
         if not (record.exists() and record.read_bytes() == content):
             write_bytes(record, content)
+
+
+def recorded(path: Path) -> Any:
+    """What a run.json holds; None where there is none that can be read."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
+        return None
 
 
 def whence(out: Path, maps: dict[str, Path], reals: dict[str, Path] | None) -> str:
@@ -889,7 +904,9 @@ def run(
 # ------------------------------------------------------------------------------------------------ volumes
 
 
-def load_volume(path: Path, real: Path | None, n_labels: int) -> tuple["Volume", np.ndarray, np.ndarray | None]:
+def load_volume(
+    path: Path, real: Path | None, n_labels: int, unchecked: bool = False
+) -> tuple["Volume", np.ndarray, np.ndarray | None]:
     """Read a label volume, and the CT to paste into where `real` is given.
 
     Returns the volume whose grid the result shall have, labels uint8 and the CT's HU int16 [Z, H, W] in display.
@@ -902,16 +919,19 @@ def load_volume(path: Path, real: Path | None, n_labels: int) -> tuple["Volume",
         return *volumes.read_label_volume(path, allowed), None
     ct = volumes.read_volume(real)
     labels = volumes.read_labels(path, allowed, like=ct)
-    return ct, labels, whole_hu(real, ct.voxels, labels)
+    return ct, labels, whole_hu(real, ct.voxels, labels, unchecked)
 
 
-def whole_hu(path: Path, voxels: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """The voxels of a CT as HU int16, fractions rounded. Raises Mistake where they can be no HU."""
+def whole_hu(path: Path, voxels: np.ndarray, labels: np.ndarray, unchecked: bool) -> np.ndarray:
+    """The voxels of a CT as HU int16, fractions rounded. Raises Mistake where they can be no HU.
+
+    unchecked: whatever the mean of its lung.
+    """
     low, high, limits = voxels.min(), voxels.max(), np.iinfo(np.int16)
     if not (limits.min <= low and high <= limits.max):  # nan is neither
         raise Mistake(f"{path}: values {low:g} to {high:g} are no HU: write them as HU again")
     lung = voxels[labels == 1]
-    if lung.size and not LUNG_HU[0] <= (mean := lung.mean(dtype=float)) <= LUNG_HU[1]:
+    if not unchecked and lung.size and not LUNG_HU[0] <= (mean := lung.mean(dtype=float)) <= LUNG_HU[1]:
         raise Mistake(f"{path}: mean {mean:+.0f} in healthy lung, which has HU of -850 to -500: convert it to HU")
     hu = voxels.astype(np.int16) if voxels.dtype.kind in "iu" else np.rint(voxels).astype(np.int16)
     if (hu != voxels).any():
@@ -937,9 +957,11 @@ def fill_volume(path: Path, labels: np.ndarray, generator: Generator, n: int) ->
     return hu.clip(*HELD)
 
 
-def make_volume(path: Path, real: Path | None, generator: Generator, n: int) -> tuple["Volume", np.ndarray] | None:
+def make_volume(
+    path: Path, real: Path | None, generator: Generator, n: int, unchecked: bool
+) -> tuple["Volume", np.ndarray] | None:
     """The CT volume of a label volume: whose grid it lies on, and HU int16 [Z, H, W]; None where no lung is in it."""
-    grid, labels, ct = load_volume(path, real, len(generator.info["labels"]))
+    grid, labels, ct = load_volume(path, real, len(generator.info["labels"]), unchecked)
     if not labels.any():
         return None
     if labels.shape[1:] != (side := generator.info["size"], side):
@@ -950,7 +972,12 @@ def make_volume(path: Path, real: Path | None, generator: Generator, n: int) -> 
 
 
 def run_volumes(
-    volumes: dict[str, Path], reals: dict[str, Path] | None, out: Path, generator: Generator, n: int
+    volumes: dict[str, Path],
+    reals: dict[str, Path] | None,
+    out: Path,
+    generator: Generator,
+    n: int,
+    unchecked: bool = False,
 ) -> Tally:
     """Make the volumes one at a time. Raises Mistake, at once, where one cannot be written."""
     from data.volumes import write_volume  # needs nibabel
@@ -959,7 +986,7 @@ def run_volumes(
     for name, path in volumes.items():
         made = None  # lets go of the last one: a volume may be all that fits into memory
         try:
-            made = make_volume(path, real_of(path, name, reals) if reals else None, generator, n)
+            made = make_volume(path, real_of(path, name, reals) if reals else None, generator, n, unchecked)
         except Mistake as mistake:
             problems.append(str(mistake))
             print(f"error: {mistake}", file=sys.stderr)
@@ -1007,6 +1034,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     option("--complement", type=Path, metavar="IMAGES", help="folder of the real slices, or CT volumes, to paste into")
     option("--variants", type=int, default=0, metavar="K", help="make K augmentations of each map, in its place")
     option("--seed", type=int, default=0, help="of the variants")
+    option("--unchecked", action="store_true", help="take real slices and CTs whose lung has no lung's HU")
     option("--panel", action="store_true", help="write pictures of map, synthesis and completion")
     option("--batch", type=int, metavar="N", help="slices at a time; by default 8 on NVIDIA's cards, else 1")
     option("--provider", choices=("auto", *PROVIDERS), default="auto", help="what the model runs on")
@@ -1087,10 +1115,11 @@ def make_slices(args: argparse.Namespace, maps: dict[str, Path], reals: dict[str
         if args.dry_run:
             describe(args, info, name, n, to_come, shapes_of(batches))
             return 0
-        for path in (path for job in todo for path in targets(job, args)):  # of a map that has changed, if any
-            path.unlink(missing_ok=True)
+        for job in todo:  # first: a map may have lost its lung
+            for path in outdated(targets(job, args), sources(job.path, job.path.stem, reals)):
+                path.unlink()
         generator = Generator(session, info, n if args.cuda_graph else None)
-        reader = partial(load, n_labels=len(info["labels"]), reals=reals, seed=args.seed)
+        reader = partial(load, n_labels=len(info["labels"]), reals=reals, seed=args.seed, unchecked=args.unchecked)
         tally = run(batches, generator, reader, partial(write, args=args, info=info))
     return report(args, "slices", tally, len(jobs))
 
@@ -1116,10 +1145,12 @@ def make_volumes(args: argparse.Namespace, volumes: dict[str, Path], reals: dict
         if args.dry_run:
             describe(args, info, name, n, to_come, in_parts(sizes, n))
             return 0
-        for one in todo:  # of a map that has changed, if any
-            volume_file(args.out, one).unlink(missing_ok=True)
+        for one, path in todo.items():  # first: a map may have lost its lung
+            for old in outdated([volume_file(args.out, one)], sources(path, one, reals)):
+                old.unlink()
         generator = Generator(session, info, n if args.cuda_graph else None)
-        return report(args, "volumes", run_volumes(todo, reals, args.out, generator, n), len(volumes))
+        tally = run_volumes(todo, reals, args.out, generator, n, args.unchecked)
+        return report(args, "volumes", tally, len(volumes))
 
 
 def report(args: argparse.Namespace, what: str, tally: Tally, total: int) -> int:

@@ -207,9 +207,13 @@ def list_pngs(folder: Path, what: str) -> dict[str, Path]:
 
 
 def check_finished(folder: Path) -> None:
-    """Raise Mistake for a dataset whose making was cut off: a part of it would be taken for all."""
-    if (folder / UNFINISHED).exists() and not (folder / "split.json").exists():
-        raise Mistake(f"{folder}: its making was cut off: run the command that makes it again")
+    """Raise Mistake for a dataset whose making was cut off: a part of it would be taken for all.
+
+    folder: the dataset's, or its images/ or maps/.
+    """
+    place = folder.parent if folder.name in ("images", "maps") else folder
+    if (place / UNFINISHED).exists() and not (place / "split.json").exists():
+        raise Mistake(f"{place}: its making was cut off: run the command that makes it again")
 
 
 def check_hu(path: Path, hu: np.ndarray, labels: np.ndarray | None = None) -> None:
@@ -222,7 +226,7 @@ def check_hu(path: Path, hu: np.ndarray, labels: np.ndarray | None = None) -> No
     lung = np.empty(0) if labels is None else hu[labels == 1]
     if 100 * lung.size >= hu.size and not LUNG_HU[0] <= (mean := lung.mean(dtype=float)) <= LUNG_HU[1]:
         told = f"mean {mean:+.0f} in healthy lung, which has HU of -850 to -500"
-        raise Mistake(f"{path}: {told}: store HU + {HU_OFFSET}, or mend the map")
+        raise Mistake(f"{path}: {told}: store HU + {HU_OFFSET}, mend the map, or overrule by --unchecked")
 
 
 def read_split(path: Path) -> dict[str, list[str]]:

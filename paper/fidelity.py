@@ -125,7 +125,7 @@ def main(argv: list[str]) -> None:
         print("\n".join(f"{row:16} {about:60} {' '.join(options)}" for row, (about, options) in ROWS.items()))
         return
     runs.check_sides(args.data, args.reference)
-    runs.keep_setting(args.out, args.reference, {name: getattr(args, name) for name in ("data", "reference", "epochs")})
+    runs.keep_setting(args.out, args.data, args.reference, {"epochs": args.epochs})
     size = runs.size_of(args.reference)
     for seed, row in itertools.product(args.seeds, args.rows):
         run(row, seed, args, size)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from data.slices import Mistake, write_bytes
+from data.slices import SIDES, Mistake, write_bytes
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,7 @@ class Table:
     collect: Callable[[argparse.Namespace], dict[str, Any]]  # "setting", "records", "paper" and more
     markdown: Callable[[dict[str, Any]], str]
     draw: Callable[[Path, argparse.Namespace], None] | None = None
+    sides: tuple[str, ...] = SIDES  # that the datasets must have
 
 
 def grid(head: list[str], lines: list[list[Any]]) -> list[str]:

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
@@ -91,18 +91,18 @@ def keeping(out: Path, pid: int) -> Iterator[None]:
     checkpoint, kept, over = out / "ckpt.pt", out / "kept", threading.Event()
     before, start = max(map(int, kept_seconds(out)), default=0), time.monotonic()
 
-    def spent() -> float:
-        cpu = cpu_seconds_of(pid)
-        return before + (time.monotonic() - start if cpu is None else cpu)
-
     def written() -> int:
         return checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
 
     def watch(last: int) -> None:
+        spent = cpu_seconds_of(pid)
+        by_clock = spent is None
         while True:
             ending = over.wait(0.5)
+            cpu = time.monotonic() - start if by_clock else cpu_seconds_of(pid)
+            spent = spent if cpu is None else cpu  # of a process that has ended its last
             if (now := written()) != last:
-                last, folder = now, kept / f"{spent():06.0f}"
+                last, folder = now, kept / f"{before + spent:06.0f}"
                 folder.mkdir(parents=True, exist_ok=True)
                 write_bytes(folder / checkpoint.name, checkpoint.read_bytes())
             if ending:
@@ -155,37 +155,40 @@ def seeded(folder: Path, name: str) -> dict[int, Path]:
     return {int(end): ends[end] for end in sorted(ends, key=lambda end: (len(end), end)) if end.isdecimal()}
 
 
-def check_sides(data: Path, reference: Path) -> None:
+def check_sides(data: Path, reference: Path, needed: Iterable[str] = SIDES) -> None:
     """Raise Mistake unless both datasets part the same slices alike, and no slice is on two sides.
 
-    Otherwise a generator trained on the one would be measured on its own training slices of the other.
+    Otherwise a generator trained on the one would be measured on its own training slices of the other. needed: sides
+    that must hold slices.
     """
     split, judged = (read_split(folder / "split.json") for folder in (data, reference))
-    for side in SIDES:
+    for side in needed:
         if not judged.get(side):
             raise Mistake(f"{reference / 'split.json'}: no names under {side}: prepare a set of {', '.join(SIDES)}")
+    for side in judged:
         if {*split.get(side, [])} != {*judged[side]}:
             raise Mistake(f"{data}, {reference}: not the same slices under {side}: prepare both alike, but for --size")
-    names = [name for side in SIDES for name in judged[side]]
+    names = [name for side in judged.values() for name in side]
     if twice := {name for name in names if names.count(name) > 1}:
         raise Mistake(f"{reference / 'split.json'}: {min(twice)} is on two sides: prepare a set whose sides are apart")
 
 
-def keep_setting(out: Path, reference: Path, setting: dict[str, Any]) -> None:
+def keep_setting(out: Path, data: Path, reference: Path, setting: dict[str, Any]) -> None:
     """Write OUT/setting.json: what all runs in it have in common. Raises Mistake where those there were made otherwise.
 
-    Without it a run of other options would be taken for one of these. reference: its split is part of the setting.
+    Without it a run of other options would be taken for one of these. Of the datasets it holds sizes and split.
     """
-    told = {name: str(value.resolve() if isinstance(value, Path) else value) for name, value in setting.items()}
     split = json.dumps(read_split(reference / "split.json"), sort_keys=True).encode()
-    told["split of reference"] = hashlib.sha256(split).hexdigest()[:16]
+    told = setting | {"size of the data": size_of(data), "size of the reference": size_of(reference)}
+    told["split of both"] = hashlib.sha256(split).hexdigest()[:16]
     with making(path := out / "setting.json"):
-        there = json.loads(path.read_text()) if path.exists() else told
+        begun = any(out.glob("*/ckpt.pt"))  # else a mistyped command left it
+        there = json.loads(path.read_text()) if path.exists() and begun else told
         for name, value in told.items():
             if there.get(name) != value:
                 option = name if " " in name else f"--{name.replace('_', '-')}"
                 raise Mistake(f"{out}: made with {option} {there.get(name)}, not {value}: give that, or another --out")
-        if not path.exists():
+        if not (path.exists() and begun):
             write_bytes(path, (json.dumps(told, indent=1) + "\n").encode())
 
 
@@ -219,7 +222,7 @@ def synthesize(
     synthetic, model = out / f"{kind}_{side}", export(out)
     script = ROOT / "infer_onnx.py"
     with making(synthetic, script=synthetic / ".1-of-1.lock"):
-        call(script, data, "--side", side, "--model", model, "--out", synthetic, *(options or []))
+        call(script, data, "--side", side, "--model", model, "--out", synthetic, "--unchecked", *(options or []))
     return synthetic
 
 

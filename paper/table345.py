@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 import eval as evaluation
-from data.slices import patient_of, read_split
+from data.slices import SIDES, patient_of, read_split
 from paper import generators, mixes, runs
 from paper.mixes import Mix, Scores
 from paper.report import Table, grid
@@ -388,7 +388,8 @@ def listed(study: Study) -> dict[str, str]:
 
 def table(study: Study) -> Table:
     """A study as the command line takes it."""
-    return Table(listed(study), partial(make, study), partial(collect, study), partial(markdown, study))
+    sides = SIDES if study.images or study.sides != mixes.TESTED else ("train", mixes.SIDE)
+    return Table(listed(study), partial(make, study), partial(collect, study), partial(markdown, study), sides=sides)
 
 
 TABLES: dict[str, Table] = {key: table(study) for key, study in STUDIES.items()}

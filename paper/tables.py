@@ -27,7 +27,7 @@ from data.slices import Mistake, OneLineParser, exit_on_mistake, write_bytes
 from paper import generators, runs, table2, table345
 from paper.report import Table, write_readme
 
-SETTING = ("data", "reference", "ngf", "samples", "channels", "unet_samples", "batch")  # what all in --out share
+SETTING = ("ngf", "samples", "channels", "unet_samples", "batch")  # what all in --out share
 TABLES: dict[str, Table] = {"2": table2.TABLE, **table345.TABLES}
 
 
@@ -71,8 +71,8 @@ def main(argv: list[str]) -> None:
     if args.list:
         print("\n".join(f"{name:24} {told}" for name, told in made.rows.items()))
         return
-    runs.check_sides(args.data, args.reference)
-    runs.keep_setting(args.out, args.reference, {name: getattr(args, name) for name in SETTING})
+    runs.check_sides(args.data, args.reference, made.sides)
+    runs.keep_setting(args.out, args.data, args.reference, {name: getattr(args, name) for name in SETTING})
     for seed, name in itertools.product(args.seeds, args.rows):
         made.make(name, seed, args)
     table = made.collect(args)

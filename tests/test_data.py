@@ -377,6 +377,15 @@ def test_a_name_on_both_sides_of_a_split_is_refused(own_toy):
         covidgan.read_split(own_toy.folder, 0)
 
 
+def test_hu_are_checked_as_the_files_have_them_whatever_the_window(own_toy, tiny):
+    read = covidgan.load_slices(own_toy.folder, own_toy.train, tiny(size=64, level=40.0, width=400.0))
+    assert read.hu.min() == -160 and read.hu.max() <= 240
+    for name in own_toy.train:
+        iio.imwrite(own_toy.folder / "images" / f"{name}.png", np.full((64, 64), 200, np.uint16))
+    with pytest.raises(covidgan.Mistake, match="no value above 255, so grey levels"):
+        covidgan.load_slices(own_toy.folder, own_toy.train, tiny(size=64, level=0.0, width=1000.0))
+
+
 def test_what_resampling_mixes_is_cut_to_the_window_before(own_toy, tiny):
     """Half lung of -800 and half bone of 1000 HU, which the window shows as 150, mix to -325 and not to 100."""
     hu = np.where(np.arange(64) % 2, 1000, -800)[None].repeat(64, 0)

@@ -440,6 +440,15 @@ def test_pairs_of_the_training_side_are_told(sets, capsys):
     assert "training side" not in capsys.readouterr().err
 
 
+def test_real_slices_whose_lungs_have_no_lungs_hu_are_told(sets, capsys):
+    evaluate(sets)
+    assert "healthy lung" not in capsys.readouterr().err
+    for path in (sets / "real/images").iterdir():
+        iio.imwrite(path, np.full((HEIGHT, WIDTH), 900, np.uint16))
+    evaluate(sets)
+    assert f"note: {sets / 'real'}: mean -124 in their healthy lung" in capsys.readouterr().err
+
+
 def test_pictures_of_an_evaluation_before_do_not_stand_beside_this_ones(sets):
     evaluate(sets, "--train", sets / "train")
     assert (sets / "out/eval_memorisation.png").exists() and (sets / "out/eval_texture.png").exists()
@@ -481,9 +490,6 @@ def spoil(sets, what):
     if what == "grey levels":
         iio.imwrite(sets / "real/images/P00_S000.png", np.full((HEIGHT, WIDTH), 200, np.uint16))
         return [], "real/images/P00_S000.png: no value above 255"
-    if what == "HU without an offset":
-        iio.imwrite(sets / "real/images/P00_S000.png", np.full((HEIGHT, WIDTH), 1300, np.uint16))
-        return [], "real/images/P00_S000.png: mean +276 in healthy lung"
     if what == "set cut off":
         (sets / "real/.unfinished").touch()
         return [], "real: its making was cut off"
@@ -540,7 +546,7 @@ def spoil(sets, what):
     }[what]
 
 
-MISTAKES = """8-bit image, grey levels, HU without an offset, set cut off, size, size of the map, missing map, no lung
+MISTAKES = """8-bit image, grey levels, set cut off, size, size of the map, missing map, no lung
 in any, no lung in training, JPEG, no pair, broken image, training map, split, name of the split, width,
 level, batch, folder of the maps, maps of others, out, folder as JSON, no folder to write to, no folder
 for the JSON, no features file, U-Net without maps""".replace("\n", " ")

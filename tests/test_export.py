@@ -255,7 +255,7 @@ def test_the_terms_given_for_the_weights_stand_in_the_file(plain, tmp_path):
 def test_a_checkpoint_of_a_stage_before_the_last_is_no_generator_yet(plain, tmp_path, stage):
     """Its G2 or its sum would be as drawn at the start, in PyTorch as well, so that no comparison would tell."""
     torch.save(torch.load(plain.source, weights_only=True) | {"stage": stage}, tmp_path / "ckpt.pt")
-    with pytest.raises(Mistake, match=rf"ckpt.pt: stopped in stage {stage}, joint makes the generator whole"):
+    with pytest.raises(Mistake, match=rf"ckpt.pt: stopped in stage {stage}, joint makes G whole"):
         export.main([str(tmp_path / "ckpt.pt"), "-o", str(tmp_path / "g.onnx")])
     assert not (tmp_path / "g.onnx").exists()
 

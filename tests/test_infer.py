@@ -518,6 +518,27 @@ def test_slices_of_another_set_are_not_taken_for_finished_though_names_are_the_s
         shutil.rmtree(tmp_path / "other")
 
 
+def test_slices_are_there_until_a_panel_asked_for_later_is_made(infer, maps, monkeypatch):
+    _, out, _ = infer(maps)
+    before = slices_in(out)
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(infer_onnx, "run", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        infer(maps, "--panel")
+    assert slices_in(out) == before
+
+
+def test_slices_of_a_version_that_kept_no_place_are_gone_on_with(infer, maps):
+    _, out, _ = infer(maps)
+    record, before = out / "run.json", files(out)
+    held = json.loads(record.read_text())
+    record.write_text(json.dumps({key: value for key, value in held.items() if key != "sources"}, indent=1))
+    assert infer(maps)[0] == 0 and files(out) == before
+
+
 def test_a_set_moved_with_its_slices_is_gone_on_with(infer, maps, tmp_path):
     _, out, _ = infer(maps)
     before = files(out)
@@ -538,12 +559,15 @@ def test_real_slices_that_hold_no_hu_are_left_out_as_faulty(infer, maps, images,
     assert status == 2 and f"error: {real}: " in told and "left out as faulty: 1" in told
     assert ("grey levels" in told) == (what == "grey levels")
     assert not (out / "images/P00_S000.png").exists() and len(files(out / "images")) == 4
+    status, out, told = infer(maps, "--complement", images, "--unchecked")
+    assert status == 0 and (read_image(out / "images/P00_S000.png") == read_image(real))[labels == 0].all()
 
 
 def test_a_set_whose_making_was_cut_off_is_refused(infer, maps):
     (maps.parent / ".unfinished").touch()
-    status, _, told = infer(maps.parent)
-    assert status == 2 and told == f"error: {maps.parent}: its making was cut off: run the command that makes it again"
+    line = f"error: {maps.parent}: its making was cut off: run the command that makes it again"
+    for place in (maps.parent, maps):
+        assert infer(place)[::2] == (2, line)
     (maps.parent / "split.json").write_text('{"train": [], "test": []}')
     assert infer(maps.parent)[0] == 0
 

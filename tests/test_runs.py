@@ -6,7 +6,7 @@ import types
 import numpy as np
 import pytest
 
-from data.slices import Mistake
+from data.slices import Mistake, write_image
 from paper import fidelity, runs
 
 PROGRAM = """
@@ -77,18 +77,30 @@ def test_sets_that_would_measure_a_generator_on_what_it_was_trained_on_are_refus
     split_in(reference, **good | {"seg_test": []})
     with pytest.raises(Mistake, match=r"128/split\.json: no names under seg_test"):
         runs.check_sides(data, reference)
+    split_in(data, **good | {"seg_test": []})
+    runs.check_sides(data, reference, ("train", "test"))
 
 
 def test_a_folder_keeps_the_setting_of_its_runs_and_that_of_the_split(tmp_path):
-    reference, out = split_in(tmp_path / "set", train=["P1_1"], test=["P2_1"]), tmp_path / "out"
+    data, out = split_in(tmp_path / "set", train=["P1_1"], test=["P2_1"]), tmp_path / "out"
+    (data / "images").mkdir()
+    write_image(data / "images" / "P1_1.png", np.zeros((32, 32)))
     out.mkdir()
-    runs.keep_setting(out, reference, {"unet_samples": 4000, "data": reference})
-    runs.keep_setting(out, reference, {"unet_samples": 4000, "data": reference.parent / "set" / ".." / "set"})
+    runs.keep_setting(out, data, data, {"unet_samples": 120})  # a slip, stopped before anything was made
+    runs.keep_setting(out, data, data, {"unet_samples": 4000})
+    (out / "unet_real_0").mkdir()
+    (out / "unet_real_0" / "ckpt.pt").touch()
+    data = data.rename(tmp_path / "moved")
+    runs.keep_setting(out, data, data, {"unet_samples": 4000})
     with pytest.raises(Mistake, match="out: made with --unet-samples 4000, not 8000: give that, or another --out"):
-        runs.keep_setting(out, reference, {"unet_samples": 8000, "data": reference})
-    split_in(reference, train=["P2_1"], test=["P1_1"])
-    with pytest.raises(Mistake, match="out: made with split of reference"):
-        runs.keep_setting(out, reference, {"unet_samples": 4000, "data": reference})
+        runs.keep_setting(out, data, data, {"unet_samples": 8000})
+    split_in(data, train=["P2_1"], test=["P1_1"])
+    with pytest.raises(Mistake, match="out: made with split of both"):
+        runs.keep_setting(out, data, data, {"unet_samples": 4000})
+    split_in(data, train=["P1_1"], test=["P2_1"])
+    write_image(data / "images" / "P1_1.png", np.zeros((64, 64)))
+    with pytest.raises(Mistake, match="out: made with size of the data 32, not 64"):
+        runs.keep_setting(out, data, data, {"unet_samples": 4000})
 
 
 def test_every_row_of_the_study_is_a_command_that_training_takes():

@@ -220,6 +220,20 @@ def test_another_length_on_resume_is_told_and_one_that_would_end_the_stage_refus
     assert steps_of(tmp_path)[-1] == ("g1", 15)
 
 
+def test_a_stage_that_is_done_may_be_followed_by_a_shorter_one(toy, small_run, here, tmp_path):
+    assert here("--stage", "g1", "--data", toy.folder, "--out", tmp_path, *small_run, "--interval", 99).status == 0
+    done = here("--resume", "--out", tmp_path, "--stage", "g2", "--epochs", 1)
+    assert done.status == 0 and "had" not in done.stdout
+    assert steps_of(tmp_path)[-1] == ("g2", 5)
+
+
+def test_a_run_into_its_datas_folder_leaves_their_split(own_toy, small_run, here):
+    before = (own_toy.folder / "split.json").read_bytes()
+    run = ["--stage", "g1", "--data", own_toy.folder, "--out", own_toy.folder, *small_run, "--interval", 99]
+    assert here(*run).status == 0
+    assert (own_toy.folder / "split.json").read_bytes() == before
+
+
 def test_slices_that_were_trained_on_are_not_tested_after_a_resume(own_toy, small_run, here, tmp_path):
     out = tmp_path / "out"
     run = ["--stage", "g1", "--data", own_toy.folder, "--out", out, *small_run, "--interval", 99]
