@@ -3,7 +3,7 @@
     python export.py ckpt.pt                        # generator.onnx
     python export.py ckpt.pt --fp16                 # half the size, for GPUs; norms stay in fp32
     python export.py ckpt.pt --target cpu           # Winograd convolutions: faster on CPUs, slow to load
-    python export.py ckpt.pt --pack                 # two fifths of the size: weights in 10 to 16 bits, widened at load
+    python export.py ckpt.pt --pack                 # two fifths of the size: weights in 11 to 16 bits, widened at load
     python export.py unet.pt                        # unet.onnx, for eval.py --unet
     python export.py --features inception --weights FILE        # features.onnx, for eval.py, from pytorch-fid's weights
     python export.py --features inception --download            # fetch them, where there is a network
@@ -59,6 +59,7 @@ MAX_HU = 1  # of difference between PyTorch and ONNX Runtime
 MAX_HU_FP16 = 15  # a hundredth of the default window
 MAX_HU_PACKED = 2
 SMALL = 30_000  # numbers in a weight that is not worth packing
+LARGE = 100_000  # and in one that is worth more than to be halved
 MAX_ALPHA = 0.02  # of difference in alpha
 MAX_RELATIVE = 1e-3  # of a feature network's largest feature
 LICENCE = "Network: MIT. Weights: {}. Research only, not for diagnosis."
@@ -245,26 +246,28 @@ def packings(model: onnx.ModelProto) -> Iterator[onnx.ModelProto]:
     """A generator with its weights in fewer bits, from the smallest file on; nodes at the graph's head widen them.
 
     All computing stays in float32, and runtimes widen constants once, at load. The largest kernels, those of the widest
-    residual blocks, take 12 bits a weight, and at first 10 in the second half, whose error goes through fewer others;
-    at last 16. Other large weights take 16, and small ones, whose error shows most, stay as they are.
+    residual blocks, take 12 bits a weight, and at first 10 2/3 in the second half, whose error goes through fewer
+    others; at last 16. So do other large weights; small ones, whose error shows most, take 16 or stay as they are.
     """
     weights = [tensor for tensor in model.graph.initializer if tensor.data_type == TensorProto.FLOAT]
     largest = max(np.prod(tensor.dims) for tensor in weights)
     widest = [tensor.name for tensor in weights if np.prod(tensor.dims) == largest]
+    large = [tensor.name for tensor in weights if LARGE <= np.prod(tensor.dims) < largest]
     half = len(widest) // 2
-    for first, second in ((12, 10), (12, 12), (16, 16)):
-        yield packed(model, dict.fromkeys(widest[:half], first) | dict.fromkeys(widest[half:], second))
+    for base in (6, 16):  # of the lower digits in the second half
+        yield packed(model, dict.fromkeys([*widest[:half], *large], 16) | dict.fromkeys(widest[half:], base))
+    yield packed(model, {})
 
 
-def packed(model: onnx.ModelProto, bits: dict[str, int]) -> onnx.ModelProto:
-    """A copy with these weights in so many bits, 10, 12 or 16, and the other large ones in 16."""
+def packed(model: onnx.ModelProto, bases: dict[str, int]) -> onnx.ModelProto:
+    """A copy with these weights in integers with lower digits to that base, and the other large ones in 16 bits."""
     model, nodes = copy.deepcopy(model), [*model.graph.node]
     del model.graph.node[:]
     for tensor in [*model.graph.initializer]:
         if tensor.data_type != TensorProto.FLOAT or np.prod(tensor.dims) < SMALL:
             continue
-        name, values, width = tensor.name, to_array(tensor), bits.get(tensor.name, 16)
-        stored, widening = in_16_bits(name, values) if width == 16 else in_bits(name, values, width)
+        name, values, base = tensor.name, to_array(tensor), bases.get(tensor.name)
+        stored, widening = in_digits(name, values, base) if base else in_16_bits(name, values)
         model.graph.initializer.remove(tensor)
         model.graph.initializer.extend(stored)
         model.graph.node.extend(widening)
@@ -278,15 +281,15 @@ def in_16_bits(name: str, values: np.ndarray) -> tuple[list[TensorProto], list[o
     return [from_array(values.astype(np.float16), stored)], [make_node("Cast", [stored], [name], to=TensorProto.FLOAT)]
 
 
-def in_bits(name: str, kernels: np.ndarray, bits: int) -> tuple[list[TensorProto], list[onnx.NodeProto]]:
-    """What to store of kernels [c_out, ...], integers of 10 or 12 bits, and the nodes that widen them to `name`.
+def in_digits(name: str, kernels: np.ndarray, base: int) -> tuple[list[TensorProto], list[onnx.NodeProto]]:
+    """What to store of kernels [c_out, ...], integers of 12 or 10 2/3 bits, and the nodes that widen them to `name`.
 
-    The upper 8 bits of an integer are a byte; the lower ones of 4 or 2 integers share one, as digits to the base 4 or
-    16. Each output channel has a scale. DequantizeLinear knows 8 bits alone, and ONNX Runtime does not fold it.
+    The upper 8 bits of an integer are a byte; its lower digit to the base 16 or 6 shares one with those of 1 or 2
+    others. Each output channel has a scale. DequantizeLinear knows 8 bits alone, and ONNX Runtime does not fold it.
     """
-    base, digits = 2 ** (bits - 8), 8 // (bits - 8)
+    digits = {16: 2, 6: 3}[base]
     peaks = np.abs(kernels).max(tuple(range(1, kernels.ndim)), keepdims=True)
-    scales = (np.where(peaks > 0, peaks, 1) / (2 ** (bits - 1) - 1)).astype(np.float32)
+    scales = (np.where(peaks > 0, peaks, 1) / (128 * base - 1)).astype(np.float32)
     upper, lower = np.divmod(np.rint(kernels / scales).astype(np.int64), base)
     places = base ** np.arange(digits)
     stored = {
@@ -595,7 +598,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--target", choices=("any", "cpu"), default="any", help="what a generator's file is for; cpu: fewer products"
     )
-    parser.add_argument("--pack", action="store_true", help="two fifths of the size: weights in 10 to 16 bits, to 2 HU")
+    parser.add_argument("--pack", action="store_true", help="two fifths of the size: weights in 11 to 16 bits, to 2 HU")
     parser.add_argument("--terms", help=f"licence of the weights, for the file's metadata (default: {TERMS})")
     parser.add_argument("--features", choices=tuple(FEATURES), help="export a feature network instead of a checkpoint")
     parser.add_argument("--weights", type=Path, help="the feature network's state dict")
