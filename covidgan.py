@@ -949,8 +949,8 @@ class Trainer:
             raise Mistake(f"{self.c.data}: {told}: give the split of {path}")
 
     def check_length(self, path: Path, before: int) -> None:
-        """Tell where the stage has another number of steps than before the stop; Mistake where that ends it."""
-        if before == self.steps:
+        """Tell where the stage has another number of steps than before the stop; Mistake where that cuts it off."""
+        if before == self.steps or self.step_done >= max(before, self.steps):
             return
         told = f"{path}: stage {self.stage}, at step {self.step_done}, had {before} steps and would have {self.steps}"
         if self.step_done >= self.steps:
