@@ -46,7 +46,6 @@ from data.slices import (
     HU_OFFSET,
     LABELS,
     LEVEL,
-    LUNG_HU,
     WIDTH,
     Mistake,
     OneLineParser,
@@ -56,6 +55,7 @@ from data.slices import (
     exit_on_mistake,
     held,
     list_pngs,
+    no_lungs_mean,
     patient_of,
     read_image,
     read_map,
@@ -1090,8 +1090,7 @@ def main(argv: list[str]) -> None:
     if not kept:
         raise Mistake(f"{pairs[0].labels} and all other maps of the {len(pairs)} pairs: no lung in them: give others")
 
-    if with_maps and lung[1] and not LUNG_HU[0] <= (mean := lung[0] / lung[1]) <= LUNG_HU[1]:
-        told = f"mean {mean:+.0f} in their healthy lung, which has HU of -850 to -500"
+    if with_maps and lung[1] and (told := no_lungs_mean(lung[0] / lung[1], "their healthy lung")):
         print(f"note: {args.real}: {told}: are these HU + {HU_OFFSET}, and the maps theirs?", file=sys.stderr)
     names, ssim = [pair.name for pair in kept], pixels.of_pairs("complete SSIM")
     counts = {"measured": len(kept), "without_lung": len(pairs) - len(kept), "patients": len({*map(patient_of, names)})}

@@ -60,7 +60,6 @@ from data.slices import (
     HU_OFFSET,
     LABELS,
     LARGEST,
-    LUNG_HU,
     NIFTI,
     Mistake,
     OneLineParser,
@@ -70,6 +69,7 @@ from data.slices import (
     exit_on_mistake,
     held,
     list_pngs,
+    no_lungs_mean,
     open_png,
     png,
     read_image,
@@ -796,15 +796,15 @@ def shard_held(args: argparse.Namespace) -> Iterator[None]:
         yield
 
 
-def claim(args: argparse.Namespace, info: dict[str, Any], kinds: Sequence[str], sources: str) -> None:
+def claim(args: argparse.Namespace, info: dict[str, Any], kinds: Sequence[str], place: str) -> None:
     """Make OUT and its folders `kinds`, not in a dry run. Raises Mistake where its slices were made otherwise.
 
-    sources: see `whence`.
+    place: of maps and real slices, see `whence`.
     """
     made_with = {"checkpoint_sha256": info["checkpoint_sha256"], "precision": info["precision"], "format": args.format}
     made_with |= {"completed": bool(args.complement), "seed": args.seed if args.variants else None}
     before = dict(made_with)  # what a record held at first
-    made_with["sources"] = sources
+    made_with["sources"] = place
     record, content = args.out / "run.json", (json.dumps(made_with, indent=1) + "\n").encode()
     made = [path for kind in ("images", "volumes") for path in (args.out / kind).glob("[!.]*")]
     if made and recorded(record) not in (made_with, before):  # without slices, a failed start left it
@@ -931,8 +931,8 @@ def whole_hu(path: Path, voxels: np.ndarray, labels: np.ndarray, unchecked: bool
     if not (limits.min <= low and high <= limits.max):  # nan is neither
         raise Mistake(f"{path}: values {low:g} to {high:g} are no HU: write them as HU again")
     lung = voxels[labels == 1]
-    if not unchecked and lung.size and not LUNG_HU[0] <= (mean := lung.mean(dtype=float)) <= LUNG_HU[1]:
-        raise Mistake(f"{path}: mean {mean:+.0f} in healthy lung, which has HU of -850 to -500: convert it to HU")
+    if not unchecked and lung.size and (told := no_lungs_mean(lung.mean(dtype=float))):
+        raise Mistake(f"{path}: {told}: convert it to HU")
     hu = voxels.astype(np.int16) if voxels.dtype.kind in "iu" else np.rint(voxels).astype(np.int16)
     if (hu != voxels).any():
         print(f"note: {path}: fractions of a HU are rounded", file=sys.stderr)

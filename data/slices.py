@@ -216,6 +216,13 @@ def check_finished(folder: Path) -> None:
         raise Mistake(f"{place}: its making was cut off: run the command that makes it again")
 
 
+def no_lungs_mean(mean: float, where: str = "healthy lung") -> str | None:
+    """What is wrong with the mean HU of healthy lung, in words; None where nothing is."""
+    if LUNG_HU[0] <= mean <= LUNG_HU[1]:
+        return None
+    return f"mean {mean:+.0f} in {where}, which has HU of -850 to -500"
+
+
 def check_hu(path: Path, hu: np.ndarray, labels: np.ndarray | None = None) -> None:
     """Raise Mistake for a real slice, int16 [H, W], that can hold no HU: grey levels, or no lung's where lung is.
 
@@ -224,8 +231,7 @@ def check_hu(path: Path, hu: np.ndarray, labels: np.ndarray | None = None) -> No
     if hu.max() <= 255 - HU_OFFSET:
         raise Mistake(f"{path}: no value above 255, so grey levels, not HU + {HU_OFFSET}: convert it first")
     lung = np.empty(0) if labels is None else hu[labels == 1]
-    if 100 * lung.size >= hu.size and not LUNG_HU[0] <= (mean := lung.mean(dtype=float)) <= LUNG_HU[1]:
-        told = f"mean {mean:+.0f} in healthy lung, which has HU of -850 to -500"
+    if 100 * lung.size >= hu.size and (told := no_lungs_mean(lung.mean(dtype=float))):
         raise Mistake(f"{path}: {told}: store HU + {HU_OFFSET}, mend the map, or overrule by --unchecked")
 
 
