@@ -41,4 +41,4 @@ $(BIN)/ready: requirements.txt
 	touch $@
 
 clean:
-	rm -rf out data/phantom data/phantom64 generator.onnx features.onnx
+	rm -rf $(addprefix out/, *.pt *.json *.jsonl *.txt *.png synthetic eval) data/phantom data/phantom64 generator.onnx features.onnx

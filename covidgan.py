@@ -28,6 +28,7 @@ import io
 import json
 import math
 import os
+import pickletools
 import re
 import signal
 import struct
@@ -57,10 +58,13 @@ LABELS = ("background", "lung", "ground-glass opacity", "consolidation")
 COLOURS = ((0, 0, 0), (255, 0, 0), (0, 0, 255), (0, 255, 0))  # Fig. 1: lung red, GGO blue, consolidation green
 HU_OFFSET = 1024  # a stored pixel is HU + 1024, 0..4095
 LARGEST = 4096  # pixels a side of a slice: what a header claims beyond is refused before memory is found for it
+LARGEST_FILE = 2**28  # bytes of one
 PARENCHYMA = -860  # HU of healthy lung between its vessels
 LUNG_HU = (-1000, -400)  # what a patient's mean of lung without lesion must lie in
 PNG_ERRORS = (OSError, SyntaxError, ValueError, LookupError, TypeError, EOFError, struct.error)  # Pillow's
+PICKLED = r"collections OrderedDict|torch\._utils _rebuild_(tensor_v2|parameter)|torch \w+Storage"  # of tensors
 STAGES = ("g1", "g2", "joint")  # §III-A, in their order
+HERE = {"data": "", "out": "", "resume": False, "overwrite": False}  # of one machine or start: in no checkpoint
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # what a filesystem without locks answers
 PHANTOM = "data/phantom"  # the built-in data; a folder whose name begins so is made when it is not there
 
@@ -71,14 +75,14 @@ PHANTOM = "data/phantom"  # the built-in data; a folder whose name begins so is 
 class LoopConfig:
     """How a method is trained: the loop's knobs, whatever the method.
 
-    Defaults are the paper's setting (§IV-A), but for what is no part of the method and harms it: see preset paper.
+    Defaults are the paper's setting (§IV-A), but for noise, contrast and ema: preset paper has those as published.
     """
 
     # run
     stage: str = "all"  # or one of the method's stages alone
-    preset: str = "demo"  # a named group of overrides, see PRESETS
+    preset: str = "demo"  # a named group of overrides, see PRESETS: they replace the defaults below
     data: str = PHANTOM  # folder with images/ and maps/, and perhaps split.json
-    out: str = "out"  # folder of ckpt.pt, stats.jsonl, split.json, panels, curves, results
+    out: str = "out"  # folder of ckpt.pt, stats.jsonl, split.json, data.txt, panels, curves, results
     resume: bool = False  # go on from OUT/ckpt.pt, with its config where no option is given
     overwrite: bool = False  # discard what stands in OUT
     seed: int = 0
@@ -95,7 +99,8 @@ class LoopConfig:
     elastic: float = 2.0  # elastic displacement, standard deviation in pixels of what is drawn
     elastic_cell: float = 24.0  # at points so far apart, and smooth between them
     noise: float = 0.0  # Gaussian noise on the image's lung, of the window's range: no generator can match it
-    contrast: float = 4.0  # how many times as large D sees the HU inside the lung; 0: it sees whole images, as they are
+    # what D sees
+    contrast: float = 4.0  # the lung alone, its HU so many times enlarged; 0: whole images, as they are
     # optimisation
     batch: int = 16  # over all processes
     epochs: int = 20  # a stage; the learning rate is constant for the first half, then falls linearly to 0
@@ -160,12 +165,12 @@ def stem(c_in: int, c_out: int) -> list[nn.Module]:
     return [nn.ReflectionPad2d(3), nn.Conv2d(c_in, c_out, 7), *norm_relu(c_out)]
 
 
-def down(c_in: int) -> list[nn.Module]:
+def down(c_in: int) -> list[nn.Module]:  # [B, c, H, W] -> [B, 2c, H/2, W/2]
     """Halve the size, double the channels."""
     return [nn.Conv2d(c_in, 2 * c_in, 3, stride=2, padding=1), *norm_relu(2 * c_in)]
 
 
-def up(c_in: int, kind: str) -> list[nn.Module]:
+def up(c_in: int, kind: str) -> list[nn.Module]:  # [B, 2c, H, W] -> [B, c, 2H, 2W]
     """Double the size, halve the channels. "resize" avoids the checkerboard of the paper's transposed convolution."""
     c_out = c_in // 2
     if kind == "deconv":
@@ -175,7 +180,7 @@ def up(c_in: int, kind: str) -> list[nn.Module]:
     return [*grow, *norm_relu(c_out)]
 
 
-def head(c_in: int) -> nn.Sequential:
+def head(c_in: int) -> nn.Sequential:  # [B, c, H, W] -> [B, 1, H, W]
     """7x7 convolution to one channel and tanh."""
     return nn.Sequential(nn.ReflectionPad2d(3), nn.Conv2d(c_in, 1, 7), nn.Tanh())
 
@@ -205,7 +210,7 @@ class GlobalGenerator(nn.Module):
         for k in range(3):
             layers += up(ngf * 8 // 2**k, upsample)
         self.trunk = nn.Sequential(*layers)
-        self.head = head(ngf)  # drawn on in stage g1 alone: in the joint stage G2 takes the trunk's features
+        self.head = head(ngf)  # used in stage g1 alone: in the joint stage G2 takes the trunk's features
 
     def forward(self, onehot: Tensor) -> Tensor:  # [B, n_labels, H, W] -> [B, 1, H, W]
         """Synthesize at G1's own size, as in its individual training."""
@@ -223,7 +228,7 @@ class LocalGenerator(nn.Module):
 
 
 class WeightingNet(nn.Module):
-    """Three convolutions and two fully connected layers that give one weight in (0, 1) an image (§III-C).
+    """Three convolutions and two fully connected layers that give one weight in (0, 1) per image (§III-C).
 
     No norm layer: instance norm before global pooling removes the very signal to weigh by. The last layer starts at
     zero, so that the weight starts at 0.5.
@@ -244,9 +249,9 @@ class WeightingNet(nn.Module):
 
 
 class Desum(nn.Module):
-    """Dynamic element-wise sum (Eq. 1): F_out = alpha F_local + (1 - alpha) F_global, one alpha an image.
+    """Dynamic element-wise sum (Eq. 1): F_out = alpha F_local + (1 - alpha) F_global, one alpha per image.
 
-    alpha is drawn from F_local; kind "global" draws it from F_global, "fixed" is 0.5, and "sum" is the plain sum of
+    alpha is computed from F_local; with kind "global" from F_global, "fixed" is 0.5, and "sum" is the plain sum of
     "w/o DESUM" (Table V), twice the fixed one.
     """
 
@@ -273,7 +278,6 @@ class Generator(nn.Module):
 
     def __init__(self, c: Config) -> None:
         super().__init__()
-        self.n_labels = c.n_labels
         widest = c.ngf * 2 ** max(0, c.n_gen - 2)  # each finer generator has half the channels, and G2 ngf / 2
         widths = [widest // 2**k for k in range(1, c.n_gen)]
         self.g1 = GlobalGenerator(c.n_labels, widest, c.n_blocks, c.upsample)
@@ -363,14 +367,20 @@ def gan_loss_g(fake: Tensor, kind: str) -> Tensor:
     return (fake - 1).square().mean() if kind == "lsgan" else -fake.mean()
 
 
+def gan_losses(real: list[list[Tensor]], fake: list[list[Tensor]], kind: str) -> tuple[Tensor, Tensor]:
+    """Both sides of L_cGAN, D's and G's, summed over the discriminators (Eq. 2), from features that end in logits."""
+    verdicts = [(r[-1].float(), f[-1].float()) for r, f in zip(real, fake, strict=True)]
+    return sum(gan_loss_d(r, f, kind) for r, f in verdicts), sum(gan_loss_g(f, kind) for _, f in verdicts)
+
+
 class Dfm(nn.Module):
     """Dynamic feature matching (§III-C.2, Eq. 4).
 
     With t_k the L1 distance of scale k's first three feature maps between real and synthetic pair,
         L_DFM = (1 - beta) t_1 + beta t_2,
-    beta one number an image, drawn from D1's third feature map of the real pair ("d2": from D2's, "fixed": --beta), in
-    stage g1 of three discriminators from the finest that takes part.
-    More than two scales share beta evenly; a single scale has the weight 1.
+    beta one number per image, computed from D1's third feature map of the real pair ("d2": from D2's, "fixed":
+    --beta); in stage g1 of three discriminators from that of the finest that plays. More than two scales share beta
+    evenly; a single scale has the weight 1.
 
     Who moves beta is not said in the paper. Eq. 2 puts L_DFM under min_G, but a plain minimum just moves all weight
     to the discriminator that is easier to match. --beta-policy: "clamp" minimises within [margin, 1 - margin], by a
@@ -405,7 +415,7 @@ class Dfm(nn.Module):
 
 
 def feature_distance(real: list[Tensor], fake: list[Tensor]) -> Tensor:
-    """Sum over i = 1..3 of ||D^i(m, x) - D^i(m, G(m))||_1 / N_i (Eq. 4), an image: [B]."""
+    """Sum over i = 1..3 of ||D^i(m, x) - D^i(m, G(m))||_1 / N_i (Eq. 4), per image: [B]."""
     pairs = zip(real[:3], fake[:3], strict=True)
     return sum((r.detach() - f).abs().mean((1, 2, 3), dtype=torch.float32) for r, f in pairs)
 
@@ -494,7 +504,7 @@ class Method(nn.Module):
         """
         if not self.c.contrast:
             return image
-        parenchyma = (PARENCHYMA - self.c.level) * 2 / self.c.width
+        parenchyma = min(max((PARENCHYMA - self.c.level) * 2 / self.c.width, -1.0), 1.0)  # as `window` has it
         return torch.where(onehot[:, :1] > 0, 0.0, self.c.contrast * (image - parenchyma))
 
     def generator(self) -> nn.Module:
@@ -587,7 +597,7 @@ class Covidgan(Method):
             return players | {"g1": Player.of(c, "g", [g.g1])}
         if stage == "g2":
             return players | {"g2": Player.of(c, "g", [*g.locals])}
-        g1 = g.g1.trunk if len(g.locals) else g.g1  # the head is drawn on in stage g1 alone
+        g1 = g.g1.trunk if len(g.locals) else g.g1  # the head is used in stage g1 alone
         players["g1"] = Player.of(c, "g", [g1], first_epoch=c.fix_global)
         return players | {"g2": Player.of(c, "g", [*g.locals, *g.desums])}
 
@@ -601,19 +611,16 @@ class Covidgan(Method):
         image, alpha = self.g(onehot, stage)
         onehot, target = self.at_stage_size(onehot, target, stage)
         real, fake = (self.d(onehot, self.shown(x, onehot), first) for x in (target, image))
-        verdicts = [(r[-1].float(), f[-1].float()) for r, f in zip(real, fake, strict=True)]
+        loss_d, loss_gan = gan_losses(real, fake, c.gan)
         loss_dfm, loss_beta, beta = self.dfm(real, fake)
-        loss_gan = sum(gan_loss_g(f, c.gan) for _, f in verdicts)
         return {
-            "d": sum(gan_loss_d(r, f, c.gan) for r, f in verdicts),
+            "d": loss_d,
             "g": loss_gan + (c.lambda_dfm * loss_dfm if c.dfm != "off" else 0.0),
             "gan": loss_gan,
             "dfm": loss_dfm,
             "loss_beta": loss_beta,
             "alpha": alpha.mean(),
             "beta": beta.mean(),
-            "d_real": torch.stack([r.sigmoid().mean() for r, _ in verdicts]).mean(),
-            "d_fake": torch.stack([f.sigmoid().mean() for _, f in verdicts]).mean(),
         }
 
     def generator(self) -> Generator:
@@ -752,7 +759,7 @@ class Trainer:
 
     def __init__(self, method: type[Method], c: LoopConfig) -> None:
         self.c, self.out = c, Path(c.out)
-        self.rank, self.world = int(os.environ.get("RANK", "0")), world_size()
+        self.rank, self.world = rank(), world_size()
         self.device = pick_device(c)
         self.bf16 = uses_bf16(c, self.device)
         self.stop_signal = 0  # this process's
@@ -804,7 +811,7 @@ class Trainer:
 
         The order is pix2pixHD's: all losses from one forward pass, then all players move.
         """
-        self.set_learning_rates()
+        rates = self.set_learning_rates()
         target, labels, names = self.batch()
         autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
         with seeded(self.step_seed(self.rank), self.device), autocast:
@@ -820,16 +827,19 @@ class Trainer:
             optimizer.step()
             optimizer.zero_grad()  # here, not before the backward pass: the forward pass needs the memory
         self.update_average()
-        lr = lr_at(self.step_done, self.steps, self.c.lr)
         self.step_done += 1
-        return {"lr": lr, **figures}
+        return {**rates, **figures}
 
-    def set_learning_rates(self) -> None:
-        """Give each player this step's learning rate, and none while it stands still."""
+    def set_learning_rates(self) -> dict[str, float]:
+        """Give each player this step's learning rate, and none while it stands still; returns them as lr_PLAYER."""
+        rates = {}
         for name, player in self.players.items():
             still = self.step_done < player.first_epoch * self.epoch_steps
+            rate = 0.0 if still else lr_at(self.step_done, self.steps, player.lr)
             for group in self.optimizers[name].param_groups:
-                group["lr"] = 0.0 if still else lr_at(self.step_done, self.steps, player.lr)
+                group["lr"] = rate
+            rates[f"lr_{name}"] = rate
+        return rates
 
     def backward(self, losses: dict[str, Tensor]) -> None:
         """Fill the gradients of each loss's players and of nobody else, which `inputs=` sees to in a shared graph."""
@@ -865,7 +875,7 @@ class Trainer:
             generator.load_state_dict(own)
 
     def share(self, figures: dict[str, float]) -> dict[str, float]:
-        """Mean of each figure over the processes, so that all of them stop, if at all, at the same step."""
+        """Mean of each figure over the processes, which also agree here whether to stop after this step."""
         if self.world == 1:
             return figures
         row = torch.tensor([*figures.values(), float(self.stop_signal)], device=self.device)
@@ -888,10 +898,10 @@ class Trainer:
             g.copy_(mean.view_as(g))
 
     def state(self) -> dict[str, Any]:
-        """The checkpoint: plain numbers and tensors, enough to go on bit for bit."""
+        """The checkpoint: plain numbers and tensors, enough to go on bit for bit; no path, so that it can be shared."""
         return {
             "method": self.method.name,
-            "config": {**dataclasses.asdict(self.c), "resume": False, "overwrite": False},
+            "config": {**dataclasses.asdict(self.c), **HERE},
             "stage": self.stage,
             "step": self.step_done,
             "steps": self.steps,
@@ -923,13 +933,27 @@ class Trainer:
                 self.check_length(path, checkpoint["steps"])
         except (KeyError, RuntimeError, ValueError, TypeError) as error:
             raise Mistake(f"{path}: its tensors do not fit its config ({type(error).__name__}): train anew") from error
+        if self.rank == 0:
+            self.cut_stats()
         if (before := checkpoint.get("processes", self.world)) != self.world and self.rank == 0:
             told = f"{path}: trained by {before} processes, going on with {self.world}"
             print(f"note: {told}: each draws dropout and noise of its own, and sums are rounded otherwise", flush=True)
 
+    def cut_stats(self) -> None:
+        """Take out of OUT/stats.jsonl what a killed run wrote past its checkpoint, the last line perhaps in part."""
+        stats, order, kept = self.out / "stats.jsonl", self.all_stages.index, []
+        for line in stats.read_text().splitlines() if stats.exists() else []:
+            with contextlib.suppress(KeyError, TypeError, ValueError):  # of a line that is no step's
+                step = json.loads(line)
+                if (order(step["stage"]), step["step"]) <= (order(self.stage), self.step_done):
+                    kept.append(line + "\n")
+        write_atomically(stats, lambda path: path.write_text("".join(kept)))
+
     def check_stage(self, path: Path, checkpoint: dict[str, Any]) -> None:
         """Raise Mistake where --stage would train a stage again, or leave one unfinished; tell of one left out."""
         stage, wanted = checkpoint["stage"], self.stages[-1]
+        if stage not in self.all_stages:
+            raise Mistake(f"{path}: in stage {stage}, which these options have not: leave them out")
         ahead = self.all_stages.index(wanted) - self.all_stages.index(stage)
         if ahead < 0:
             raise Mistake(f"{path}: in stage {stage}, and {wanted} lies behind it: leave --stage out")
@@ -1048,7 +1072,8 @@ class Trainer:
         write_curves(self.out / "curves.png", self.out / "stats.jsonl", self.method.curves)
 
     def write_split(self) -> None:
-        """Write OUT/split.json: all that was trained on, and what is held out; say where it was drawn."""
+        """Write OUT/split.json, all that was trained on and what is held out, and OUT/data.txt, where it lies."""
+        write_atomically(self.out / "data.txt", lambda path: path.write_text(f"{self.c.data}\n", encoding="utf-8"))
         path, own, train = self.out / "split.json", Path(self.c.data) / "split.json", {*self.train.names}
         if own.exists() and path.exists() and own.samefile(path):  # OUT is the data's folder
             return
@@ -1076,6 +1101,11 @@ class Trainer:
 def world_size() -> int:
     """Processes of a torchrun, 1 without."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    """This process's number among those of a torchrun, 0 without."""
+    return int(os.environ.get("RANK", "0"))
 
 
 # ------------------------------------------------------------------------------------------------- pictures and figures
@@ -1298,7 +1328,7 @@ class Mistake(Exception):
 
 
 def list_pngs(folder: Path) -> dict[str, Path]:
-    """PNGs of a folder by name without ending, .PNG too; what begins with a dot is no data. Raises Mistake by lack."""
+    """PNGs of a folder by name without ending, .PNG too; what begins with a dot is no data. Mistake where none is."""
     files = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     found: dict[str, Path] = {}
     for path in files:
@@ -1311,13 +1341,22 @@ def list_pngs(folder: Path) -> dict[str, Path]:
     return found
 
 
+def read_small(path: Path) -> bytes:
+    """The bytes of a file. Raises Mistake for what would fill the memory, or never end: LARGEST_FILE, or no file."""
+    if path.exists() and not path.is_file():
+        raise Mistake(f"{path}: no regular file: put the file itself there")
+    if (size := path.stat().st_size) > LARGEST_FILE:
+        raise Mistake(f"{path}: {size:,} bytes: no slice, map or split has above {LARGEST_FILE:,}")
+    return path.read_bytes()
+
+
 def read_png(path: Path) -> tuple[str, np.ndarray, np.ndarray | None]:
     """Mode, in Pillow's words, pixels, and the palette [256, 3] where there is one, black where it is transparent.
 
     Raises Mistake for a file that is cut short, broken or no PNG, and before it is decoded for one that is too large.
     """
     try:
-        content = io.BytesIO(path.read_bytes())  # in which no chunk finds the gigabytes that its head may claim
+        content = io.BytesIO(read_small(path))  # in which no chunk finds the gigabytes that its head may claim
         with PngImageFile(content) as picture:  # Image.open would take any format, and warn of some sizes
             if not 1 <= min(picture.size) <= max(picture.size) <= LARGEST:
                 raise Mistake(f"{path}: {picture.width} x {picture.height} pixels: give 1 to {LARGEST} a side")
@@ -1389,7 +1428,7 @@ def names_of(side: Any) -> list[str]:
 def read_sides(path: Path) -> dict[str, list[str]]:
     """Names under train and test of a split.json. Raises Mistake for anything else, and for a name under both."""
     try:
-        split = json.loads(path.read_text(encoding="utf-8-sig"))  # a byte order mark is no mistake
+        split = json.loads(read_small(path).decode("utf-8-sig"))  # a byte order mark is no mistake
         split = {side: names_of(split[side]) for side in ("train", "test")}
     except (ValueError, KeyError, TypeError, RecursionError) as error:  # the last for lists in lists, on and on
         raise Mistake(f"{path}: lists of names under train and test are wanted ({error!r})") from error
@@ -1425,7 +1464,7 @@ def read_split(folder: Path, seed: int) -> dict[str, list[str]]:
 
 
 def load_slices(folder: Path, names: list[str], c: LoopConfig, room: int = 1) -> Slices:
-    """Read and check every slice of a side, resampled to c.size, or where the first is as large to `room` times that.
+    """Read and check every slice of a side, resampled to c.size, or to `room` times that where the first is so large.
 
     HU beyond the window are cut to it before, so that what resampling mixes is what is seen (§IV-A: grey images).
     Raises Mistake where a file is missing or bad, image and map differ in size, a slice is not square, no map holds
@@ -1478,16 +1517,33 @@ def check_hu(folder: Path, names: Sequence[str], lungs: Sequence[np.ndarray], pe
             raise Mistake(f"{first}: {told}: store HU + {HU_OFFSET}, mend the maps, or overrule by --unchecked")
 
 
+def check_pickle(content: bytes) -> None:
+    """Raise ValueError where one of the pickles that bytes begin with calls for more than tensors and plain data."""
+    stream = io.BytesIO(content)
+    for _ in range(4):
+        if stream.tell() == len(content):
+            return
+        for opcode, argument, _ in pickletools.genops(stream):
+            if opcode.name in ("GLOBAL", "STACK_GLOBAL", "INST") and not re.fullmatch(PICKLED, str(argument)):
+                raise ValueError(f"calls {argument}")
+
+
 def read_weights(path: Path) -> dict[str, Any]:
     """Read a file of torch.save that holds one plain dict of tensors and numbers. Raises Mistake for anything else.
 
-    No code of the file's is run, and it takes no more memory than disk: torch.save does not compress.
+    No code of the file's is run, and it takes no more memory than disk: torch.save does not compress, and what its
+    pickle may call of what weights_only allows is no more than what tensors are made by: bytearray(10**11) is not.
     """
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 if sum(part.file_size for part in archive.infolist()) > path.stat().st_size:
                     raise zipfile.BadZipFile("compressed")
+                pickles = [archive.read(part) for part in archive.namelist() if part.endswith(".pkl")]
+        else:  # as PyTorch wrote before 1.6: magic number, version, machine, what was saved, and then its numbers
+            pickles = [path.read_bytes()]
+        for content in pickles:
+            check_pickle(content)
         weights = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # out of a broken file the unpickler brings any error there is
         raise Mistake(f"{path}: not a checkpoint that can be read ({type(error).__name__})") from error
@@ -1529,11 +1585,11 @@ def check_fit(checkpoint: dict[str, Any], method: type[Method], c: LoopConfig) -
     stage, step = checkpoint.get("stage", c.stage), checkpoint.get("step", 0)
     if not isinstance(stage, str) or stage not in ("all", *method.stages(c)) or type(step) is not int or step < 0:
         raise ValueError("its stage or step is none")
-    networks = outline(method, c)
-    for part in ("networks", "average"):
-        if part == "average" and not checkpoint.get(part):  # there is none with --ema 0
+    whole = outline(method, c)
+    for part, module in {"networks": whole, "average": whole.generator()}.items():
+        tensors = checkpoint.get(part)
+        if part == "average" and not tensors:  # there is none with --ema 0
             continue
-        module, tensors = networks if part == "networks" else networks.generator(), checkpoint.get(part)
         if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
             raise ValueError(f"its {part} are no tensors")
         found, wanted = (
@@ -1545,18 +1601,19 @@ def check_fit(checkpoint: dict[str, Any], method: type[Method], c: LoopConfig) -
 
 
 @contextlib.contextmanager
-def held(out: Path) -> Iterator[None]:
-    """Make a folder and hold it, so that it has one writer.
+def held(out: Path, name: str = ".lock") -> Iterator[None]:
+    """Make a folder and hold it, or what a name of a lock in it stands for, so that it has one writer.
 
     It is the system's lock, which goes with its process, however that dies and on whatever machine. Raises Mistake
     where another process holds it. A filesystem without locks is told of, and gone on in.
     """
-    lock = FileLock(out / ".lock", blocking=False, fallback_to_soft=False)
+    lock = FileLock(out / name, blocking=False, fallback_to_soft=False)
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout as error:
-        raise Mistake(f"{out}: another run is writing to it: wait for its end, or give another --out") from error
+        what = out if name == ".lock" else out / name.removeprefix(".").removesuffix(".lock")
+        raise Mistake(f"{what}: another run is writing to it: wait for its end, or give another --out") from error
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise Mistake(f"{out}: cannot be made a folder ({error.strerror}): give another --out") from error
@@ -1566,7 +1623,7 @@ def held(out: Path) -> Iterator[None]:
     finally:
         if lock.is_locked:
             with contextlib.suppress(OSError):
-                (out / ".lock").unlink()  # while it is held: nobody takes one that has no name
+                (out / name).unlink()  # while it is held: nobody takes one that has no name
         lock.release()
 
 
@@ -1578,6 +1635,8 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     unfinished = path.with_name(f".{path.name}.tmp")
     try:
         write(unfinished)
+        with open(unfinished, "rb+") as file:
+            os.fsync(file.fileno())  # else the name may outlive a machine's crash, and what it stands for not
         os.replace(unfinished, path)
     except (OSError, RuntimeError) as error:  # torch.save's word for a full disk is a RuntimeError
         raise unwritable(path, error) from error
@@ -1623,17 +1682,11 @@ class OneLineParser(argparse.ArgumentParser):
         raise Mistake(f"{message:.300} (-h lists the options)")
 
 
-def parse_config(argv: list[str], method: type[Method] = Covidgan) -> LoopConfig:
-    """Command line to a method's options: defaults < preset < (on --resume) the checkpoint's < the options given.
-
-    Raises Mistake for an unknown option or value, and for a config that cannot work (see check_config).
-    """
-    sources = [
-        inspect.getsource(options) for options in reversed(method.options.mro()) if dataclasses.is_dataclass(options)
-    ]
-    about = "\n".join(
-        [inspect.getmodule(method).__doc__, *sources, f"PRESETS = {json.dumps(method.presets, indent=4)}"]
-    )
+def option_parser(method: type[Method]) -> OneLineParser:
+    """A --key value for each of a method's options, None where it is not given; -h shows their commented source."""
+    blocks = [kind for kind in reversed(method.options.mro()) if dataclasses.is_dataclass(kind)]
+    presets = f"PRESETS = {json.dumps(method.presets, indent=4)}"
+    about = "\n".join([inspect.getmodule(method).__doc__, *map(inspect.getsource, blocks), presets])
     parser = OneLineParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter, usage="%(prog)s")
     for name, kind in get_type_hints(method.options).items():
         option = "--" + name.replace("_", "-")
@@ -1643,7 +1696,16 @@ def parse_config(argv: list[str], method: type[Method] = Covidgan) -> LoopConfig
             parser.add_argument(option, choices=get_args(kind), help=argparse.SUPPRESS)
         else:
             parser.add_argument(option, type=kind, help=argparse.SUPPRESS)
-    given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+    return parser
+
+
+def parse_config(argv: list[str], method: type[Method] = Covidgan) -> LoopConfig:
+    """Command line to a method's options: defaults < preset < (on --resume) the checkpoint's < the options given.
+
+    Raises Mistake for an unknown option or value, and for a config that cannot work (see check_config).
+    """
+    options = vars(option_parser(method).parse_args(argv))
+    given = {name: value for name, value in options.items() if value is not None}
     preset = given.get("preset", method.options.preset)
     if preset not in method.presets:
         raise Mistake(f"--preset {preset!r:.80}: give one of {', '.join(method.presets)}")
@@ -1656,12 +1718,20 @@ def parse_config(argv: list[str], method: type[Method] = Covidgan) -> LoopConfig
             raise Mistake(f"{checkpoint}: not there, so nothing to go on from: mend --out, or leave --resume out")
         base = read_checkpoint(checkpoint, method)["config"]
         base |= {"out": str(checkpoint.parent), "device": method.options.device}  # of this machine, not of that run
+        base["data"] = read_place(checkpoint.with_name("data.txt")) or base["data"]
+        if not (base["data"] or given.get("data")):
+            raise Mistake(f"{checkpoint.parent}/data.txt: not there, and tells what was trained on: give --data")
         for name in ("preset", *method.architecture):  # of a preset nothing would be taken over
             if name in given and given[name] != base[name]:
                 raise Mistake(f"{checkpoint} has {name} {base[name]}, not {given[name]}: leave the option out")
     config = method.options(**{**base, **given})
     check_config(config, method)
     return config
+
+
+def read_place(path: Path) -> str:
+    """The folder of the slices that OUT/data.txt names, since a checkpoint names no place; "" where it is not there."""
+    return path.read_text(encoding="utf-8").strip() if path.is_file() else ""
 
 
 def check_config(c: LoopConfig, method: type[Method]) -> None:
@@ -1672,6 +1742,11 @@ def check_config(c: LoopConfig, method: type[Method]) -> None:
         (c.device != "cuda" or torch.cuda.is_available(), "--device cuda: no CUDA device here, leave it out"),
         (c.device != "mps" or torch.backends.mps.is_available(), "--device mps: no Metal device here, leave it out"),
     ]
+    insist(checks)
+
+
+def insist(checks: Sequence[tuple[bool, str]]) -> None:
+    """Raise Mistake with the complaint of the first check that does not hold."""
     for fine, complaint in checks:
         if not fine:
             raise Mistake(complaint)
@@ -1704,20 +1779,20 @@ def check_values(c: LoopConfig, method: type[Method]) -> None:
         (min(ranges) >= 0 and max(ranges) <= 512, "--rotate, --elastic, --noise: give 0 to 512"),
         (c.elastic_cell >= 4, f"--elastic-cell {c.elastic_cell:g}: give 4 pixels or more"),
     ]
-    for fine, complaint in checks:
-        if not fine:
-            raise Mistake(complaint)
+    insist(checks)
     multiple = method.multiple(c)
     if c.size % multiple or not 2 * multiple <= c.size <= LARGEST:
         raise Mistake(f"--size {c.size}: give a multiple of {multiple}, from {2 * multiple} to {LARGEST}")
 
 
-def prepare_out(c: LoopConfig, method: type[Method]) -> None:
-    """Make OUT ready, on --resume with what its checkpoint knew. Raises Mistake where another run stands in it.
+def prepare_out(c: LoopConfig) -> None:
+    """Make OUT ready. Raises Mistake where slices or another run stand in it.
 
     A run is what has a checkpoint: what a start that failed has left is written over.
     """
-    out, stats = Path(c.out), Path(c.out) / "stats.jsonl"
+    out = Path(c.out)
+    if (out / "images").exists() or (out / "maps").exists():
+        raise Mistake(f"{out}: holds slices, and a run has files of the same names: give another --out")
     if (out / "ckpt.pt").exists() and not (c.resume or c.overwrite):
         raise Mistake(f"{out}: holds another run: give --resume to go on, --overwrite to discard it, or another --out")
     for unfinished in out.glob(".*.tmp"):  # of a run that was killed
@@ -1726,17 +1801,8 @@ def prepare_out(c: LoopConfig, method: type[Method]) -> None:
         names = ("ckpt.pt", "unet.pt", "results.json", "curves.png")  # unet.pt: of paper/segment.py
         for old in [*out.glob("panel_*.png"), *(out / name for name in names)]:
             old.unlink(missing_ok=True)
-    kept = []
-    if (out / "ckpt.pt").exists() and stats.exists():
-        checkpoint, stages = read_weights(out / "ckpt.pt"), method.stages(c)  # parse_config has checked it
-        if (stage := checkpoint["stage"]) not in stages:
-            raise Mistake(f"{out}/ckpt.pt: in stage {stage}, which these options have not: leave them out")
-        order = stages.index
-        done = order(stage), checkpoint["step"]
-        for line in stats.read_text().splitlines():  # a killed run wrote past its checkpoint, the last line perhaps cut
-            if line.endswith("}") and (order((x := json.loads(line))["stage"]), x["step"]) <= done:
-                kept.append(line + "\n")
-    write_atomically(stats, lambda path: path.write_text("".join(kept)))
+    if not (out / "ckpt.pt").exists():
+        write_atomically(out / "stats.jsonl", lambda path: path.write_text(""))
 
 
 def make_phantom(c: LoopConfig) -> None:
@@ -1750,7 +1816,7 @@ def make_phantom(c: LoopConfig) -> None:
 
 def on_first_rank(work: Callable[..., None], *arguments: Any) -> None:
     """Do the work once, while the other processes wait for it."""
-    if int(os.environ.get("RANK", "0")) == 0:
+    if rank() == 0:
         work(*arguments)
     if world_size() > 1:
         with together():
@@ -1781,8 +1847,8 @@ def first_to_tell() -> bool:
         return True
 
 
-def main(argv: list[str], method: type[Method] = Covidgan, kind: type[Trainer] = Trainer) -> None:
-    """Train a method as the command line says, by this kind of trainer, then print and write the results."""
+def main(argv: list[str], method: type[Method] = Covidgan, trainer_of: type[Trainer] = Trainer) -> None:
+    """Train a method as the command line says, by this kind of Trainer, then print and write the results."""
     c = parse_config(argv, method)
     keep_freed_memory()
     if world_size() > 1:
@@ -1792,10 +1858,10 @@ def main(argv: list[str], method: type[Method] = Covidgan, kind: type[Trainer] =
         with together():
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     on_first_rank(make_phantom, c)
-    trainer = kind(method, c)
+    trainer = trainer_of(method, c)
     with contextlib.ExitStack() as until_the_end:
         on_first_rank(until_the_end.enter_context, held(Path(c.out)))
-        on_first_rank(prepare_out, c, method)
+        on_first_rank(prepare_out, c)
         train(trainer)
     if world_size() > 1:
         dist.destroy_process_group()

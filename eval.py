@@ -339,9 +339,15 @@ def pixel_graph(height: int, width: int, level: float, window: float) -> onnx.Mo
 
 
 def run(model: Path | str, session: ort.InferenceSession, outputs: list[str], **inputs: np.ndarray) -> list[np.ndarray]:
-    """Run a model for the outputs named. Raises Mistake, naming the model, where ONNX Runtime or memory fails."""
+    """Run a model for the outputs named, arrays of numbers.
+
+    Raises Mistake, naming the model, where ONNX Runtime or memory fails, and for what is no such array.
+    """
     try:
-        return session.run(outputs, inputs)
+        found = session.run(outputs, inputs)
+        if all(isinstance(array, np.ndarray) and array.dtype.kind in "iuf" for array in found):
+            return found
+        raise Mistake(f"{model}: {', '.join(outputs)} are not all arrays of numbers: export it again")
     except (*ORT_ERRORS, ValueError) as error:  # ValueError: another input's name
         shapes = ", ".join(f"{name} {array.shape}" for name, array in inputs.items())
         reason = first_line(error) or type(error).__name__

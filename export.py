@@ -570,21 +570,25 @@ def export_checkpoint(
     source = find_checkpoint(path)
     checkpoint, digest = covidgan.read_weights(source), hashlib.sha256(source.read_bytes()).hexdigest()
     if checkpoint.get("kind") == "unet":
-        if fp16:
-            raise Mistake(f"{source}: a U-Net has no --fp16, leave it out")
-        if target != "any":
-            raise Mistake(f"{source}: a U-Net has no --target, leave it out")
-        if pack:
-            raise Mistake(f"{source}: a U-Net has no --pack, leave it out")
-        covidgan.check_writable(out := out or Path("unet.onnx"))
-        return source, out, export_unet(checkpoint, digest, out, terms)
-    covidgan.check_writable(out := out or Path("generator.onnx"))
+        options = {"--fp16": fp16, "--target": target != "any", "--pack": pack}
+        covidgan.insist([(not on, f"{source}: a U-Net has no {name}, leave it out") for name, on in options.items()])
+        with claimed(out := out or Path("unet.onnx")):
+            return source, out, export_unet(checkpoint, digest, out, terms)
     kind = method_of(checkpoint, source)
     checkpoint = covidgan.read_checkpoint(source, kind)
     last = kind.stages(kind.options(**checkpoint["config"]))[-1]
     if (stage := checkpoint.get("stage", last)) != last:  # G is in part as drawn at its start: no comparison would tell
         raise Mistake(f"{source}: stopped in stage {stage}, {last} makes G whole: --resume --stage all goes on")
-    return source, out, export_generator(checkpoint, digest, out, fp16, target, pack, terms)
+    with claimed(out := out or Path("generator.onnx")):
+        return source, out, export_generator(checkpoint, digest, out, fp16, target, pack, terms)
+
+
+@contextlib.contextmanager
+def claimed(out: Path) -> Iterator[None]:
+    """Hold a file that is to be written, so that it has one writer. Raises Mistake, before any work, if it can't be."""
+    with covidgan.held(out.parent, f".{out.name}.lock"):
+        covidgan.check_writable(out)
+        yield
 
 
 def main(argv: list[str]) -> None:
@@ -606,6 +610,7 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     terms = TERMS if args.terms is None else args.terms
     checks = [
+        (args.out is None or args.out.suffix == ".onnx", f"--out {args.out}: give a name that ends in .onnx"),
         (args.checkpoint or args.features, "nothing to export: give a checkpoint, or --features"),
         (not (args.checkpoint and args.features), f"{args.checkpoint} and --features: give one of them"),
         (args.features or not (args.weights or args.download), "--weights, --download: they go with --features"),
@@ -622,13 +627,11 @@ def main(argv: list[str]) -> None:
         (not args.download or args.features == "inception", "--download: for --features inception alone"),
         (args.out is None or args.out.parent.is_dir(), f"--out {args.out}: there is no such folder"),
     ]
-    for fine, complaint in checks:
-        if not fine:
-            raise Mistake(complaint)
+    covidgan.insist(checks)
     if args.features:
         source, path = find_weights(args.features, args.weights, args.download), args.out or Path("features.onnx")
-        covidgan.check_writable(path)
-        line = export_features(args.features, source, path)
+        with claimed(path):
+            line = export_features(args.features, source, path)
     else:
         source, path, line = export_checkpoint(args.checkpoint, args.out, args.fp16, args.target, args.pack, terms)
     print(f"{source} -> {path}, {path.stat().st_size / 1e6:.1f} MB: {line}")

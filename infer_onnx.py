@@ -189,6 +189,8 @@ def open_session(
 
 def check_file(model: Path) -> None:
     """Raise Mistake for a model that is no single ONNX file: ONNX Runtime would read what it names on this disk."""
+    if (size := model.stat().st_size) >= 2**31:
+        raise Mistake(f"{model}: {size:,} bytes: an ONNX file has less than 2 GiB: export it again")
     content = model.read_bytes()
     if content[4:8] == ORT_FORMAT or ELSEWHERE in content:
         raise Mistake(f"{model}: no ONNX file that has its tensors within: export it again")
@@ -806,16 +808,30 @@ def claim(args: argparse.Namespace, info: dict[str, Any], kinds: Sequence[str], 
     before = dict(made_with)  # what a record held at first
     made_with["sources"] = place
     record, content = args.out / "run.json", (json.dumps(made_with, indent=1) + "\n").encode()
-    made = [path for kind in ("images", "volumes") for path in (args.out / kind).glob("[!.]*")]
-    if made and recorded(record) not in (made_with, before):  # without slices, a failed start left it
-        raise Mistake(f"{args.out}: its slices were made otherwise (see run.json): give another --out")
-    if args.dry_run:
-        return
-    for kind in kinds:
-        (args.out / kind).mkdir(parents=True, exist_ok=True)
-    with held(args.out, ".run.json.lock", wait=True):  # the one file of all shards
-        if not (record.exists() and record.read_bytes() == content):
+    lock = contextlib.nullcontext() if args.dry_run else held(args.out, ".run.json.lock", wait=True)
+    with lock:  # the one file of all shards
+        made = [path for kind in ("images", "volumes") for path in (args.out / kind).glob("[!.]*")]
+        known = recorded(record)
+        if known not in (made_with, before) and (made or (known and others_at_work(args))):
+            raise Mistake(f"{args.out}: its slices were made otherwise (see run.json): give another --out")
+        if args.dry_run:
+            return
+        for kind in kinds:
+            (args.out / kind).mkdir(parents=True, exist_ok=True)
+        if not (record.exists() and record.read_bytes() == content):  # of a failed start
             write_bytes(record, content)
+
+
+def others_at_work(args: argparse.Namespace) -> bool:
+    """Whether another shard of OUT is being made, perhaps before its first slice."""
+    for lock in args.out.glob(".*-of-*.lock"):
+        if lock.name != f".{args.part}-of-{args.parts}.lock":
+            try:
+                with held(args.out, lock.name):
+                    pass
+            except Mistake:
+                return True
+    return False
 
 
 def recorded(path: Path) -> Any:

@@ -42,6 +42,7 @@ HU_OFFSET = 1024  # stored value = HU + 1024: air is 24, water 1024
 HELD = (-HU_OFFSET, 4095 - HU_OFFSET)  # the HU that the format holds
 NIFTI = (".nii", ".nii.gz")  # endings of volumes
 LARGEST = 4096  # pixels a side of a slice: what a header claims beyond is refused before memory is found for it
+LARGEST_FILE = 2**28  # bytes of one
 PNG_ERRORS = (OSError, SyntaxError, ValueError, LookupError, TypeError, EOFError, struct.error)  # Pillow's
 JSON_ERRORS = (OSError, ValueError, RecursionError)  # of a JSON file; the last of lists in lists, on and on
 LEVEL, WIDTH = -600, 1500  # the lung window that pictures for people are shown in, HU
@@ -104,6 +105,15 @@ def patient_of(name: str) -> str:
     return name.rpartition("_")[0]
 
 
+def read_small(path: Path) -> bytes:
+    """The bytes of a file. Raises Mistake for what would fill the memory, or never end: LARGEST_FILE, or no file."""
+    if path.exists() and not path.is_file():
+        raise Mistake(f"{path}: no regular file: put the file itself there")
+    if (size := path.stat().st_size) > LARGEST_FILE:
+        raise Mistake(f"{path}: {size:,} bytes: no slice, map or split has above {LARGEST_FILE:,}")
+    return path.read_bytes()
+
+
 @contextlib.contextmanager
 def open_png(path: Path) -> Iterator[PngImageFile]:
     """Lend a PNG of which the header alone has been read.
@@ -112,7 +122,7 @@ def open_png(path: Path) -> Iterator[PngImageFile]:
     with more than LARGEST a side.
     """
     try:
-        content = io.BytesIO(path.read_bytes())  # in which no chunk finds the gigabytes that its head may claim
+        content = io.BytesIO(read_small(path))  # in which no chunk finds the gigabytes that its head may claim
         with PngImageFile(content) as picture:  # Image.open would take any format, and warn of some sizes
             if not 1 <= min(picture.size) <= max(picture.size) <= LARGEST:
                 raise Mistake(f"{path}: {picture.width} x {picture.height} pixels: give 1 to {LARGEST} a side")
@@ -241,7 +251,7 @@ def read_split(path: Path) -> dict[str, list[str]]:
     Raises Mistake where it is no JSON of lists of names, and for a name that would lead out of the folder.
     """
     try:
-        split = json.loads(path.read_text(encoding="utf-8-sig"))  # a byte order mark is no mistake
+        split = json.loads(read_small(path).decode("utf-8-sig"))  # a byte order mark is no mistake
     except JSON_ERRORS as error:
         raise Mistake(f"{path}: no JSON with lists of names under train and test ({error})") from error
     sides = {side: split[side] for side in SIDES if side in split} if isinstance(split, dict) else {}

@@ -20,12 +20,13 @@ from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, 
 from nibabel.spatialimages import HeaderDataError
 from nibabel.wrapstruct import WrapStructError
 
-from data.slices import NIFTI, Mistake, write_bytes
+from data.slices import LARGEST, NIFTI, Mistake, write_bytes
 
 DISPLAY = axcodes2ornt("LPS")  # columns to the left, rows to the back, slices upwards
 HEADER = 540  # bytes of the longer header, NIfTI-2's
 MOST = 2**31  # bytes of a volume: 1,000 slices of 512 x 512 in float64
 PIECE = SPARE = 2**20  # bytes unpacked at a time; and what may follow the voxels, unread
+PACKED, MOST_EMPTY = 2**16, 100  # bytes read at a time; and streams of a file that hold nothing
 # What of a header says where the voxels lie. The rest is not carried on: free text may name a patient.
 GRID_FIELDS = (
     "pixdim", "xyzt_units", "qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d",
@@ -189,8 +190,13 @@ def read_header(path: Path, content: bytes) -> tuple[nib.Nifti1Header, tuple[int
     if len(shape) != 3 or min(shape) < 1 or dtype.kind not in "iuf":
         raise Mistake(f"{path}: {told} is no 3-D volume of numbers; give one value a voxel, one scan")
     announced = offset + math.prod(shape) * dtype.itemsize
-    if announced > MOST:
-        raise Mistake(f"{path}: {told} takes {announced} bytes, above the {MOST} that are read; is it one scan?")
+    scaled = header.get_slope_inter() not in ((None, None), (1, 0))  # to float64
+    taken = max(announced, 8 * math.prod(shape) * scaled)
+    if taken > MOST or max(shape) > LARGEST:
+        limits = f"{MOST:,} bytes and {LARGEST} a side"
+        raise Mistake(f"{path}: {told} takes {taken:,} bytes, above the limits of {limits}: is it one scan?")
+    if offset < kinds[0].sizeof_hdr:
+        raise Mistake(f"{path}: its voxels are said to begin at byte {offset:.0f}, in the header; save it again")
     return header, shape, dtype, announced
 
 
@@ -201,24 +207,33 @@ def unpacked(path: Path) -> Iterator[bytes]:
     """
     try:
         with open(path, "rb") as file:
-            if not is_gzip(file.peek(2)):
-                yield from iter(lambda: file.read(PIECE), b"")
-            rest = file.read()
+            pieces = iter(lambda: file.read(PACKED), b"")
+            yield from gunzipped(path, pieces) if is_gzip(file.peek(2)) else pieces
     except OSError as error:
         raise Mistake(f"{path}: cannot be read ({error.strerror}); see to the file") from error
+
+
+def gunzipped(path: Path, packed: Iterator[bytes]) -> Iterator[bytes]:
+    """Bytes of gzip's streams, one after the other, by pieces of up to PIECE. Raises Mistake as `unpacked` does."""
+    rest, empty = next(packed), 0
     while is_gzip(rest):
-        stream = zlib.decompressobj(wbits=31)  # gzip; compares the checksum at the stream's end
+        stream, found = zlib.decompressobj(wbits=31), 0  # gzip; compares the checksum at the stream's end
         while not stream.eof:
+            if not rest and not (rest := next(packed, b"")):
+                raise Mistake(f"{path}: cut short or damaged (the stream has no end); get the file again")
             try:
                 piece = stream.decompress(rest, PIECE)
             except zlib.error as error:
                 raise Mistake(f"{path}: cut short or damaged ({error}); get the file again") from error
-            rest = stream.unconsumed_tail
-            if not piece and not rest and not stream.eof:
-                raise Mistake(f"{path}: cut short or damaged (the stream has no end); get the file again")
+            rest, found = stream.unconsumed_tail, found + len(piece)
             if piece:
                 yield piece
         rest = stream.unused_data
+        empty += not found
+        if empty > MOST_EMPTY:
+            raise Mistake(f"{path}: damaged, of streams without a byte in them; get the file again")
+        if len(rest) < 2:
+            rest += next(packed, b"")
 
 
 def is_gzip(content: bytes) -> bool:

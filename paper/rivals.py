@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import covidgan
-from covidgan import Mistake, Player, ResidualBlock, down, gan_loss_d, gan_loss_g, head, stem, up
+from covidgan import Mistake, Player, ResidualBlock, down, gan_losses, head, stem, up
 
 Adam = tuple[float, tuple[float, float]]  # learning rate, betas
 Normed = Callable[[nn.Conv2d], list[nn.Module]]  # a convolution to itself, perhaps changed, and a norm
@@ -137,12 +137,6 @@ class Scales(nn.Module):
             judged.append(scale(pair))
             pair = F.avg_pool2d(pair, 3, 2, 1, count_include_pad=False)
         return judged
-
-
-def gan_losses(real: list[list[Tensor]], fake: list[list[Tensor]], kind: str) -> tuple[Tensor, Tensor]:
-    """D's loss, half of real and fake, and G's, each summed over the scales."""
-    verdicts = [(r[-1].float(), f[-1].float()) for r, f in zip(real, fake, strict=True)]
-    return sum(gan_loss_d(r, f, kind) for r, f in verdicts), sum(gan_loss_g(f, kind) for _, f in verdicts)
 
 
 def feature_matching(real: list[list[Tensor]], fake: list[list[Tensor]]) -> Tensor:
@@ -460,6 +454,12 @@ class Spade(Rival):
         super().__init__(c)
         self.g, self.d = self.networks(c)
         self.apply(partial(start, draw=xavier))
+
+    @classmethod
+    def checks(cls, c: SpadeConfig) -> list[tuple[bool, str]]:
+        """Batch norm's statistics, and SEAN's codes, are of the whole batch, which no process has alone."""
+        alone = covidgan.world_size() == 1
+        return [*super().checks(c), (alone, f"torchrun: {cls.name} trains in one process, start it without")]
 
     @classmethod
     def networks(cls, c: SpadeConfig) -> tuple[nn.Module, nn.Module]:

@@ -174,7 +174,7 @@ class SegmentationTrainer(covidgan.Trainer):
         covidgan.write_atomically(self.out / "unet.pt", lambda path: torch.save(self.checkpoint(), path))
         parameters = sum(p.numel() for p in self.method.parameters())
         results = {"parameters": parameters, "samples": self.steps * self.c.batch, "slices": len(self.train.names)}
-        text = json.dumps(results | {"config": dataclasses.asdict(self.c)}, indent=1)
+        text = json.dumps(results | {"config": {**dataclasses.asdict(self.c), **covidgan.HERE}}, indent=1)
         covidgan.write_atomically(self.out / "results.json", lambda path: path.write_text(text + "\n"))
         print(f"wrote {self.out}/: unet.pt, ckpt.pt, stats.jsonl, curves.png and panels")
 

@@ -35,7 +35,7 @@ class WidenedGenerator(covidgan.Generator):
 
     def __init__(self, c: StudyConfig) -> None:
         super().__init__(dataclasses.replace(c, n_labels=c.n_labels + 2 * c.position + c.noise_inputs))
-        self.n_labels, self.position, self.noise_inputs = c.n_labels, c.position, c.noise_inputs
+        self.position, self.noise_inputs = c.position, c.noise_inputs
 
     def forward(self, onehot: Tensor, stage: str = "joint") -> tuple[Tensor, Tensor]:
         """As covidgan.Generator's: the further channels are made here, and shrunk with the map."""

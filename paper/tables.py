@@ -19,10 +19,13 @@ making waits for it, and then finds it there.
 """
 
 import argparse
+import contextlib
 import itertools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
+import covidgan
 from data.slices import Mistake, OneLineParser, exit_on_mistake, write_bytes
 from paper import generators, runs, table2, table345
 from paper.report import Table, write_readme
@@ -64,6 +67,16 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return args
 
 
+@contextlib.contextmanager
+def mistakes_alike() -> Iterator[None]:
+    """Tell covidgan.py's mistakes as what data/slices.py calls so: each of the two stands alone."""
+    try:
+        yield
+    except covidgan.Mistake as mistake:
+        raise Mistake(str(mistake)) from mistake
+
+
+@mistakes_alike()
 def main(argv: list[str]) -> None:
     """Train and measure the rows asked for, then write what is known of the table. Raises Mistake."""
     args = parse(argv)

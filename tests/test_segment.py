@@ -108,7 +108,7 @@ def test_its_file_exports_and_labels_as_the_trained_network_does(toy, trained, t
 def test_overwriting_a_run_discards_its_unet_too(toy, trained, tmp_path):
     for name in ("ckpt.pt", "unet.pt"):
         (tmp_path / name).write_bytes((trained / name).read_bytes())
-    covidgan.prepare_out(config(toy, tmp_path, overwrite=True), segment.Segmentation)
+    covidgan.prepare_out(config(toy, tmp_path, overwrite=True))
     assert not (tmp_path / "unet.pt").exists() and not (tmp_path / "ckpt.pt").exists()
 
 

@@ -10,6 +10,7 @@ import gzip
 import io
 import json
 import math
+import os
 import pickle
 import re
 import struct
@@ -23,6 +24,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import readers
 import torch
@@ -143,6 +145,17 @@ def test_an_index_beyond_the_palette_is_black(tmp_path, read):
     assert read(tmp_path / "a.png").tolist() == [[0, 1, 0]]
 
 
+@pytest.mark.parametrize("read", [*PNG_READERS, slices.read_split, covidgan.read_sides])
+def test_a_file_that_never_ends_or_fills_the_memory_is_refused_before_it_is_read(tmp_path, read):
+    path = tmp_path / "a.png"
+    os.mkfifo(path)
+    refused(read, path, "no regular file")
+    path.unlink()
+    with open(path, "wb") as file:
+        file.truncate(10**10)  # takes no room on the disk
+    refused(read, path, "10,000,000,000 bytes")
+
+
 @pytest.mark.parametrize("read", PNG_READERS)
 @pytest.mark.parametrize("form", ["TIFF", "BMP", "GIF", "EPS"])
 def test_another_format_by_the_name_of_a_png_reaches_no_other_decoder(tmp_path, read, form):
@@ -169,7 +182,39 @@ def test_a_header_that_claims_a_giant_volume_is_refused_before_there_is_memory_f
     content = head.binaryblock + bytes(100)
     path = tmp_path / "ct.nii"
     path.write_bytes(gzip.compress(content) if packed else content)
-    assert peak(lambda: refused(volumes.read_volume, path, "takes 7200000000 bytes")) < 2**22
+    assert peak(lambda: refused(volumes.read_volume, path, "takes 7,200,000,000 bytes")) < 2**22
+
+
+@pytest.mark.parametrize("change", ["slope", "side"])
+def test_a_volume_that_grows_when_it_is_scaled_or_is_wider_than_any_scan_is_refused(tmp_path, change):
+    """2**29 bytes in the file are 2**32 once a slope makes float64 of them."""
+    head = nib.Nifti2Header()
+    head.set_data_shape((1024, 1024, 512) if change == "slope" else (32_767, 2, 2))
+    head.set_data_dtype(np.uint8)
+    head.set_slope_inter(0.5, 0) if change == "slope" else None
+    (tmp_path / "ct.nii").write_bytes(head.binaryblock + bytes(100))
+    told = "takes 4,294,967,296 bytes" if change == "slope" else "4096 a side"
+    assert peak(lambda: refused(volumes.read_volume, tmp_path / "ct.nii", told)) < 2**22
+
+
+def test_a_gzip_of_many_streams_is_read_and_one_of_endless_empty_ones_refused(tmp_path):
+    """bgzip writes streams of 64 KiB, and an empty one at the end."""
+    whole = nib.Nifti1Image(np.arange(512, dtype=np.int16).reshape(8, 8, 8), np.diag([-1, -1, 1, 1])).to_bytes()
+    streams = [gzip.compress(whole[k : k + 7]) for k in range(0, len(whole), 7)]
+    (tmp_path / "ct.nii.gz").write_bytes(b"".join([*streams, gzip.compress(b""), b"rest"]))
+    assert (
+        volumes.read_volume(tmp_path / "ct.nii.gz").voxels.ravel() == np.arange(512).reshape(8, 8, 8).T.ravel()
+    ).all()
+    (tmp_path / "ct.nii.gz").write_bytes(gzip.compress(b"") * 10**6)
+    refused(volumes.read_volume, tmp_path / "ct.nii.gz", "streams without a byte")
+
+
+@pytest.mark.parametrize(("magic", "offset"), [(b"ni1\0", -1600), (b"ni1\0", 0), (b"n+1\0", 0)])
+def test_voxels_that_begin_in_the_header_are_one_line(tmp_path, magic, offset):
+    content = bytearray(nib.Nifti1Image(np.zeros((8, 8, 8), np.int16), np.eye(4)).to_bytes())
+    content[108:112], content[344:348] = struct.pack("<f", offset), magic
+    (tmp_path / "ct.nii").write_bytes(content)
+    refused(volumes.read_volume, tmp_path / "ct.nii", "header" if not offset else "")
 
 
 @pytest.mark.parametrize("offset", [math.nan, math.inf, -1e30, 1e30])
@@ -249,7 +294,7 @@ def test_nothing_here_unpickles_but_by_weights_only():
     assert (
         len(re.findall(r"torch\.load\(", text)) == len(re.findall(r"torch\.load\([^)]*weights_only=True\)", text)) > 0
     )
-    assert not re.search(r"\bimport pickle|allow_pickle=True|np\.load\(|joblib|shelve|yaml", text)
+    assert not re.search(r"\bimport pickle\b|allow_pickle=True|np\.load\(|joblib|shelve|yaml", text)
 
 
 def test_a_compressed_checkpoint_is_refused_before_it_is_unpacked(tmp_path):
@@ -262,6 +307,26 @@ def test_a_compressed_checkpoint_is_refused_before_it_is_unpacked(tmp_path):
             archive.writestr(name, content)
     assert path.stat().st_size < 2**20
     refused(covidgan.read_weights, path, "BadZipFile")
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_checkpoint_that_calls_for_memory_of_its_own_is_refused(tmp_path, legacy):
+    """torch.load's weights_only lets a pickle call bytearray(size)."""
+
+    class Bomb:
+        def __reduce__(self):
+            return bytearray, (10**11,)
+
+    right = {
+        "config": {"a": 1},
+        "networks": torch.nn.Linear(2, 2).state_dict(),
+        "more": torch.nn.Parameter(torch.ones(2)),
+    }
+    for held, told in ((right | {"bomb": Bomb()}, "(ValueError)"), (right, "")):
+        torch.save(held, tmp_path / "ckpt.pt", _use_new_zipfile_serialization=not legacy)
+        if told:
+            refused(covidgan.read_weights, tmp_path / "ckpt.pt", told)
+    assert torch.equal(covidgan.read_weights(tmp_path / "ckpt.pt")["more"], torch.ones(2))
 
 
 @pytest.fixture
@@ -302,7 +367,8 @@ def test_tensors_that_only_claim_their_size_or_are_of_another_kind_are_refused(t
     name = next(iter(checkpoint[part]))
     checkpoint[part][name] = make(checkpoint[part][name])
     torch.save(checkpoint, tmp_path / "ckpt.pt")
-    refused(read_checkpoint, tmp_path / "ckpt.pt", "another architecture")
+    told = "not a checkpoint" if make is torch.Tensor.to_sparse else "another architecture"
+    refused(read_checkpoint, tmp_path / "ckpt.pt", told)
 
 
 def test_an_outline_has_the_shapes_of_the_networks_and_draws_nothing(tiny):
@@ -410,6 +476,24 @@ def test_a_model_of_giant_fixed_shape_is_refused(tmp_path, model, shape):
     for dim, side in zip(model.graph.input[0].type.tensor_type.shape.dim, shape, strict=True):
         dim.dim_value = side
     refused(open_model, saved(model, tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["sequence", "words"])
+def test_outputs_that_are_no_numbers_are_one_line(tmp_path, kind):
+    """Of a feature network, of which ONNX Runtime asks no more than names."""
+    image = helper.make_tensor_value_info("image", onnx.TensorProto.FLOAT, ["N", 1, "H", "W"])
+    if kind == "sequence":
+        node = helper.make_node("SequenceConstruct", ["image"], ["24"])
+        output = helper.make_tensor_sequence_value_info("24", onnx.TensorProto.FLOAT, None)
+    else:
+        node = helper.make_node("Cast", ["image"], ["24"], to=onnx.TensorProto.STRING)
+        output = helper.make_tensor_value_info("24", onnx.TensorProto.STRING, None)
+    graph = helper.make_graph([node], "odd", [image], [output])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    (tmp_path / "odd.onnx").write_bytes(model.SerializeToString())
+    session = onnxruntime.InferenceSession(tmp_path / "odd.onnx", providers=["CPUExecutionProvider"])
+    pixels = np.zeros((1, 1, 4, 4), np.float32)
+    refused(lambda path: evaluation.run(path, session, ["24"], image=pixels), tmp_path / "odd.onnx", "not all arrays")
 
 
 def test_a_unet_of_no_multiple_is_refused(tmp_path, model):

@@ -18,6 +18,7 @@ from test_runs import PROGRAM
 
 import covidgan
 import data.volumes
+import export
 import infer_onnx
 from data import phantom, prepare, slices
 from data.slices import Mistake, write_map
@@ -107,7 +108,7 @@ def test_a_second_training_is_refused_and_changes_nothing(whole_run, toy, small_
     (out / "ckpt.pt").write_bytes((whole_run[0] / "ckpt.pt").read_bytes())
     other = holder(out / ".lock")
     before = {path.name: path.read_bytes() for path in out.iterdir()}
-    for command in (["--resume"], ["--overwrite", "--data", toy.folder, *small_run]):
+    for command in (["--resume", "--data", toy.folder], ["--overwrite", "--data", toy.folder, *small_run]):
         done = here("--out", out, *command)
         assert (done.status, done.stderr.count("\n")) == (2, 1)
         assert done.stderr.startswith(f"error: {out}: another run is writing to it: wait for its end")
@@ -191,6 +192,28 @@ def test_one_to_seven_shards_make_every_file_exactly_once(kind, tmp_path, maps, 
         assert len(written) == wanted + 1 and out / "run.json" in written
         assert {*written} == {path for path in out.rglob("*") if path.is_file()}
         count("shards of a set, each file made once", parts)
+
+
+def test_a_shard_made_otherwise_is_refused_before_the_first_slice_of_the_other_is_there(tmp_path, maps, model, holder):
+    """A run of another format holds its shard, and has left run.json, but nothing made yet."""
+    out = tmp_path / "out"
+    argv = [str(maps), "--model", str(model), "--out", str(out), "--provider", "cpu", "--shard"]
+    assert infer_onnx.main([*argv, "1/2"]) == 0
+    for path in out.rglob("*.png"):
+        path.unlink()
+    other = holder(out / ".1-of-2.lock")
+    with pytest.raises(Mistake, match="made otherwise"):
+        infer_onnx.main([*argv, "2/2", "--format", "npy"])
+    other.kill()
+    other.wait()
+    assert infer_onnx.main([*argv, "2/2", "--format", "npy"]) == 0  # what a killed run left is no one's
+
+
+def test_two_exports_to_one_file_have_one_writer(tmp_path, whole_run, holder):
+    holder(tmp_path / ".g.onnx.lock")
+    with pytest.raises(covidgan.Mistake, match=r"g\.onnx: another run is writing to it"):
+        export.main([str(whole_run[0] / "ckpt.pt"), "-o", str(tmp_path / "g.onnx")])
+    assert [path.name for path in tmp_path.iterdir()] == [".g.onnx.lock"]
 
 
 # ---- the tables' runs
