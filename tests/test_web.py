@@ -579,7 +579,7 @@ def tried(page, script, reader, n, part=50):
 
 
 def test_a_mutated_map_is_refused_or_read_as_the_scripts_read_it(page, tmp_path, tries, count):
-    n, alike = tries(100, 2_000), 0
+    n, alike = tries(100, 10_000), 0
     for content, answer in tried(page, TRY_MAPS, "slices_map", n):
         (tmp_path / "a.png").write_bytes(content)
         with contextlib.suppress(Mistake, KeyError):
@@ -591,7 +591,7 @@ def test_a_mutated_map_is_refused_or_read_as_the_scripts_read_it(page, tmp_path,
 
 
 def test_a_mutated_generator_is_refused_in_one_line_and_the_right_one_opens_after_it(page, generator, tries, count):
-    n, opened = tries(60, 1_000), 0
+    n, opened = tries(60, 10_000), 0
     for _, answer in tried(page, TRY_MODELS, "onnx", n):
         assert "error" in answer or all(isinstance(number, int | float) for number in answer["numbers"])
         opened += "numbers" in answer
@@ -607,6 +607,28 @@ def test_a_small_map_that_unpacks_to_a_giant_one_is_refused(page, tmp_path):
     bomb = (b"IDAT", zlib.compress(bytes(2**28), 1))
     (tmp_path / "bomb.png").write_bytes(readers.png_of([head, bomb, (b"IEND", b"")]))
     refuses(page, "map", tmp_path / "bomb.png", "it holds more than its header says")
+
+
+def test_a_palette_of_more_colours_than_bytes_is_refused(page, tmp_path):
+    parts = [(b"IHDR", bytes([0, 0, 0, 1, 0, 0, 0, 1, 8, 3, 0, 0, 0])), (b"PLTE", bytes(3 * 300))]
+    (tmp_path / "a.png").write_bytes(readers.png_of([*parts, (b"IDAT", zlib.compress(bytes(2))), (b"IEND", b"")]))
+    refuses(page, "map", tmp_path / "a.png", "its palette has more than 256 colours")
+
+
+@pytest.mark.parametrize("kind", ["map", "generator"])
+def test_a_file_larger_than_any_of_its_kind_is_not_read(page, tmp_path, kind):
+    path = tmp_path / {"map": "a.png", "generator": "a.onnx"}[kind]
+    with open(path, "wb") as file:
+        file.truncate(2**30 + 1)  # takes no room on the disk
+    refuses(page, kind, path, f"more than any {kind} has")
+
+
+@pytest.mark.parametrize("value", ["a" * 2000, "a\nb"])
+def test_metadata_that_are_no_plain_line_are_refused(page, generator, tmp_path, value):
+    model = onnx.load(generator)
+    next(entry for entry in model.metadata_props if entry.key == "licence").value = value
+    onnx.save(model, tmp_path / "a.onnx")
+    refuses(page, "generator", tmp_path / "a.onnx", "metadata licence is no plain line")
 
 
 # ------------------------------------------------------------------------------------------------ the runtime

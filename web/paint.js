@@ -16,6 +16,7 @@ const HU_OFFSET = 1024; // stored value = HU + 1024, clipped to 0..4095
 const GENERATOR = "../models/covid-ct-256.onnx"; // opened at the start, if it is there
 const EXAMPLES = ["P01_S008", "P02_S015", "P07_S020", "P15_S009", "P16_S008"]; // ../models/examples/P01_S008.png, ...
 const LARGEST = 1024; // pixels of a map's longer side
+const MOST = { map: 2 ** 25, generator: 2 ** 30 }; // bytes of a file: what is larger is not read
 const STEPS = 100; // that can be undone
 const SIZE = 256; // of the built-in map, pixels, and
 const WINDOW = { level: -600, width: 1500 }; // HU, before a generator says better
@@ -51,6 +52,7 @@ function generatorWorker() {
     size: isSide,
     multiple: (value) => isSide(value) && value <= 2048,
   };
+  const LONGEST = 1000; // letters of a metadata's key and value
   let ort, session, info;
 
   const tasks = {
@@ -121,6 +123,11 @@ function generatorWorker() {
 
   /** The metadata of a generator, parsed, with the shape of its input. Throws by what it lacks of the contract. */
   function check(name, metadata, opened) {
+    for (const [key, value] of Object.entries(metadata)) {
+      if (/\p{C}/u.test(key + value) || (key + value).length > LONGEST) {
+        throw new Error(`${name}: metadata ${short(key)} is no plain line: export it again`);
+      }
+    }
     const tensors = {};
     for (const value of opened.inputMetadata) tensors[`input ${value.name}`] = value.type;
     for (const value of opened.outputMetadata) tensors[`output ${value.name}`] = value.type;
@@ -311,6 +318,7 @@ async function readPng(bytes) {
   const header = new DataView(found.IHDR.slice().buffer);
   const png = { width: header.getUint32(0), height: header.getUint32(4), depth: found.IHDR[8], type: found.IHDR[9] };
   const { width, height } = png;
+  if (found.PLTE?.length > 768) throw new Error("its palette has more than 256 colours");
   if (!width || !height || Math.max(width, height) > LARGEST) throw new Error(`not 1 to ${LARGEST} pixels a side`);
   const depths = { 0: [1, 2, 4, 8, 16], 2: [8, 16], 3: [1, 2, 4, 8], 4: [8, 16], 6: [8, 16] }[png.type];
   if (!depths?.includes(png.depth)) throw new Error("no PNG has such pixels");
@@ -639,9 +647,11 @@ async function get(path, mend) {
 
 /** Open what was picked or dropped, by its ending. */
 async function openFile(file) {
-  if (/\.onnx$/i.test(file.name)) await openGenerator(file.name, file.arrayBuffer());
-  else if (/\.png$/i.test(file.name)) await openMap(file.name, file.arrayBuffer());
-  else complain(`${file.name}: neither a label map, .png, nor a generator, .onnx`);
+  const kind = /\.onnx$/i.test(file.name) ? "generator" : /\.png$/i.test(file.name) ? "map" : null;
+  if (!kind) complain(`${file.name}: neither a label map, .png, nor a generator, .onnx`);
+  else if (file.size > MOST[kind]) complain(`${file.name}: ${file.size} bytes, more than any ${kind} has`);
+  else if (kind === "map") await openMap(file.name, file.arrayBuffer());
+  else await openGenerator(file.name, file.arrayBuffer());
 }
 
 /** Open a label map from a promise of its bytes, with a word where it has not the size that the generator knows. */
