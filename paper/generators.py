@@ -6,6 +6,7 @@ All see the same number of samples at full size: one of two stages there sees ha
 
 import argparse
 import itertools
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,13 +125,24 @@ def optimiser_of(name: str, args: argparse.Namespace) -> str:
     """
     if len(tried := row_of(name).optimisers) == 1:
         return tried[0]
-    published, features = name.removesuffix("-clean"), runs.feature_network(args.out)
-
-    def kid(optimiser: str) -> float:
+    published = name.removesuffix("-clean")
+    for optimiser in tried:
         out = train(published, optimiser, FIRST_SEED, args)
-        return runs.measure(out, args.reference, CHOOSE, features)["features"]["lung KID 1280"]["value"]
+        runs.measure(out, args.reference, CHOOSE, runs.feature_network(args.out))
+    kids = tried_optimisers(args)[published]
+    return min(kids, key=kids.get)
 
-    return min(tried, key=kid)
+
+def tried_optimisers(args: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Of each rival with several optimisers that were tried, the lung KID by which one is chosen."""
+    found: dict[str, dict[str, float]] = {}
+    for name in RIVALS:
+        for optimiser in row_of(name).optimisers:
+            path = folder(name, optimiser, FIRST_SEED, args) / f"eval_{CHOOSE}" / "results.json"
+            if path.exists():
+                kid = json.loads(path.read_text())["features"]["lung KID 1280"]["value"]
+                found.setdefault(name, {})[optimiser] = kid
+    return found
 
 
 def trained(name: str, seed: int, args: argparse.Namespace) -> Path:

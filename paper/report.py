@@ -1,6 +1,7 @@
 """What a table of the paper is to paper/tables.py, and how one is written for people."""
 
 import argparse
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from data.slices import SIDES, Mistake, write_bytes
+from eval import student_t
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,16 @@ def over_seeds(values: list[float] | None, digits: int) -> str:
         return "-"
     spread = f" +- {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
     return f"{np.mean(values):.{digits}f}{spread}"
+
+
+def apart(a: list[float], b: list[float]) -> tuple[float, float | None]:
+    """By how much the mean of a is above that of b, and half its 95 % interval over the seeds, by Student's t.
+
+    None where one of them has a single seed.
+    """
+    error = [np.var(values, ddof=1) / len(values) if len(values) > 1 else math.nan for values in (a, b)]
+    half = student_t(len(a) + len(b) - 2) * math.sqrt(sum(error)) if not math.isnan(sum(error)) else None
+    return float(np.mean(a) - np.mean(b)), half
 
 
 def write_readme(path: Path, what: str, text: str) -> None:

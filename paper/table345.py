@@ -26,13 +26,13 @@ import eval as evaluation
 from data.slices import SIDES, patient_of, read_split
 from paper import generators, mixes, runs
 from paper.mixes import Mix, Scores
-from paper.report import Table, grid
+from paper.report import Table, apart, grid
 
 FOLDS = 10
 METRICS = ("Dice", "sensitivity", "specificity")
 FIGURES = [f"{lesion} {metric}" for lesion in evaluation.LESIONS for metric in METRICS]  # as eval.py names them
 HEADLINE = "infection Dice"  # by which rows are compared
-IMAGES = {"FID": 4, "KID": 4, "PSNR": 2}  # Table V's figures of complete images, and their decimals
+IMAGES = {"FID 24": 4, "KID 1280": 4, "PSNR": 2}  # Table V's figures of complete images, and their decimals
 TIMES = 4  # "few": slices added, of the real ones
 FEW = {"20": 20, "50": 50, "all": 0}  # real slices; all: about 100 of the public set of 14 patients
 TOLD = {
@@ -184,7 +184,7 @@ def record(where: Record, seeds: list[int], figures: list[tuple[float | None, ..
     """A figure of a row: mean and interval, and both over patients, averaged over the seeds, and the means' spread."""
     columns = [list(values) for values in zip(*figures, strict=True)]
     found = dict(zip(("mean", "ci95", "mean_patients", "ci95_patients"), map(averaged, columns), strict=True))
-    return where | found | {"seeds": seeds, "sd_seeds": spread(columns[0])}
+    return where | found | {"seeds": seeds, "of seeds": columns[0], "sd_seeds": spread(columns[0])}
 
 
 def lesion_record(row: str, lesion: str, metric: str, side: str, found: dict[int, Scores]) -> Record:
@@ -215,6 +215,19 @@ def difference(row: str, other: str, side: str, ours: dict[int, Scores], theirs:
     return told | {"of seeds": [*means], "clear": bool(half is not None and abs(mean) > half and one_sign)}
 
 
+def image_differences(records: list[Record], against: Callable[[str], list[str]]) -> list[Record]:
+    """By how much each figure of images of a row is above another's, over the seeds, by Student's t."""
+    of = {(one["row"], one["metric"]): one["of seeds"] for one in records if one["class"] == "complete"}
+    found = []
+    for (row, metric), ours in of.items():
+        for other in against(row):
+            if None not in [*ours, *of.get((other, metric), [None])]:
+                difference, ci95 = apart(ours, of[other, metric])
+                told = {"row": row, "against": other, "metric": metric, "difference": difference, "ci95": ci95}
+                found.append(told)
+    return found
+
+
 def slices_without(found: dict[str, dict[int, Scores]]) -> dict[str, int]:
     """How many slices of a side, of which any U-Net's scores tell, have no pixel of a lesion."""
     for scores in itertools.chain(*(of_row.values() for of_row in found.values())):
@@ -227,8 +240,7 @@ def image_figure(results: dict[str, Any], metric: str) -> tuple[float | None, ..
     if metric == "PSNR":
         found = results["pixels"]["complete PSNR"]
         return found["mean"], found["interval"], found["patients_mean"], found["patients_interval"]
-    name = "complete FID 24" if metric == "FID" else "complete KID 1280"
-    return results["features"][name]["value"], None, None, None
+    return results["features"][f"complete {metric}"]["value"], None, None, None
 
 
 def image_records(row: str, mix: Mix, args: argparse.Namespace) -> list[Record]:
@@ -277,6 +289,7 @@ def collect(study: Study, args: argparse.Namespace) -> dict[str, Any]:
         "records": records,
         "paper": paper_records(study),
         "differences": [one for one in differences if one],
+        "differences of images": image_differences(records, study.against),
     }
 
 
@@ -297,6 +310,7 @@ def setting(rows: dict[str, Mix], sides: list[str], args: argparse.Namespace) ->
         "U-Net": {"channels": args.channels, "samples": args.unet_samples, "parameters": sorted(parameters)},
         "generators": {"ngf, ndf": args.ngf, "samples at full size": args.samples},
         "batch": args.batch,
+        "features": runs.FEATURES,
         "CPU seconds of a U-Net": averaged([runs.seconds(path.parent) for path in unets]),
         "commits": sorted({(path.parent / "commit.txt").read_text() for path in unets}),
     }
@@ -306,11 +320,11 @@ def setting(rows: dict[str, Mix], sides: list[str], args: argparse.Namespace) ->
 
 
 def cell(one: Record | None, digits: int = 2) -> str:
-    """mean +- interval over folds (the same over patients); what there is of it."""
+    """mean +- interval over folds (the same over patients), or else deviation over seeds; what there is of it."""
     if not one or one["mean"] is None:
         return "-"
-    text = f"{one['mean']:.{digits}f}"
-    text += f" ± {one['ci95']:.{digits}f}" if one.get("ci95") is not None else ""
+    half = one.get("ci95") if one.get("ci95") is not None else one.get("sd_seeds")
+    text = f"{one['mean']:.{digits}f}" + (f" ± {half:.{digits}f}" if half is not None else "")
     if one.get("ci95_patients") is None:
         return text
     return f"{text} ({one['mean_patients']:.{digits}f} ± {one['ci95_patients']:.{digits}f})"
@@ -322,7 +336,7 @@ def of_rows(records: list[Record], side: str | None, heads: list[str]) -> list[l
     lines = []
     for row in dict.fromkeys(row for row, _ in held):
         seeds = next((len(one["seeds"]) for (name, _), one in held.items() if name == row and "seeds" in one), "-")
-        digits = [IMAGES.get(head.split()[-1], 2) for head in heads]
+        digits = [(IMAGES | {"FID": 4}).get(head.partition(" ")[2], 2) for head in heads]  # FID: the paper's
         lines.append([row, seeds, *[cell(held.get((row, head)), d) for head, d in zip(heads, digits, strict=True)]])
     return lines
 
@@ -343,6 +357,20 @@ def empty_told(counts: dict[str, int]) -> list[str]:
     return [f"Slices {', '.join(told)}: their Dice is 100 where none is found, else 0.", ""] if told else []
 
 
+def images_apart(differences: list[Record]) -> list[str]:
+    """Lines on the differences of images, a row each; clear: beyond the interval over the seeds."""
+    lines = []
+    for row, other in dict.fromkeys((one["row"], one["against"]) for one in differences):
+        told = []
+        for one in (one for one in differences if (one["row"], one["against"]) == (row, other)):
+            digits, half = IMAGES[one["metric"]], one["ci95"]
+            verdict = " clear" if half is not None and abs(one["difference"]) > half else ""
+            spread = f" ± {half:.{digits}f}{verdict}" if half is not None else ", one seed, no verdict"
+            told.append(f"{one['metric']} {one['difference']:+.{digits}f}{spread}")
+        lines.append(f"- {row} against {other}: {'; '.join(told)}")
+    return lines
+
+
 def told_apart(one: Record) -> str:
     """A line on a difference."""
     half = f" ± {one['ci95_patients']:.2f}" if one["ci95_patients"] is not None else ""
@@ -357,8 +385,10 @@ def markdown(study: Study, table: dict[str, Any]) -> str:
     lines, sides = [], table["setting"]["U-Net tested on"]
     if study.images:
         heads = [f"complete {metric}" for metric in IMAGES]
-        lines += ["**Images**, of " + TOLD[generators.REPORT], ""]
+        judge = f"FID and KID by features of {runs.FEATURES} of so many dimensions, ± over the seeds"
+        lines += [f"**Images**, of {TOLD[generators.REPORT]}; {judge}", ""]
         lines += grid(["row", "seeds", *IMAGES], of_rows(table["records"], generators.REPORT, heads))
+        lines += [*images_apart(table["differences of images"]), ""]
     for side, told in sides.items():
         heads = [HEADLINE] if study.images else FIGURES
         segmented = [one for one in table["records"] if one["class"] != "complete"]

@@ -31,6 +31,8 @@ FEWEST = 4  # slices for a correlation: Fisher's interval needs more than three
 DRAWN = (".png", ".svg", ".pdf")
 CLOSE = 0.02  # to where it ends: beta is settled
 
+PAPER = {"alpha": "adapts to the slice (§III-C.1)", "beta": "adapts to the input (§III-C.2)"}  # words, no figures
+
 Course = list[dict[str, Any]]  # "step" from the run's start, "stage", "alpha", "beta"; each of some steps' mean
 
 
@@ -200,9 +202,12 @@ def main(argv: list[str]) -> None:
     studies = [of_run(run, args.data, args.side) for run in args.runs]
     text = markdown(studies)
     print(text)
-    setting = {"side": args.side, "slices": len(studies[0]["slices"]["alpha"])}
+    setting = {
+        "data": f"side {args.side}, {len(studies[0]['slices']['alpha'])} slices, {runs.size_of(args.data)} pixels",
+        "commits": {run.name: (run / "commit.txt").read_text() for run in args.runs if (run / "commit.txt").exists()},
+    }
     args.results.mkdir(parents=True, exist_ok=True)
-    content = (json.dumps({"setting": setting, "runs": studies}) + "\n").encode()
+    content = (json.dumps({"setting": setting, "records": studies, "paper": PAPER}) + "\n").encode()
     with runs.making(readme := args.results.parent / "README.md"):
         write_bytes(args.results / "weighting.json", content)
         draw(studies, args.out)

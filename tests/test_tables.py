@@ -71,7 +71,7 @@ def test_a_comparison_is_clear_beyond_students_interval_of_the_difference():
 
 
 def test_where_lower_is_better_the_lower_is_ahead_and_one_seed_is_never_clear():
-    found = records("covidgan-best", [0.04], "RMSE") + records("SEAN-clean", [0.05], "RMSE")
+    found = records("covidgan-best", [0.04], "NRMSE") + records("SEAN-clean", [0.05], "NRMSE")
     told = table2.comparison(found, "covidgan-best", "-clean")
     assert (told["rivals"], told["ahead"], told["clearly ahead"]) == ("clean", 1, 0)
     assert told["each"][0]["lead"] == pytest.approx(0.01) and told["each"][0]["ci95"] is None
@@ -196,7 +196,7 @@ def test_the_command_makes_the_table_of_the_rows_asked_for_and_both_floors(made)
     found = {(r["method"], r["region"], r["metric"]): r for r in table["records"]}
     assert found["SEAN", "lung", "PSNR"]["better"] == "higher" and found["SEAN", "lung", "PSNR"]["seed"] == 0
     results = json.loads((made.out / "covidgan_paper_0" / "eval_seg_test" / "results.json").read_text())
-    assert found["covidgan", "lung", "KID"]["value"] == results["features"]["lung KID 1280"]["value"]
+    assert found["covidgan", "lung", "KID 1280"]["value"] == results["features"]["lung KID 1280"]["value"]
     assert found["covidgan", "complete", "SSIM"]["value"] == results["pixels"]["complete SSIM"]["mean"]
     assert table["setting"]["size"] == 64 and table["setting"]["optimisers"] == {"covidgan": "paper", "SEAN": "paper"}
     assert "| SEAN-self | 1 |" in (made.results.parent / "README.md").read_text()
@@ -226,7 +226,7 @@ def test_lung_kid_is_followed_along_a_run_once_a_whole_generator_is_there(made):
     progress = json.loads((made.results / "table2.json").read_text())["progress"]
     assert [len(progress[name]) >= 1 for name in ("covidgan", "SEAN")] == [True, True]
     table = json.loads((made.results / "table2.json").read_text())
-    end = next(r for r in table["records"] if (r["method"], r["region"], r["metric"]) == ("SEAN", "lung", "KID"))
+    end = next(r for r in table["records"] if (r["method"], r["region"], r["metric"]) == ("SEAN", "lung", "KID 1280"))
     assert progress["SEAN"][-1]["KID"] == end["value"]
 
 

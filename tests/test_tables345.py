@@ -243,6 +243,19 @@ def test_of_one_seed_no_difference_is_clear_however_large():
     assert table345.told_apart(told).endswith("one seed, no verdict")
 
 
+def test_figures_of_images_are_told_apart_by_students_t_over_the_seeds():
+    values = {("ours", "FID 24"): [1.1, 1.2, 1.3], ("a", "FID 24"): [1.5, 1.6, 1.9], ("b", "FID 24"): [1.0]}
+    values |= {("ours", "PSNR"): [None], ("a", "PSNR"): [25.0]}
+    of = [{"row": row, "metric": m, "class": "complete", "of seeds": v} for (row, m), v in values.items()]
+    found = table345.image_differences(of, lambda row: [] if row == "ours" else ["ours"])
+    judge = scipy.stats.ttest_ind([1.5, 1.6, 1.9], [1.1, 1.2, 1.3]).confidence_interval(0.95)
+    assert [(one["row"], one["metric"]) for one in found] == [("a", "FID 24"), ("b", "FID 24")]  # refused: no PSNR
+    assert found[0]["difference"] == pytest.approx(7 / 15)
+    assert found[0]["ci95"] == pytest.approx((judge.high - judge.low) / 2, rel=1e-3)
+    told = ["- a against ours: FID 24 +0.4667 ± 0.3702 clear", "- b against ours: FID 24 -0.2000, one seed, no verdict"]
+    assert table345.images_apart(found) == told
+
+
 def test_the_markdown_gives_both_intervals_the_verdict_and_the_papers_row():
     study = table345.STUDIES["3"]
     found = [
@@ -375,7 +388,8 @@ def test_images_of_table_5_are_measured_by_eval_and_one_that_is_refused_has_no_f
     monkeypatch.setattr(generators, "measured", lambda run, args: results)
     found = {one["metric"]: one for one in table345.image_records("ours", Mix(replaced=0.5), made.args)}
     assert (found["PSNR"]["mean"], found["PSNR"]["ci95"], found["PSNR"]["seeds"]) == (20.0, 0.5, [0])
-    assert found["KID"]["mean"] == 0.25 and found["FID"]["mean"] is None and found["FID"]["side"] == "seg_test"
+    kid, fid = found["KID 1280"], found["FID 24"]
+    assert kid["mean"] == 0.25 and fid["mean"] is None and fid["side"] == "seg_test"
     assert table345.image_records("G=3", Mix(replaced=0.5, generator="G=3"), made.args) == []
 
 
@@ -437,7 +451,7 @@ def test_the_study_of_a_run_has_pytorchs_alpha_of_each_slice_and_its_lesion_shar
     run, results = made.args.out / "covidgan_paper_0", made.args.out / "weighting"
     argv = [str(run), "--data", str(made.data), "--side", "test", "--results", str(results)]
     weighting.main([*argv, "--out", str(results / "alpha.png")])
-    (one,) = json.loads((results / "weighting.json").read_text())["runs"]
+    (one,) = json.loads((results / "weighting.json").read_text())["records"]
     method = export.load_method(covidgan.read_checkpoint(run / "ckpt.pt", covidgan.Covidgan), covidgan.Covidgan)
     maps = [read_map(made.data / "maps" / f"{name}.png") for name in made.split["test"]]
     with torch.no_grad():
