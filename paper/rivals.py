@@ -14,15 +14,17 @@ Data, augmentation, what D sees (--contrast), schedule, average of the weights, 
 loop's, the same for all five; so is its order: one synthesis a step, from which all losses are computed before any
 player moves.
 
-Left out in all of them: the VGG loss of pix2pixHD, SPADE and SEAN. It needs a network trained on a million photographs,
-which is a download, knows no CT, and would be a help that pix2pix and covidgan do not have; pix2pixHD's authors
-report results without it too. So are instance edges, since a label map has no instances.
+Off unless --lambda-vgg 10 asks for it: the VGG loss of pix2pixHD, SPADE and SEAN. It needs a network trained on a
+million photographs, which is a download, knows no CT, and would be a help that pix2pix and covidgan do not have;
+pix2pixHD's authors report results without it too. Left out are instance edges, since a label map has no instances.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -46,6 +48,14 @@ class RivalConfig(covidgan.LoopConfig):
     ngf: int = 64  # channels of the generator's finest layer; all its other widths are multiples of it
     ndf: int = 64  # channels of a discriminator's first layer
     optimiser: Literal["own", "paper"] = "own"  # Adam as its authors set it | as the paper: --lr, --adam-beta1, -beta2
+
+
+@dataclass(frozen=True)
+class MatchingConfig(RivalConfig):
+    """Of the rivals whose G matches features: of D (all of them as published), and of VGG."""
+
+    lambda_fm: float = 10.0  # weight of D's feature matching
+    lambda_vgg: float = 0.0  # weight of the VGG loss, 10 as published; see Vgg for its network
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -143,6 +153,55 @@ def feature_matching(real: list[list[Tensor]], fake: list[list[Tensor]]) -> Tens
     """Mean L1 distance of each feature map but the last, summed over the maps, averaged over the scales."""
     pairs = [pair for r, f in zip(real, fake, strict=True) for pair in zip(r[:-1], f[:-1], strict=True)]
     return sum((r.detach() - f).abs().mean(dtype=torch.float32) for r, f in pairs) / len(real)
+
+
+class Vgg(nn.Module):
+    """VGG19 (Simonyan, Zisserman, ICLR 2015) up to relu5_1, for the VGG loss of pix2pixHD, SPADE and SEAN; never moves.
+
+    Its weights are torchvision's vgg19-dcbb9e9d.pth, 575 MB, in PyTorch's cache of downloads. As its users feed it: in
+    [-1, 1], not by ImageNet's mean and deviation. Raises Mistake where the weights are not there, or not VGG19's.
+    """
+
+    URL = "https://download.pytorch.org/models/vgg19-dcbb9e9d.pth"
+    WIDTHS = (64, 64, "M", 128, 128, "M", 256, 256, 256, 256, "M", 512, 512, 512, 512, "M", 512)
+    WEIGHTS: ClassVar = {
+        1: 1 / 32,
+        6: 1 / 16,
+        11: 1 / 8,
+        20: 1 / 4,
+        29: 1.0,
+    }  # layer, relu1_1 to relu5_1 -> of its distance
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers, c = [], 3
+        for width in self.WIDTHS:
+            layers += [nn.MaxPool2d(2)] if width == "M" else [nn.Conv2d(c, width, 3, padding=1), nn.ReLU()]
+            c = c if width == "M" else width
+        self.features = nn.Sequential(*layers)
+        path = Path(torch.hub.get_dir(), "checkpoints", self.URL.rpartition("/")[2])
+        if not path.is_file():
+            raise Mistake(f"{path}: not there: --lambda-vgg needs {self.URL} in that place")
+        held, wanted = covidgan.read_weights(path), self.state_dict()
+        if not all(name in held and held[name].shape == weight.shape for name, weight in wanted.items()):
+            raise Mistake(f"{path}: no weights of torchvision's VGG19: fetch {self.URL} again")
+        self.load_state_dict({name: held[name] for name in wanted})
+        self.requires_grad_(False)
+
+    def seen(self, image: Tensor) -> list[Tensor]:  # [B, 1, H, W]
+        """Features after relu1_1, ..., relu5_1."""
+        x, found = image.expand(-1, 3, -1, -1), []
+        for k, layer in enumerate(self.features):
+            x = layer(x)
+            found += [x] if k in self.WEIGHTS else []
+        return found
+
+    def forward(self, image: Tensor, target: Tensor) -> Tensor:  # [B, 1, H, W] each, in [-1, 1]
+        """Weighted sum of the mean L1 distances of their features."""
+        with torch.no_grad():
+            wanted = self.seen(target)
+        pairs = zip(self.WEIGHTS.values(), self.seen(image), wanted, strict=True)
+        return sum(weight * (x - y).abs().mean(dtype=torch.float32) for weight, x, y in pairs)
 
 
 @torch.no_grad()
@@ -257,11 +316,10 @@ class Pix2pix(Rival):
 
 
 @dataclass(frozen=True)
-class Pix2pixHDConfig(RivalConfig):
+class Pix2pixHDConfig(MatchingConfig):
     """pix2pixHD, its global generator alone: `--netG global`, trained on one size."""
 
     n_blocks: int = 9
-    lambda_fm: float = 10.0
 
 
 class HDGenerator(nn.Module):
@@ -283,7 +341,39 @@ class HDGenerator(nn.Module):
         return self.layers(onehot).float(), no_alpha(onehot)
 
 
-class Pix2pixHD(Rival):
+class Matching(Rival):
+    """A rival whose G matches features of D, and with --lambda-vgg of VGG."""
+
+    @functools.cached_property
+    def vgg(self) -> Vgg:
+        """The network of the VGG loss. Trap: not by __init__, or it would be a part of every checkpoint."""
+        return Vgg().to(next(self.parameters()).device)
+
+    @classmethod
+    def checks(cls, c: MatchingConfig) -> list[tuple[bool, str]]:
+        """Weights of losses."""
+        fine = min(c.lambda_fm, c.lambda_vgg) >= 0
+        return [*super().checks(c), (fine, "--lambda-fm, --lambda-vgg: give 0 or more")]
+
+    def players(self, stage: str) -> dict[str, Player]:
+        """As every rival's; before any step the VGG network has to be there where it is asked for."""
+        if self.c.lambda_vgg:
+            _ = self.vgg
+        return super().players(stage)
+
+    def generator_losses(
+        self, gan: Tensor, real: list[list[Tensor]], fake: list[list[Tensor]], image: Tensor, target: Tensor
+    ) -> dict[str, Tensor]:
+        """G's loss and its parts, from its side of the game, D's features, and images [B, 1, H, W] in [-1, 1]."""
+        parts = {"gan": gan, "fm": feature_matching(real, fake)}
+        g = gan + self.c.lambda_fm * parts["fm"]
+        if self.c.lambda_vgg:
+            parts["vgg"] = self.vgg(image, target)
+            g = g + self.c.lambda_vgg * parts["vgg"]
+        return {"g": g, **parts}
+
+
+class Pix2pixHD(Matching):
     """pix2pixHD: global generator against two scales of covidgan's own PatchGAN; LSGAN and feature matching."""
 
     name, options = "pix2pixHD", Pix2pixHDConfig
@@ -307,22 +397,14 @@ class Pix2pixHD(Rival):
         return [*super().checks(c), (1 <= c.n_blocks <= 100, f"--n-blocks {c.n_blocks}: give 1 to 100")]
 
     def losses(self, onehot: Tensor, target: Tensor, stage: str) -> dict[str, Tensor]:
-        """Least squares summed over the scales, D's halved; G's and 10 times the feature matching."""
+        """Least squares summed over the scales, D's halved; G's as `generator_losses` has it."""
         image, target = (self.shown(x, onehot) for x in (self.g(onehot)[0], target))
         real, fake = self.d(onehot, target), self.d(onehot, image)
         d, gan = gan_losses(real, fake, "lsgan")
-        fm = feature_matching(real, fake)
-        return {"d": d, "g": gan + self.c.lambda_fm * fm, "gan": gan, "fm": fm}
+        return {"d": d, **self.generator_losses(gan, real, fake, image, target)}
 
 
 # ---------------------------------------------------------------------------------------------------------------- SPADE
-
-
-@dataclass(frozen=True)
-class SpadeConfig(RivalConfig):
-    """SPADE and SEAN."""
-
-    lambda_fm: float = 10.0
 
 
 def conv3(c_in: int, c_out: int, **more: Any) -> nn.Conv2d:
@@ -444,31 +526,31 @@ def spectral_patches(c_in: int, ndf: int, strides: tuple[int, ...]) -> Scales:
     return Scales([Patches(c_in, ndf, strides, 2, normed) for _ in range(2)])
 
 
-class Spade(Rival):
+class Spade(Matching):
     """SPADE without its image encoder; hinge loss and feature matching; D four times as fast as G."""
 
-    name, options = "SPADE", SpadeConfig
+    name, options = "SPADE", MatchingConfig
     own: ClassVar = {"d": (4e-4, (0.0, 0.9)), "g": (1e-4, (0.0, 0.9))}
 
-    def __init__(self, c: SpadeConfig) -> None:
+    def __init__(self, c: MatchingConfig) -> None:
         super().__init__(c)
         self.g, self.d = self.networks(c)
         self.apply(partial(start, draw=xavier))
 
     @classmethod
-    def checks(cls, c: SpadeConfig) -> list[tuple[bool, str]]:
+    def checks(cls, c: MatchingConfig) -> list[tuple[bool, str]]:
         """Batch norm's statistics, and SEAN's codes, are of the whole batch, which no process has alone."""
         alone = covidgan.world_size() == 1
         return [*super().checks(c), (alone, f"torchrun: {cls.name} trains in one process, start it without")]
 
     @classmethod
-    def networks(cls, c: SpadeConfig) -> tuple[nn.Module, nn.Module]:
+    def networks(cls, c: MatchingConfig) -> tuple[nn.Module, nn.Module]:
         """Generator and discriminators."""
         g = SpadeGenerator(c.n_labels, c.ngf, lambda width, k: SpadeNorm(width, c.n_labels, c.ngf))
         return g, spectral_patches(c.n_labels + 1, c.ndf, (2, 2, 2, 1))
 
     @classmethod
-    def multiple(cls, c: SpadeConfig) -> int:
+    def multiple(cls, c: MatchingConfig) -> int:
         """Five doublings."""
         return 32
 
@@ -477,12 +559,11 @@ class Spade(Rival):
         return self.g(onehot)[0]
 
     def losses(self, onehot: Tensor, target: Tensor, stage: str) -> dict[str, Tensor]:
-        """Hinge averaged over the scales, D's not halved; G's and 10 times the feature matching."""
+        """Hinge averaged over the scales, D's not halved; G's as `generator_losses` has it."""
         image, target = (self.shown(x, onehot) for x in (self.image(onehot, target), target))
         real, fake = self.d(onehot, target), self.d(onehot, image)
         d, gan = (loss / len(real) for loss in gan_losses(real, fake, "hinge"))
-        fm = feature_matching(real, fake)
-        return {"d": 2 * d, "g": gan + self.c.lambda_fm * fm, "gan": gan, "fm": fm}
+        return {"d": 2 * d, **self.generator_losses(gan, real, fake, image, target)}
 
 
 # ----------------------------------------------------------------------------------------------------------------- SEAN
@@ -600,7 +681,7 @@ class SeanGenerator(nn.Module):
 
     DECAY = 0.998  # a step
 
-    def __init__(self, c: SpadeConfig) -> None:
+    def __init__(self, c: MatchingConfig) -> None:
         super().__init__()
         last = len(SpadeGenerator.STRIDES) - 1
         self.encoder = StyleEncoder(c.ngf)
@@ -638,7 +719,7 @@ class Sean(Spade):
     name = "SEAN"
 
     @classmethod
-    def networks(cls, c: SpadeConfig) -> tuple[nn.Module, nn.Module]:
+    def networks(cls, c: MatchingConfig) -> tuple[nn.Module, nn.Module]:
         """Generator with its encoder, and discriminators of one layer less, for patches of 46 x 46 pixels."""
         return SeanGenerator(c), spectral_patches(c.n_labels + 1, c.ndf, (2, 2, 2))
 

@@ -239,6 +239,70 @@ def test_losses_are_the_published(trained, name):
     assert (losses["d"].item(), losses["g"].item()) == pytest.approx((d.item(), g.item()), 1e-4)
 
 
+@pytest.fixture
+def vgg_weights(tmp_path, monkeypatch):
+    """VGG19's weights, random, where torchvision puts them: the shapes are those of its configuration E."""
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    convs = {0: (64, 3), 2: (64, 64), 5: (128, 64), 7: (128, 128), 10: (256, 128), 12: (256, 256), 14: (256, 256)}
+    convs |= {16: (256, 256), 19: (512, 256), **{k: (512, 512) for k in (21, 23, 25, 28, 30, 32, 34)}}
+    torch.manual_seed(0)
+    held = {f"features.{k}.weight": 0.05 * torch.randn(b, a, 3, 3) for k, (b, a) in convs.items()}
+    held |= {f"features.{k}.bias": 0.05 * torch.randn(b) for k, (b, _) in convs.items()}
+    (tmp_path / "checkpoints").mkdir()
+    torch.save(held | {"classifier.0.bias": torch.zeros(4)}, tmp_path / "checkpoints" / "vgg19-dcbb9e9d.pth")
+    return held
+
+
+def test_the_vgg_loss_is_that_computed_by_hand_and_moves_g_alone(vgg_weights):
+    image, target = (torch.rand(2, 1, 32, 32, generator=torch.Generator().manual_seed(k)) * 2 - 1 for k in (1, 2))
+    x, y, wanted = image.repeat(1, 3, 1, 1), target.repeat(1, 3, 1, 1), 0.0
+    blocks = {
+        1 / 32: [0],
+        1 / 16: [2, "M", 5],
+        1 / 8: [7, "M", 10],
+        1 / 4: [12, 14, 16, "M", 19],
+        1: [21, 23, 25, "M", 28],
+    }
+    for weight, block in blocks.items():
+        for k in block:
+            if k == "M":
+                x, y = F.max_pool2d(x, 2), F.max_pool2d(y, 2)
+                continue
+            kernel, bias = vgg_weights[f"features.{k}.weight"], vgg_weights[f"features.{k}.bias"]
+            x, y = (F.conv2d(one, kernel, bias, padding=1).relu() for one in (x, y))
+        wanted += weight * (x - y).abs().mean()
+    vgg = rivals.Vgg()
+    assert vgg(image.requires_grad_(), target).item() == pytest.approx(wanted.item(), rel=1e-4)
+    vgg(image, target).backward()
+    assert image.grad.abs().sum() > 0 and not any(p.requires_grad for p in vgg.parameters())
+
+
+@pytest.mark.parametrize("name", ["pix2pixHD", "SPADE", "SEAN"])
+def test_the_vgg_loss_is_a_switch_that_weighs_as_told_and_leaves_no_part_in_the_checkpoint(trainer, vgg_weights, name):
+    losses = trainer(name, lambda_vgg=10.0).step()
+    assert losses["vgg"] > 0
+    assert losses["g"] == pytest.approx(losses["gan"] + 10 * losses["fm"] + 10 * losses["vgg"], rel=1e-4)
+    assert trainer(name, lambda_vgg=10.0).state()["networks"].keys() == trainer(name).state()["networks"].keys()
+    assert "vgg" not in trainer(name).step()
+
+
+def test_without_vggs_weights_it_is_said_where_they_belong(trainer, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    with pytest.raises(covidgan.Mistake, match=r"vgg19-dcbb9e9d\.pth: not there: --lambda-vgg needs https://"):
+        trainer("SPADE", lambda_vgg=10.0)
+    (tmp_path / "checkpoints").mkdir()
+    torch.save({"features.0.weight": torch.zeros(64, 1, 3, 3)}, tmp_path / "checkpoints" / "vgg19-dcbb9e9d.pth")
+    with pytest.raises(covidgan.Mistake, match="no weights of torchvision's VGG19"):
+        trainer("SPADE", lambda_vgg=10.0)
+
+
+@pytest.mark.parametrize("name", ["SPADE", "SEAN"])
+def test_batch_norm_trains_in_one_process(name, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(covidgan.Mistake, match=f"torchrun: {name} trains in one process"):
+        covidgan.parse_config(["--preset", "tiny"], paper.METHODS[name])
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_adam_is_set_as_its_authors_do_or_as_the_paper_does(name):
     method = paper.METHODS[name]

@@ -217,7 +217,7 @@ def test_what_a_run_cost_stands_beside_it(made):
     assert costs["covidgan"]["samples"] == costs["SEAN"]["samples"] == 32
     steps = [json.loads(line)["stage"] for line in (made.out / "covidgan_paper_0" / "stats.jsonl").open()]
     assert [steps.count(stage) for stage in ("g1", "g2", "joint")] == [4, 4, 4]  # of four samples each
-    network = covidgan.build(rivals.Sean, rivals.SpadeConfig(size=64, ngf=4, ndf=4)).g
+    network = covidgan.build(rivals.Sean, rivals.MatchingConfig(size=64, ngf=4, ndf=4)).g
     assert costs["SEAN"]["parameters"] == sum(p.numel() for p in network.parameters())
     assert 0 < costs["SEAN"]["synthesis"] < 5 and costs["covidgan"]["seconds"] > 1
 
