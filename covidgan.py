@@ -1489,7 +1489,9 @@ def load_slices(folder: Path, names: list[str], c: LoopConfig, room: int = 1) ->
             raise Mistake(f"{image_path}: {hu.shape} is not square: crop or pad image and map")
         seen = torch.from_numpy(hu)[None, None].float().clamp(c.level - c.width / 2, c.level + c.width / 2)
         x, y = resample(seen, torch.from_numpy(labels.copy())[None, None], side)
-        return x.round().clamp(-HU_OFFSET, 4095 - HU_OFFSET).short(), y, hu[labels == 1], hu.max()
+        lung = hu[labels == 1]
+        lung = lung if 100 * lung.size >= hu.size else lung[:0]  # less tells nothing
+        return x.round().clamp(-HU_OFFSET, 4095 - HU_OFFSET).short(), y, lung, hu.max()
 
     with ThreadPoolExecutor() as pool:
         hu, labels, lungs, peaks = zip(*pool.map(load, names), strict=True)

@@ -36,7 +36,7 @@ except ImportError:  # Windows
 LABELS = ("background", "lung", "ground-glass opacity", "consolidation")
 COLOURS = ((0, 0, 0), (255, 0, 0), (0, 0, 255), (0, 255, 0))  # Fig. 1: lung red, GGO blue, consolidation green
 SIDES = ("train", "test", "seg_test")  # of a split
-LUNG_HU = (-1000, -300)  # a mean beyond them in healthy lung, which has about -850 to -500, is no HU
+LUNG_HU = (-1000, -300)  # a slice's mean of healthy lung beyond them is no HU; it varies more than a patient's
 UNFINISHED = ".unfinished"  # in a folder: its set is being written, or the run that wrote it was cut off
 HU_OFFSET = 1024  # stored value = HU + 1024: air is 24, water 1024
 HELD = (-HU_OFFSET, 4095 - HU_OFFSET)  # the HU that the format holds
