@@ -1793,8 +1793,8 @@ def prepare_out(c: LoopConfig) -> None:
     A run is what has a checkpoint: what a start that failed has left is written over.
     """
     out = Path(c.out)
-    if (out / "images").exists() or (out / "maps").exists():
-        raise Mistake(f"{out}: holds slices, and a run has files of the same names: give another --out")
+    if (out / "maps").exists() and not out.samefile(c.data):  # whose split.json would be written over
+        raise Mistake(f"{out}: holds the slices of another set: give another --out")
     if (out / "ckpt.pt").exists() and not (c.resume or c.overwrite):
         raise Mistake(f"{out}: holds another run: give --resume to go on, --overwrite to discard it, or another --out")
     for unfinished in out.glob(".*.tmp"):  # of a run that was killed

@@ -38,6 +38,7 @@ FIGURES = {  # column -> table of eval.py's results, row, key, factor, decimals
 }
 # name -> what it tries, its options. Half: 4,200 samples a stage, whole: 8,400
 ROWS: dict[str, tuple[str, list[str]]] = {
+    "paper": ("preset paper as it is: noise on the target, no average", [*HALF, "--preset", "paper"]),
     "base": ("the paper's losses and rate, clean targets, average", [*HALF, *CLEAN]),
     "lung": ("D sees the lung alone, as it is", [*HALF, *CLEAN, "--contrast", "1"]),
     "contrast": ("D sees the lung alone, four times enlarged", [*HALF, *CLEAN, "--contrast", "4"]),
@@ -56,7 +57,7 @@ ROWS: dict[str, tuple[str, list[str]]] = {
     "joint": ("no individual training, at its time", [*BEST, "--epoch-len", "4200", "--individual", "0"]),
     "batch-1": ("batch 1, at its time", [*BEST, "--epoch-len", "1200", "--batch", "1"]),
     "batch-2": ("batch 2, at its time", [*BEST, "--epoch-len", "1700", "--batch", "2"]),
-    "decay": ("moving average of 0.999", [*HALF, *BEST, "--ema", "0.999"]),
+    "no-average": ("the last weights instead of their average", [*HALF, *BEST, "--ema", "0"]),
     "lsgan": ("least squares", [*HALF, *BEST, "--gan", "lsgan"]),
     "spectral": ("spectral norm in D", [*HALF, *BEST, "--spectral"]),
     "r1": ("R1 every 16 steps", [*HALF, *BEST, "--r1", "10"]),

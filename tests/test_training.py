@@ -201,6 +201,7 @@ def stopped_in_g1(toy, small_run, out, *more):
     """A run stopped after step 5 of 10 of its first stage."""
     run = ["--data", toy.folder, "--out", out, *small_run, "--interval", 99, *more]
     trainer = covidgan.Trainer(Covidgan, covidgan.parse_config([str(word) for word in run]))
+    trainer.write_split()
     for _ in range(5):
         trainer.step()
     trainer.save()
@@ -241,6 +242,26 @@ def test_a_run_into_its_datas_folder_leaves_their_split(own_toy, small_run, here
     run = ["--stage", "g1", "--data", own_toy.folder, "--out", own_toy.folder, *small_run, "--interval", 99]
     assert here(*run).status == 0
     assert (own_toy.folder / "split.json").read_bytes() == before
+
+
+def test_a_run_into_the_folder_of_another_set_is_refused_and_leaves_it_as_it_is(toy, own_toy, small_run, here):
+    before = {path: path.read_bytes() for path in own_toy.folder.rglob("*") if path.is_file()}
+    done = here("--data", toy.folder, "--out", own_toy.folder, *small_run)
+    assert done.status == 2 and f"{own_toy.folder}: holds the slices of another set" in done.stderr
+    assert {path: path.read_bytes() for path in own_toy.folder.rglob("*") if path.is_file()} == before
+
+
+def test_a_checkpoint_alone_goes_on_with_the_data_given_and_not_without(toy, small_run, here, tmp_path):
+    """It names no folder; data.txt beside it does, and a --data that is refused does not change that."""
+    stopped_in_g1(toy, small_run, tmp_path)
+    told = (tmp_path / "data.txt").read_text()
+    done = here("--resume", "--out", tmp_path, "--data", tmp_path)
+    assert done.status == 2 and (tmp_path / "data.txt").read_text() == told == f"{toy.folder}\n"
+    (tmp_path / "data.txt").unlink()
+    done = here("--resume", "--out", tmp_path, "--stage", "g1")
+    assert done.status == 2 and "data.txt: not there, and tells what was trained on: give --data" in done.stderr
+    assert here("--resume", "--out", tmp_path, "--stage", "g1", "--data", toy.folder).status == 0
+    assert steps_of(tmp_path)[-1] == ("g1", 10) and (tmp_path / "data.txt").read_text() == told
 
 
 def test_slices_that_were_trained_on_are_not_tested_after_a_resume(own_toy, small_run, here, tmp_path):
@@ -442,6 +463,7 @@ def test_pictures_that_a_kill_came_before_are_made_on_resume(toy, small_run, her
     """The checkpoint of step 5 of g1 is there, its panel is not: in the middle of a stage, too, it is made up for."""
     run = ["--stage", "g1", "--data", toy.folder, "--out", tmp_path, *small_run, "--interval", 5]
     trainer = covidgan.Trainer(Covidgan, covidgan.parse_config([str(word) for word in run]))
+    trainer.write_split()
     for _ in range(5):
         trainer.step()
     trainer.save()
