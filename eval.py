@@ -28,7 +28,7 @@ import sys
 import tempfile
 import textwrap
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partialmethod
 from pathlib import Path
@@ -65,6 +65,7 @@ from data.slices import (
 )
 from infer_onnx import ORT_ERRORS, PROVIDERS, ahead, first_line, open_session, parsed, usable_cores
 
+CASES, SUSPECTS, TEXTURE = "eval_cases.png", "eval_memorisation.png", "eval_texture.png"  # in OUT
 SIDES = ("fake", "real")
 LESIONS = {"GGO": (2,), "consolidation": (3,), "infection": (2, 3)}  # labels of each
 THUMBNAIL = 64  # pixels a side at which lungs are compared for memorisation
@@ -992,7 +993,7 @@ def report(results: dict[str, Rows]) -> str:
         blocks.append(means("lesions by U-Net", results["segmentation"], note))
     if "memorisation" in results:
         blocks.append(memories(results["memorisation"]))
-    for title, picture_name in (("suspects", "eval_memorisation.png"), ("cases", "eval_cases.png")):
+    for title, picture_name in (("suspects", SUSPECTS), ("cases", CASES)):
         if rows := results.get(title):
             grid = [[name, *row.values()] for name, row in rows.items()]
             blocks.append(aligned([[picture_name, *next(iter(rows.values()))], *grid]))
@@ -1055,37 +1056,43 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return args
 
 
-def main(argv: list[str]) -> None:
-    """Evaluate what the command line names: print the report, write pictures and JSON. Raises Mistake."""
-    args = parse(argv)
-    pairs = find_pairs(args.real, args.fake, args.maps, args.strict)
-    with_maps = pairs[0].labels is not None
+Meter = PixelMetrics | Features | Texture | Segmentation | Memorisation
+
+
+def check_targets(args: argparse.Namespace, with_maps: bool) -> None:
+    """Raise Mistake, before the long work, where what is asked for needs maps, or a file could not be written."""
     for needy in ("unet", "train"):
         if getattr(args, needy) and not with_maps:
             raise Mistake(f"--{needy}: the label maps are missing: give --maps")
-    cases_file, suspects_file = args.out / "eval_cases.png", args.out / "eval_memorisation.png"
-    texture_file = args.out / "eval_texture.png"
-    optional = ((suspects_file, args.train), (texture_file, with_maps), (args.json, args.json))
-    for path in [cases_file, *(path for path, wanted in optional if wanted)]:
+    pictures = {CASES: True, SUSPECTS: args.train, TEXTURE: with_maps}
+    for path in [*(args.out / name for name, wanted in pictures.items() if wanted), *filter(None, [args.json])]:
         check_target(path)
-    regions, window = ["complete", "lung"] if with_maps else ["complete"], Window(args.level, args.width)
 
-    pixels = PixelMetrics(window, args.provider, regions)
-    meters: list[PixelMetrics | Features | Texture | Segmentation | Memorisation] = [pixels]
+
+def make_meters(args: argparse.Namespace, with_maps: bool) -> dict[str, Meter]:
+    """What measures, by the name of its table in the results. Raises Mistake where a model is none."""
+    regions, window = ["complete", "lung"] if with_maps else ["complete"], Window(args.level, args.width)
+    meters: dict[str, Meter] = {"pixels": PixelMetrics(window, args.provider, regions)}
     if args.features:
-        meters.append(Features(args.features, args.provider, args.dim, args.force, window, regions))
+        meters["features"] = Features(args.features, args.provider, args.dim, args.force, window, regions)
     if with_maps:
-        texture = Texture(window)
-        meters.append(texture)
+        meters["texture"] = Texture(window)
     if args.unet:
-        meters.append(Segmentation(args.unet, args.provider))
+        meters["segmentation"] = Segmentation(args.unet, args.provider)
     if args.train:
-        memory = Memorisation(args.train, window)
-        meters.append(memory)
+        meters["memorisation"] = Memorisation(args.train, window)
+    return meters
+
+
+def measure(pairs: list[Pair], meters: Iterable[Meter], n: int) -> tuple[list[Pair], float | None]:
+    """Let every meter see all pairs, n at a time: those with lung, and the mean HU of real healthy lung, if any.
+
+    Raises Mistake where no map has lung, and where memory ends.
+    """
     kept: list[Pair] = []
     lung = np.zeros(2)  # sum of real HU, and pixels
     try:
-        for members, batch in batches(pairs, args.batch):
+        for members, batch in batches(pairs, n):
             for meter in meters:
                 meter.update(batch)
             kept += members
@@ -1095,30 +1102,49 @@ def main(argv: list[str]) -> None:
         raise Mistake(f"out of memory ({error}): give a smaller --batch") from error
     if not kept:
         raise Mistake(f"{pairs[0].labels} and all other maps of the {len(pairs)} pairs: no lung in them: give others")
+    return kept, lung[0] / lung[1] if lung[1] else None
 
-    if with_maps and lung[1] and (told := no_lungs_mean(lung[0] / lung[1], "their healthy lung")):
+
+def write_pictures(
+    args: argparse.Namespace, meters: dict[str, Meter], kept: list[Pair], shown: Iterable[int], suspects: Rows
+) -> None:
+    """Write the cases shown, numbers of pairs, with the curves and the suspects where they were measured."""
+    window = Window(args.level, args.width)
+    for name in (SUSPECTS, TEXTURE):
+        (args.out / name).unlink(missing_ok=True)  # of an evaluation before, it would stand for this one's
+    save(args.out / CASES, picture([tiles(kept[k], window) for k in shown]))
+    if "texture" in meters and (curves := meters["texture"].picture()):
+        save(args.out / TEXTURE, curves)
+    elif "texture" in meters:
+        print(f"note: {args.out / TEXTURE} left out: it needs matplotlib", file=sys.stderr)
+    if "memorisation" in meters:
+        fakes, trained = {pair.name: (pair.fake, pair.labels) for pair in kept}, meters["memorisation"].files
+        couples = [(fakes[name], trained[row["nearest"]]) for name, row in suspects.items()]
+        save(args.out / SUSPECTS, picture([[window(*read_lung(*files)) for files in couple] for couple in couples]))
+
+
+def main(argv: list[str]) -> None:
+    """Evaluate what the command line names: print the report, write pictures and JSON. Raises Mistake."""
+    args = parse(argv)
+    pairs = find_pairs(args.real, args.fake, args.maps, args.strict)
+    with_maps = pairs[0].labels is not None
+    check_targets(args, with_maps)
+    meters = make_meters(args, with_maps)
+    kept, lung_mean = measure(pairs, meters.values(), args.batch)
+    if with_maps and lung_mean is not None and (told := no_lungs_mean(lung_mean, "their healthy lung")):
         print(f"note: {args.real}: {told}: are these HU + {HU_OFFSET}, and the maps theirs?", file=sys.stderr)
-    names, ssim = [pair.name for pair in kept], pixels.of_pairs("complete SSIM")
+
+    names, ssim = [pair.name for pair in kept], meters["pixels"].of_pairs("complete SSIM")
     counts = {"measured": len(kept), "without_lung": len(pairs) - len(kept), "patients": len({*map(patient_of, names)})}
     results: dict[str, Rows] = {"run": {"window, HU": {"level": args.level, "width": args.width}, "pairs": counts}}
-    for meter in meters:
+    for meter in meters.values():
         results |= meter.result(names)
     order = ssim.argsort(kind="stable")[::-1]
     shown = {"best": order[0], "median": order[len(order) // 2], "worst": order[-1]}
     results["cases"] = {case: {"name": names[k], "SSIM": ssim[k]} for case, k in shown.items()}
     print(report(results))
 
-    for path in (suspects_file, texture_file):
-        path.unlink(missing_ok=True)  # of an evaluation before, it would stand for this one's
-    save(cases_file, picture([tiles(kept[k], window) for k in shown.values()]))
-    if with_maps and (curves := texture.picture()):
-        save(texture_file, curves)
-    elif with_maps:
-        print(f"note: {texture_file} left out: it needs matplotlib", file=sys.stderr)
-    if args.train:
-        fakes = {pair.name: (pair.fake, pair.labels) for pair in kept}
-        couples = [(fakes[name], memory.files[row["nearest"]]) for name, row in results["suspects"].items()]
-        save(suspects_file, picture([[window(*read_lung(*files)) for files in couple] for couple in couples]))
+    write_pictures(args, meters, kept, shown.values(), results.get("suspects", {}))
     if args.json:
         save(args.json, (json.dumps(results, indent=1, allow_nan=False) + "\n").encode())
 

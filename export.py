@@ -203,9 +203,10 @@ def rewrite(generator: nn.Module, fp16: bool, target: str) -> nn.Module:
     replace(generator, nn.Conv2d, lambda conv: BlockedConv(conv) if is_head(conv) else conv)
     if target == "cpu":  # in the widest blocks alone: at few channels the transforms cost what the products save
         blocks = [module for module in generator.modules() if isinstance(module, covidgan.ResidualBlock)]
-        widths = [block.body[1].in_channels for block in blocks]
-        for block in (block for block, width in zip(blocks, widths, strict=True) if width == max(widths)):
-            replace(block, nn.Conv2d, WinogradConv)
+        widest = max((block.body[1].in_channels for block in blocks), default=0)
+        for block in blocks:
+            if block.body[1].in_channels == widest:
+                replace(block, nn.Conv2d, WinogradConv)
     return generator
 
 

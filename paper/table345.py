@@ -115,7 +115,7 @@ def few_against(row: str) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Study:
+class Experiment:
     """A table of U-Nets: its rows, the sides reported, what each row is compared with, and the paper's figures."""
 
     rows: dict[str, Mix]
@@ -132,20 +132,20 @@ def against_first(rows: dict[str, Mix]) -> Callable[[str], list[str]]:
 
 
 ROWS_5, ROWS_BETA = half_swapped(generators.ABLATIONS), half_swapped(generators.POLICIES)
-STUDIES = {
-    "3": Study(ROWS_3, against_first(ROWS_3), PAPER_3),
-    "4": Study(ROWS_4, against_first(ROWS_4), PAPER_4),
-    "5": Study(ROWS_5, against_first(ROWS_5), PAPER_5, images=True),
-    "few": Study(few_rows(), few_against, {}, sides=("seg_test",)),
-    "beta": Study(ROWS_BETA, against_first(ROWS_BETA), {}, images=True),
+EXPERIMENTS = {
+    "3": Experiment(ROWS_3, against_first(ROWS_3), PAPER_3),
+    "4": Experiment(ROWS_4, against_first(ROWS_4), PAPER_4),
+    "5": Experiment(ROWS_5, against_first(ROWS_5), PAPER_5, images=True),
+    "few": Experiment(few_rows(), few_against, {}, sides=("seg_test",)),
+    "beta": Experiment(ROWS_BETA, against_first(ROWS_BETA), {}, images=True),
 }
 
 
-def make(study: Study, name: str, seed: int, args: argparse.Namespace) -> None:
+def make(experiment: Experiment, name: str, seed: int, args: argparse.Namespace) -> None:
     """Train and measure a row with a seed, its generator too where it is not there yet. Raises Mistake."""
-    mix = study.rows[name]
+    mix = experiment.rows[name]
     mixes.score(mix, seed, args)
-    if study.images:
+    if experiment.images:
         generators.measured(generators.trained(mix.generator, seed, args), args)
 
 
@@ -255,13 +255,13 @@ def image_records(row: str, mix: Mix, args: argparse.Namespace) -> list[Record]:
     ]
 
 
-def paper_records(study: Study) -> list[Record]:
+def paper_records(experiment: Experiment) -> list[Record]:
     """The paper's figures; e, which is less than 1e-5, as that."""
     heads = [("complete", "FID"), ("complete", "PSNR"), ("infection", "Dice")]
-    if not study.images:
+    if not experiment.images:
         heads = [*itertools.product(evaluation.LESIONS, METRICS)]
     found = []
-    for row, figures in study.paper.items():
+    for row, figures in experiment.paper.items():
         for (lesion, metric), figure in zip(heads, figures.split(), strict=True):
             mean, _, half = figure.partition("±")
             ci95 = {"ci95": 1e-5 if half == "e" else float(half)} if half else {}
@@ -269,27 +269,27 @@ def paper_records(study: Study) -> list[Record]:
     return found
 
 
-def collect(study: Study, args: argparse.Namespace) -> dict[str, Any]:
+def collect(experiment: Experiment, args: argparse.Namespace) -> dict[str, Any]:
     """All that is known of a table, whichever rows were asked for."""
-    sides = [side for side in mixes.tested_sides(mixes.split_of(args)) if side in study.sides]
+    sides = [side for side in mixes.tested_sides(mixes.split_of(args)) if side in experiment.sides]
     records, differences, without = [], [], {}
     for side in sides:
-        found = {row: mixes.scores(mix, side, args) for row, mix in study.rows.items()}
+        found = {row: mixes.scores(mix, side, args) for row, mix in experiment.rows.items()}
         without[side] = slices_without(found)
-        for row in (row for row in study.rows if found[row]):
+        for row in (row for row in experiment.rows if found[row]):
             for lesion, metric in itertools.product(evaluation.LESIONS, METRICS):
                 records.append(lesion_record(row, lesion, metric, side, found[row]))
-            for other in study.against(row):
+            for other in experiment.against(row):
                 differences.append(difference(row, other, side, found[row], found[other]))
-    if study.images:
-        records += [one for row, mix in study.rows.items() for one in image_records(row, mix, args)]
+    if experiment.images:
+        records += [one for row, mix in experiment.rows.items() for one in image_records(row, mix, args)]
     known = [*dict.fromkeys(one["row"] for one in records)]
     return {
-        "setting": setting({row: study.rows[row] for row in known}, sides, args) | {"slices without": without},
+        "setting": setting({row: experiment.rows[row] for row in known}, sides, args) | {"slices without": without},
         "records": records,
-        "paper": paper_records(study),
+        "paper": paper_records(experiment),
         "differences": [one for one in differences if one],
-        "differences of images": image_differences(records, study.against),
+        "differences of images": image_differences(records, experiment.against),
     }
 
 
@@ -380,17 +380,17 @@ def told_apart(one: Record) -> str:
     return f"- {one['row']} against {one['against']}: {one['difference']:+.2f}{half} (each seed: {each}): {verdict}"
 
 
-def markdown(study: Study, table: dict[str, Any]) -> str:
+def markdown(experiment: Experiment, table: dict[str, Any]) -> str:
     """A table as a person reads it."""
     lines, sides = [], table["setting"]["U-Net tested on"]
-    if study.images:
+    if experiment.images:
         heads = [f"complete {metric}" for metric in IMAGES]
         judge = f"FID and KID by features of {runs.FEATURES} of so many dimensions, ± over the seeds"
         lines += [f"**Images**, of {TOLD[generators.REPORT]}; {judge}", ""]
         lines += grid(["row", "seeds", *IMAGES], of_rows(table["records"], generators.REPORT, heads))
         lines += [*images_apart(table["differences of images"]), ""]
     for side, told in sides.items():
-        heads = [HEADLINE] if study.images else FIGURES
+        heads = [HEADLINE] if experiment.images else FIGURES
         segmented = [one for one in table["records"] if one["class"] != "complete"]
         lines += [f"**Tested on {side}**: {told}. %, mean ± 95 % interval over folds (over patients)", ""]
         lines += empty_told(table["setting"]["slices without"][side])
@@ -407,19 +407,20 @@ def markdown(study: Study, table: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def listed(study: Study) -> dict[str, str]:
+def listed(experiment: Experiment) -> dict[str, str]:
     """What --list says of each row."""
     told = {}
-    for row, mix in study.rows.items():
+    for row, mix in experiment.rows.items():
         switches = " ".join(generators.row_of(mix.generator).options) if mix.replaced or mix.added else ""
         told[row] = f"{mix.name:36} {switches}".rstrip()
     return told
 
 
-def table(study: Study) -> Table:
-    """A study as the command line takes it."""
-    sides = SIDES if study.images or study.sides != mixes.TESTED else ("train", mixes.SIDE)
-    return Table(listed(study), partial(make, study), partial(collect, study), partial(markdown, study), sides=sides)
+def table(experiment: Experiment) -> Table:
+    """An experiment as the command line takes it."""
+    sides = SIDES if experiment.images or experiment.sides != mixes.TESTED else ("train", mixes.SIDE)
+    made = (partial(work, experiment) for work in (make, collect, markdown))
+    return Table(listed(experiment), *made, sides=sides)
 
 
-TABLES: dict[str, Table] = {key: table(study) for key, study in STUDIES.items()}
+TABLES: dict[str, Table] = {key: table(experiment) for key, experiment in EXPERIMENTS.items()}

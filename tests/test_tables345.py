@@ -80,7 +80,7 @@ def test_more_real_slices_than_there_are_is_refused():
 
 
 def test_every_row_of_every_table_has_a_folder_of_its_own_and_the_same_mix_the_same():
-    for study in table345.STUDIES.values():
+    for study in table345.EXPERIMENTS.values():
         names = [mix.name for mix in study.rows.values()]
         assert len({*names}) == len(names) and not any(name.count("/") for name in names)
     assert table345.ROWS_3["0%"].name == table345.ROWS_4["0%"].name
@@ -99,7 +99,7 @@ def test_the_rows_are_those_of_the_paper_and_the_shares_are_what_they_say():
 def test_few_compares_synthetic_slices_with_real_ones_alone_and_with_plain_augmentation():
     assert table345.few_against("20 + covidgan") == ["20 real", "20 + augmented"]
     assert table345.few_against("20 + augmented") == ["20 real"] and table345.few_against("all real") == []
-    assert table345.STUDIES["few"].sides == ("seg_test",)
+    assert table345.EXPERIMENTS["few"].sides == ("seg_test",)
 
 
 def test_a_set_without_a_side_to_train_or_to_test_on_is_one_line(tmp_path):
@@ -146,7 +146,7 @@ def test_the_policies_for_beta_are_commands_that_training_takes():
 
 
 def test_the_papers_tables_3_and_4_are_typed_in_as_printed():
-    three, four = (table345.paper_records(table345.STUDIES[key]) for key in ("3", "4"))
+    three, four = (table345.paper_records(table345.EXPERIMENTS[key]) for key in ("3", "4"))
     assert (len(three), len(four)) == (10 * 9, 6 * 9)
     # sums over the printed tables, intervals without the epsilons
     assert sum(one["mean"] for one in three) == pytest.approx(8043.29)
@@ -160,8 +160,8 @@ def test_the_papers_tables_3_and_4_are_typed_in_as_printed():
 
 
 def test_the_papers_table_5_repeats_the_dice_of_half_its_slices_swapped():
-    five = {(one["row"], one["metric"]): one["mean"] for one in table345.paper_records(table345.STUDIES["5"])}
-    three = table345.paper_records(table345.STUDIES["3"])
+    five = {(one["row"], one["metric"]): one["mean"] for one in table345.paper_records(table345.EXPERIMENTS["5"])}
+    three = table345.paper_records(table345.EXPERIMENTS["3"])
     swapped = next(o for o in three if (o["row"], o["class"], o["metric"]) == ("50%", "infection", "Dice"))
     assert five["ours", "Dice"] == swapped["mean"] == 89.19 and len(five) == 33
     assert sum(value for (_, metric), value in five.items() if metric == "FID") == pytest.approx(0.442)
@@ -257,7 +257,7 @@ def test_figures_of_images_are_told_apart_by_students_t_over_the_seeds():
 
 
 def test_the_markdown_gives_both_intervals_the_verdict_and_the_papers_row():
-    study = table345.STUDIES["3"]
+    study = table345.EXPERIMENTS["3"]
     found = [
         {"row": "50%", "class": lesion, "metric": metric, "side": "train", "mean": 70.5, "ci95": 0.5}
         | {"mean_patients": 68.5, "ci95_patients": 4.25, "seeds": [0, 1], "sd_seeds": 1.0}
@@ -309,7 +309,7 @@ def made(table_command):
     readme = "<!-- table 3 -->\n<!-- end of table 3 -->\n"
     argv = table_command("3", readme, "--samples", "16", "--channels", "4", "--unet-samples", "64")
     rows = {"mixed": Mix(replaced=0.5, added=0.25)}
-    study = dataclasses.replace(table345.STUDIES["3"], rows=rows, against=lambda row: [])
+    study = dataclasses.replace(table345.EXPERIMENTS["3"], rows=rows, against=lambda row: [])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(generators, "KEPT", 1)
         patch.setattr(mixes, "VARIANTS", 2)
