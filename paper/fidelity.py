@@ -7,8 +7,8 @@
     python -m paper.fidelity --list
 
 Trains on the train side of --data at the size of --reference, chooses by the side "test" and reports "seg_test" too,
-each row beside its cost. All that is whole under --out stands in the table, whichever rows were asked for. The same
-command goes on with a stopped study.
+each row beside its cost. All that is whole under --out stands in the table, whichever rows were asked for, and in
+--results/fidelity-EPOCHS.json. The same command goes on with a stopped study.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from data.slices import Mistake, OneLineParser, exit_on_mistake, write_bytes
+from data.slices import Mistake, OneLineParser, exit_on_mistake, patient_of, read_split, write_bytes
 from paper import runs
 from paper.report import grid, over_seeds
 
@@ -100,6 +100,27 @@ def summary(measured: dict[str, list[dict[str, dict[str, Any]]]]) -> list[str]:
     return grid(head, lines)[:-1]
 
 
+def as_json(measured: dict[str, dict[int, dict[str, dict[str, Any]]]], args: argparse.Namespace) -> dict[str, Any]:
+    """All figures, one record each, and what they hold for; paper: it has no such study."""
+    split = read_split(args.reference / "split.json")
+    found = [(row, seed, side) for row, seeds in measured.items() for seed in seeds for side in SIDES]
+    outs = [args.out / f"{row}_{seed}" for row, seeds in measured.items() for seed in seeds]
+    setting = {
+        "epochs": args.epochs,
+        "size": runs.size_of(args.reference),
+        "data": {side: {"slices": len(s), "patients": len({*map(patient_of, s)})} for side, s in split.items()},
+        "features": runs.FEATURES,
+        "rows": {row: " ".join([*SCALE, *ROWS[row][1]]) for row in measured},
+        "commits": sorted({(out / "commit.txt").read_text() for out in outs}),
+    }
+    records = [
+        {"row": row, "seed": seed, "side": side, "metric": metric, "value": value}
+        for row, seed, side in found
+        for metric, value in measured[row][seed][side].items()
+    ]
+    return {"setting": setting, "records": records, "paper": []}
+
+
 def parse(argv: list[str]) -> argparse.Namespace:
     """The command line, checked. Raises Mistake."""
     parser = OneLineParser(__doc__)
@@ -110,6 +131,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     option("--seeds", nargs="+", type=int, default=[0], metavar="N")
     option("--epochs", type=int, default=2, help="a stage: 2; 1 makes every row half as long, into another --out")
     option("--out", type=Path, default=Path("out/fidelity"), help="folder of the runs")
+    option("--results", type=Path, default=runs.ROOT / "paper" / "results", help="folder of the JSON")
     option("--list", action="store_true", help="show the rows and what they try")
     args = parser.parse_args(argv)
     if unknown := [row for row in args.rows if row not in ROWS]:
@@ -120,7 +142,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def main(argv: list[str]) -> None:
-    """Train and measure the rows asked for; print the table and write OUT/fidelity.json. Raises Mistake."""
+    """Train and measure the rows asked for; print the table and write its JSON. Raises Mistake."""
     args = parse(argv)
     if args.list:
         print("\n".join(f"{row:16} {about:60} {' '.join(options)}" for row, (about, options) in ROWS.items()))
@@ -133,10 +155,10 @@ def main(argv: list[str]) -> None:
     measured = {}
     for row in ROWS:
         seeds = [seed for seed, out in runs.seeded(args.out, row).items() if (out / "results.json").exists()]
-        measured |= {row: [run(row, seed, args, size) for seed in seeds]} if seeds else {}
-    with runs.making(args.out / "fidelity.json"):
-        write_bytes(args.out / "fidelity.json", (json.dumps(measured, indent=1) + "\n").encode())
-    print("\n".join(summary(measured)))
+        measured |= {row: {seed: run(row, seed, args, size) for seed in seeds}} if seeds else {}
+    with runs.making(path := args.results / f"fidelity-{args.epochs}.json"):
+        write_bytes(path, (json.dumps(as_json(measured, args), indent=1) + "\n").encode())
+    print("\n".join(summary({row: [*seeds.values()] for row, seeds in measured.items()})))
 
 
 if __name__ == "__main__":

@@ -107,9 +107,9 @@ def test_every_row_of_the_study_is_a_command_that_training_takes():
     import covidgan
     from paper.study import Study
 
-    for about, options in fidelity.ROWS.values():
+    for row, (about, options) in fidelity.ROWS.items():
         c = covidgan.parse_config([*fidelity.SCALE, "--size", "128", *options], Study)
-        assert about and (c.size, c.ngf, c.n_blocks, c.noise) == (128, 32, 6, 0.0)
+        assert about and (c.size, c.ngf, c.n_blocks, c.noise) == (128, 32, 6, 0.01 if row == "paper" else 0.0)
     base, best = (covidgan.parse_config([*fidelity.SCALE, *fidelity.ROWS[row][1]], Study) for row in ("base", "best"))
     assert (base.lr, base.lambda_dfm, base.dfm, base.contrast) == (2e-4, 10, "learned", 0)
     assert {name: getattr(best, name) for name in covidgan.BEST} == covidgan.BEST and best.contrast == 4
@@ -144,3 +144,8 @@ def test_a_row_trains_exports_synthesizes_and_is_measured_on_both_sides_once(thr
         assert measured[side]["lung KID"] == 1000 * results["features"]["lung KID 1280"]["value"]
     assert len(called) == 7  # training, features, export, and of each side synthesis and measurement
     assert fidelity.run("small", 1, args, 64) == measured and len(called) == 7
+    told = fidelity.as_json({"small": {1: measured}}, args)
+    assert told["setting"]["data"]["test"] == {"slices": 6, "patients": 1} and told["setting"]["commits"]
+    assert {"row": "small", "seed": 1, "side": "test", "metric": "PSNR", "value": measured["test"]["PSNR"]} in told[
+        "records"
+    ]

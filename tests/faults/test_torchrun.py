@@ -124,6 +124,25 @@ def test_told_to_stop_it_leaves_a_checkpoint_that_another_number_of_processes_go
     count("torchrun, SIGTERM and going on with one process")
 
 
+def test_more_processes_go_on_as_one_would_have_gone(joint, cli, here, tmp_path, count):
+    assert here(*joint, "--out", tmp_path / "one").status == 0
+    config = covidgan.parse_config([str(word) for word in [*joint, "--out", tmp_path / "more"]])
+    trainer = covidgan.Trainer(covidgan.Covidgan, config)
+    (tmp_path / "more").mkdir()
+    trainer.write_split()
+    for _ in range(3):
+        trainer.step()
+    trainer.save()
+    done = cli(*torchrun(2), "--resume", "--out", tmp_path / "more", script=None, timeout=600)
+    assert done.status == 0, done.stderr
+    assert "trained by 1 processes, going on with 2" in done.stdout
+    one, more = stats_of(tmp_path / "one"), stats_of(tmp_path / "more")
+    assert [line["step"] for line in more] == [4, 5, 6]
+    for ours, theirs in zip(one[3:], more, strict=True):
+        assert [ours[name] for name in ("d", "g", "dfm")] == pytest.approx([theirs[n] for n in ("d", "g", "dfm")], 1e-3)
+    count("torchrun, more processes going on")
+
+
 def test_processes_that_stand_at_different_steps_are_told_apart(tiny, monkeypatch):
     """As on machines that do not share OUT: one has found a checkpoint, the other none."""
     monkeypatch.setenv("WORLD_SIZE", "2")
