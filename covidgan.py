@@ -62,7 +62,7 @@ LARGEST_FILE = 2**28  # bytes of one
 PARENCHYMA = -860  # HU of healthy lung between its vessels
 LUNG_HU = (-1000, -400)  # what a patient's mean of lung without lesion must lie in
 PNG_ERRORS = (OSError, SyntaxError, ValueError, LookupError, TypeError, EOFError, struct.error)  # Pillow's
-PICKLED = r"collections OrderedDict|torch\._utils _rebuild_(tensor_v2|parameter)|torch \w+Storage"  # of tensors
+PICKLED = r"collections OrderedDict|torch\._utils _rebuild_(tensor|tensor_v2|parameter)|torch \w+Storage"  # of tensors
 STAGES = ("g1", "g2", "joint")  # §III-A, in their order
 HERE = {"data": "", "out": "", "resume": False, "overwrite": False}  # of one machine or start: in no checkpoint
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # what a filesystem without locks answers
@@ -457,6 +457,7 @@ class Method(nn.Module):
     presets: ClassVar[dict[str, dict[str, Any]]]
     architecture: ClassVar[tuple[str, ...]]  # options that a checkpoint's tensors depend on: fixed on --resume
     curves: ClassVar[tuple[tuple[str, ...], ...]]  # figures of a step to watch, together as they are drawn
+    alone: ClassVar[bool] = False  # whether a step needs the whole batch in one process, as batch norm does
 
     def __init__(self, c: LoopConfig) -> None:
         super().__init__()
@@ -1073,7 +1074,7 @@ class Trainer:
 
     def write_split(self) -> None:
         """Write OUT/split.json, all that was trained on and what is held out, and OUT/data.txt, where it lies."""
-        write_atomically(self.out / "data.txt", lambda path: path.write_text(f"{self.c.data}\n", encoding="utf-8"))
+        write_atomically(self.out / "data.txt", lambda path: path.write_bytes(os.fsencode(f"{self.c.data}\n")))
         path, own, train = self.out / "split.json", Path(self.c.data) / "split.json", {*self.train.names}
         if own.exists() and path.exists() and own.samefile(path):  # OUT is the data's folder
             return
@@ -1519,33 +1520,44 @@ def check_hu(folder: Path, names: Sequence[str], lungs: Sequence[np.ndarray], pe
             raise Mistake(f"{first}: {told}: store HU + {HU_OFFSET}, mend the maps, or overrule by --unchecked")
 
 
-def check_pickle(content: bytes) -> None:
-    """Raise ValueError where one of the pickles that bytes begin with calls for more than tensors and plain data."""
-    stream = io.BytesIO(content)
-    for _ in range(4):
-        if stream.tell() == len(content):
+def check_pickle(stream: io.BufferedReader) -> None:
+    """Raise ValueError where one of the pickles that a stream begins with calls for more than tensors and plain data.
+
+    Before 1.6 PyTorch wrote five: magic number, version, machine, what was saved, and the names of its numbers.
+    """
+    for _ in range(5):
+        if not stream.peek(1):
             return
         for opcode, argument, _ in pickletools.genops(stream):
             if opcode.name in ("GLOBAL", "STACK_GLOBAL", "INST") and not re.fullmatch(PICKLED, str(argument)):
                 raise ValueError(f"calls {argument}")
 
 
+def check_archive(path: Path) -> None:
+    """Raise BadZipFile or ValueError where an archive of torch.save takes more room unpacked, or its pickle is none."""
+    with zipfile.ZipFile(path) as archive:
+        parts = archive.infolist()
+        if len({part.filename.lower() for part in parts}) < len(parts):
+            raise zipfile.BadZipFile("two parts of one name")
+        if sum(part.file_size for part in parts) > path.stat().st_size:
+            raise zipfile.BadZipFile("compressed")
+        for part in parts:
+            if part.filename.lower().endswith(".pkl"):
+                check_pickle(io.BufferedReader(io.BytesIO(archive.read(part))))
+
+
 def read_weights(path: Path) -> dict[str, Any]:
     """Read a file of torch.save that holds one plain dict of tensors and numbers. Raises Mistake for anything else.
 
-    No code of the file's is run, and it takes no more memory than disk: torch.save does not compress, and what its
-    pickle may call of what weights_only allows is no more than what tensors are made by: bytearray(10**11) is not.
+    No code of the file's is run, and nothing is called but what makes tensors: weights_only alone would take
+    bytearray(10**11). Nor does it take more memory than disk to unpack: torch.save does not compress.
     """
     try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                if sum(part.file_size for part in archive.infolist()) > path.stat().st_size:
-                    raise zipfile.BadZipFile("compressed")
-                pickles = [archive.read(part) for part in archive.namelist() if part.endswith(".pkl")]
-        else:  # as PyTorch wrote before 1.6: magic number, version, machine, what was saved, and then its numbers
-            pickles = [path.read_bytes()]
-        for content in pickles:
-            check_pickle(content)
+        with open(path, "rb") as file:
+            if file.peek(4).startswith(b"PK\3\4"):  # as PyTorch tells; zipfile takes what only ends like one, too
+                check_archive(path)
+            else:
+                check_pickle(file)
         weights = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # out of a broken file the unpickler brings any error there is
         raise Mistake(f"{path}: not a checkpoint that can be read ({type(error).__name__})") from error
@@ -1618,7 +1630,8 @@ def held(out: Path, name: str = ".lock") -> Iterator[None]:
         raise Mistake(f"{what}: another run is writing to it: wait for its end, or give another --out") from error
     except OSError as error:
         if error.errno not in NO_LOCKS:
-            raise Mistake(f"{out}: cannot be made a folder ({error.strerror}): give another --out") from error
+            told = "written to" if out.is_dir() else "made a folder"
+            raise Mistake(f"{out}: cannot be {told} ({error.strerror}): give another --out") from error
         print(f"warning: {out}: no locks on this filesystem: let no two runs write there", file=sys.stderr)
     try:
         yield
@@ -1733,13 +1746,14 @@ def parse_config(argv: list[str], method: type[Method] = Covidgan) -> LoopConfig
 
 def read_place(path: Path) -> str:
     """The folder of the slices that OUT/data.txt names, since a checkpoint names no place; "" where it is not there."""
-    return path.read_text(encoding="utf-8").strip() if path.is_file() else ""
+    return os.fsdecode(path.read_bytes()).strip() if path.is_file() else ""
 
 
 def check_config(c: LoopConfig, method: type[Method]) -> None:
     """Raise Mistake, before any work, where the values cannot work together, or not on this machine."""
     check_values(c, method)
     checks = [
+        (not method.alone or world_size() == 1, f"torchrun: {method.name} trains in one process, start it without"),
         (c.batch % world_size() == 0, f"--batch {c.batch}: give a multiple of the {world_size()} processes"),
         (c.device != "cuda" or torch.cuda.is_available(), "--device cuda: no CUDA device here, leave it out"),
         (c.device != "mps" or torch.backends.mps.is_available(), "--device mps: no Metal device here, leave it out"),
@@ -1793,9 +1807,10 @@ def prepare_out(c: LoopConfig) -> None:
     A run is what has a checkpoint: what a start that failed has left is written over.
     """
     out = Path(c.out)
-    if (out / "maps").exists() and not out.samefile(c.data):  # whose split.json would be written over
+    running = (out / "ckpt.pt").exists()
+    if (out / "maps").exists() and not running and not out.samefile(c.data):  # whose split.json would be written over
         raise Mistake(f"{out}: holds the slices of another set: give another --out")
-    if (out / "ckpt.pt").exists() and not (c.resume or c.overwrite):
+    if running and not (c.resume or c.overwrite):
         raise Mistake(f"{out}: holds another run: give --resume to go on, --overwrite to discard it, or another --out")
     for unfinished in out.glob(".*.tmp"):  # of a run that was killed
         unfinished.unlink()

@@ -781,57 +781,51 @@ def write(made: tuple[list[Slice], np.ndarray], args: argparse.Namespace, info: 
 
 
 @contextlib.contextmanager
-def shard_held(args: argparse.Namespace) -> Iterator[None]:
-    """Hold the shard of OUT that is to be made. Raises Mistake where it is being made, or OUT in other shards.
+def claimed(args: argparse.Namespace, info: dict[str, Any], kinds: Sequence[str], place: str) -> Iterator[None]:
+    """Hold the shard of OUT that is to be made, and make its folders `kinds`; in a dry run only look.
 
-    So every file has one writer, and shards of one set run side by side.
-    """
-    if args.dry_run:
-        yield
-        return
-    ending = f"-of-{args.parts}.lock"
-    with held(args.out, f".{args.part}{ending}"):
-        for lock in [*args.out.glob(".*-of-*.lock")]:
-            if not lock.name.endswith(ending):
-                with held(args.out, lock.name):
-                    pass
-        yield
-
-
-def claim(args: argparse.Namespace, info: dict[str, Any], kinds: Sequence[str], place: str) -> None:
-    """Make OUT and its folders `kinds`, not in a dry run. Raises Mistake where its slices were made otherwise.
-
-    place: of maps and real slices, see `whence`.
+    So every file has one writer, and shards of one set run side by side. place: of maps and real slices, see `whence`.
+    Raises Mistake where the shard is being made, or OUT in other shards, or its slices were made otherwise.
     """
     made_with = {"checkpoint_sha256": info["checkpoint_sha256"], "precision": info["precision"], "format": args.format}
     made_with |= {"completed": bool(args.complement), "seed": args.seed if args.variants else None}
     before = dict(made_with)  # what a record held at first
     made_with["sources"] = place
     record, content = args.out / "run.json", (json.dumps(made_with, indent=1) + "\n").encode()
-    lock = contextlib.nullcontext() if args.dry_run else held(args.out, ".run.json.lock", wait=True)
-    with lock:  # the one file of all shards
+
+    def check(at_work: bool) -> None:
         made = [path for kind in ("images", "volumes") for path in (args.out / kind).glob("[!.]*")]
         known = recorded(record)
-        if known not in (made_with, before) and (made or (known and others_at_work(args))):
+        if known not in (made_with, before) and (made or (known and at_work)):
             raise Mistake(f"{args.out}: its slices were made otherwise (see run.json): give another --out")
-        if args.dry_run:
-            return
-        for kind in kinds:
-            (args.out / kind).mkdir(parents=True, exist_ok=True)
-        if not (record.exists() and record.read_bytes() == content):  # of a failed start
-            write_bytes(record, content)
+
+    if args.dry_run:
+        check(at_work=False)
+        yield
+        return
+    with contextlib.ExitStack() as shard:
+        with held(args.out, ".run.json.lock", wait=True):  # the one file of all shards: none begins meanwhile
+            shard.enter_context(held(args.out, f".{args.part}-of-{args.parts}.lock"))
+            check(others_at_work(args))
+            for kind in kinds:
+                (args.out / kind).mkdir(parents=True, exist_ok=True)
+            if not (record.exists() and record.read_bytes() == content):
+                write_bytes(record, content)
+        yield
 
 
 def others_at_work(args: argparse.Namespace) -> bool:
-    """Whether another shard of OUT is being made, perhaps before its first slice."""
-    for lock in args.out.glob(".*-of-*.lock"):
-        if lock.name != f".{args.part}-of-{args.parts}.lock":
-            try:
-                with held(args.out, lock.name):
-                    pass
-            except Mistake:
-                return True
-    return False
+    """Whether other shards of OUT are being made. Raises Mistake where they are of another number of shards."""
+    at_work = False
+    for lock in {*args.out.glob(".*-of-*.lock")} - {args.out / f".{args.part}-of-{args.parts}.lock"}:
+        try:
+            with held(args.out, lock.name):
+                pass  # what a killed run has left
+        except Mistake:
+            if not lock.name.endswith(f"-of-{args.parts}.lock"):
+                raise
+            at_work = True
+    return at_work
 
 
 def recorded(path: Path) -> Any:
@@ -1121,8 +1115,7 @@ def make_slices(args: argparse.Namespace, maps: dict[str, Path], reals: dict[str
         side = info["size"]
         print(f"note: not all maps are {side} x {side}, the size the model was trained at", file=sys.stderr)
     mine = share(jobs, args)
-    with shard_held(args):
-        claim(args, info, ("images", "maps", *["panels"] * args.panel), whence(args.out, maps, reals))
+    with claimed(args, info, ("images", "maps", *["panels"] * args.panel), whence(args.out, maps, reals)):
         todo = [job for job in mine if not is_made(targets(job, args), sources(job.path, job.path.stem, reals))]
         batches, finished = in_batches(todo, n), len(mine) - len(todo)
         print(
@@ -1155,8 +1148,7 @@ def make_volumes(args: argparse.Namespace, volumes: dict[str, Path], reals: dict
     sizes = survey(todo, reals) if args.dry_run or args.provider == "tensorrt" else []  # nobody else asks before
     to_come = in_parts(sizes, args.batch or NVIDIA_BATCH)
     session, info, name, n = open_for(args, to_come)
-    with shard_held(args):
-        claim(args, info, ["volumes"], whence(args.out, volumes, reals))
+    with claimed(args, info, ["volumes"], whence(args.out, volumes, reals)):
         print(f"{len(volumes)} volumes: {len(mine) - len(todo)} finished, {len(todo)} to make, {n} slices at a time")
         if args.dry_run:
             describe(args, info, name, n, to_come, in_parts(sizes, n))

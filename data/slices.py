@@ -289,7 +289,8 @@ def held(folder: Path, name: str = ".lock", wait: bool = False) -> Iterator[None
             raise Mistake(f"{folder}: another run is writing to it: wait for its end, or give another --out") from error
         except OSError as error:
             if error.errno not in NO_LOCKS:
-                raise Mistake(f"{folder}: cannot be made a folder ({error.strerror}); give another --out") from error
+                told = "written to" if folder.is_dir() else "made a folder"
+                raise Mistake(f"{folder}: cannot be {told} ({error.strerror}); give another --out") from error
             print(f"warning: {folder}: no locks on this filesystem: let no two runs write there", file=sys.stderr)
         yield
 

@@ -398,8 +398,8 @@ class Pix2pixHD(Matching):
 
     def losses(self, onehot: Tensor, target: Tensor, stage: str) -> dict[str, Tensor]:
         """Least squares summed over the scales, D's halved; G's as `generator_losses` has it."""
-        image, target = (self.shown(x, onehot) for x in (self.g(onehot)[0], target))
-        real, fake = self.d(onehot, target), self.d(onehot, image)
+        image = self.g(onehot)[0]
+        real, fake = (self.d(onehot, self.shown(x, onehot)) for x in (target, image))
         d, gan = gan_losses(real, fake, "lsgan")
         return {"d": d, **self.generator_losses(gan, real, fake, image, target)}
 
@@ -529,19 +529,13 @@ def spectral_patches(c_in: int, ndf: int, strides: tuple[int, ...]) -> Scales:
 class Spade(Matching):
     """SPADE without its image encoder; hinge loss and feature matching; D four times as fast as G."""
 
-    name, options = "SPADE", MatchingConfig
+    name, options, alone = "SPADE", MatchingConfig, True  # for its batch norm, and SEAN's codes
     own: ClassVar = {"d": (4e-4, (0.0, 0.9)), "g": (1e-4, (0.0, 0.9))}
 
     def __init__(self, c: MatchingConfig) -> None:
         super().__init__(c)
         self.g, self.d = self.networks(c)
         self.apply(partial(start, draw=xavier))
-
-    @classmethod
-    def checks(cls, c: MatchingConfig) -> list[tuple[bool, str]]:
-        """Batch norm's statistics, and SEAN's codes, are of the whole batch, which no process has alone."""
-        alone = covidgan.world_size() == 1
-        return [*super().checks(c), (alone, f"torchrun: {cls.name} trains in one process, start it without")]
 
     @classmethod
     def networks(cls, c: MatchingConfig) -> tuple[nn.Module, nn.Module]:
@@ -560,8 +554,8 @@ class Spade(Matching):
 
     def losses(self, onehot: Tensor, target: Tensor, stage: str) -> dict[str, Tensor]:
         """Hinge averaged over the scales, D's not halved; G's as `generator_losses` has it."""
-        image, target = (self.shown(x, onehot) for x in (self.image(onehot, target), target))
-        real, fake = self.d(onehot, target), self.d(onehot, image)
+        image = self.image(onehot, target)
+        real, fake = (self.d(onehot, self.shown(x, onehot)) for x in (target, image))
         d, gan = (loss / len(real) for loss in gan_losses(real, fake, "hinge"))
         return {"d": 2 * d, **self.generator_losses(gan, real, fake, image, target)}
 

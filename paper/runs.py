@@ -209,7 +209,7 @@ def export(out: Path) -> Path:
 
 def exported(file: Path, *what: str | Path) -> Path:
     """A file of export.py's, of what its command line names, made where it is not there yet."""
-    with making(file):
+    with making(file, script=file.with_name(f".{file.name}.lock")):
         if not file.exists():
             call(ROOT / "export.py", *what, "-o", file)
     return file

@@ -89,7 +89,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 class Segmentation(covidgan.Method):
     """The U-Net as a method of covidgan's loop: one player, one stage. Its target is the map, its input the slice."""
 
-    name, options, presets = "unet", UNetConfig, PRESETS
+    name, options, presets, alone = "unet", UNetConfig, PRESETS, True
     architecture = ("n_labels", "channels")
     curves = (("loss",),)
 
@@ -113,7 +113,6 @@ class Segmentation(covidgan.Method):
         return [
             (1 <= c.channels <= 1024, f"--channels {c.channels}: give 1 to 1024"),
             (c.dice >= 0, f"--dice {c.dice:g}: give 0 or more"),
-            (covidgan.world_size() == 1, "torchrun: the U-Net trains in one process, start it without"),
         ]
 
     def players(self, stage: str) -> dict[str, covidgan.Player]:

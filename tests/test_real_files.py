@@ -196,6 +196,7 @@ def test_a_gpus_checkpoint_goes_on_on_a_cpu(whole_run, here, tmp_path):
     checkpoint = torch.load(whole_run[0] / "ckpt.pt", weights_only=True)
     checkpoint["config"] |= {"device": "cuda", "epochs": 3}
     torch.save(checkpoint, tmp_path / "ckpt.pt")
+    (tmp_path / "data.txt").write_bytes((whole_run[0] / "data.txt").read_bytes())
     done = here("--resume", "--out", tmp_path)
     assert done.status == 0, done.stderr
     assert "; cpu, " in done.stdout
@@ -206,6 +207,7 @@ def test_a_run_whose_folder_was_moved_goes_on_where_it_is_now(whole_run, here, t
     checkpoint = torch.load(whole_run[0] / "ckpt.pt", weights_only=True)
     checkpoint["config"]["epochs"] = 3
     torch.save(checkpoint, tmp_path / "ckpt.pt")
+    (tmp_path / "data.txt").write_bytes((whole_run[0] / "data.txt").read_bytes())
     before = (whole_run[0] / "ckpt.pt").read_bytes()
     assert here("--resume", "--out", tmp_path).status == 0
     assert (whole_run[0] / "ckpt.pt").read_bytes() == before
@@ -262,9 +264,9 @@ def checkpoint(whole_run):
 
 def test_an_export_that_cannot_be_written_is_refused_before_its_work(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(export, "to_onnx", lambda *_: pytest.fail("worked first"))
-    with pytest.raises(Mistake, match=r"folder: is a folder"):
-        (tmp_path / "folder").mkdir()
-        export.main([str(checkpoint), "-o", str(tmp_path / "folder")])
+    with pytest.raises(Mistake, match=r"folder\.onnx: is a folder"):
+        (tmp_path / "folder.onnx").mkdir()
+        export.main([str(checkpoint), "-o", str(tmp_path / "folder.onnx")])
 
     def refuse(path, *_, **__):
         raise OSError(errno.EROFS, "Read-only file system", str(path))

@@ -124,7 +124,7 @@ function generatorWorker() {
   /** The metadata of a generator, parsed, with the shape of its input. Throws by what it lacks of the contract. */
   function check(name, metadata, opened) {
     for (const [key, value] of Object.entries(metadata)) {
-      if (/\p{C}/u.test(key + value) || (key + value).length > LONGEST) {
+      if (/[\p{C}\p{Z}]/u.test((key + value).replaceAll(" ", "")) || (key + value).length > LONGEST) {
         throw new Error(`${name}: metadata ${short(key)} is no plain line: export it again`);
       }
     }
