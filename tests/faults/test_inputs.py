@@ -317,16 +317,36 @@ def test_a_checkpoint_that_calls_for_memory_of_its_own_is_refused(tmp_path, lega
         def __reduce__(self):
             return bytearray, (10**11,)
 
-    right = {
-        "config": {"a": 1},
-        "networks": torch.nn.Linear(2, 2).state_dict(),
-        "more": torch.nn.Parameter(torch.ones(2)),
-    }
+    class Old:
+        """A tensor as PyTorch wrote it before 0.4; the download of VGG19 is so old."""
+
+        def __reduce__(self):
+            return torch._utils._rebuild_tensor, (torch.ones(2)._typed_storage(), 0, (2,), (1,))
+
+    right = {"config": {"a": 1}, "networks": torch.nn.Linear(2, 2).state_dict()}
+    right |= {"more": torch.nn.Parameter(torch.ones(2)), "old": Old(), "half": torch.ones(2).bfloat16()}
     for held, told in ((right | {"bomb": Bomb()}, "(ValueError)"), (right, "")):
         torch.save(held, tmp_path / "ckpt.pt", _use_new_zipfile_serialization=not legacy)
         if told:
             refused(covidgan.read_weights, tmp_path / "ckpt.pt", told)
-    assert torch.equal(covidgan.read_weights(tmp_path / "ckpt.pt")["more"], torch.ones(2))
+    held = covidgan.read_weights(tmp_path / "ckpt.pt")
+    assert all(torch.equal(held[name].float(), torch.ones(2)) for name in ("more", "old", "half"))
+
+
+def test_a_pickle_that_a_zip_only_ends_is_looked_through_as_pytorch_reads_it(tmp_path):
+    """zipfile finds an archive by its end, torch.load by its beginning."""
+    harmless = io.BytesIO()
+    torch.save({}, harmless)
+    torch.save({"a": {1, 2}}, tmp_path / "ckpt.pt", _use_new_zipfile_serialization=False)  # calls set
+    (tmp_path / "ckpt.pt").write_bytes((tmp_path / "ckpt.pt").read_bytes() + harmless.getvalue())
+    refused(covidgan.read_weights, tmp_path / "ckpt.pt", "(ValueError)")
+
+
+def test_an_archive_with_two_parts_of_one_name_is_refused(tmp_path):
+    torch.save({"a": 1}, tmp_path / "ckpt.pt")
+    with zipfile.ZipFile(tmp_path / "ckpt.pt", "a") as archive:
+        archive.writestr("ckpt/DATA.PKL", archive.read("ckpt/data.pkl"))
+    refused(covidgan.read_weights, tmp_path / "ckpt.pt", "(BadZipFile)")
 
 
 @pytest.fixture
