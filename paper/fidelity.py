@@ -62,6 +62,7 @@ ROWS: dict[str, tuple[str, list[str]]] = {
     "spectral": ("spectral norm in D", [*HALF, *BEST, "--spectral"]),
     "r1": ("R1 every 16 steps", [*HALF, *BEST, "--r1", "10"]),
     "noise": ("a channel of noise into G", [*HALF, *BEST, "--noise-inputs", "1"]),
+    "flip": ("half of the samples mirrored", [*HALF, *BEST, "--flip"]),
     "position": ("a pixel's place into G", [*HALF, *BEST, "--position"]),
 }
 

@@ -25,6 +25,7 @@ class StudyConfig(covidgan.Config):
     noise_inputs: int = 0  # channels of Gaussian noise that G sees beside the map; zero in synthesis
     position: bool = False  # two more channels for G: where in the slice a pixel lies, -1..1 across and down
     d_speed: float = 1.0  # D's learning rate, of G's
+    flip: bool = False  # mirror half of the samples left to right, though no heart is on the right
 
 
 R1_EVERY = 16  # steps: lazy regularisation, its weight the larger by as much (Karras et al., 2020)
@@ -71,7 +72,10 @@ class Study(covidgan.Covidgan):
         return players
 
     def losses(self, onehot: Tensor, target: Tensor, stage: str) -> dict[str, Tensor]:
-        """As the paper's, with R1 in its turn."""
+        """As the paper's, some samples mirrored where that is asked for, with R1 in its turn."""
+        if self.c.flip:
+            mirrored = (torch.rand(len(onehot), device=onehot.device) < 0.5).view(-1, 1, 1, 1)
+            onehot, target = (torch.where(mirrored, x.flip(3), x) for x in (onehot, target))
         losses = super().losses(onehot, target, stage)
         self.steps += 1
         if self.c.r1 and self.steps % R1_EVERY == 0:

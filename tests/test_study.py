@@ -73,6 +73,20 @@ def test_noise_is_drawn_in_training_and_zero_in_synthesis(study, onehot):
     assert torch.equal(made.g(onehot)[0], made.g(onehot)[0])
 
 
+def test_about_half_of_the_samples_are_mirrored_map_and_slice_alike(study, monkeypatch):
+    seen = []
+    monkeypatch.setattr(covidgan.Covidgan, "losses", lambda self, onehot, target, stage: seen.append((onehot, target)))
+    onehot, target = torch.rand(40, 4, 8, 8), torch.rand(40, 1, 8, 8)
+    study(flip=True).losses(onehot, target, "joint")
+    kinds = []
+    for x, y, onehot_seen, target_seen in zip(onehot, target, *seen[0], strict=True):
+        mirrored = torch.equal(target_seen, y.flip(-1))
+        assert mirrored or torch.equal(target_seen, y)
+        assert torch.equal(onehot_seen, x.flip(-1) if mirrored else x)
+        kinds.append(mirrored)
+    assert 8 < sum(kinds) < 32
+
+
 def test_position_is_two_channels_from_minus_1_to_1_down_and_across(study, monkeypatch):
     seen = []
     monkeypatch.setattr(covidgan.Generator, "forward", lambda self, x, stage="joint": seen.append(x) or (x[:, :1], x))
