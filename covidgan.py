@@ -943,7 +943,9 @@ class Trainer:
     def cut_stats(self) -> None:
         """Take out of OUT/stats.jsonl what a killed run wrote past its checkpoint, the last line perhaps in part."""
         stats, order, kept = self.out / "stats.jsonl", self.all_stages.index, []
-        for line in stats.read_text().splitlines() if stats.exists() else []:
+        if not stats.exists():
+            return
+        for line in stats.read_text().splitlines():
             with contextlib.suppress(KeyError, TypeError, ValueError):  # of a line that is no step's
                 step = json.loads(line)
                 if (order(step["stage"]), step["step"]) <= (order(self.stage), self.step_done):

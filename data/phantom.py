@@ -545,8 +545,12 @@ def make_set(args: argparse.Namespace, drawn: dict) -> None:
     """Draw the patients into OUT and print a summary; `drawn` is for split.json."""
     numbers = range(1, args.patients + 1)
     make = partial(make_patient, seed=args.seed, size=args.size, count=args.slices, out=args.out)
-    with multiprocessing.Pool(args.workers, end_with_parent) as pool:
-        made = list(tqdm(pool.imap(make, numbers), total=args.patients, unit="patient", disable=None))
+    try:
+        with multiprocessing.Pool(args.workers, end_with_parent) as pool:
+            made = list(tqdm(pool.imap(make, numbers), total=args.patients, unit="patient", disable=None))
+    finally:
+        for cut in args.out.rglob(".*.png.tmp"):  # a pool that is left ends its workers, perhaps while they write
+            cut.unlink()
     pixels = {number: counts for number, (counts, _) in zip(numbers, made, strict=True)}
     sides = split_patients(args.patients, args.seed)
     names = {s: [slice_name(n, k + 1) for n in sides[s] for k in range(args.slices)] for s in SIDES}

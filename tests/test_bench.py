@@ -33,7 +33,7 @@ def both(tiny):
         trainer, plain = covidgan.Trainer(covidgan.Covidgan, c), bench.PlainStep(c, stage)
         target, labels, names = trainer.batch()
         trainer.batch = lambda: (target, labels, names)
-        trainer.set_learning_rates = lambda: None  # which they have from the start
+        trainer.set_learning_rates = lambda: {}  # which they have from the start
         return trainer, plain, covidgan.one_hot(labels, c.n_labels), target
 
     return make

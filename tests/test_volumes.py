@@ -127,7 +127,7 @@ BROKEN = {
     "cut short, not compressed": (lambda whole: gzip.decompress(whole)[:-1], "cut short or damaged"),
     "of a petabyte, says its header": (
         lambda whole: gzip.decompress(whole)[:42] + b"\xff\x7f" * 3 + gzip.decompress(whole)[48:],
-        "takes 70362301923678 bytes, above the",
+        "takes 70,362,301,923,678 bytes, above the",
     ),
 }
 
