@@ -335,7 +335,7 @@ def of_rows(records: list[Record], side: str | None, heads: list[str]) -> list[l
     held = {(one["row"], f"{one['class']} {one['metric']}"): one for one in records if side in (None, one.get("side"))}
     lines = []
     for row in dict.fromkeys(row for row, _ in held):
-        seeds = next((len(one["seeds"]) for (name, _), one in held.items() if name == row and "seeds" in one), "-")
+        seeds = next((len(held[row, head]["seeds"]) for head in heads if "seeds" in held.get((row, head), {})), "-")
         digits = [(IMAGES | {"FID": 4}).get(head.partition(" ")[2], 2) for head in heads]  # FID: the paper's
         lines.append([row, seeds, *[cell(held.get((row, head)), d) for head, d in zip(heads, digits, strict=True)]])
     return lines
