@@ -1820,7 +1820,7 @@ def prepare_out(c: LoopConfig) -> None:
         names = ("ckpt.pt", "unet.pt", "results.json", "curves.png")  # unet.pt: of paper/segment.py
         for old in [*out.glob("panel_*.png"), *(out / name for name in names)]:
             old.unlink(missing_ok=True)
-    if not (out / "ckpt.pt").exists():
+    if not all((out / name).exists() for name in ("ckpt.pt", "stats.jsonl")):
         write_atomically(out / "stats.jsonl", lambda path: path.write_text(""))
 
 
