@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from data.slices import Mistake, OneLineParser, exit_on_mistake, patient_of, read_split, write_bytes
+from data.slices import Mistake, OneLineParser, exit_on_mistake, write_bytes
 from paper import runs
 from paper.report import grid, over_seeds
 
@@ -103,13 +103,12 @@ def summary(measured: dict[str, list[dict[str, dict[str, Any]]]]) -> list[str]:
 
 def as_json(measured: dict[str, dict[int, dict[str, dict[str, Any]]]], args: argparse.Namespace) -> dict[str, Any]:
     """All figures, one record each, and what they hold for; paper: it has no such study."""
-    split = read_split(args.reference / "split.json")
     found = [(row, seed, side) for row, seeds in measured.items() for seed in seeds for side in SIDES]
     outs = [args.out / f"{row}_{seed}" for row, seeds in measured.items() for seed in seeds]
     setting = {
         "epochs": args.epochs,
         "size": runs.size_of(args.reference),
-        "data": {side: {"slices": len(s), "patients": len({*map(patient_of, s)})} for side, s in split.items()},
+        "data": runs.sides_of(args.reference),
         "features": runs.FEATURES,
         "rows": {row: " ".join([*SCALE, *ROWS[row][1]]) for row in measured},
         "commits": sorted({(out / "commit.txt").read_text() for out in outs}),

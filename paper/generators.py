@@ -134,12 +134,17 @@ def optimiser_of(name: str, args: argparse.Namespace) -> str:
     return min(tried, key=kid)
 
 
+def choice(name: str, optimiser: str, args: argparse.Namespace) -> Path:
+    """eval.py's results by which a rival's optimiser is chosen."""
+    return folder(name, optimiser, FIRST_SEED, args) / f"eval_{CHOOSE}" / "results.json"
+
+
 def tried_optimisers(args: argparse.Namespace) -> dict[str, dict[str, float]]:
     """Of each rival the optimisers that were tried, with the lung KID by which one is chosen; for the record."""
     found: dict[str, dict[str, float]] = {}
     for name in RIVALS:
         for optimiser in row_of(name).optimisers:
-            path = folder(name, optimiser, FIRST_SEED, args) / f"eval_{CHOOSE}" / "results.json"
+            path = choice(name, optimiser, args)
             if path.exists():
                 kid = json.loads(path.read_text())["features"]["lung KID 1280"]["value"]
                 found.setdefault(name, {})[optimiser] = kid
@@ -161,8 +166,7 @@ def whole_runs(names: Iterable[str], args: argparse.Namespace) -> list[tuple[str
     found = []
     for name in names:
         published, tried = name.removesuffix("-clean"), row_of(name).optimisers
-        choice = [folder(published, one, FIRST_SEED, args) / f"eval_{CHOOSE}" / "results.json" for one in tried]
-        if len(tried) > 1 and not all(path.exists() for path in choice):
+        if len(tried) > 1 and not all(choice(published, one, args).exists() for one in tried):
             continue  # nothing is chosen yet
         runs_of = runs.seeded(args.out, f"{name}_{optimiser_of(name, args)}")
         found += [(name, seed, out) for seed, out in runs_of.items() if (out / "results.json").exists()]

@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from data.slices import SIDES, Mistake, held, list_pngs, read_image, read_split, write_bytes
+from data.slices import SIDES, Mistake, held, list_pngs, patient_of, read_image, read_split, write_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
 FEATURES = "efficientnet-lite0"  # of FID and KID: Inception's weights are a download
@@ -190,6 +190,12 @@ def keep_setting(out: Path, data: Path, reference: Path, setting: dict[str, Any]
                 raise Mistake(f"{out}: made with {option} {there.get(name)}, not {value}: give that, or another --out")
         if not (path.exists() and begun):
             write_bytes(path, (json.dumps(told, indent=1) + "\n").encode())
+
+
+def sides_of(reference: Path) -> dict[str, dict[str, int]]:
+    """How many slices and patients each side of a dataset has, for what is told of a setting."""
+    split = read_split(reference / "split.json")
+    return {side: {"slices": len(s), "patients": len({*map(patient_of, s)})} for side, s in split.items()}
 
 
 def size_of(data: Path) -> int:

@@ -19,7 +19,7 @@ import torch
 
 import covidgan
 import export
-from data.slices import coloured, patient_of, png, read_image, read_split, windowed, write_bytes, write_image
+from data.slices import coloured, png, read_image, read_split, windowed, write_bytes, write_image
 from paper import generators, rivals, runs
 from paper.generators import CHOOSE, REPORT, RIVALS, ROWS
 from paper.report import Table, apart, grid, over_seeds
@@ -176,12 +176,12 @@ def collect(args: argparse.Namespace) -> dict[str, Any]:
 
 def setting(args: argparse.Namespace, found: list[tuple[str, int, Path]]) -> dict[str, Any]:
     """What the figures hold for."""
-    split, optimisers, seeds = read_split(args.reference / "split.json"), {}, defaultdict(list)
+    optimisers, seeds = {}, defaultdict(list)
     for name, seed, run in found:
         optimisers[name] = run.name.removeprefix(f"{name}_").rpartition("_")[0]
         seeds[name].append(seed)
     return {
-        "data": {side: {"slices": len(s), "patients": len({*map(patient_of, s)})} for side, s in split.items()},
+        "data": runs.sides_of(args.reference),
         "reported": REPORT,
         "chosen on": CHOOSE,
         "size": runs.size_of(args.reference),

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 import eval as evaluation
-from data.slices import SIDES, patient_of, read_split
+from data.slices import SIDES
 from paper import generators, mixes, runs
 from paper.mixes import Mix, Scores
 from paper.report import Table, apart, grid
@@ -295,14 +295,12 @@ def collect(experiment: Experiment, args: argparse.Namespace) -> dict[str, Any]:
 
 def setting(rows: dict[str, Mix], sides: list[str], args: argparse.Namespace) -> dict[str, Any]:
     """What the figures hold for."""
-    split = read_split(args.reference / "split.json")
-    counts = {side: {"slices": len(s), "patients": len({*map(patient_of, s)})} for side, s in split.items()}
     folders = [out for mix in rows.values() for out in runs.seeded(args.out, f"unet_{mix.name}").values()]
     unets = [path for out in folders if (path := out / "results.json").exists()]
     parameters = {json.loads(path.read_text())["parameters"] for path in unets}
     return {
         "unit": "% of Dice, sensitivity, specificity",
-        "data": counts,
+        "data": runs.sides_of(args.reference),
         "U-Net trained on": mixes.SIDE,
         "U-Net tested on": {side: TOLD[side] for side in sides},
         "slices": {row: mixes.composition(mix, args) for row, mix in rows.items()},
