@@ -1329,6 +1329,10 @@ def keep_freed_memory() -> None:
 class Mistake(Exception):
     """A mistake of the user's: one line that names the file or option and the mend; exit status 2."""
 
+    def __str__(self) -> str:
+        """On one line: a name's line breaks and control characters are escaped."""
+        return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in super().__str__())
+
 
 def list_pngs(folder: Path) -> dict[str, Path]:
     """PNGs of a folder by name without ending, .PNG too; what begins with a dot is no data. Mistake where none is."""

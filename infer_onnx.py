@@ -72,6 +72,7 @@ from data.slices import (
     no_lungs_mean,
     open_png,
     png,
+    printable,
     read_image,
     read_map,
     read_split,
@@ -233,8 +234,7 @@ def start(model: Path, name: str, options: dict[str, str], threads: int) -> ort.
 
 def first_line(error: Exception) -> str:
     """What ONNX Runtime says, without its stack; names of a file's may hold anything."""
-    line = str(error).partition("\n")[0][:500]
-    return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in line)
+    return printable(str(error).partition("\n")[0][:500])
 
 
 def refusal(error: Exception) -> str:
@@ -1054,9 +1054,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     option("--shard", default="1/1", metavar="I/N", help="make the I-th of N equal parts, I = 1..N")
     option("--dry-run", action="store_true", help="print what would be done")
     args = parser.parse_args(argv)
-    for name, least in (("variants", 0), ("seed", 0), ("batch", 1), ("threads", 1)):
-        if (value := getattr(args, name)) is not None and value < least:
-            raise Mistake(f"--{name} {value}: give {least} or more")
+    for name, least, most in (("variants", 0, 9999), ("seed", 0, 2**63), ("batch", 1, 9999), ("threads", 1, 999)):
+        if (value := getattr(args, name)) is not None and not least <= value <= most:
+            raise Mistake(f"--{name} {value}: give {least} to {most}")
     part, _, parts = args.shard.partition("/")
     if not (part.isdecimal() and parts.isdecimal() and 1 <= int(part) <= int(parts)):
         raise Mistake(f"--shard {args.shard}: give I/N with I from 1 to N, like 1/4")

@@ -42,6 +42,7 @@ from data.slices import (
     write_split,
 )
 
+MOST = 9999  # patients of a set, and slices of a patient
 HEIGHT = 250  # of the lungs, mm
 RAISED = 6  # mm from the picture's middle up to y = 0 of the outlines
 AIR, FAT, MUSCLE, BLOOD, LIVER, CARTILAGE, MARROW, CORTEX = -1000, -100, 50, 40, 55, 110, 200, 700  # HU
@@ -494,7 +495,7 @@ def summary(sides: dict[str, list[int]], pixels: dict[int, np.ndarray]) -> str:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """The command line. Raises Mistake for an unknown option or value."""
+    """The command line, checked. Raises Mistake for an unknown option or value."""
     parser = OneLineParser(__doc__)
     parser.add_argument("--out", type=Path, default=Path("data/phantom"), help="folder of the set")
     parser.add_argument("--size", type=int, default=256, help="side of a slice in pixels, at least 64")
@@ -503,17 +504,23 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same bytes")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; does not change the result")
     parser.add_argument("--overwrite", action="store_true", help="replace the slices of any other set in the folder")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    ranges = (
+        ("size", 64, LARGEST),
+        ("patients", 3, MOST),
+        ("slices", 1, MOST),
+        ("seed", 0, 2**63),
+        ("workers", 1, 999),
+    )
+    for name, least, most in ranges:
+        if not least <= getattr(args, name) <= most:
+            raise Mistake(f"--{name} {getattr(args, name)}: must be {least} to {most}")
+    return args
 
 
 def main(argv: list[str] | None = None) -> None:
     """Draw a set and print its summary; raises Mistake, before anything is written, for bad arguments."""
     args = parse_arguments(argv)
-    for name, least in {"size": 64, "patients": 3, "slices": 1, "seed": 0, "workers": 1}.items():
-        if getattr(args, name) < least:
-            raise Mistake(f"--{name} {getattr(args, name)}: must be at least {least}")
-    if args.size > LARGEST:
-        raise Mistake(f"--size {args.size}: must be at most {LARGEST}")
     drawn = {
         "source": "phantom", "by": "patient", "seed": args.seed, "size": args.size,
         "patients": args.patients, "slices": args.slices,
@@ -546,7 +553,7 @@ def make_set(args: argparse.Namespace, drawn: dict) -> None:
     numbers = range(1, args.patients + 1)
     make = partial(make_patient, seed=args.seed, size=args.size, count=args.slices, out=args.out)
     try:
-        with multiprocessing.Pool(args.workers, end_with_parent) as pool:
+        with multiprocessing.Pool(min(args.workers, args.patients), end_with_parent) as pool:
             made = list(tqdm(pool.imap(make, numbers), total=args.patients, unit="patient", disable=None))
     finally:
         for cut in args.out.rglob(".*.png.tmp"):  # a pool that is left ends its workers, perhaps while they write

@@ -25,6 +25,7 @@ Every volume is read and checked before anything is written. `slices.py` tells t
 
 import argparse
 import itertools
+import math
 import re
 import sys
 from collections import Counter
@@ -483,8 +484,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         setattr(args, name, getattr(args, name) or str(Path(args.src) / folder))
     if args.stacked and args.exclude_patient:
         raise Mistake("--exclude-patient: slices of a stack have no names to exclude them by; leave it out")
-    if not 1 <= args.size <= LARGEST or args.seed < 0 or args.grey_window[0] >= args.grey_window[1]:
+    if not 1 <= args.size <= LARGEST or args.seed < 0 or not args.grey_window[0] < args.grey_window[1]:
         raise Mistake(f"--size must be 1 to {LARGEST}, --seed at least 0 and --grey-window LOW below HIGH")
+    if not all(math.isfinite(hu) for hu in (*args.grey_window, args.consolidation_above)):
+        raise Mistake("--grey-window, --consolidation-above: give HU that are finite")
     return args
 
 

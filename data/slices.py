@@ -52,6 +52,15 @@ NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # what a filesystem w
 class Mistake(Exception):
     """A mistake of the user's: its text is one line that names the file and the mend; exit status 2."""
 
+    def __str__(self) -> str:
+        """On one line, whatever stands in a name."""
+        return printable(super().__str__())
+
+
+def printable(text: str) -> str:
+    """A text with escapes for what a terminal would obey: line breaks, control characters."""
+    return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text)
+
 
 class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
     """Help that keeps the lines of a script's head, and gives each option's default where it has one."""

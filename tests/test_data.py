@@ -24,7 +24,7 @@ def labels():
 
 
 def one_line(mistake):
-    text = str(mistake.value)
+    (text,) = mistake.value.args
     assert "\n" not in text
     return text
 

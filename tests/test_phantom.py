@@ -338,7 +338,15 @@ def test_overwrite_replaces_the_set_and_leaves_no_old_slice(folder, tmp_path):
 
 @pytest.mark.parametrize(
     "arguments",
-    [("--size", 63), ("--patients", 2), ("--patients", 0), ("--slices", 0), ("--seed", -1), ("--workers", 0)],
+    [
+        ("--size", 63),
+        ("--patients", 2),
+        ("--patients", 0),
+        ("--slices", 0),
+        ("--seed", -1),
+        ("--workers", 0),
+        ("--patients", 10**12),
+    ],
 )
 def test_bad_arguments_are_mistakes_that_write_nothing(tmp_path, arguments):
     out = tmp_path / "set"

@@ -446,7 +446,7 @@ def test_a_bad_file_is_named_in_one_line_before_anything_is_written(src, out, fi
     spoil(src / file)
     with pytest.raises(Mistake) as error:
         run(src, out)
-    message = str(error.value)
+    (message,) = error.value.args
     assert message.startswith(f"{src / file}: ")
     assert complaint in message
     assert "\n" not in message
@@ -461,6 +461,8 @@ BAD_CALLS = {
     "counts that are no numbers": (["--split", "a,b,c"], "--split a,b,c: "),
     "no slice for training": (["--split", "0,73,73"], "--split 0,73,73: "),
     "a window upside down": (["--grey-window", 250, -1250], "--grey-window"),
+    "a window that is no number": (["--grey-window", "nan", 250], "--grey-window"),
+    "a density that is no number": (["--consolidation-above", "nan"], "--consolidation-above"),
 }
 
 
@@ -468,7 +470,7 @@ BAD_CALLS = {
 def test_a_mistaken_option_is_told_in_one_line(src, out, options, complaint):
     with pytest.raises(Mistake, match=complaint) as error:
         run(src, out, *options)
-    assert "\n" not in str(error.value)
+    assert "\n" not in error.value.args[0]
     assert not out.exists()
 
 
@@ -562,7 +564,7 @@ def test_a_ct_unlike_any_chest_is_refused_with_its_figure_unless_overruled(src, 
     put_patient(src, 2, (change(hu.astype(np.int32)).astype(np.int16), lung, lesion))
     with pytest.raises(Mistake, match=rf"rp_im/2\.nii\.gz: {complaint}.*--unchecked") as error:
         run(src, out)
-    assert "\n" not in str(error.value) and not out.exists()
+    assert "\n" not in error.value.args[0] and not out.exists()
     run(src, out, "--unchecked")
 
 

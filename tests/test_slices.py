@@ -174,7 +174,7 @@ def test_what_is_no_split_is_named_in_one_line(tmp_path, content):
     path = split_file(tmp_path, content)
     with pytest.raises(Mistake, match=f"^{path}: no ") as error:
         slices.read_split(path)
-    assert "\n" not in str(error.value)
+    assert "\n" not in error.value.args[0]
 
 
 @pytest.mark.parametrize("name", ["../a", "/etc/passwd", "maps/a", "..", ".", ".a", "", ".png", 3, None, ["a"]])

@@ -138,7 +138,9 @@ def test_a_broken_file_is_named_in_one_line(tmp_path, change, complaint):
     path.write_bytes(change(path.read_bytes()))
     with pytest.raises(Mistake) as error:
         volumes.read_volume(path)
-    assert str(error.value).startswith(f"{path}: ") and complaint in str(error.value) and "\n" not in str(error.value)
+    assert (
+        str(error.value).startswith(f"{path}: ") and complaint in str(error.value) and "\n" not in error.value.args[0]
+    )
 
 
 def test_a_missing_file_is_named(tmp_path):

@@ -5,7 +5,10 @@
 A child, so that its memory has a limit, so that a crash of a library is seen, and so that nobody else's is counted.
 """
 
+import contextlib
 import dataclasses
+import functools
+import importlib
 import io
 import itertools
 import json
@@ -454,39 +457,126 @@ def model(path: Path) -> None:
 # ---- command lines
 
 
+def methods() -> dict[str, type]:
+    """Every method that the loop trains, by name."""
+    from covidgan import Covidgan
+    from paper import METHODS
+    from paper.segment import Segmentation
+
+    return {method.name: method for method in (Covidgan, *METHODS.values(), Segmentation)}
+
+
 def command_seeds() -> list[bytes]:
-    """A command line as JSON."""
-    return [b'["--preset", "tiny", "--ngf", "12"]']
+    """A command line as JSON, behind what it is for."""
+    return [b'["covidgan", "--preset", "tiny", "--ngf", "12"]', b'["SPADE", "--ngf", "4"]']
+
+
+def odd_value(rng: np.random.Generator, words: tuple = ODD_VALUES) -> str:
+    """A value for an option: an odd one, or a number."""
+    numbers = str(int(rng.integers(-2, 300))), f"{rng.normal(0, 10):.3g}"
+    return one(rng, (str(one(rng, words)), *numbers, "1e400", "1_0", "0x10", "-0", "１"))
 
 
 def spoil_command(rng: np.random.Generator, seeds: list[bytes]) -> bytes:
-    """A command line of a few options, odd values among right ones."""
-    import covidgan
+    """A training's command line of a few options, odd values among right ones."""
+    from covidgan import get_type_hints
 
-    options = [*covidgan.get_type_hints(covidgan.Config).items()]
-    words = ["--preset", one(rng, ("tiny", "demo", "paper", "best"))]
+    method = one(rng, [*methods().values()])
+    options = [*get_type_hints(method.options).items()]
+    words = [method.name, "--preset", one(rng, [*method.presets])]
     for _ in range(rng.integers(1, 4)):
         name, kind = one(rng, options)
-        odd = str(one(rng, ODD_VALUES))
-        right = {int: str(int(rng.integers(-2, 300))), float: f"{rng.normal(0, 10):.3g}"}.get(kind, odd)
-        value = one(rng, (odd, right, "1e400", "1_0", "0x10", "-0", "１"))
-        words += [f"--{name.replace('_', '-')}"] + ([] if kind is bool else [value])
+        words += [f"--{name.replace('_', '-')}"] + ([] if kind is bool else [odd_value(rng)])
     return json.dumps(words).encode()
 
 
 def command(path: Path) -> None:
-    """A command line by covidgan.py; what it lets pass augments a slice to a slice, and builds its networks."""
+    """A training's command line; what it lets pass augments a slice to a slice, and builds its networks."""
     import torch
 
     import covidgan
 
-    c = covidgan.parse_config(
-        [word for word in json.loads(path.read_bytes()) if word not in ("--resume", "--overwrite")]
-    )
+    name, *words = json.loads(path.read_bytes())
+    method = methods()[name]
+    c = covidgan.parse_config([word for word in words if word not in ("--resume", "--overwrite")], method)
     assert all(math.isfinite(value) for value in dataclasses.astuple(c) if isinstance(value, float))
     labels = torch.ones(1, 1, 32, 32, dtype=torch.uint8)
     image, drawn = covidgan.augment(torch.full((1, 1, 32, 32), -800), labels, c, torch.Generator().manual_seed(0))
-    assert image.isfinite().all() and drawn.max() <= 1 and covidgan.outline(covidgan.Covidgan, c)
+    assert image.isfinite().all() and drawn.max() <= 1 and covidgan.outline(method, c)
+
+
+def put_set(folder: Path) -> None:
+    """All that the scripts take: volumes, a dataset, slices, a model."""
+    import nibabel as nib
+
+    from data import slices
+
+    body, lung = np.zeros((24, 24, 3)), np.zeros((24, 24, 3))
+    lung[6:18, 6:18] = 1
+    hu, lesion = body + 40 - 900 * lung, np.zeros((24, 24, 3))
+    lesion[8:12, 8:12] = 1
+    for patient in ("P01", "P02", "P03"):
+        for part, voxels in (("rp_im", hu), ("rp_lung_msk", lung), ("rp_msk", lesion)):
+            (folder / part).mkdir(exist_ok=True)
+            volume = nib.Nifti1Image(voxels.astype(np.int16), np.diag([-1.0, -1, 5, 1]))
+            nib.save(volume, folder / part / f"{patient}.nii")
+        for part in ("set", "fake"):
+            for kind in ("images", "maps"):
+                (folder / part / kind).mkdir(parents=True, exist_ok=True)
+            slices.write_image(folder / part / "images" / f"{patient}_S001.png", hu[..., 0].astype(np.int16))
+            slices.write_map(folder / part / "maps" / f"{patient}_S001.png", (lung + lesion)[..., 0].astype(np.uint8))
+    (folder / "model.onnx").write_bytes(model_seeds()[0])
+
+
+SCRIPTS = {  # of each what works on put_set, and what runs it: its parse alone where it would work for minutes
+    "infer_onnx": ("main", "set/maps --model model.onnx --provider cpu --out out --dry-run"),
+    "eval": ("main", "set fake --provider cpu --out out"),
+    "data.prepare": ("main", ". --binary --unchecked --size 16 --split 1,1,1 --out out"),
+    "data.phantom": ("parse_arguments", "--patients 3 --workers 1"),
+    "bench": ("parse", "--quick"),
+    "paper.tables": ("parse", "2 --data set --reference set"),
+    "paper.fidelity": ("parse", "--data set --reference set"),
+    "paper.weighting": ("parse", "out --data set"),
+}
+PATHS = {"../../x", "/etc/passwd", "C:\\x"}  # a user who names such an --out means it
+
+
+@functools.cache
+def options_of(script: str) -> list[str]:
+    """A script's options, by its help."""
+    module, told = importlib.import_module(script), io.StringIO()
+    with contextlib.redirect_stdout(told), contextlib.suppress(SystemExit):
+        module.main(["-h"])
+    return sorted(set(re.findall(r"--[a-z][a-z-]+", told.getvalue().partition("options:")[2])) - {"--help"})
+
+
+def script_seeds() -> list[bytes]:
+    """Right command lines of all scripts."""
+    return [json.dumps([script, *words.split()]).encode() for script, (_, words) in SCRIPTS.items()]
+
+
+def spoil_script(rng: np.random.Generator, seeds: list[bytes]) -> bytes:
+    """A script's command line with up to three odd options, as right words alone now and then."""
+    script, *words = json.loads(one(rng, seeds))
+    for _ in range(rng.integers(1, 4)):
+        odd = odd_value(rng, tuple(value for value in ODD_VALUES if str(value) not in PATHS))
+        words += [one(rng, options_of(script)), *[odd] * (rng.random() < 0.9)]
+    return json.dumps([script, *words]).encode()
+
+
+def script(path: Path) -> None:
+    """A script's command line, run in a folder of its own; what the system refuses is a mistake, as at its start."""
+    import covidgan
+    from data.slices import Mistake
+
+    name, *words = json.loads(path.read_bytes())
+    run = getattr(importlib.import_module(name), SCRIPTS[name][0])
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()):
+        put_set(Path(folder))
+        try:
+            run(words)
+        except OSError as error:
+            raise Mistake(covidgan.first_line(error)) from error
 
 
 READERS = {
@@ -502,6 +592,7 @@ READERS = {
     "checkpoint_exported": Reader("ckpt.pt", checkpoint_seeds, spoil_checkpoint, exported),
     "onnx": Reader("generator.onnx", model_seeds, spoil_model, model),
     "command": Reader(COMMAND, command_seeds, spoil_command, command),
+    "script": Reader(COMMAND, script_seeds, spoil_script, script),
 }
 
 
@@ -513,10 +604,10 @@ def fault_of(reader: Reader, path: Path) -> str:
     try:
         reader.read(path)
     except Exception as error:
-        text = str(error)
         if type(error).__name__ != "Mistake":
             return "".join(traceback.format_exception(error)[-4:])
-        fine = len(text.splitlines()) == 1 and text.isprintable() and len(text) <= LONGEST
+        text = str(error if reader.file == COMMAND else error.args[0])  # what a user typed is told with escapes
+        fine = text.isprintable() and 0 < len(text) <= LONGEST
         return "refused" if fine and (reader.file == COMMAND or str(path) in text) else f"complaint: {text[:300]!r}"
     return ""
 

@@ -39,7 +39,12 @@ import infer_onnx
 from covidgan import Covidgan
 from data import slices, volumes
 
-TRIES = dict.fromkeys(readers.READERS, 300) | {"checkpoint_resumed": 60, "checkpoint_exported": 60, "command": 30}
+TRIES = dict.fromkeys(readers.READERS, 300) | {
+    "checkpoint_resumed": 60,
+    "checkpoint_exported": 60,
+    "command": 30,
+    "script": 150,
+}
 MISTAKES = (slices.Mistake, covidgan.Mistake)
 
 
@@ -47,7 +52,7 @@ def refused(read, path, words=""):
     """The reader refuses a file in one line that names it."""
     with pytest.raises(MISTAKES) as mistake:
         read(path)
-    text = str(mistake.value)
+    (text,) = mistake.value.args
     assert str(path) in text and text.isprintable() and len(text) <= readers.LONGEST and words in text
     return text
 
@@ -73,6 +78,11 @@ def test_a_mutated_input_is_read_right_or_refused_in_one_line(name, tries, count
     assert not told["faults"] and not told["stray"], told
     assert told["MiB"] < 2048 and told["slowest"] < readers.SECONDS
     assert told["right"] and told["refused"]  # of neither there is always some
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_name_that_a_terminal_would_obey_is_told_with_escapes(mistake):
+    assert str(mistake("a\nb\x1b[2J\u202eé.png: not there")) == "a\\nb\\x1b[2J\\u202eé.png: not there"
 
 
 # ------------------------------------------------------------------------------------------------ pictures
