@@ -16,13 +16,13 @@ from test_prepare import put_patient
 from test_training import differing, leaves
 from whole import check_whole, leftovers, with_long_alone
 
-from data.slices import write_map
+from data.slices import write_image, write_map
 
 
-def error_of(done):
-    """The one line that a run ended with."""
+def error_of(done, lines_of=1):
+    """The one line that a run ended with; of a script that starts another, the other's."""
     lines = [line for line in done.stderr.replace("\r", "\n").splitlines() if line.startswith("error: ")]
-    assert done.status == 2 and len(lines) == 1 and "Traceback" not in done.stderr, done.stderr
+    assert done.status == 2 and len(lines) == lines_of and "Traceback" not in done.stderr, done.stderr
     return lines[0]
 
 
@@ -115,6 +115,49 @@ def test_a_disk_that_fills_while_training_keeps_the_last_checkpoint(disk, toy, s
         {k: v for k, v in leaves(one / "ckpt.pt").items() if "config" not in k} for one in (out, whole_run[0])
     )
     assert differing(ours, theirs) == []
+
+
+RESULTS = {
+    "eval.py": 8,
+    "export.py": 40,
+    "paper.tables": 100,
+}  # kilobytes of a disk that is too small for what they write
+
+
+@pytest.fixture
+def results(tmp_path, toy, whole_run, table_command):
+    """Name -> a command that writes its results into tmp_path/out."""
+    out, fake = tmp_path / "out", tmp_path / "fake"
+    fake.mkdir()
+    for name in toy.test:
+        write_image(fake / f"{name}.png", np.minimum(toy.hu[name] + 20, 3071))
+    table = table_command("2", "<!-- table 2 -->\n<!-- end of table 2 -->\n", "--samples", "64", "--rows", "covidgan")
+    table[table.index("--out") + 1] = out
+    evaluated = ["--out", out / "eval", "--json", out / "results.json", "--provider", "cpu"]
+    return {
+        "eval.py": ["eval.py", toy.folder / "images", fake, "--maps", toy.folder / "maps", *evaluated],
+        "export.py": ["export.py", whole_run[0] / "ckpt.pt", "-o", out / "generator.onnx"],
+        "paper.tables": ["-m", "paper.tables", *table],
+    }
+
+
+@pytest.mark.parametrize("writer", RESULTS)
+def test_results_that_a_full_disk_cannot_hold_are_one_line_and_made_when_there_is_room(
+    writer, results, disk, cli, count, tries
+):
+    if writer == "paper.tables":
+        with_long_alone(tries)
+    out = disk(RESULTS[writer])
+    (out / "of_before.json").write_text("{}")
+    told = error_of(cli(*results[writer], script=None), 2 if writer == "paper.tables" else 1)
+    assert f"{out}/" in told and "cannot be written" in told
+    count(f"full disk: {writer}")
+    check_whole(out)
+    assert leftovers(out) == [] and (out / "of_before.json").read_text() == "{}"
+    disk(80_000)
+    done = cli(*results[writer], script=None)
+    assert done.status == 0, done.stderr
+    assert check_whole(out) > 1
 
 
 def wait_for(process, folder, files):
