@@ -155,7 +155,7 @@ def test_results_that_a_full_disk_cannot_hold_are_one_line_and_made_when_there_i
     check_whole(out)
     assert leftovers(out) == [] and (out / "of_before.json").read_text() == "{}"
     disk(80_000)
-    done = cli(*results[writer], script=None)
+    done = cli(*results[writer], script=None, timeout=600)
     assert done.status == 0, done.stderr
     assert check_whole(out) > 1
 
