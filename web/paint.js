@@ -87,7 +87,7 @@ function generatorWorker() {
     /** HU int16 [height * width] of labels uint8: padded with background right and below, and cropped back. */
     async synthesize({ width, height, labels }) {
       const unknown = labels.find((label) => label >= info.labels.length);
-      if (unknown !== undefined) throw new Error(`${info.name} knows ${info.labels.join(", ")} alone: erase the rest`);
+      if (unknown !== undefined) throw new Error(`${info.name} knows only ${info.labels.join(", ")}: erase the rest`);
       const [h, w] = canvas(height, width);
       const padded = new Uint8Array(h * w);
       for (let y = 0; y < height; y++) padded.set(labels.subarray(y * width, (y + 1) * width), y * w);
@@ -229,7 +229,7 @@ function startWorker() {
     else resolve(result);
   };
   worker.onerror = ({ message }) => {
-    const error = new Error(`the worker stopped (${message}): load the page again`);
+    const error = new Error(`the worker stopped (${message}): reload the page`);
     for (const { reject } of waiting.values()) reject(error);
   };
   const ask = (task, given, transfer = []) => new Promise((resolve, reject) => {
@@ -304,7 +304,7 @@ async function writePng(width, height, depth, raw, palette = null) {
 /** A PNG's header, samples [height * width * channels], palette [[r, g, b]] and opacities. Throws where it is none. */
 async function readPng(bytes) {
   const view = new DataView(bytes.buffer, bytes.byteOffset), found = { IDAT: [] };
-  if (!SIGNATURE.every((byte, i) => bytes[i] === byte)) throw new Error("it does not begin like one");
+  if (!SIGNATURE.every((byte, i) => bytes[i] === byte)) throw new Error("it does not begin like a PNG");
   for (let at = 8, length; !found.IEND; at += 12 + length) {
     length = at + 12 <= bytes.length ? view.getUint32(at) : Infinity;
     if (at + 12 + length > bytes.length) throw new Error("it is cut short");
@@ -321,7 +321,7 @@ async function readPng(bytes) {
   if (found.PLTE?.length > 768) throw new Error("its palette has more than 256 colours");
   if (!width || !height || Math.max(width, height) > LARGEST) throw new Error(`not 1 to ${LARGEST} pixels a side`);
   const depths = { 0: [1, 2, 4, 8, 16], 2: [8, 16], 3: [1, 2, 4, 8], 4: [8, 16], 6: [8, 16] }[png.type];
-  if (!depths?.includes(png.depth)) throw new Error("no PNG has such pixels");
+  if (!depths?.includes(png.depth)) throw new Error("its pixel format is not valid in PNG");
   if (found.IHDR[12]) throw new Error("it is interlaced");
   const most = height * (width * 8 + 1); // of RGBA in 16 bits
   const raw = await through(new DecompressionStream("deflate"), await new Blob(found.IDAT).arrayBuffer(), most);
@@ -337,7 +337,7 @@ function unfilter(raw, { width, height, depth, type }) {
   const rows = new Uint8Array(height * stride);
   for (let y = 0; y < height; y++) {
     const filter = raw[y * (stride + 1)];
-    if (filter > 4) throw new Error(`its row ${y} has no filter of PNG's`);
+    if (filter > 4) throw new Error(`its row ${y} has an unknown filter`);
     for (let x = 0; x < stride; x++) {
       const at = y * stride + x;
       const left = x >= step ? rows[at - step] : 0;
@@ -626,13 +626,13 @@ async function openGenerator(name, content) {
   if (!state.past.length && !state.future.length) state.map = drawLungs(size); // nobody has touched it
   resetWindow();
   mapChanged();
-  say("Paint on the map: the slice follows. All runs in this browser, nothing is uploaded.");
+  say("Paint on the map: the slice follows. Everything runs in this browser, and nothing is uploaded.");
 }
 
 /** The bytes of the generator that comes with the repository. */
 async function shippedGenerator() {
-  const mend = 'drop a generator.onnx that export.py wrote onto the page, or press "Open a generator"';
-  if (location.protocol === "file:") throw new Error(`Opened from disk, the page may read no file by itself: ${mend}`);
+  const mend = 'drop onto the page a generator.onnx that export.py wrote, or press "Open a generator"';
+  if (location.protocol === "file:") throw new Error(`Opened from disk, the page cannot read files by itself: ${mend}`);
   return get(GENERATOR, mend);
 }
 
@@ -825,7 +825,7 @@ function wire() {
 function lacking() {
   const needed = { WebAssembly: "WebAssembly", Worker: "web workers", DecompressionStream: "DecompressionStream" };
   const lacks = Object.keys(needed).filter((name) => !(name in window)).map((name) => needed[name]);
-  return lacks.length ? `This browser lacks ${lacks.join(", ")}: take a current Firefox, Chrome, Edge or Safari.` : "";
+  return lacks.length ? `This browser lacks ${lacks.join(", ")}: use a current Firefox, Chrome, Edge or Safari.` : "";
 }
 
 async function main() {
