@@ -143,6 +143,11 @@ def train(program: list[str], options: list[str], out: Path, keep: bool = False)
                 write_bytes(out / "seconds.json", json.dumps(spent + cpu_seconds() - before).encode())
 
 
+def commits(made: Iterable[Path]) -> list[str]:
+    """The commits at which runs were begun."""
+    return sorted({(out / "commit.txt").read_text() for out in made})
+
+
 def seconds(out: Path) -> float | None:
     """CPU seconds that a run's training took; None where a kill has taken the count along."""
     path = out / "seconds.json"
@@ -182,7 +187,8 @@ def keep_setting(out: Path, data: Path, reference: Path, setting: dict[str, Any]
     told = setting | {"size of the data": size_of(data), "size of the reference": size_of(reference)}
     told["split of both"] = hashlib.sha256(split).hexdigest()[:16]
     with making(path := out / "setting.json"):
-        begun = any(out.glob("*/ckpt.pt"))  # else a mistyped command left it
+        made = ("ckpt.pt", "results.json", "images", "data")  # of runs, floors and mixes
+        begun = any(any(out.glob(f"*/{name}")) for name in made)  # else a mistyped command left it
         there = json.loads(path.read_text()) if path.exists() and begun else told
         for name, value in told.items():
             if there.get(name) != value:
@@ -232,6 +238,12 @@ def synthesize(
     return synthetic
 
 
+def once(results: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What a file of results holds; where it is not there yet, make() makes it, and returns what it holds."""
+    with making(results):
+        return json.loads(results.read_text()) if results.exists() else make()
+
+
 def compare(data: Path, synthetic: Path, features: Path, out: Path) -> dict[str, Any]:
     """Compare synthetic slices with the real ones of a dataset: eval.py's results, kept as OUT/results.json."""
     results = out / "results.json"
@@ -242,7 +254,4 @@ def compare(data: Path, synthetic: Path, features: Path, out: Path) -> dict[str,
 def measure(out: Path, data: Path, side: str, features: Path) -> dict[str, Any]:
     """Synthesize a side of a dataset by a trained run and compare it with the real slices: eval.py's results."""
     results = out / f"eval_{side}" / "results.json"
-    with making(results):
-        if results.exists():
-            return json.loads(results.read_text())
-        return compare(data, synthesize(out, data, side), features, results.parent)
+    return once(results, lambda: compare(data, synthesize(out, data, side), features, results.parent))

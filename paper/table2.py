@@ -64,21 +64,21 @@ def write_slices(out: Path, names: list[str], images: torch.Tensor) -> None:
 def measure_floor(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """eval.py's results of a floor: no network, and what every network has to beat."""
     out = args.out / name.replace(" ", "_")
-    with runs.making(out / "results.json"):
-        if (out / "results.json").exists():
-            return json.loads((out / "results.json").read_text())
+
+    def make() -> dict[str, Any]:
         train_side, side = load_side(args.reference, "train"), load_side(args.reference, REPORT)
         write_slices(out / "images", side.names, FLOORS[name](train_side, side.labels, covidgan.Config()))
         return compare_lungs(out, args)
+
+    return runs.once(out / "results.json", make)
 
 
 @torch.no_grad()
 def measure_self(run: Path, args: argparse.Namespace) -> dict[str, Any]:
     """eval.py's results of SEAN in the style of the very slices that it is to synthesize, as its authors test it."""
     out = run / "self"
-    with runs.making(out / "results.json"):
-        if (out / "results.json").exists():
-            return json.loads((out / "results.json").read_text())
+
+    def make() -> dict[str, Any]:
         method = export.load_method(covidgan.read_checkpoint(run / "ckpt.pt", rivals.Sean), rivals.Sean)
         side, images = load_side(args.reference, REPORT), []
         for hu, labels in zip(side.hu.split(8), side.labels.split(8), strict=True):
@@ -86,6 +86,8 @@ def measure_self(run: Path, args: argparse.Namespace) -> dict[str, Any]:
             images.append(method.synthesize_self(covidgan.one_hot(labels, method.c.n_labels), real))
         write_slices(out / "images", side.names, torch.cat(images))
         return compare_lungs(out, args)
+
+    return runs.once(out / "results.json", make)
 
 
 def compare_lungs(out: Path, args: argparse.Namespace) -> dict[str, Any]:
@@ -120,8 +122,16 @@ def cost_of(name: str, seed: int, run: Path) -> dict[str, Any]:
         "samples": round(generators.full_size(method, c) * c.epochs * c.epoch_len),
         "parameters": sum(p.numel() for p in trained.generator().parameters()),
         "synthesis": synthesis_seconds(run / "generator.onnx", c.size),
+        "d_at_end": loss_of_d(run),
         "commit": (run / "commit.txt").read_text(),
     }
+
+
+def loss_of_d(run: Path) -> float:
+    """D's loss at a run's end: the mean over the last tenth of the last stage's steps."""
+    steps = [json.loads(line) for line in (run / "stats.jsonl").read_text().splitlines()]
+    last = [step["d"] for step in steps if step["stage"] == steps[-1]["stage"]]
+    return float(np.mean(last[-max(1, len(last) // 10) :]))
 
 
 def synthesis_seconds(model: Path, size: int) -> float:
@@ -166,6 +176,7 @@ def collect(args: argparse.Namespace) -> dict[str, Any]:
     ours = [name for name in ROWS if name.startswith("covidgan")]
     return {
         "setting": setting(args, found),
+        "rows": {name: LISTED[name] for name, *_ in found},
         "records": records,
         "paper": paper_records(),
         "costs": costs,
@@ -176,9 +187,8 @@ def collect(args: argparse.Namespace) -> dict[str, Any]:
 
 def setting(args: argparse.Namespace, found: list[tuple[str, int, Path]]) -> dict[str, Any]:
     """What the figures hold for."""
-    optimisers, seeds = {}, defaultdict(list)
-    for name, seed, run in found:
-        optimisers[name] = run.name.removeprefix(f"{name}_").rpartition("_")[0]
+    seeds = defaultdict(list)
+    for name, seed, _ in found:
         seeds[name].append(seed)
     return {
         "data": runs.sides_of(args.reference),
@@ -191,9 +201,9 @@ def setting(args: argparse.Namespace, found: list[tuple[str, int, Path]]) -> dic
         "batch": args.batch,
         "seeds": seeds,
         "features": runs.FEATURES,
-        "optimisers": optimisers,
+        "optimisers": {name: generators.optimiser_of(name, args) for name in seeds},
         f"lung {KID} by which an optimiser was chosen": generators.tried_optimisers(args),
-        "commits": sorted({(run / "commit.txt").read_text() for *_, run in found}),
+        "commits": runs.commits(run for *_, run in found),
     }
 
 
@@ -221,7 +231,8 @@ def by_method(records: list[dict[str, Any]]) -> dict[tuple[str, str, str], list[
 def comparison(records: list[dict[str, Any]], ours: str, block: str) -> dict[str, Any]:
     """In how many of the 32 comparisons a method of ours is ahead of the rivals of a block, "" or "-clean".
 
-    Clearly: beyond the 95 % interval of the difference of the two means over the seeds, by Student's t.
+    Clearly: beyond the 95 % interval of the difference of the two means over the seeds, by Welch's t; of one seed
+    nothing is clear.
     """
     values, told = by_method(records), []
     for name, region, metric in itertools.product(RIVALS, REGIONS, COMPARED):
@@ -231,12 +242,14 @@ def comparison(records: list[dict[str, Any]], ours: str, block: str) -> dict[str
         difference, ci95 = apart(a, b)
         lead = difference if BETTER[metric] == "higher" else -difference
         told.append({"rival": name + block, "region": region, "metric": metric, "lead": lead, "ci95": ci95})
-    clear = [one for one in told if one["ci95"] is not None and abs(one["lead"]) > one["ci95"]]
+    tested = [one for one in told if one["ci95"] is not None]
+    clear = [one for one in tested if abs(one["lead"]) > one["ci95"]]
     return {
         "ours": ours,
         "rivals": "clean" if block else "published",
         "compared": len(told),
         "ahead": sum(one["lead"] > 0 for one in told),
+        "tested": len(tested),
         "clearly ahead": sum(one["lead"] > 0 for one in clear),
         "clearly behind": sum(one["lead"] < 0 for one in clear),
         "each": told,
@@ -273,24 +286,28 @@ def costs(runs_of: list[dict[str, Any]]) -> list[str]:
         known = [cost["seconds"] for cost in several if cost["seconds"] is not None]
         seconds = f"{np.mean(known):,.0f}" if known else "-"
         counts = [f"{several[0][key]:,}" for key in ("samples", "parameters")]
-        lines.append([name, seconds, *counts, f"{np.mean([cost['synthesis'] for cost in several]):.3f}"])
+        synthesis, d = (np.mean([cost[key] for cost in several]) for key in ("synthesis", "d_at_end"))
+        lines.append([name, seconds, *counts, f"{synthesis:.3f}", f"{d:.2f}"])
     heads = ["method", "CPU seconds of training", "samples at full size", "parameters of G", "CPU seconds a slice"]
-    return grid(heads, lines)
+    return grid([*heads, "D's loss at the end"], lines)
 
 
 def verdicts(table: dict[str, Any]) -> list[str]:
     """Who is ahead, and how soon, as Markdown."""
     compared = f"Of {len(RIVALS) * len(COMPARED) * len(REGIONS)} comparisons ({', '.join(COMPARED)}"
-    lines = [f"{compared}; the PSNR of complete slices and of lungs is the same, and counts twice):", ""]
+    same = "PSNR and NRMSE of complete slices and of lungs are one error of pixels, told four times"
+    clearly = "clearly: beyond the 95 % interval over the seeds, of these patients"
+    lines = [f"{compared}; {same}; {clearly}):", ""]
     for one in (one for one in table["comparisons"] if one["compared"]):
-        lines.append(
-            f"- {one['ours']} against the rivals as {one['rivals']}: ahead in {one['ahead']} of {one['compared']}, "
-            f"clearly ahead in {one['clearly ahead']}, clearly behind in {one['clearly behind']}"
-        )
+        told = f"- {one['ours']} against the rivals as {one['rivals']}: ahead in {one['ahead']} of {one['compared']}"
+        seeds = f"of the {one['tested']} with several seeds clearly ahead in {one['clearly ahead']}"
+        verdict = f"{seeds}, clearly behind in {one['clearly behind']}" if one["tested"] else "one seed, no verdict"
+        lines.append(f"{told}; {verdict}")
     for block in ("", "-clean"):
         if times := time_to(table["progress"], block):
             told = ", ".join(f"{name} {'never' if s is None else f'{s:,} CPU seconds'}" for name, s in times.items())
-            lines += ["", f"Time to the lung KID that pix2pixHD{block} ends with, first seed: {told}"]
+            first = f"first seed, the first of {generators.KEPT} checkpoints of a stage that has it"
+            lines += ["", f"Time to the lung KID that pix2pixHD{block} ends with, {first}: {told}"]
     return lines
 
 

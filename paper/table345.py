@@ -8,8 +8,8 @@ real slices do; "beta" is Table V for who moves beta, which the paper does not s
 
 mean +- 95 % interval as the paper has it, over ten folds of the test slices, and beside it the interval over patients,
 which is the one to go by: slices of a patient are alike; it is about the mean of the patients' means. Both are of one
-U-Net, averaged over the seeds. Where a map has no lesion, Dice is 100 if none is found, else 0. Which sides train and
-test stands at the head of paper/mixes.py.
+U-Net, averaged over the seeds; in brackets stands the deviation over seeds. Where a map has no lesion, Dice is 100 if
+none is found, else 0. Which sides train and test stands at the head of paper/mixes.py.
 """
 
 import argparse
@@ -126,9 +126,11 @@ class Experiment:
 
 
 def against_first(rows: dict[str, Mix]) -> Callable[[str], list[str]]:
-    """Compare every row with the first."""
+    """Compare every row with the first, and a rival's with those of ours that swap as much."""
     first = next(iter(rows))
-    return lambda row: [] if row == first else [first]
+    ours = [row for row, mix in rows.items() if mix.replaced == 0.5 and mix.generator in OURS]
+    rival = [row for row, mix in rows.items() if mix.generator in generators.RIVALS]
+    return lambda row: [] if row == first else [first, *ours] if row in rival else [first]
 
 
 ROWS_5, ROWS_BETA = half_swapped(generators.ABLATIONS), half_swapped(generators.POLICIES)
@@ -199,20 +201,20 @@ def lesion_record(row: str, lesion: str, metric: str, side: str, found: dict[int
 def difference(row: str, other: str, side: str, ours: dict[int, Scores], theirs: dict[int, Scores]) -> Record | None:
     """By how much the headline of a row is above another's, in %, slice by slice, of the seeds that both have.
 
-    Clear: beyond the 95 % interval over patients, and of one sign in every seed of several. None where no seed is
-    common.
+    Clear: beyond the 95 % interval over patients, and beyond that over seeds. None where no seed is common.
     """
-    each = {}
-    for seed in ours.keys() & theirs.keys():
-        values = 100 * (ours[seed].figures[HEADLINE] - theirs[seed].figures[HEADLINE])
-        each[seed] = over_patients(values, ours[seed].names)
-    if not each:
+    seeds = sorted(ours.keys() & theirs.keys())
+    if not seeds:
         return None
-    means, halves = zip(*[each[seed] for seed in sorted(each)], strict=True)
-    mean, half = averaged([*means]), averaged([*halves])
-    one_sign = len(means) > 1 and (min(means) > 0 or max(means) < 0)
+    names = ours[seeds[0]].names
+    each = np.stack([100 * (ours[seed].figures[HEADLINE] - theirs[seed].figures[HEADLINE]) for seed in seeds])
+    mean, half = over_patients(each.mean(0), names)
+    means = [over_patients(one, names)[0] for one in each]
+    half_seeds = evaluation.interval(means)[1]
+    clear = half is not None and half_seeds is not None and abs(mean) > max(half, half_seeds)
     told = {"row": row, "against": other, "side": side, "metric": HEADLINE, "difference": mean, "ci95_patients": half}
-    return told | {"of seeds": [*means], "clear": bool(half is not None and abs(mean) > half and one_sign)}
+    told |= {"ci95_seeds": half_seeds, "over folds": over_folds(each.mean(0))[0]}
+    return told | {"seeds": seeds, "of seeds": means, "clear": bool(clear)}
 
 
 def image_differences(records: list[Record], against: Callable[[str], list[str]]) -> list[Record]:
@@ -283,9 +285,10 @@ def collect(experiment: Experiment, args: argparse.Namespace) -> dict[str, Any]:
                 differences.append(difference(row, other, side, found[row], found[other]))
     if experiment.images:
         records += [one for row, mix in experiment.rows.items() for one in image_records(row, mix, args)]
-    known = [*dict.fromkeys(one["row"] for one in records)]
+    known = {row: experiment.rows[row] for row in dict.fromkeys(one["row"] for one in records)}
     return {
-        "setting": setting({row: experiment.rows[row] for row in known}, sides, args) | {"slices without": without},
+        "setting": setting(known, sides, args) | {"slices without": without},
+        "rows": {row: listed_row(mix) for row, mix in known.items()},
         "records": records,
         "paper": paper_records(experiment),
         "differences": [one for one in differences if one],
@@ -298,6 +301,7 @@ def setting(rows: dict[str, Mix], sides: list[str], args: argparse.Namespace) ->
     folders = [out for mix in rows.values() for out in runs.seeded(args.out, f"unet_{mix.name}").values()]
     unets = [path for out in folders if (path := out / "results.json").exists()]
     parameters = {json.loads(path.read_text())["parameters"] for path in unets}
+    used = dict.fromkeys(mix.generator for mix in rows.values() if mix.replaced or mix.added)
     return {
         "unit": "% of Dice, sensitivity, specificity",
         "data": runs.sides_of(args.reference),
@@ -310,7 +314,8 @@ def setting(rows: dict[str, Mix], sides: list[str], args: argparse.Namespace) ->
         "batch": args.batch,
         "features": runs.FEATURES,
         "CPU seconds of a U-Net": averaged([runs.seconds(path.parent) for path in unets]),
-        "commits": sorted({(path.parent / "commit.txt").read_text() for path in unets}),
+        "commits": runs.commits(path.parent for path in unets),
+        "commits of generators": runs.commits(run for *_, run in generators.whole_runs(used, args)),
     }
 
 
@@ -318,14 +323,17 @@ def setting(rows: dict[str, Mix], sides: list[str], args: argparse.Namespace) ->
 
 
 def cell(one: Record | None, digits: int = 2) -> str:
-    """mean +- interval over folds (the same over patients), or else deviation over seeds; what there is of it."""
+    """mean ± interval over folds (the same over patients) [deviation over seeds]; what there is of it."""
     if not one or one["mean"] is None:
         return "-"
-    half = one.get("ci95") if one.get("ci95") is not None else one.get("sd_seeds")
-    text = f"{one['mean']:.{digits}f}" + (f" ± {half:.{digits}f}" if half is not None else "")
-    if one.get("ci95_patients") is None:
-        return text
-    return f"{text} ({one['mean_patients']:.{digits}f} ± {one['ci95_patients']:.{digits}f})"
+
+    def shown(mean: str, half: str) -> str:
+        spread = f" ± {one[half]:.{digits}f}" if one.get(half) is not None else ""
+        return f"{one[mean]:.{digits}f}{spread}"
+
+    of_patients = f" ({shown('mean_patients', 'ci95_patients')})" if one.get("ci95_patients") is not None else ""
+    seeds = f" [{one['sd_seeds']:.{digits}f}]" if one.get("sd_seeds") is not None else ""
+    return shown("mean", "ci95") + of_patients + seeds
 
 
 def of_rows(records: list[Record], side: str | None, heads: list[str]) -> list[list[str]]:
@@ -356,7 +364,7 @@ def empty_told(counts: dict[str, int]) -> list[str]:
 
 
 def images_apart(differences: list[Record]) -> list[str]:
-    """Lines on the differences of images, a row each; clear: beyond the interval over the seeds."""
+    """Lines on the differences of images, a row each; clear: beyond the 95 % interval over the seeds."""
     lines = []
     for row, other in dict.fromkeys((one["row"], one["against"]) for one in differences):
         told = []
@@ -373,9 +381,10 @@ def told_apart(one: Record) -> str:
     """A line on a difference."""
     half = f" ± {one['ci95_patients']:.2f}" if one["ci95_patients"] is not None else ""
     each = ", ".join(f"{mean:+.2f}" for mean in one["of seeds"])
-    unclear = "cannot be told from noise" if len(one["of seeds"]) > 1 else "one seed, no verdict"
-    verdict = "clear" if one["clear"] else unclear
-    return f"- {one['row']} against {one['against']}: {one['difference']:+.2f}{half} (each seed: {each}): {verdict}"
+    several = f"seeds {each}, ± {one['ci95_seeds']:.2f}" if len(one["seeds"]) > 1 else "one seed, no verdict"
+    verdict = ": clear" if one["clear"] else ": cannot be told from noise" if len(one["seeds"]) > 1 else ""
+    folds = f"over folds {one['over folds']:+.2f}"
+    return f"- {one['row']} against {one['against']}: {one['difference']:+.2f}{half} ({folds}; {several}){verdict}"
 
 
 def markdown(experiment: Experiment, table: dict[str, Any]) -> str:
@@ -383,20 +392,23 @@ def markdown(experiment: Experiment, table: dict[str, Any]) -> str:
     lines, sides = [], table["setting"]["U-Net tested on"]
     if experiment.images:
         heads = [f"complete {metric}" for metric in IMAGES]
-        judge = f"FID and KID by features of {runs.FEATURES} of so many dimensions, ± over the seeds"
+        judge = f"FID and KID by features of {runs.FEATURES} of so many dimensions; PSNR ± 95 % interval over slices"
+        judge += " (over patients); [deviation over seeds]"
         lines += [f"**Images**, of {TOLD[generators.REPORT]}; {judge}", ""]
         lines += grid(["row", "seeds", *IMAGES], of_rows(table["records"], generators.REPORT, heads))
         lines += [*images_apart(table["differences of images"]), ""]
     for side, told in sides.items():
         heads = [HEADLINE] if experiment.images else FIGURES
         segmented = [one for one in table["records"] if one["class"] != "complete"]
-        lines += [f"**Tested on {side}**: {told}. %, mean ± 95 % interval over folds (over patients)", ""]
+        spread = "± 95 % interval over folds (over patients) [deviation over seeds]"
+        lines += [f"**Tested on {side}**: {told}. %, mean {spread}", ""]
         lines += empty_told(table["setting"]["slices without"][side])
         counts = table["setting"]["slices"]
         rows = [[row, slices_told(counts[row]), *cells] for row, *cells in of_rows(segmented, side, heads)]
         lines += grid(["row", "trained on", "seeds", *heads], rows)
         differences = [told_apart(one) for one in table["differences"] if one["side"] == side]
-        lines += [f"{HEADLINE}, differences over patients:", "", *differences, ""] if differences else []
+        clear = "clear: beyond the 95 % intervals over patients and over seeds"
+        lines += [f"{HEADLINE}, differences over patients; {clear}:", "", *differences, ""] if differences else []
     if table["paper"]:
         heads = [*dict.fromkeys(f"{one['class']} {one['metric']}" for one in table["paper"])]
         lines += ["**The paper's**, on other data and by a U-Net of full width", ""]
@@ -407,11 +419,13 @@ def markdown(experiment: Experiment, table: dict[str, Any]) -> str:
 
 def listed(experiment: Experiment) -> dict[str, str]:
     """What --list says of each row."""
-    told = {}
-    for row, mix in experiment.rows.items():
-        switches = " ".join(generators.row_of(mix.generator).options) if mix.replaced or mix.added else ""
-        told[row] = f"{mix.name:36} {switches}".rstrip()
-    return told
+    return {row: listed_row(mix) for row, mix in experiment.rows.items()}
+
+
+def listed_row(mix: Mix) -> str:
+    """A mix's name and how its generator is trained."""
+    switches = " ".join(generators.row_of(mix.generator).options) if mix.replaced or mix.added else ""
+    return f"{mix.name:36} {switches}".rstrip()
 
 
 def table(experiment: Experiment) -> Table:

@@ -81,15 +81,16 @@ def test_sets_that_would_measure_a_generator_on_what_it_was_trained_on_are_refus
     runs.check_sides(data, reference, ("train", "test"))
 
 
-def test_a_folder_keeps_the_setting_of_its_runs_and_that_of_the_split(tmp_path):
+@pytest.mark.parametrize("first", ["unet_real_0/ckpt.pt", "label_means/results.json", "unet_real_0/data/split.json"])
+def test_a_folder_keeps_the_setting_of_its_runs_and_that_of_the_split(tmp_path, first):
     data, out = split_in(tmp_path / "set", train=["P1_1"], test=["P2_1"]), tmp_path / "out"
     (data / "images").mkdir()
     write_image(data / "images" / "P1_1.png", np.zeros((32, 32)))
     out.mkdir()
     runs.keep_setting(out, data, data, {"unet_samples": 120})  # a slip, stopped before anything was made
     runs.keep_setting(out, data, data, {"unet_samples": 4000})
-    (out / "unet_real_0").mkdir()
-    (out / "unet_real_0" / "ckpt.pt").touch()
+    (out / first).parent.mkdir(parents=True)
+    (out / first).touch()
     data = data.rename(tmp_path / "moved")
     runs.keep_setting(out, data, data, {"unet_samples": 4000})
     with pytest.raises(Mistake, match="out: made with --unet-samples 4000, not 8000: give that, or another --out"):

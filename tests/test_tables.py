@@ -57,17 +57,40 @@ def test_the_optimiser_kept_is_the_one_with_the_lower_lung_kid_on_the_patients_t
     assert set(asked) == {"test"} and generators.REPORT == "seg_test"
 
 
-def test_a_comparison_is_clear_beyond_students_interval_of_the_difference():
+def welch(a, b):
+    """Half the 95 % interval of the difference of two means, of unequal spreads (Welch 1947), written out."""
+    of_a, of_b = (np.var(values, ddof=1) / len(values) for values in (a, b))
+    freedom = (of_a + of_b) ** 2 / (of_a**2 / (len(a) - 1) + of_b**2 / (len(b) - 1))
+    return scipy.stats.t.ppf(0.975, freedom) * np.sqrt(of_a + of_b)
+
+
+def test_a_comparison_is_clear_beyond_welchs_interval_of_the_difference():
     ours, theirs = [27.0, 27.2, 27.4], [26.5, 26.6, 26.7]
     found = table2.comparison(records("covidgan", ours) + records("SPADE", theirs), "covidgan", "")
-    judge = scipy.stats.ttest_ind(ours, theirs).confidence_interval(0.95)
     assert found["each"][0]["lead"] == pytest.approx(0.6)
-    assert found["each"][0]["ci95"] == pytest.approx((judge.high - judge.low) / 2, rel=1e-3)
+    assert found["each"][0]["ci95"] == pytest.approx(welch(ours, theirs), rel=1e-6)
     assert (found["compared"], found["ahead"], found["clearly ahead"], found["clearly behind"]) == (1, 1, 1, 0)
     two = table2.comparison(records("covidgan", [26.8, 27.2]) + records("SPADE", [26.3, 26.5]), "covidgan", "")
     assert two["each"][0]["lead"] > 2 * np.sqrt(0.08 / 2 + 0.02 / 2) and two["clearly ahead"] == 0  # two seeds are few
     near = table2.comparison(records("covidgan", [26.0, 26.7, 27.4]) + records("SPADE", theirs), "covidgan", "")
     assert (near["ahead"], near["clearly ahead"], near["clearly behind"]) == (1, 0, 0)
+
+
+def test_of_unequal_numbers_of_seeds_the_interval_is_that_of_the_less_certain_mean():
+    difference, half = report.apart([0.0, 2.0], [5.0, 5.1, 5.2])
+    assert difference == pytest.approx(-4.1) and half == pytest.approx(welch([0.0, 2.0], [5.0, 5.1, 5.2]), rel=1e-6)
+    assert 12 < half < 13  # one degree of freedom
+    assert report.apart([0.0], [5.0, 5.1, 5.2]) == (pytest.approx(-5.1), None)
+
+
+def test_a_verdict_tells_of_how_many_comparisons_seeds_can_tell():
+    seeds = records("covidgan", [27.0, 27.2, 27.4]) + records("SPADE", [26.5, 26.6, 26.7]) + records("SEAN", [27.5])
+    made = {"comparisons": [table2.comparison(seeds, "covidgan", "")], "progress": {}}
+    lines = [line for line in table2.verdicts(made) if line.startswith("- ")]
+    told = "ahead in 1 of 2; of the 1 with several seeds clearly ahead in 1, clearly behind in 0"
+    assert lines == [f"- covidgan against the rivals as published: {told}"]
+    made["comparisons"] = [table2.comparison(records("covidgan", [27.0]) + seeds[3:], "covidgan", "")]
+    assert table2.verdicts(made)[2].endswith("ahead in 1 of 2; one seed, no verdict")
 
 
 def test_where_lower_is_better_the_lower_is_ahead_and_one_seed_is_never_clear():
@@ -141,14 +164,21 @@ def test_the_markdown_has_every_method_with_its_spread_and_the_papers_rows():
     found = [
         r for metric in table2.BETTER for region in table2.REGIONS for r in records("SPADE", [1, 2], metric, region)
     ]
-    cost = {"method": "SPADE", "seed": 0, "seconds": 1200.4, "samples": 12000, "parameters": 92088385, "synthesis": 0.5}
+    cost = {"method": "SPADE", "seed": 0, "seconds": 1200.4, "samples": 12000, "parameters": 92088385}
+    cost |= {"synthesis": 0.5, "d_at_end": 1.616}
     text = table2.markdown(
         {"setting": {"size": 128}, "records": found, "costs": [cost], "progress": {}}
         | {"comparisons": [table2.comparison(found, "covidgan", "")]}
     )
     assert "| SPADE | 2 | 1.50 +- 0.71 | 1.5000 +- 0.7071 |" in text
-    assert "| SPADE | 1,200 | 12,000 | 92,088,385 | 0.500 |" in text
+    assert "| SPADE | 1,200 | 12,000 | 92,088,385 | 0.500 | 1.62 |" in text
     assert "| SEAN | 0.0341 | 26.69 | 0.8922 | 0.0837 | 0.3575 | 28.02 | 0.8952 | 0.2795 |" in text
+
+
+def test_ds_loss_at_the_end_is_of_the_last_tenth_of_the_last_stage(tmp_path):
+    steps = [("g2", 9.0)] * 5 + [("joint", 3.0)] * 18 + [("joint", 1.0), ("joint", 2.0)]
+    (tmp_path / "stats.jsonl").write_text("".join(json.dumps({"stage": s, "d": d}) + "\n" for s, d in steps))
+    assert table2.loss_of_d(tmp_path) == 1.5
 
 
 def test_checkpoints_are_kept_as_they_come_with_the_cpu_seconds_behind_them(tmp_path):
@@ -219,6 +249,7 @@ def test_what_a_run_cost_stands_beside_it(made):
     assert [steps.count(stage) for stage in ("g1", "g2", "joint")] == [4, 4, 4]  # of four samples each
     network = covidgan.build(rivals.Sean, rivals.MatchingConfig(size=64, ngf=4, ndf=4)).g
     assert costs["SEAN"]["parameters"] == sum(p.numel() for p in network.parameters())
+    assert all(0 < cost["d_at_end"] < 10 for cost in costs.values())
     assert 0 < costs["SEAN"]["synthesis"] < 5 and costs["covidgan"]["seconds"] > 1
 
 

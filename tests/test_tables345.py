@@ -9,6 +9,7 @@ import onnxruntime as ort
 import pytest
 import scipy.stats
 import torch
+from test_tables import welch
 
 import covidgan
 import export
@@ -226,6 +227,7 @@ def scores(shift, seeds=(0, 1), noise=0.0):
 def test_a_difference_is_paired_by_slice_so_that_patients_who_differ_hide_nothing():
     told = table345.difference("a", "b", "train", scores(0.02, noise=0.005), scores(0.0))
     assert told["difference"] == pytest.approx(2, abs=0.3) and told["clear"] and len(told["of seeds"]) == 2
+    assert told["seeds"] == [0, 1] and told["over folds"] == pytest.approx(2, abs=0.3)
     assert told["ci95_patients"] < 1
 
 
@@ -234,25 +236,36 @@ def test_a_difference_is_not_clear_within_its_interval_nor_where_seeds_disagree(
     ours = {0: scores(0.1)[0], 1: scores(-0.01)[1]}
     told = table345.difference("a", "b", "train", ours, scores(0.0, noise=1e-4))
     assert told["difference"] == pytest.approx(4.5, abs=0.1) and not told["clear"]
+    ours = {0: scores(0.01, (0,))[0], 1: scores(0.01, (1,))[1], 2: scores(0.09, (2,))[2]}  # of one sign, but far apart
+    told = table345.difference("a", "b", "train", ours, scores(0.0, (0, 1, 2)))
+    means = [1.0, 1.0, 9.0]
+    assert told["of seeds"] == pytest.approx(means) and told["ci95_patients"] < told["difference"] and not told["clear"]
+    assert told["ci95_seeds"] == pytest.approx(scipy.stats.t.ppf(0.975, 2) * scipy.stats.sem(means), rel=1e-3)
     assert table345.difference("a", "b", "train", scores(0, (0,)), scores(0, (1,))) is None
 
 
 def test_of_one_seed_no_difference_is_clear_however_large():
     told = table345.difference("a", "b", "train", scores(0.2, (0,), noise=0.005), scores(0.0, (0,)))
     assert told["difference"] > 10 * told["ci95_patients"] and not told["clear"]
-    assert table345.told_apart(told).endswith("one seed, no verdict")
+    assert table345.told_apart(told).endswith("one seed, no verdict)")
 
 
-def test_figures_of_images_are_told_apart_by_students_t_over_the_seeds():
+def test_a_rivals_row_is_compared_with_ours_that_swap_as_much():
+    against = table345.EXPERIMENTS["3"].against
+    assert against("50% SEAN") == ["0%", "50%", "50% covidgan-best"]
+    assert (against("0%"), against("50%"), against("50% covidgan-best")) == ([], ["0%"], ["0%"])
+    assert table345.EXPERIMENTS["4"].against("50%") == ["0%"]
+
+
+def test_figures_of_images_are_told_apart_by_welchs_t_over_the_seeds():
     values = {("ours", "FID 24"): [1.1, 1.2, 1.3], ("a", "FID 24"): [1.5, 1.6, 1.9], ("b", "FID 24"): [1.0]}
     values |= {("ours", "PSNR"): [None], ("a", "PSNR"): [25.0]}
     of = [{"row": row, "metric": m, "class": "complete", "of seeds": v} for (row, m), v in values.items()]
     found = table345.image_differences(of, lambda row: [] if row == "ours" else ["ours"])
-    judge = scipy.stats.ttest_ind([1.5, 1.6, 1.9], [1.1, 1.2, 1.3]).confidence_interval(0.95)
     assert [(one["row"], one["metric"]) for one in found] == [("a", "FID 24"), ("b", "FID 24")]  # refused: no PSNR
     assert found[0]["difference"] == pytest.approx(7 / 15)
-    assert found[0]["ci95"] == pytest.approx((judge.high - judge.low) / 2, rel=1e-3)
-    told = ["- a against ours: FID 24 +0.4667 ± 0.3702 clear", "- b against ours: FID 24 -0.2000, one seed, no verdict"]
+    assert found[0]["ci95"] == pytest.approx(welch([1.5, 1.6, 1.9], [1.1, 1.2, 1.3]), rel=1e-6)
+    told = ["- a against ours: FID 24 +0.4667 ± 0.4348 clear", "- b against ours: FID 24 -0.2000, one seed, no verdict"]
     assert table345.images_apart(found) == told
 
 
@@ -265,7 +278,8 @@ def test_the_markdown_gives_both_intervals_the_verdict_and_the_papers_row():
         for metric in table345.METRICS
     ]
     differing = {"row": "50%", "against": "0%", "side": "train", "metric": "infection Dice", "difference": -1.5}
-    differing |= {"ci95_patients": 2.0, "of seeds": [-1.0, -2.0], "clear": False}
+    differing |= {"ci95_patients": 2.0, "ci95_seeds": 6.35, "over folds": -1.25, "of seeds": [-1.0, -2.0]}
+    differing |= {"seeds": [0, 1], "clear": False}
     counts = {"real": 49, "replaced": 49, "added": 0, "augmented": 0}
     text = table345.markdown(
         study,
@@ -277,9 +291,10 @@ def test_the_markdown_gives_both_intervals_the_verdict_and_the_papers_row():
         }
         | {"paper": table345.paper_records(study)},
     )
-    assert "| 50% | 49 real + 49 synthetic | 2 | 70.50 ± 0.50 (68.50 ± 4.25) |" in text
+    assert "| 50% | 49 real + 49 synthetic | 2 | 70.50 ± 0.50 (68.50 ± 4.25) [1.00] |" in text
     assert "Slices 18 without consolidation: their Dice is 100 where none is found, else 0." in text
-    assert "- 50% against 0%: -1.50 ± 2.00 (each seed: -1.00, -2.00): cannot be told from noise" in text
+    told = "-1.50 ± 2.00 (over folds -1.25; seeds -1.00, -2.00, ± 6.35): cannot be told from noise"
+    assert f"- 50% against 0%: {told}" in text
     assert "| 50% SEAN | 85.23 ± 0.40 | 84.99 ± 0.31 |" in text
 
 
