@@ -1232,7 +1232,7 @@ def evaluate(trainer: Trainer) -> dict[str, dict[str, dict[str, float]]]:
     ours = trainer.method.name
     images = {ours: trainer.synthesize(test.labels)}
     shrink = c.size // images[ours].shape[-1]
-    images["mean HU a label"] = mean_paint(train, test.labels, c)[..., ::shrink, ::shrink]
+    images["mean HU per label"] = mean_paint(train, test.labels, c)[..., ::shrink, ::shrink]
     images["nearest training case"] = nearest_copy(train, test.labels, c)[..., ::shrink, ::shrink]
     labels, real = test.labels[..., ::shrink, ::shrink], F.avg_pool2d(window(test.hu, c), shrink)
     return {

@@ -350,7 +350,7 @@ def test_slices_without_lung_count_in_no_figure(own_toy, tiny):
 
     def figures():
         trainer = covidgan.Trainer(covidgan.Covidgan, tiny(data=str(own_toy.folder), batch=2))
-        return covidgan.evaluate(trainer)["mean HU a label"]
+        return covidgan.evaluate(trainer)["mean HU per label"]
 
     among = figures()
     slices.write_split(own_toy.folder / "split.json", own_toy.train, own_toy.test[2:], [], {})
