@@ -1,27 +1,27 @@
-"""How fast, how lean, how near to what this machine can do: ratios of processes that take turns, and their spread.
+"""How fast, how lean, how close to what this machine can do: ratios of processes that take turns, and their spread.
 
     python bench.py --json bench.json                       # all parts at full widths: ten minutes on two CPU cores
     python bench.py --quick                                 # the same at reduced sizes, fewer rounds
-    python bench.py --parts synth --checkpoint out/ckpt.pt  # of trained weights: what a file's speed costs in HU
-    python bench.py --parts synth --with-openvino           # and OpenVINO, fetched into a throw-away folder
+    python bench.py --parts synth --checkpoint out/ckpt.pt  # trained weights: what a file's speed costs in HU
+    python bench.py --parts synth --with-openvino           # also OpenVINO, fetched into a throw-away folder
 
     ceilings  the fastest matrix product or convolution of each library
     train     a step of each stage against the plain step (PlainStep)    train_step_ratio, train_memory_ratio
     synth     each file, and PyTorch in bf16, against PyTorch in fp32    synth_fp32_ratio, synth_bf16_ratio
     infer     infer_onnx.py, PNG and all, against its bare model         infer_efficiency, infer_whole
-    eval      eval.py's figures of pixels against scikit-image's         eval_pixels_ratio
+    eval      eval.py's pixel metrics against scikit-image's             eval_pixels_ratio
 
-Each contender stands in a process of its own, with its own threads, allocator and memory peak, and they take turns: a
-machine whose speed drifts drifts for all. A ratio is taken round by round: its median, then its least and greatest
+Each contender runs in a process of its own, with its own threads, allocator and memory peak, and they take turns: if
+the machine's speed drifts, it drifts for all. A ratio is taken round by round: its median, then its least and greatest
 value. Memory is the process's peak less what it held before any network was built.
 
-The ceiling is the fastest round of the fastest library, in the same precision and taking turns with what is held
-against it. Arithmetic is what FlopCounterMode counts in PyTorch, and only what really does as much has a fraction of
+The ceiling is the fastest round of the fastest library, in the same precision and taking turns with what is compared
+with it. Arithmetic is what FlopCounterMode counts in PyTorch, and only what really does that much gets a fraction of
 the ceiling: --target cpu does less (Winograd), and what OpenVINO does is not known. A fraction above 1 would mean that
-the ceiling is none: that is an error, in the JSON too, and exit status 1. fraction_of_fp32_peak is generator.onnx's,
+the ceiling is not one: that is an error, in the JSON too, and exit status 1. fraction_of_fp32_peak is generator.onnx's,
 fraction_of_bf16_peak the last stage's training step's, where it computes in bfloat16.
 
---device cuda is timed by CUDA events, and memory is PyTorch's alone. No GPU was at hand: that path was never run.
+--device cuda is timed by CUDA events, and memory is PyTorch's only. No GPU was at hand: that path was never run.
 """
 
 import argparse
@@ -64,7 +64,7 @@ from data.slices import read_image, read_map
 HERE = Path(__file__).resolve().parent
 GOALS = {"train_step_ratio": "at most 0.4", "train_memory_ratio": "at most 0.6", "synth_fp32_ratio": "at least 1.9"}
 GOALS |= {"synth_bf16_ratio": "at least 3.5", "infer_efficiency": "at least 0.9"}
-SIZES = {  # option -> full, quick; sizes in pixels a side, widths as --ngf and --ndf
+SIZES = {  # option -> full, quick; sizes in pixels per side, widths as --ngf and --ndf
     "rounds": (5, 3),
     "train_size": (256, 128),
     "train_width": (64, 32),
@@ -76,25 +76,25 @@ SIZES = {  # option -> full, quick; sizes in pixels a side, widths as --ngf and 
 OPENVINO = "onnxruntime-openvino==1.24.1"
 HINDRANCES = ("ATEN_", "BLIS_", "DNNL_", "GOMP_", "GOTO_", "KMP_", "MKL_", "NVPL_", "OMP_", "ONEDNN_", "OPENBLAS_")
 MATRICES = (1024, 2048)  # rows and columns of the ceilings' products
-BLOCKS = ((512, 32), (512, 64), (64, 256))  # channels and side of residual blocks: G1's, at 1024 pixels too, and G2's
-CEILING_SECONDS = 0.5  # of a ceiling's run
-PAUSE = 0.2  # seconds between runs: the threads of the one before spin for a moment, and would be in the way
-COLUMNS = 100  # of what is printed, at most
+BLOCKS = ((512, 32), (512, 64), (64, 256))  # channels and side of residual blocks: G1's, also at 1024 pixels, and G2's
+CEILING_SECONDS = 0.5  # per run of a ceiling
+PAUSE = 0.2  # seconds between runs: threads of the previous one spin for a moment, and would get in the way
+COLUMNS = 100  # printed at most
 
 Work = Callable[[], Any]
-Maker = Callable[[], tuple[Work, dict[str, Any]]]  # called in the contender's process: what to time, and facts on it
+Maker = Callable[[], tuple[Work, dict[str, Any]]]  # called in the contender's process: what to time, and facts about it
 Rows = dict[str, dict[str, Any]]  # contender -> seconds [rounds], net_bytes and its facts, or missing
 
 
 class Missing(Exception):
-    """A contender that cannot be had here; its text tells why."""
+    """A contender that is not available here; its text says why."""
 
 
 # ------------------------------------------------------------------------------------------------ taking turns
 
 
 def memory(field: str) -> int:
-    """Bytes of this process: "VmRSS" now, "VmHWM" at most so far. 0 where the system does not tell (not Linux)."""
+    """Bytes of this process: "VmRSS" now, "VmHWM" the peak so far. 0 where the system does not say (not Linux)."""
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.exists() else []
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith(field + ":")), 0)
@@ -116,9 +116,9 @@ def timed(work: Work, device: str) -> float:
 
 @contextlib.contextmanager
 def surroundings(packages: Path | None) -> Iterator[None]:
-    """What a process that is started here meanwhile inherits: nothing that tells a library to be slow or spare cores.
+    """Give processes started meanwhile an environment without variables that make libraries slow or spare cores.
 
-    packages: a folder whose packages it shall import before all others.
+    packages: a folder whose packages they import before all others.
     """
     held = {name: os.environ.pop(name) for name in [*os.environ] if name.startswith(HINDRANCES)}
     paths = [str(packages)] if packages else []
@@ -131,7 +131,7 @@ def surroundings(packages: Path | None) -> Iterator[None]:
 
 
 def serve(pipe: Connection, make: Maker, device: str, warm: int) -> None:
-    """A contender's process: build it, tell its facts, run once for every word from the pipe, tell its memory."""
+    """A contender's process: build it, send its facts, run once per message from the pipe, send its memory."""
     before = memory("VmRSS")
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere), contextlib.redirect_stdout(nowhere):
         try:
@@ -144,12 +144,12 @@ def serve(pipe: Connection, make: Maker, device: str, warm: int) -> None:
             pipe.send(torch.cuda.max_memory_allocated() if device == "cuda" else memory("VmHWM") - before)
         except Missing as reason:
             pipe.send({"missing": str(reason)})
-        except Exception as error:  # whatever it is, the process that waits must hear of it
+        except Exception as error:  # whatever it is, the waiting process must hear of it
             pipe.send({"failed": f"{type(error).__name__}: {infer_onnx.first_line(error)}"})
 
 
 def heard(pipe: Connection, name: str) -> Any:
-    """What a contender tells. Raises Mistake where it failed or died."""
+    """What a contender sends. Raises Mistake where it failed or died."""
     try:
         told = pipe.recv()
     except EOFError as error:
@@ -160,7 +160,7 @@ def heard(pipe: Connection, name: str) -> Any:
 
 
 def interleave(contenders: dict[str, Maker], rounds: int, title: str, device: str = "cpu", warm: int = 1) -> Rows:
-    """Run every contender once a round, in turn. Raises Mistake where one fails or dies."""
+    """Run every contender once per round, in turn. Raises Mistake where one fails or dies."""
     context = multiprocessing.get_context("spawn")  # a fork would inherit this process's memory and threads
     rows, pipes, processes = {}, {}, []
     with tqdm(total=len(contenders) * (rounds + 1), desc=title, leave=False) as bar:
@@ -186,7 +186,7 @@ def interleave(contenders: dict[str, Maker], rounds: int, title: str, device: st
                 process.join()
         finally:
             for process in processes:
-                process.kill()  # where all went well, none is left
+                process.kill()  # if all went well, none is left
     return rows
 
 
@@ -227,7 +227,7 @@ def onnx_product(x: np.ndarray, w: np.ndarray) -> Work:
 
 
 def products(library: str, dtype: str, device: str) -> Iterator[tuple[str, int, Work]]:
-    """What a library may be fastest at: name, floating-point operations, work."""
+    """Candidates for what a library is fastest at: name, floating-point operations, work."""
     shapes = {f"matrices of {n}": ((n, n), (n, n), 2 * n**3) for n in MATRICES}
     for c, side in BLOCKS if library != "numpy" else ():
         flop = 2 * 9 * (c * side) ** 2
@@ -257,7 +257,7 @@ def make_ceiling(library: str, dtype: str, device: str) -> tuple[Work, dict]:
         return flop / min(timed(work, device) for _ in range(2))
 
     name, flop, work = max(products(library, dtype, device), key=speed)
-    turns = max(1, round(CEILING_SECONDS / timed(work, device)))  # a single short run would be none: caches are cold
+    turns = max(1, round(CEILING_SECONDS / timed(work, device)))  # a single short run is no ceiling: caches are cold
 
     def repeated() -> None:
         for _ in range(turns):
@@ -267,14 +267,14 @@ def make_ceiling(library: str, dtype: str, device: str) -> tuple[Work, dict]:
 
 
 def ceilings(device: str) -> dict[str, Maker]:
-    """What a rotation's other contenders are held against."""
+    """Ceilings that the other contenders of a rotation are compared with."""
     libraries = {"torch": "float32", "torch bf16": "bfloat16"}
     libraries |= {"numpy": "float32", "onnxruntime": "float32"} if device == "cpu" else {}
     return {name: partial(make_ceiling, name.split()[0], dtype, device) for name, dtype in libraries.items()}
 
 
 def with_fractions(rows: Rows) -> Rows:
-    """Add FLOP a second, and its fraction of the ceiling of the same precision, or an error where that is above 1."""
+    """Add FLOP per second, and its fraction of the ceiling in the same precision, or an error where that is above 1."""
     computing = {name: row for name, row in rows.items() if "flop" in row}
     peaks: dict[str, float] = {}
     for row in computing.values():
@@ -291,7 +291,7 @@ def with_fractions(rows: Rows) -> Rows:
 
 
 def bench_ceilings(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """The libraries' products alone."""
+    """Only the libraries' products."""
     rows = with_fractions(interleave(ceilings(args.device), 2 * args.rounds, "ceilings", args.device))
     return {"about": "what each library is fastest at", "tables": {"": rows}, "figures": {}}
 
@@ -303,8 +303,8 @@ class PlainStep:
     """The yardstick: one step of the same networks and losses, written the way pix2pixHD writes it.
 
     fp32 in the contiguous layout, activations in place, unfused Adam, and three passes of the discriminators: the
-    synthesis cut off from the generator, the real image, and the synthesis again, for the generator. Each player's
-    backward pass fills whatever gradients it meets, D's from the generator's loss too, and they are then thrown away.
+    synthesis detached from the generator, the real image, and the synthesis again, for the generator. Each player's
+    backward pass fills all gradients that it reaches, also D's from the generator's loss, which are then thrown away.
     """
 
     def __init__(self, c: covidgan.Config, stage: str, device: str = "cpu") -> None:
@@ -337,7 +337,7 @@ class PlainStep:
 
 
 def counted(work: Work) -> int:
-    """Floating-point operations of one run, 2 for a multiplication with its addition."""
+    """Floating-point operations of one run, counting 2 for a multiply-add."""
     with FlopCounterMode(display=False) as counter:
         work()
     return counter.get_total_flops()
@@ -374,7 +374,7 @@ def make_phantom(folder: Path, size: int, slices: int = 24, seed: int = 0) -> Pa
 
 
 def bench_train(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """The step of each stage, ours and the plain one."""
+    """The step of each stage: ours and the plain one."""
     size, width, data, tables = args.train_size, args.train_width, str(make_phantom(folder, args.train_size)), {}
     for stage in args.stages:
         options = dict(size=size, ngf=width, ndf=width, batch=args.batch, stage=stage, data=data, device=args.device)
@@ -394,7 +394,7 @@ def bench_train(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def random_checkpoint(folder: Path, size: int, width: int) -> Path:
-    """What export needs of a checkpoint, untrained: the arithmetic is the same."""
+    """What export needs of a checkpoint, with untrained weights: the arithmetic is the same."""
     c, path = covidgan.Config(size=size, ngf=width, ndf=width), folder / f"random_{size}_{width}.pt"
     networks = covidgan.build(covidgan.Covidgan, c).state_dict()
     torch.save({"method": covidgan.Covidgan.name, "config": dataclasses.asdict(c), "networks": networks}, path)
@@ -410,7 +410,7 @@ def exported(checkpoint: Path, folder: Path, fp16: bool = False, target: str = "
 
 
 def make_torch(dtype: str, checkpoint: Path, maps: np.ndarray, device: str) -> tuple[Work, dict]:
-    """The generator by PyTorch, labels in and HU out."""
+    """The generator in PyTorch, labels in and HU out."""
     if bf16 := dtype == "bfloat16":
         need_bf16(device)
     weights = covidgan.read_weights(checkpoint)
@@ -426,21 +426,21 @@ def make_torch(dtype: str, checkpoint: Path, maps: np.ndarray, device: str) -> t
 
 
 def make_onnx(model: Path, maps: np.ndarray, provider: str, precision: str = "model") -> tuple[Work, dict]:
-    """An exported file by ONNX Runtime, as infer_onnx.py runs it."""
+    """An exported file in ONNX Runtime, as infer_onnx.py runs it."""
     generator = infer_onnx.Generator(*infer_onnx.open_session(model, provider, precision=precision))
     return partial(generator, maps), {"hu": generator(maps)}
 
 
 def make_openvino(model: Path, maps: np.ndarray, precision: str, *, packages: Path) -> tuple[Work, dict]:
-    """The same by OpenVINO's ONNX Runtime, which the process has imported from `packages`, see surroundings."""
+    """The same in OpenVINO's ONNX Runtime, which the process has imported from `packages`, see surroundings."""
     if precision == "bf16":
-        need_bf16("cpu")  # trap: OpenVINO would compute in fp32 and say nothing
-    os.environ["HOME"] = str(packages)  # where its cache goes, to be thrown away as well
+        need_bf16("cpu")  # else OpenVINO would silently compute in fp32
+    os.environ["HOME"] = str(packages)  # where its cache goes, to be thrown away too
     return make_onnx(model, maps, "openvino", precision)
 
 
 def synthesizers(checkpoint: Path, maps: np.ndarray, args: argparse.Namespace, folder: Path) -> dict[str, Maker]:
-    """PyTorch, each file, and OpenVINO if asked for; where it cannot be had, a line says why."""
+    """PyTorch, each file, and OpenVINO if asked for; where it is not available, a line says why."""
     makers: dict[str, Maker] = {}
     for name, dtype in {"PyTorch fp32": "float32", "PyTorch bf16": "bfloat16"}.items():
         makers[name] = partial(make_torch, dtype, checkpoint, maps, args.device)
@@ -459,7 +459,7 @@ def synthesizers(checkpoint: Path, maps: np.ndarray, args: argparse.Namespace, f
 
 
 def bench_synth(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """One slice by every file, provider and precision; HU off PyTorch's in fp32 inside the lung."""
+    """One slice by every file, provider and precision; HU off from PyTorch's in fp32 inside the lung."""
     size, about = args.synth_size, "random weights: how far HU are off, trained ones alone tell (--checkpoint)"
     if args.checkpoint:
         size, about = covidgan.read_weights(args.checkpoint)["config"]["size"], f"trained weights: {args.checkpoint}"
@@ -488,7 +488,7 @@ def bench_synth(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def make_infer(options: list[Any], out: Path, again: bool) -> tuple[Work, dict]:
-    """infer_onnx.py as a whole process, each time into a new folder below `out`, or again and again into the first."""
+    """infer_onnx.py as a whole process, each time into a new folder in `out`, or again and again into the first."""
     runs = itertools.repeat(0) if again else itertools.count()
     return (lambda: run(sys.executable, HERE / "infer_onnx.py", *options, "--out", out / str(next(runs)))), {}
 
@@ -496,8 +496,8 @@ def make_infer(options: list[Any], out: Path, again: bool) -> tuple[Work, dict]:
 def bench_infer(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """infer_onnx.py on a folder of maps, read, synthesized and written, against its model alone on as many maps.
 
-    The model alone is timed without its start, so the script's rate is too: a run that finds all slices finished takes
-    the time of the start. infer_whole is the same with the start.
+    The model alone is timed without start-up, so the script is too: a run that finds all slices finished measures its
+    start-up. infer_whole is the same with start-up.
     """
     data, n = make_phantom(folder, args.synth_size, args.slices), args.slices
     model = exported(random_checkpoint(folder, args.synth_size, args.synth_width), folder)
@@ -511,7 +511,7 @@ def bench_infer(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     rows = interleave(makers, max(2, args.rounds // 2), "infer", warm=0)
     del rows["model alone"]["hu"]
     rows["infer_onnx.py"]["net_bytes"] = rows["all finished"]["net_bytes"] = (
-        None  # what they hold is not seen from here
+        None  # their memory is not visible from here
     )
     alone, whole, start = (np.array(rows[name]["seconds"]) for name in makers)
     figures = {"infer_efficiency": spread(n * alone / (whole - start)), "infer_whole": spread(n * alone / whole)}
@@ -526,8 +526,8 @@ def make_evaluation(kind: str, real: Path, fake: Path) -> tuple[Work, dict]:
 
 
 def judged(real: Path, fake: Path) -> np.ndarray:
-    """What eval.py gives, by scikit-image in threads: means of PSNR, RMSE, NRMSE, SSIM, complete, then lung: [8]."""
-    from skimage import metrics  # the tests' package, wanted here alone
+    """What eval.py gives, from scikit-image in threads: means of PSNR, RMSE, NRMSE, SSIM, complete, then lung: [8]."""
+    from skimage import metrics  # the tests' package, only needed here
 
     def measure(path: Path) -> list[float]:
         labels, a = read_map(fake / "maps" / path.name) > 0, read_image(path)
@@ -544,7 +544,7 @@ def judged(real: Path, fake: Path) -> np.ndarray:
 
 
 def bench_eval(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """eval.py's PSNR, RMSE, NRMSE and SSIM, with its pictures, against scikit-image's figures alone."""
+    """eval.py's PSNR, RMSE, NRMSE and SSIM, with its pictures, against only the figures from scikit-image."""
     real, fake = (make_phantom(folder, args.synth_size, args.slices, seed) for seed in (0, 1))
     makers = {kind: partial(make_evaluation, kind, real, fake) for kind in ("eval.py", "scikit-image")}
     rows = interleave(makers, args.rounds, "eval")
@@ -560,7 +560,7 @@ PARTS["eval"] = bench_eval
 
 
 def machine(device: str) -> str:
-    """What this ran on."""
+    """The machine that this ran on."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     words = [next((line.split(": ")[1] for line in lines if "model name" in line), platform.processor())]
@@ -571,7 +571,7 @@ def machine(device: str) -> str:
 
 
 def shown(value: Any) -> str:
-    """A ratio for reading."""
+    """A ratio, for people to read."""
     if isinstance(value, dict):
         return f"{value['median']:.2f} ({value['min']:.2f}..{value['max']:.2f})"
     return "-" if value is None else f"{value:.2f}"
@@ -599,7 +599,7 @@ def table(rows: Rows) -> list[str]:
 
 
 def report(part: str, found: dict[str, Any]) -> str:
-    """A part's tables, then its figures beside what they should be."""
+    """A part's tables, then its figures beside their goals."""
     lines = ["", f"{part}: {found['about']}"]
     for title, rows in found["tables"].items():
         lines += [*[title] * bool(title), *table(rows)]
@@ -613,11 +613,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     """The command line, checked. Raises Mistake."""
     parser = covidgan.OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     option = parser.add_argument
-    option("--parts", nargs="+", choices=[*PARTS], default=[*PARTS], help="some alone")
-    option("--quick", action="store_true", help="reduced sizes, fewer rounds, the joint stage alone")
+    option("--parts", nargs="+", choices=[*PARTS], default=[*PARTS], help="run only these")
+    option("--quick", action="store_true", help="reduced sizes, fewer rounds, only the joint stage")
     option("--checkpoint", type=Path, help="a trained generator for synth, at its own size, instead of random weights")
     option("--with-openvino", action="store_true", help=f"fetch {OPENVINO} for synth")
-    option("--device", choices=("cpu", "cuda"), default="cpu", help="of PyTorch and ONNX Runtime")
+    option("--device", choices=("cpu", "cuda"), default="cpu", help="device of PyTorch and ONNX Runtime")
     option("--json", type=Path, metavar="FILE", help="write all figures there")
     for name, (full, quick) in SIZES.items():
         option("--" + name.replace("_", "-"), type=int, metavar="N", help=f"{full}, with --quick {quick}")
@@ -635,14 +635,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if args.checkpoint:
         path = args.checkpoint = export.find_checkpoint(args.checkpoint)
         covidgan.read_checkpoint(path, export.method_of(covidgan.read_weights(path), path))
-    if args.json:  # now, and not at the end of ten minutes
+    if args.json:  # now, not after ten minutes
         args.json.parent.mkdir(parents=True, exist_ok=True)
         covidgan.check_writable(args.json)
     return args
 
 
 def main(argv: list[str]) -> None:
-    """Run the parts, print the tables, write the JSON; exit status 1 where a ceiling was none."""
+    """Run the parts, print the tables, write the JSON; exit status 1 where a ceiling turned out not to be one."""
     args = parse(argv)
     results: dict[str, Any] = {"machine": machine(args.device), "setting": {name: vars(args)[name] for name in SIZES}}
     print(textwrap.fill(results["machine"], COLUMNS))

@@ -4,7 +4,7 @@ A label map of an axial chest CT slice goes in, a CT slice comes out. Research o
 
     python covidgan.py --stage all                              # phantom data, preset demo: minutes on two CPU cores
     python covidgan.py --stage all --data data/radiopaedia --preset paper --out out/paper
-    python covidgan.py --resume --out out/paper                 # go on where a stopped run was
+    python covidgan.py --resume --out out/paper                 # go on where a stopped run left off
     torchrun --nproc_per_node=2 covidgan.py --stage all --preset paper
     python covidgan.py -h                                       # every knob
 
@@ -15,7 +15,7 @@ With the paper in hand, from top to bottom:
     Eq. 1   DESUM, alpha                Desum                   Fig. 2  three stages    Covidgan.players
     Fig. 2  G                           Generator               Table I augmentation    augment
     Fig. 5  D1, D2                      PatchGAN, Discriminators
-Then come the loop, which trains any Method, its pictures and figures, what makes a processor fast, files, command line.
+Then come the loop, which trains any Method; pictures and figures; hardware-specific speed-ups; files; command line.
 """
 
 import argparse
@@ -57,16 +57,16 @@ from tqdm import tqdm
 LABELS = ("background", "lung", "ground-glass opacity", "consolidation")
 COLOURS = ((0, 0, 0), (255, 0, 0), (0, 0, 255), (0, 255, 0))  # Fig. 1: lung red, GGO blue, consolidation green
 HU_OFFSET = 1024  # a stored pixel is HU + 1024, 0..4095
-LARGEST = 4096  # pixels a side of a slice: what a header claims beyond is refused before memory is found for it
-LARGEST_FILE = 2**28  # bytes of one
-PARENCHYMA = -860  # HU of healthy lung between its vessels
-LUNG_HU = (-1000, -400)  # what a patient's mean of lung without lesion must lie in
-PNG_ERRORS = (OSError, SyntaxError, ValueError, LookupError, TypeError, EOFError, struct.error)  # Pillow's
+LARGEST = 4096  # pixels per side of a slice: a header that claims more is refused before memory is allocated
+LARGEST_FILE = 2**28  # bytes of a slice, map or split
+PARENCHYMA = -860  # HU of healthy lung between the vessels
+LUNG_HU = (-1000, -400)  # must contain a patient's mean HU over lung without lesions
+PNG_ERRORS = (OSError, SyntaxError, ValueError, LookupError, TypeError, EOFError, struct.error)  # from Pillow
 PICKLED = r"collections OrderedDict|torch\._utils _rebuild_(tensor|tensor_v2|parameter)|torch \w+Storage"  # of tensors
-STAGES = ("g1", "g2", "joint")  # §III-A, in their order
-HERE = {"data": "", "out": "", "resume": False, "overwrite": False}  # of one machine or start: in no checkpoint
-NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # what a filesystem without locks answers
-PHANTOM = "data/phantom"  # the built-in data; a folder whose name begins so is made when it is not there
+STAGES = ("g1", "g2", "joint")  # §III-A, in order
+HERE = {"data": "", "out": "", "resume": False, "overwrite": False}  # of one machine or start: not in checkpoints
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # errors of a filesystem without locks
+PHANTOM = "data/phantom"  # the built-in data; a missing folder whose name begins like this is generated
 
 # -------------------------------------------------------------------------------------------------------- configuration
 
@@ -75,49 +75,49 @@ PHANTOM = "data/phantom"  # the built-in data; a folder whose name begins so is 
 class LoopConfig:
     """How a method is trained: the loop's knobs, whatever the method.
 
-    Defaults are the paper's setting (§IV-A), but for noise, contrast and ema: preset paper has those as published.
+    Defaults are the paper's settings (§IV-A), except for noise, contrast and ema: preset paper has those as published.
     """
 
     # run
-    stage: str = "all"  # or one of the method's stages alone
-    preset: str = "demo"  # a named group of overrides, see PRESETS: they replace the defaults below
-    data: str = PHANTOM  # folder with images/ and maps/, and perhaps split.json
-    out: str = "out"  # folder of ckpt.pt, stats.jsonl, split.json, data.txt, panels, curves, results
-    resume: bool = False  # go on from OUT/ckpt.pt, with its config where no option is given
-    overwrite: bool = False  # discard what stands in OUT
+    stage: str = "all"  # or only one of the method's stages
+    preset: str = "demo"  # a named group of overrides of the defaults below, see PRESETS
+    data: str = PHANTOM  # folder with images/ and maps/, and optionally split.json
+    out: str = "out"  # folder for ckpt.pt, stats.jsonl, split.json, data.txt, panels, curves, results
+    resume: bool = False  # go on from OUT/ckpt.pt, with its config except for the options given
+    overwrite: bool = False  # discard the run in OUT
     seed: int = 0
     interval: int = 250  # steps between checkpoints, panels and curves
     # data
-    size: int = 512  # pixels a side of a slice; slices are resampled to it
+    size: int = 512  # pixels per side of a slice; slices are resampled to it
     level: float = -600.0  # window level, HU
     width: float = 1500.0  # window width, HU: [-1350, 150] HU <-> [-1, 1]
-    n_labels: int = 4  # labels of a map, background among them
-    unchecked: bool = False  # take images whose lung has no lung's HU
-    # augmentation (Table I names the kinds; the ranges are ours), lengths in pixels of a 512-pixel slice
-    resize: float = 1.117  # random resize to 1..this times, then random crop
+    n_labels: int = 4  # labels in a map, including background
+    unchecked: bool = False  # accept images whose lungs do not have the HU of lung
+    # augmentation (Table I names the kinds; the ranges are ours); lengths in pixels of a 512-pixel slice
+    resize: float = 1.117  # random resize by a factor of 1 to this, then random crop
     rotate: float = 10.0  # random rotation, +- degrees
-    elastic: float = 2.0  # elastic displacement, standard deviation in pixels of what is drawn
-    elastic_cell: float = 24.0  # at points so far apart, and smooth between them
-    noise: float = 0.0  # Gaussian noise on the image's lung, of the window's range: no generator can match it
+    elastic: float = 2.0  # standard deviation, in pixels, of the elastic displacements drawn
+    elastic_cell: float = 24.0  # spacing of the points they are drawn at; smooth in between
+    noise: float = 0.0  # std of Gaussian noise on the image's lung, as a share of the window: no generator can match it
     # what D sees
-    contrast: float = 4.0  # the lung alone, its HU so many times enlarged; 0: whole images, as they are
+    contrast: float = 4.0  # only the lung, its HU magnified this many times; 0: whole images, as they are
     # optimisation
-    batch: int = 16  # over all processes
-    epochs: int = 20  # a stage; the learning rate is constant for the first half, then falls linearly to 0
-    epoch_len: int = 12_000  # augmented samples an epoch: the paper's 40 times 300 slices
+    batch: int = 16  # total over all processes
+    epochs: int = 20  # per stage; the learning rate is constant for the first half, then falls linearly to 0
+    epoch_len: int = 12_000  # augmented samples per epoch: the paper's 40 times 300 slices
     lr: float = 2e-4
     adam_beta1: float = 0.5
     adam_beta2: float = 0.999
-    ema: float = 0.998  # decay of the average of the generator's weights, which is what synthesizes; 0: no average
+    ema: float = 0.998  # decay of the moving average of the generator's weights, used to synthesize; 0: no average
     # system
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 autocast where the device computes it
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 autocast where supported natively
     compile: bool = False  # torch.compile the networks: minutes to start, faster steps
 
 
 @dataclass(frozen=True)
 class Config(LoopConfig):
-    """The paper's method: its own knobs beside the loop's. Presets override groups of both."""
+    """The paper's method: its own knobs on top of the loop's. Presets override groups of both."""
 
     # networks
     ngf: int = 64  # channels of G1's first layer (Fig. 3); G2 has half
@@ -132,22 +132,22 @@ class Config(LoopConfig):
     # losses
     gan: Literal["bce", "lsgan", "hinge"] = "bce"  # Eq. 3 is bce
     lambda_dfm: float = 10.0  # weight of L_DFM in Eq. 2
-    beta: float = 0.5  # with --dfm fixed: what D2's features weigh in L_DFM, and D1's the rest of 1
-    beta_policy: Literal["clamp", "entropy", "min", "max"] = "clamp"  # see Dfm: who moves beta, and how far
+    beta: float = 0.5  # with --dfm fixed: weight of D2's features in L_DFM; D1's weigh 1 - beta
+    beta_policy: Literal["clamp", "entropy", "min", "max"] = "clamp"  # who moves beta, and how far: see Dfm
     beta_margin: float = 0.1  # clamp: beta stays in [margin, 1 - margin]
-    beta_entropy: float = 0.1  # entropy: weight of the bonus that keeps beta from the ends
+    beta_entropy: float = 0.1  # entropy: weight of the bonus that keeps beta away from 0 and 1
     # stages
-    individual: float = 1.0  # length of stages g1 and g2, of the joint one's; 0: no individual training
-    fix_global: int = 0  # epochs of the joint stage in which G1 stands still (pix2pixHD's schedule would be 2 of 20)
+    individual: float = 1.0  # length of stages g1 and g2 relative to the joint one's; 0: no individual training
+    fix_global: int = 0  # first epochs of the joint stage, with G1 frozen (pix2pixHD's schedule would be 2 of 20)
 
 
-BEST: dict[str, Any] = dict(batch=4, dfm="fixed", beta=0.1, lambda_dfm=3.0)  # for real use, by paper/fidelity.md
+BEST: dict[str, Any] = dict(batch=4, dfm="fixed", beta=0.1, lambda_dfm=3.0)  # for real use, see paper/fidelity.md
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": dict(noise=0.01, contrast=0.0, ema=0.0),
     "best": BEST,
     "demo": BEST
     | dict(size=128, ngf=32, ndf=32, n_blocks=6, epochs=2, epoch_len=1900, interval=200)
-    | dict(lr=6e-4, beta=0.5, contrast=6.0),  # for its few steps, on the phantom
+    | dict(lr=6e-4, beta=0.5, contrast=6.0),  # to suit its few steps, on the phantom
     "tiny": dict(data=f"{PHANTOM}64", size=64, ngf=8, ndf=8, n_blocks=2, batch=4, epochs=1, epoch_len=80, interval=10),
 }
 
@@ -156,8 +156,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def norm_relu(c: int) -> list[nn.Module]:
-    """Instance norm, without parameters or running statistics as pix2pixHD has it, and ReLU."""
-    return [nn.InstanceNorm2d(c), nn.ReLU()]  # trap: in place, on the view that instance norm returns, it copies twice
+    """Instance norm without parameters or running statistics, as in pix2pixHD, then ReLU."""
+    return [nn.InstanceNorm2d(c), nn.ReLU()]  # not in place: instance norm returns a view, which would be copied twice
 
 
 def stem(c_in: int, c_out: int) -> list[nn.Module]:
@@ -194,7 +194,7 @@ class ResidualBlock(nn.Module):
         self.body = nn.Sequential(*first, nn.ReflectionPad2d(1), nn.Conv2d(c, c, 3), nn.InstanceNorm2d(c))
 
     def forward(self, x: Tensor) -> Tensor:  # [B, c, H, W]
-        """Add what the body makes of x."""
+        """x plus what the body makes of it."""
         return x + self.body(x)
 
 
@@ -210,7 +210,7 @@ class GlobalGenerator(nn.Module):
         for k in range(3):
             layers += up(ngf * 8 // 2**k, upsample)
         self.trunk = nn.Sequential(*layers)
-        self.head = head(ngf)  # used in stage g1 alone: in the joint stage G2 takes the trunk's features
+        self.head = head(ngf)  # used only in stage g1: in the joint stage G2 takes the trunk's features
 
     def forward(self, onehot: Tensor) -> Tensor:  # [B, n_labels, H, W] -> [B, 1, H, W]
         """Synthesize at G1's own size, as in its individual training."""
@@ -218,7 +218,7 @@ class GlobalGenerator(nn.Module):
 
 
 class LocalGenerator(nn.Module):
-    """Local-details generator G2 (§III-A.2, Fig. 4). DESUM comes between its way down and its residual blocks."""
+    """Local-details generator G2 (§III-A.2, Fig. 4). DESUM sits between its downsampling and its residual blocks."""
 
     def __init__(self, n_labels: int, ngf: int, n_blocks: int, upsample: str) -> None:
         super().__init__()
@@ -230,8 +230,8 @@ class LocalGenerator(nn.Module):
 class WeightingNet(nn.Module):
     """Three convolutions and two fully connected layers that give one weight in (0, 1) per image (§III-C).
 
-    No norm layer: instance norm before global pooling removes the very signal to weigh by. The last layer starts at
-    zero, so that the weight starts at 0.5.
+    No norm layers: instance norm before global pooling would remove the very signal to weigh by. The last layer is
+    initialised to zero, so that the weight starts at 0.5.
     """
 
     def __init__(self, c_in: int, c: int) -> None:
@@ -244,15 +244,15 @@ class WeightingNet(nn.Module):
         nn.init.zeros_(self.fc[-1].bias)
 
     def forward(self, features: Tensor) -> Tensor:  # [B, c_in, H, W] -> [B]
-        """Weigh each image."""
+        """One weight per image."""
         return self.fc(self.convs(features).mean((2, 3))).float().sigmoid().squeeze(1)
 
 
 class Desum(nn.Module):
     """Dynamic element-wise sum (Eq. 1): F_out = alpha F_local + (1 - alpha) F_global, one alpha per image.
 
-    alpha is computed from F_local; with kind "global" from F_global, "fixed" is 0.5, and "sum" is the plain sum of
-    "w/o DESUM" (Table V), twice the fixed one.
+    alpha is computed from F_local, or with kind "global" from F_global; "fixed" is alpha 0.5, and "sum" is the plain
+    sum of "w/o DESUM" (Table V), twice the fixed one.
     """
 
     def __init__(self, channels: int, kind: str) -> None:
@@ -273,25 +273,25 @@ class Desum(nn.Module):
 class Generator(nn.Module):
     """Global-local generator G (Fig. 2): G1 at half size and G2 at full size, joined by DESUM.
 
-    n_gen 3 puts one more local generator, of twice the channels, between G1 (then at quarter size) and G2.
+    n_gen 3 puts one more local generator, with twice the channels, between G1 (then at quarter size) and G2.
     """
 
     def __init__(self, c: Config) -> None:
         super().__init__()
-        widest = c.ngf * 2 ** max(0, c.n_gen - 2)  # each finer generator has half the channels, and G2 ngf / 2
+        widest = c.ngf * 2 ** max(0, c.n_gen - 2)  # each finer generator has half the channels; G2 has ngf / 2
         widths = [widest // 2**k for k in range(1, c.n_gen)]
         self.g1 = GlobalGenerator(c.n_labels, widest, c.n_blocks, c.upsample)
         self.locals = nn.ModuleList([LocalGenerator(c.n_labels, w, c.n_local_blocks, c.upsample) for w in widths])
         self.desums = nn.ModuleList([Desum(2 * w, c.desum) for w in widths])
 
     def forward(self, onehot: Tensor, stage: str = "joint") -> tuple[Tensor, Tensor]:
-        """One-hot map [B, n_labels, H, W] to an image [B, 1, H, W] in [-1, 1] and alpha [B] of the finest sum, or 1.
+        """One-hot map [B, n_labels, H, W] to an image [B, 1, H, W] in [-1, 1] and alpha [B] of the finest sum, else 1.
 
-        Stage g1: G1 alone, at its own reduced size. g2: the local generators alone, F_out = F_local; a finer one takes
-        in the coarser one's, by a DESUM that the joint stage alone moves. joint: all.
+        Stage g1: only G1, at its own reduced size. g2: only the local generators, with F_out = F_local; a finer one
+        takes in a coarser one's features, through a DESUM that only the joint stage trains. joint: all.
         """
         finest = len(self.locals)
-        reduced = onehot[..., :: 2**finest, :: 2**finest]  # nearest, so that G1 sees a map of labels in every stage
+        reduced = onehot[..., :: 2**finest, :: 2**finest]  # nearest, so that G1 sees a label map in every stage
         alpha = onehot.new_ones(onehot.shape[:1])
         if stage == "g1" or finest == 0:
             return self.g1(reduced).float(), alpha
@@ -309,7 +309,7 @@ class Generator(nn.Module):
 
 
 class PatchGAN(nn.Module):
-    """Discriminator with decisions of a 70 x 70 receptive field (§III-B): 4x4 convolutions, strides 2, 2, 2, 1, 1."""
+    """Discriminator with a 70 x 70 receptive field per decision (§III-B): 4x4 convolutions, strides 2, 2, 2, 1, 1."""
 
     def __init__(self, c_in: int, ndf: int) -> None:
         super().__init__()
@@ -338,7 +338,7 @@ class Discriminators(nn.Module):
     def forward(self, onehot: Tensor, image: Tensor, first: int = 0) -> list[list[Tensor]]:
         """Features of each scale from `first` on, for image [B, 1, H, W] and its map [B, n_labels, H, W].
 
-        The first of them sees both as they are, each next one at half size (Fig. 5).
+        The first of these sees both as they are, each further one at half the size of the one before (Fig. 5).
         """
         judged = []
         for scale in self.scales[first:]:
@@ -376,16 +376,16 @@ def gan_losses(real: list[list[Tensor]], fake: list[list[Tensor]], kind: str) ->
 class Dfm(nn.Module):
     """Dynamic feature matching (§III-C.2, Eq. 4).
 
-    With t_k the L1 distance of scale k's first three feature maps between real and synthetic pair,
+    With t_k the L1 distance between the real and the synthetic pair in scale k's first three feature maps,
         L_DFM = (1 - beta) t_1 + beta t_2,
-    beta one number per image, computed from D1's third feature map of the real pair ("d2": from D2's, "fixed":
-    --beta); in stage g1 of three discriminators from that of the finest that plays. More than two scales share beta
-    evenly; a single scale has the weight 1.
+    where beta is one number per image, computed from D1's third feature map of the real pair ("d2": from D2's,
+    "fixed": --beta); in stage g1 with three discriminators, from that of the finest in play. With more than two
+    scales, the coarser ones share beta evenly; a single scale has weight 1.
 
-    Who moves beta is not said in the paper. Eq. 2 puts L_DFM under min_G, but a plain minimum just moves all weight
-    to the discriminator that is easier to match. --beta-policy: "clamp" minimises within [margin, 1 - margin], by a
-    scaled sigmoid rather than a cut, so that it never loses its gradient; "entropy" minimises with a bonus for
-    staying undecided; "min" and "max" (as though D moved it) are bare.
+    The paper does not say who moves beta. Eq. 2 puts L_DFM under min_G, but plain minimisation just moves all weight
+    to the discriminator that is easier to match. --beta-policy: "clamp" minimises within [margin, 1 - margin], with a
+    scaled sigmoid instead of a hard clamp, so that beta never loses its gradient; "entropy" minimises with a bonus
+    for staying undecided; "min" and "max" (as if D moved it) do without either.
     """
 
     def __init__(self, c: Config) -> None:
@@ -421,7 +421,7 @@ def feature_distance(real: list[Tensor], fake: list[Tensor]) -> Tensor:
 
 
 def weighted_distance(distances: Tensor, beta: Tensor) -> Tensor:
-    """Eq. 4 over scales: distances [scales, B] weighed 1 - beta for D1, beta for the coarser together; batch mean."""
+    """Eq. 4 over scales: of distances [scales, B], D1's weighs 1 - beta, the mean of the others beta; batch mean."""
     return ((1 - beta) * distances[0] + beta * distances[1:].mean(0)).mean()
 
 
@@ -430,33 +430,33 @@ def weighted_distance(distances: Tensor, beta: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Player:
-    """One side of the game in a stage: the parameters it moves, by which of the step's losses, under which Adam."""
+    """One side of the game in a stage: the parameters it moves, the loss it minimises, and its Adam settings."""
 
     loss: str
     parameters: list[nn.Parameter]
     lr: float
     betas: tuple[float, float]
-    first_epoch: int = 0  # stands still before
+    first_epoch: int = 0  # frozen before it
 
     @classmethod
     def of(cls, c: LoopConfig, loss: str, modules: list[nn.Module], first_epoch: int = 0) -> "Player":
-        """The player that moves all of some modules, with the config's optimiser."""
+        """The player that moves all parameters of some modules, with the config's optimiser settings."""
         parameters = [p for module in modules for p in module.parameters()]
         return cls(loss, parameters, c.lr, (c.adam_beta1, c.adam_beta2), first_epoch)
 
 
 class Method(nn.Module):
-    """What is trained, for the loop (Trainer) that trains any: networks, stages, players, losses, synthesis.
+    """What the loop (Trainer) trains, whatever it is: networks, stages, players, losses, synthesis.
 
-    Its networks are its children. The paper's method follows; a rival derives from this class in a file of its own,
-    and its options from LoopConfig.
+    Its networks are its child modules. The paper's method follows; a rival subclasses this in a file of its own, and
+    its options subclass LoopConfig.
     """
 
     name: ClassVar[str]  # as checkpoints and tables call it
     options: ClassVar[type[LoopConfig]]
     presets: ClassVar[dict[str, dict[str, Any]]]
     architecture: ClassVar[tuple[str, ...]]  # options that a checkpoint's tensors depend on: fixed on --resume
-    curves: ClassVar[tuple[tuple[str, ...], ...]]  # figures of a step to watch, together as they are drawn
+    curves: ClassVar[tuple[tuple[str, ...], ...]]  # figures of a step to watch, grouped as they are plotted
     alone: ClassVar[bool] = False  # whether a step needs the whole batch in one process, as batch norm does
 
     def __init__(self, c: LoopConfig) -> None:
@@ -465,12 +465,12 @@ class Method(nn.Module):
 
     @classmethod
     def stages(cls, c: LoopConfig) -> tuple[str, ...]:
-        """The stages of a whole training, in their order."""
+        """The stages of a whole training, in order."""
         raise NotImplementedError
 
     @classmethod
     def length(cls, c: LoopConfig, stage: str) -> float:
-        """Length of a stage, in --epochs."""
+        """Length of a stage, as a multiple of --epochs."""
         return 1.0
 
     @classmethod
@@ -480,32 +480,32 @@ class Method(nn.Module):
 
     @classmethod
     def checks(cls, c: LoopConfig) -> list[tuple[bool, str]]:
-        """Whether its own options can work, and the complaint where one cannot."""
+        """Checks of its own options: whether each holds, and the complaint where it does not."""
         return []
 
     def players(self, stage: str) -> dict[str, Player]:
-        """Who moves in a stage. Their losses may share a graph: it is freed after the last player's."""
+        """Who moves in a stage. Their losses may share a graph: it is freed after the last one's backward pass."""
         raise NotImplementedError
 
     def target(self, image: Tensor, labels: Tensor) -> Tensor:
-        """What `losses` takes as target, of augmented slices [B, 1, H, W] in [-1, 1] and maps: the lung alone."""
+        """The target for `losses`, from augmented slices [B, 1, H, W] in [-1, 1] and their maps: only the lung."""
         return lung_target(image, labels)
 
     def losses(self, onehot: Tensor, target: Tensor, stage: str) -> dict[str, Tensor]:
-        """Players' losses and other figures of a step, scalars, for onehot [B, n_labels, H, W], target [B, 1, H, W]."""
+        """Scalars of a step, players' losses and other figures, for onehot [B, n_labels, H, W], target [B, 1, H, W]."""
         raise NotImplementedError
 
     def shown(self, image: Tensor, onehot: Tensor) -> Tensor:
-        """What D sees of an image [B, 1, H, W] in [-1, 1]: with --contrast the lung of its map alone, enlarged about 0.
+        """What D sees of an image [B, 1, H, W] in [-1, 1]: with --contrast only its map's lung, magnified about 0.
 
-        Within a lung an image deviates by 0.2, within its parenchyma by a few hundredths, while the map's channels are
-        0 or 1 and the pleura is a step of almost 1: beside them a young D is all but blind to texture, and G paints
-        none. Outside is 0, as parenchyma is, so that neither need mind what synthesis cuts off anyway. Trap: a target
-        that was shrunk has a seam of lung outside its shrunk map.
+        Within the lung an image varies by 0.2, within the parenchyma by a few hundredths, while the map's channels are
+        0 or 1 and the pleura is a step of almost 1: next to these an early D is all but blind to texture, and G paints
+        none. Parenchyma becomes 0, and so does all outside the lung, so that neither D nor G need care about what
+        synthesis cuts off anyway. Note that a downsampled target has a seam of lung outside its downsampled map.
         """
         if not self.c.contrast:
             return image
-        parenchyma = min(max((PARENCHYMA - self.c.level) * 2 / self.c.width, -1.0), 1.0)  # as `window` has it
+        parenchyma = min(max((PARENCHYMA - self.c.level) * 2 / self.c.width, -1.0), 1.0)  # as `window` maps it
         return torch.where(onehot[:, :1] > 0, 0.0, self.c.contrast * (image - parenchyma))
 
     def generator(self) -> nn.Module:
@@ -513,7 +513,7 @@ class Method(nn.Module):
         raise NotImplementedError
 
     def synthesize(self, onehot: Tensor, stage: str) -> Tensor:
-        """Image in [-1, 1] of a one-hot map as the stage makes it, perhaps smaller by a whole factor."""
+        """The stage's image in [-1, 1] for a one-hot map, possibly smaller by an integer factor."""
         return self.generator()(onehot)[0]
 
 
@@ -542,7 +542,7 @@ class Covidgan(Method):
 
     @classmethod
     def stages(cls, c: Config) -> tuple[str, ...]:
-        """G1 alone, G2 alone, both (§III-A); a single generator has the last alone."""
+        """G1 alone, G2 alone, both (§III-A); a single generator has only the last."""
         return STAGES if c.n_gen > 1 and c.individual else STAGES[-1:]
 
     @classmethod
@@ -557,7 +557,7 @@ class Covidgan(Method):
 
     @classmethod
     def checks(cls, c: Config) -> list[tuple[bool, str]]:
-        """Numbers that the networks or losses cannot be built with."""
+        """Rule out numbers that the networks or losses cannot be built with."""
         blocks = (c.n_blocks, c.n_local_blocks)
         return [
             (c.n_gen in (1, 2, 3), f"--n-gen {c.n_gen}: give 1, 2 or 3"),
@@ -579,7 +579,7 @@ class Covidgan(Method):
         ]
 
     def first_scale(self, stage: str) -> int:
-        """The finest discriminator of a stage: in g1 that of G1's reduced size, D2 in the paper, or else the last."""
+        """Index of a stage's finest discriminator: in g1 the one at G1's reduced size (the paper's D2), or the last."""
         return min(self.c.n_gen, self.c.n_dis) - 1 if stage == "g1" else 0
 
     def at_stage_size(self, onehot: Tensor, target: Tensor, stage: str) -> tuple[Tensor, Tensor]:
@@ -588,7 +588,7 @@ class Covidgan(Method):
         return onehot[..., ::shrink, ::shrink], F.avg_pool2d(target, shrink)  # nearest, as in Generator.forward
 
     def players(self, stage: str) -> dict[str, Player]:
-        """D, beta's network, and of G what the stage trains: G1 (g1), the local generators (g2), all (joint)."""
+        """D, beta's network, and what the stage trains of G: G1 (g1), the local generators (g2), all (joint)."""
         c, g = self.c, self.g
         players = {
             "d": Player.of(c, "d", [*self.d.scales[self.first_scale(stage) :]]),
@@ -598,15 +598,15 @@ class Covidgan(Method):
             return players | {"g1": Player.of(c, "g", [g.g1])}
         if stage == "g2":
             return players | {"g2": Player.of(c, "g", [*g.locals])}
-        g1 = g.g1.trunk if len(g.locals) else g.g1  # the head is used in stage g1 alone
+        g1 = g.g1.trunk if len(g.locals) else g.g1  # the head is used only in stage g1
         players["g1"] = Player.of(c, "g", [g1], first_epoch=c.fix_global)
         return players | {"g2": Player.of(c, "g", [*g.locals, *g.desums])}
 
     def losses(self, onehot: Tensor, target: Tensor, stage: str) -> dict[str, Tensor]:
-        """All losses of a step (Eq. 2) from one synthesis and one judgement each of the real and the synthetic pair.
+        """All losses of a step (Eq. 2), from one pass through G and one through D each for the real and synthetic pair.
 
-        onehot [B, n_labels, H, W], target [B, 1, H, W] at full size. The players' losses share the graph: each takes
-        its gradient with `inputs=` its own parameters, and none reaches another's (see Trainer.backward).
+        onehot [B, n_labels, H, W], target [B, 1, H, W] at full size. The players' losses share the graph: each is
+        backpropagated with `inputs=` its own players' parameters, and reaches no others (see Trainer.backward).
         """
         c, first = self.c, self.first_scale(stage)
         image, alpha = self.g(onehot, stage)
@@ -634,7 +634,7 @@ class Covidgan(Method):
 
 
 def init_weights(module: nn.Module) -> None:
-    """N(0, 0.02) for convolutions with zero bias, as in pix2pix; weighting nets keep their own start."""
+    """Convolutions get N(0, 0.02) and zero bias, as in pix2pix; weighting nets keep their own initial values."""
     if isinstance(module, WeightingNet):
         return
     if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
@@ -651,14 +651,14 @@ def build(method: type[Method], c: LoopConfig) -> Method:
 
 
 def outline(method: type[Method], c: LoopConfig) -> Method:
-    """A method's networks without weights, on PyTorch's device of shapes alone: they take no memory."""
+    """A method's networks on PyTorch's meta device: shapes without weights, which take no memory."""
     with torch.device("meta"):
         return method(c)
 
 
 @contextlib.contextmanager
 def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
-    """Lend layers that draw from PyTorch's global generator (starting weights, dropout) a seed, then put it back."""
+    """Seed PyTorch's global generator, which initial weights and dropout draw from, then restore its state."""
     with torch.random.fork_rng(devices=[device] if device and device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
@@ -669,15 +669,15 @@ def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
 
 @dataclass
 class Slices:
-    """One side of a dataset in memory: names [N], hu int16 [N, 1, S, S], labels uint8 [N, 1, S, S]."""
+    """One side of a dataset, train or test, in memory: names [N], hu int16 [N, 1, S, S], labels uint8 [N, 1, S, S]."""
 
     names: list[str]
     hu: Tensor
     labels: Tensor
-    stored: int = 0  # pixels a side in the first one's file
+    stored: int = 0  # pixels per side in the first slice's file
 
     def with_lung(self) -> "Slices":
-        """Those whose map is not all background."""
+        """The slices whose map is not all background."""
         kept = (self.labels > 0).flatten(1).any(1)
         names = [name for name, keep in zip(self.names, kept.tolist(), strict=True) if keep]
         return Slices(names, self.hu[kept], self.labels[kept])
@@ -692,7 +692,7 @@ def window(hu: Tensor, c: LoopConfig) -> Tensor:
 
 
 def lung_target(image: Tensor, labels: Tensor) -> Tensor:
-    """The generator's target (Fig. 1, column 2): the lung region, every label above 0, all else at the floor of -1."""
+    """The generator's target (Fig. 1, column 2): the lung region (labels above 0), all else at the floor of -1."""
     return torch.where(labels > 0, image, -1.0)
 
 
@@ -702,7 +702,7 @@ def one_hot(labels: Tensor, n_labels: int) -> Tensor:
 
 
 def resample(image: Tensor, labels: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Image and labels [B, 1, H, W] to a smaller or larger size: bicubic, anti-aliased, may overshoot; and nearest."""
+    """Resample [B, 1, H, W] to a size: the image bicubic and anti-aliased, with possible overshoot, labels nearest."""
     if image.shape[-1] == size:
         return image, labels
     image = F.interpolate(image, (size, size), mode="bicubic", antialias=True)
@@ -714,11 +714,11 @@ def augment(
 ) -> tuple[Tensor, Tensor]:
     """Table I's augmentation on the device: random resize and crop, rotation, elastic transform, Gaussian noise.
 
-    hu [B, 1, H, W] and labels uint8 [B, 1, H, W] are resampled through one and the same grid, the image bicubic and
-    the map nearest, so that they stay aligned and a map stays a map. Given a smaller size they are shrunk to it last,
-    as reading shrinks slices: a real image that resampling had blurred would teach D to like blur. Returns the windowed
-    image in [-1, 1], whole, and the labels, 0 beyond a slice's border, which the image repeats. rng is on the device;
-    draws do not depend on how a batch is later shared out among processes.
+    hu [B, 1, H, W] and labels uint8 [B, 1, H, W] are resampled through the same grid, the image bicubic and the map
+    nearest, so that they stay aligned and a map stays a map. Given a smaller size, they are downsampled to it last, as
+    slices are when read: a real image blurred by the resampling would teach D to like blur. Returns the whole windowed
+    image in [-1, 1] and the labels; beyond a slice's border labels are 0 and the image repeats its edge. rng is on the
+    device; draws do not depend on how a batch is later divided among processes.
     """
     n, _, height, width = hu.shape
     device = hu.device
@@ -763,8 +763,8 @@ class Trainer:
         self.rank, self.world = rank(), world_size()
         self.device = pick_device(c)
         self.bf16 = uses_bf16(c, self.device)
-        self.stop_signal = 0  # this process's
-        self.all_stop = False  # what all of several processes have agreed on
+        self.stop_signal = 0  # the one that this process got, if any
+        self.all_stop = False  # whether several processes have agreed to stop
         split = read_split(Path(c.data), c.seed)
         self.train = load_slices(Path(c.data), split["train"], c, room=2)
         self.test = load_slices(Path(c.data), split["test"], c)
@@ -779,7 +779,7 @@ class Trainer:
         self.begin(self.stages[0])
 
     def begin(self, stage: str) -> None:
-        """Start a stage: the networks go on as they are, the optimisers anew, with the stage's parameters alone."""
+        """Start a stage: networks are kept, optimisers start anew, over only the stage's parameters."""
         self.stage, self.step_done = stage, 0
         self.steps = max(1, round(self.c.epochs * self.epoch_steps * self.method.length(self.c, stage)))
         weights = self.method.generator().state_dict() if self.c.ema else {}
@@ -791,7 +791,7 @@ class Trainer:
         }
 
     def batch(self) -> tuple[Tensor, Tensor, list[str]]:
-        """This process's share of the step's batch: target [b, 1, S, S], labels [b, 1, S, S]; and all its names."""
+        """This process's share of the step's batch, target and labels [b, 1, S, S], and the whole batch's names."""
         epoch, i = divmod(self.step_done, self.epoch_steps)
         seed = [self.c.seed, self.all_stages.index(self.stage), epoch]
         order = sample_order(len(self.train.names), self.c.epoch_len, seed)
@@ -803,12 +803,12 @@ class Trainer:
         return target[self.rank :: self.world], labels[self.rank :: self.world], [self.train.names[k] for k in chosen]
 
     def step_seed(self, *more: int) -> int:
-        """Seed of a step's draws, a pure function of the step: nothing to restore, on whatever device a run goes on."""
+        """Seed of a step's draws, a pure function of the step: a resumed run has nothing to restore, on any device."""
         numbers = [self.c.seed, self.all_stages.index(self.stage), self.step_done, *more]
         return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
     def step(self) -> dict[str, float]:
-        """One update of every player of the stage; returns its losses. Raises Mistake at a non-finite loss.
+        """One update of every player of the stage; returns the figures. Raises Mistake on a non-finite one.
 
         The order is pix2pixHD's: all losses from one forward pass, then all players move.
         """
@@ -832,7 +832,7 @@ class Trainer:
         return {**rates, **figures}
 
     def set_learning_rates(self) -> dict[str, float]:
-        """Give each player this step's learning rate, and none while it stands still; returns them as lr_PLAYER."""
+        """Set each player's learning rate for this step, 0 while it is frozen; returns them as lr_PLAYER."""
         rates = {}
         for name, player in self.players.items():
             still = self.step_done < player.first_epoch * self.epoch_steps
@@ -843,16 +843,16 @@ class Trainer:
         return rates
 
     def backward(self, losses: dict[str, Tensor]) -> None:
-        """Fill the gradients of each loss's players and of nobody else, which `inputs=` sees to in a shared graph."""
+        """Fill the gradients of each loss's players and of no others, which `inputs=` ensures in a shared graph."""
         moved: dict[str, list[nn.Parameter]] = {}
         for player in self.players.values():
             moved.setdefault(player.loss, []).extend(player.parameters)
         for k, (loss, parameters) in enumerate(moved.items(), start=1):
-            if losses[loss].requires_grad:  # beta has nothing to weigh where a stage has one discriminator
+            if losses[loss].requires_grad:  # not beta's where a stage has one discriminator, nothing to weigh
                 losses[loss].backward(inputs=parameters, retain_graph=k < len(moved))
 
     def update_average(self) -> None:
-        """Move the average of the generator's weights towards them; the decay grows, so that the start soon fades."""
+        """Update the moving average of the generator's weights; the decay grows, so that the start soon fades."""
         decay = min(self.c.ema, (1 + self.step_done) / (10 + self.step_done))
         weights = self.method.generator().state_dict()
         for name, mean in self.average.items():
@@ -863,7 +863,7 @@ class Trainer:
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
-        """Lend the generator its average weights, where there are any."""
+        """Swap in the generator's average weights, where there are any, then swap its own back in."""
         if not self.average:
             yield
             return
@@ -887,7 +887,7 @@ class Trainer:
         return dict(zip(figures, shared, strict=True))
 
     def average_gradients(self) -> None:
-        """Data parallelism: one all-reduce of every gradient; equal shares make it the joined batch's gradient."""
+        """Data parallelism: one all-reduce of all gradients; shares being equal, this is the batch's gradient."""
         if self.world == 1:
             return
         moved = [p for player in self.players.values() for p in player.parameters]
@@ -918,14 +918,14 @@ class Trainer:
             write_atomically(self.out / "ckpt.pt", lambda path: torch.save(self.state(), path))
 
     def load(self, path: Path) -> None:
-        """Go on from a checkpoint. Raises Mistake where it is of other stages, slices or tensors than this run."""
+        """Go on from a checkpoint. Raises Mistake where its stages, slices or tensors are not this run's."""
         checkpoint = read_checkpoint(path, type(self.method))
         self.check_held_out()
         try:
             self.check_stage(path, checkpoint)
             self.method.load_state_dict(checkpoint["networks"])
             self.begin(checkpoint["stage"])
-            for name, mean in checkpoint["average"].items() if self.average else ():  # none of a run with --ema 0
+            for name, mean in checkpoint["average"].items() if self.average else ():  # none with --ema 0
                 self.average[name].copy_(mean)
             for name, optimizer in self.optimizers.items():
                 optimizer.load_state_dict(checkpoint["optimizers"][name])
@@ -941,19 +941,19 @@ class Trainer:
             print(f"note: {told}: each draws dropout and noise of its own, and sums are rounded otherwise", flush=True)
 
     def cut_stats(self) -> None:
-        """Take out of OUT/stats.jsonl what a killed run wrote past its checkpoint, the last line perhaps in part."""
+        """Remove from OUT/stats.jsonl what a killed run wrote past its checkpoint; its last line may be incomplete."""
         stats, order, kept = self.out / "stats.jsonl", self.all_stages.index, []
         if not stats.exists():
             return
         for line in stats.read_text().splitlines():
-            with contextlib.suppress(KeyError, TypeError, ValueError):  # of a line that is no step's
+            with contextlib.suppress(KeyError, TypeError, ValueError):  # for a line that is not a step's
                 step = json.loads(line)
                 if (order(step["stage"]), step["step"]) <= (order(self.stage), self.step_done):
                     kept.append(line + "\n")
         write_atomically(stats, lambda path: path.write_text("".join(kept)))
 
     def check_stage(self, path: Path, checkpoint: dict[str, Any]) -> None:
-        """Raise Mistake where --stage would train a stage again, or leave one unfinished; tell of one left out."""
+        """Raise Mistake where --stage would train a stage again, or leave one unfinished; note where it skips one."""
         stage, wanted = checkpoint["stage"], self.stages[-1]
         if stage not in self.all_stages:
             raise Mistake(f"{path}: in stage {stage}, which these options have not: leave them out")
@@ -967,7 +967,7 @@ class Trainer:
             print(f"note: {path}: from stage {stage} straight to {wanted}", flush=True)
 
     def check_held_out(self) -> None:
-        """Raise Mistake where a slice that would be tested now was trained on before, as OUT/split.json tells."""
+        """Raise Mistake where a slice to be tested now was trained on before, according to OUT/split.json."""
         if not (path := self.out / "split.json").exists():
             return
         seen = {*read_sides(path)["train"]}
@@ -976,7 +976,7 @@ class Trainer:
             raise Mistake(f"{self.c.data}: {told}: give the split of {path}")
 
     def check_length(self, path: Path, before: int) -> None:
-        """Tell where the stage has another number of steps than before the stop; Mistake where that cuts it off."""
+        """Print a note where the stage's number of steps differs from before the stop; Mistake if it would be over."""
         if before == self.steps or self.step_done >= max(before, self.steps):
             return
         told = f"{path}: stage {self.stage}, at step {self.step_done}, had {before} steps and would have {self.steps}"
@@ -986,7 +986,7 @@ class Trainer:
             print(f"note: {told}: the learning rate goes on with these", flush=True)
 
     def check_alike(self) -> None:
-        """Raise Mistake where the processes do not stand at one step, or have not read the same slices."""
+        """Raise Mistake where the processes are not at the same step, or have not read the same slices."""
         if self.world == 1:
             return
         mine = [self.all_stages.index(self.stage), self.step_done, len(self.train.names), int(self.train.hu.sum())]
@@ -997,11 +997,11 @@ class Trainer:
             raise Mistake(f"{self.c.data}, {self.out}: not the same on all machines: give folders that they share")
 
     def stopping(self) -> bool:
-        """Whether to stop after this step; several processes answer alike, whenever each has got its signal."""
+        """Whether to stop after this step; all processes give the same answer, whenever each gets its signal."""
         return bool(self.stop_signal) if self.world == 1 else self.all_stop
 
     def run(self) -> None:
-        """Train every wanted stage from where the state stands, with bar, stats, checkpoints, panels and curves."""
+        """Train every stage asked for from the current state on, with bar, stats, checkpoints, panels and curves."""
         first = self.stages.index(self.stage) if self.stage in self.stages else 0
         with self.heeding_signals():
             for stage in self.stages[first:]:
@@ -1014,7 +1014,7 @@ class Trainer:
 
     @contextlib.contextmanager
     def heeding_signals(self) -> Iterator[None]:
-        """Let SIGTERM and SIGINT wait for the end of a step."""
+        """Defer SIGTERM and SIGINT to the end of a step."""
 
         def heed(received: int, _: Any) -> None:
             self.stop_signal = received
@@ -1030,7 +1030,7 @@ class Trainer:
         """Train the stage to its end. On SIGTERM or SIGINT finish the step, write the checkpoint and leave."""
         done, total = self.step_done * self.c.batch, self.steps * self.c.batch
         if self.rank == 0 and self.at_interval():
-            self.draw()  # a kill may have come between this checkpoint and its pictures
+            self.draw()  # the run may have been killed between this checkpoint and its pictures
         with (
             open(self.out / "stats.jsonl" if self.rank == 0 else os.devnull, "a") as stats,
             tqdm(desc=self.stage, initial=done, total=total, unit=" samples", disable=self.rank > 0) as bar,
@@ -1050,7 +1050,7 @@ class Trainer:
                     raise Stopped(f"stopped at stage {self.stage}, step {self.step_done}: --resume goes on from there")
 
     def at_interval(self) -> bool:
-        """Whether this step is one to leave a checkpoint and pictures after."""
+        """Whether to write a checkpoint and pictures after this step."""
         return self.step_done > 0 and (self.step_done % self.c.interval == 0 or self.step_done == self.steps)
 
     @torch.no_grad()
@@ -1075,10 +1075,10 @@ class Trainer:
         write_curves(self.out / "curves.png", self.out / "stats.jsonl", self.method.curves)
 
     def write_split(self) -> None:
-        """Write OUT/split.json, all that was trained on and what is held out, and OUT/data.txt, where it lies."""
+        """Write OUT/split.json, all slices ever trained on and those held out, and OUT/data.txt, their folder."""
         write_atomically(self.out / "data.txt", lambda path: path.write_bytes(os.fsencode(f"{self.c.data}\n")))
         path, own, train = self.out / "split.json", Path(self.c.data) / "split.json", {*self.train.names}
-        if own.exists() and path.exists() and own.samefile(path):  # OUT is the data's folder
+        if own.exists() and path.exists() and own.samefile(path):  # OUT is the data folder
             return
         if self.c.resume and path.exists():
             train |= {*read_sides(path)["train"]}
@@ -1102,12 +1102,12 @@ class Trainer:
 
 
 def world_size() -> int:
-    """Processes of a torchrun, 1 without."""
+    """Number of processes under torchrun, 1 without it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def rank() -> int:
-    """This process's number among those of a torchrun, 0 without."""
+    """This process's rank under torchrun, 0 without it."""
     return int(os.environ.get("RANK", "0"))
 
 
@@ -1115,7 +1115,7 @@ def rank() -> int:
 
 
 def choose_cases(side: Slices, n: int = 4) -> list[int]:
-    """Indices of up to n telling slices: of each patient in turn the one with most of the scarcer lesion."""
+    """Indices of up to n telling slices: from each patient in turn, the one with most of the scarcer lesion."""
     pixels = [(side.labels == label).sum((1, 2, 3)) for label in (2, 3)]
     worth = torch.minimum(*pixels) + 1e-3 * sum(pixels)
     ranked = sorted(range(len(side.names)), key=lambda i: (-worth[i].item(), i))
@@ -1125,9 +1125,9 @@ def choose_cases(side: Slices, n: int = 4) -> list[int]:
 
 
 def write_panel(path: Path, labels: Tensor, real: Tensor, lung: Tensor) -> None:
-    """Draw a row a case: map | real lung | synthetic lung | real slice | completed slice.
+    """Draw one row per case: map | real lung | synthetic lung | real slice | completed slice.
 
-    labels [N, 1, S, S]; real windowed slices and synthetic lungs in [-1, 1], the latter perhaps at G1's smaller size.
+    labels [N, 1, S, S]; real windowed slices and synthetic lungs in [-1, 1], the latter possibly at G1's smaller size.
     """
     lung = F.interpolate(lung, labels.shape[-2:], mode="nearest")
     completed = torch.where(labels > 0, lung, real)
@@ -1142,7 +1142,7 @@ def write_panel(path: Path, labels: Tensor, real: Tensor, lung: Tensor) -> None:
 
 
 def under_titles(columns: np.ndarray, titles: Sequence[str]) -> np.ndarray:
-    """A picture uint8 [H, W, 3] of columns of one width, under a strip with each one's title."""
+    """A picture uint8 [H, W, 3] of columns of equal width, below a strip with their titles."""
     strip = Image.new("RGB", (columns.shape[1], 16))
     for k, title in enumerate(titles):
         ImageDraw.Draw(strip).text((k * columns.shape[1] // len(titles) + 4, 2), title, fill="white")
@@ -1150,13 +1150,13 @@ def under_titles(columns: np.ndarray, titles: Sequence[str]) -> np.ndarray:
 
 
 def write_curves(path: Path, stats: Path, curves: tuple[tuple[str, ...], ...]) -> None:
-    """Draw groups of figures against the step, the stages in a row, from stats.jsonl."""
-    from matplotlib.figure import Figure  # slow to import, and wanted here alone
+    """Plot groups of figures against the step, one stage after the other, from stats.jsonl."""
+    from matplotlib.figure import Figure  # slow to import, and only needed here
 
     names = ("step", *sum(curves, ()))
-    with open(stats) as lines:  # one after the other, as numbers alone: there may be a million
+    with open(stats) as lines:  # one after the other, keeping only numbers: there may be a million
         steps = np.fromiter(([json.loads(line)[n] for n in names] for line in lines), np.dtype((float, len(names))))
-    if not len(steps):  # somebody has removed them
+    if not len(steps):  # someone has removed them
         return
     points = np.array_split(steps, min(len(steps), 200))
     ends = np.cumsum([len(point) for point in points])
@@ -1223,7 +1223,7 @@ def nearest_copy(train: Slices, labels: Tensor, c: LoopConfig) -> Tensor:
 
 
 def evaluate(trainer: Trainer) -> dict[str, dict[str, dict[str, float]]]:
-    """Quality on the test side of our images and of the two floors, each complete and lung-only (Table II's columns).
+    """Quality of our images and of the two floors on the test side, each complete and lung-only (Table II's columns).
 
     Slices without lung, where there is nothing to synthesize, are left out. In stage g1 everything is measured at G1's
     reduced size.
@@ -1245,7 +1245,7 @@ def evaluate(trainer: Trainer) -> dict[str, dict[str, dict[str, float]]]:
 
 
 def table(results: dict[str, dict[str, dict[str, float]]]) -> str:
-    """Results as an aligned table, a row a method."""
+    """Results as an aligned table, one row per method."""
     columns = f"{'PSNR dB':>9}{'SSIM':>8}{'RMSE':>8}{'NRMSE':>8}"
     lines = [f"{'':24}{'complete':>33}{'lung only':>33}", f"{'':24}{columns}{columns}"]
     form = "{psnr:9.2f}{ssim:8.4f}{rmse:8.4f}{nrmse:8.4f}"
@@ -1253,14 +1253,14 @@ def table(results: dict[str, dict[str, dict[str, float]]]) -> str:
     return "\n".join(lines)
 
 
-# ------------------------------------------------------------ what makes a processor fast, and is no part of the method
+# ----------------------------------------------------- hardware-specific speed-ups, which are not part of the method
 
 
-# Gains are of a joint step in bfloat16, two cores with AVX-512: at full widths and 256 pixels, and at the demo's.
+# Gains are those of a joint step in bfloat16, two cores with AVX-512: at full widths and 256 pixels, and at the demo's.
 
 
 def pick_device(c: LoopConfig) -> torch.device:
-    """--device, or the best there is; one GPU a process."""
+    """--device, or the best one available; one GPU per process."""
     name = c.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -1268,7 +1268,7 @@ def pick_device(c: LoopConfig) -> torch.device:
 
 
 def uses_bf16(c: LoopConfig, device: torch.device) -> bool:
-    """Whether to autocast to bfloat16: as told, or where the device computes in it."""
+    """Whether to autocast to bfloat16: as --dtype says, or with auto where the device supports it natively."""
     if c.dtype != "auto":
         return c.dtype == "bfloat16"
     if device.type == "cuda":
@@ -1278,16 +1278,16 @@ def uses_bf16(c: LoopConfig, device: torch.device) -> bool:
 
 
 def memory_layout(device: torch.device, bf16: bool) -> torch.memory_format:
-    """How convolutions want their weights: channels last gains 8 % and 6 %; a CPU in fp32 loses 5 % by it."""
+    """Layout of the convolutions' weights: channels last gains 8 % and 6 %, but a CPU in fp32 loses 5 %."""
     return torch.contiguous_format if device.type == "cpu" and not bf16 else torch.channels_last
 
 
 class ChannelsLastNorm(nn.Module):
     """Instance norm for a CPU in bfloat16, which gains 17 % and 11 %.
 
-    PyTorch's brings channels_last features into the other layout and the next convolution brings them back. Batch norm
-    of one image is the same arithmetic and keeps the layout. Trap: it adds up all H * W numbers in one go, which costs
-    fp32 some HU on label maps; bfloat16 is coarser than that anyway.
+    PyTorch's converts channels_last features to the other layout, and the next convolution converts them back. Batch
+    norm of one image is the same arithmetic and keeps the layout. It sums all H * W numbers in one go, though, which
+    costs fp32 some HU on label maps; bfloat16 is coarser than that anyway.
     """
 
     def forward(self, x: Tensor) -> Tensor:  # [B, c, H, W]
@@ -1298,7 +1298,7 @@ class ChannelsLastNorm(nn.Module):
 
 
 def replace(module: nn.Module, kind: type[nn.Module], make: Callable[[nn.Module], nn.Module]) -> None:
-    """Put what `make` makes of it in the place of every module of a kind below `module`."""
+    """Replace every module of a kind below `module` by what `make` makes of it."""
     for name, child in module.named_children():
         if isinstance(child, kind):
             setattr(module, name, make(child))
@@ -1307,14 +1307,14 @@ def replace(module: nn.Module, kind: type[nn.Module], make: Callable[[nn.Module]
 
 
 def on_device(method: Method, device: torch.device, bf16: bool) -> Method:
-    """Bring a method to a device in the form that it computes fastest; the state dict stays as it is."""
+    """Move a method to a device, in the form that runs fastest there; the state dict stays as it is."""
     if device.type == "cpu" and bf16:
         replace(method, nn.InstanceNorm2d, lambda norm: norm if norm.affine else ChannelsLastNorm())
     return method.to(device, memory_format=memory_layout(device, bf16))
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep what tensors free: it gives it back page by page and asks for it again. Gains 17 % and 14 %.
+    """Let glibc keep memory that tensors free, not return it page by page to ask for it again. Gains 17 % and 14 %.
 
     Other C libraries have no such setting, and are left alone.
     """
@@ -1327,7 +1327,7 @@ def keep_freed_memory() -> None:
 
 
 class Mistake(Exception):
-    """A mistake of the user's: one line that names the file or option and the mend; exit status 2."""
+    """A mistake of the user's: one line that names the file or option and the remedy; exit status 2."""
 
     def __str__(self) -> str:
         """On one line: a name's line breaks and control characters are escaped."""
@@ -1335,7 +1335,7 @@ class Mistake(Exception):
 
 
 def list_pngs(folder: Path) -> dict[str, Path]:
-    """PNGs of a folder by name without ending, .PNG too; what begins with a dot is no data. Mistake where none is."""
+    """PNGs of a folder, also .PNG, by name without suffix; dotfiles are ignored. Mistake where there is none."""
     files = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     found: dict[str, Path] = {}
     for path in files:
@@ -1349,7 +1349,7 @@ def list_pngs(folder: Path) -> dict[str, Path]:
 
 
 def read_small(path: Path) -> bytes:
-    """The bytes of a file. Raises Mistake for what would fill the memory, or never end: LARGEST_FILE, or no file."""
+    """The bytes of a file. Raises Mistake for one above LARGEST_FILE, and for no regular file, which may never end."""
     if path.exists() and not path.is_file():
         raise Mistake(f"{path}: no regular file: put the file itself there")
     if (size := path.stat().st_size) > LARGEST_FILE:
@@ -1358,16 +1358,16 @@ def read_small(path: Path) -> bytes:
 
 
 def read_png(path: Path) -> tuple[str, np.ndarray, np.ndarray | None]:
-    """Mode, in Pillow's words, pixels, and the palette [256, 3] where there is one, black where it is transparent.
+    """Pillow's name of the mode, the pixels, and the palette [256, 3] if there is one, black where it is transparent.
 
-    Raises Mistake for a file that is cut short, broken or no PNG, and before it is decoded for one that is too large.
+    Raises Mistake for a file that is cut short, broken or not a PNG, and, before decoding, for one that is too large.
     """
     try:
-        content = io.BytesIO(read_small(path))  # in which no chunk finds the gigabytes that its head may claim
-        with PngImageFile(content) as picture:  # Image.open would take any format, and warn of some sizes
+        content = io.BytesIO(read_small(path))  # where a chunk that claims gigabytes does not get them
+        with PngImageFile(content) as picture:  # Image.open would take any format, and warn about some sizes
             if not 1 <= min(picture.size) <= max(picture.size) <= LARGEST:
                 raise Mistake(f"{path}: {picture.width} x {picture.height} pixels: give 1 to {LARGEST} a side")
-            clear = picture.info.get("transparency", b"")  # of a palette: one index, or opacities of the first ones
+            clear = picture.info.get("transparency", b"")  # for a palette: one index, or opacities of the first entries
             pixels, palette = np.asarray(picture), picture.getpalette("RGB")
     except PNG_ERRORS as error:
         raise Mistake(f"{path}: not a readable PNG ({error}): write it again") from error
@@ -1392,19 +1392,19 @@ def read_image(path: Path) -> np.ndarray:
 def read_map(path: Path, n_labels: int) -> np.ndarray:
     """Read a label map, uint8 [H, W]: grey PNG of label values, or RGB or palette in exactly the paper's COLOURS.
 
-    Where a palette holds the paper's colours, colour decides: a paint program orders as it likes. A palette without
-    them only dresses label values up. What is transparent is background. Raises Mistake that names the
-    file, the value or colour and the pixel.
+    Where a palette holds the paper's colours, colour decides: paint programs order palettes as they like. A palette
+    without them only decorates label values. Transparent pixels are background. Raises a Mistake that names the file,
+    the value or colour and the pixel.
     """
     mode, pixels, palette = read_png(path)
     if mode not in ("P", "L", "RGB", "RGBA"):
         raise Mistake(f"{path}: a PNG of mode {mode} is no label map: give 8-bit palette, or RGB in {COLOURS}")
     if palette is not None:
-        empty = np.ptp(pixels) == 0 and not palette[pixels[0, 0]].any()  # no lung, black being any index
+        empty = np.ptp(pixels) == 0 and not palette[pixels[0, 0]].any()  # all black: no lung, whatever index black has
         if empty or {*COLOURS[1:]} & {*map(tuple, palette.tolist())}:
             pixels = palette[pixels]
     if mode == "RGBA":
-        pixels = np.where(pixels[..., 3:] > 0, pixels, 0)  # an eraser leaves the colour below
+        pixels = np.where(pixels[..., 3:] > 0, pixels, 0)  # an eraser leaves the colour underneath
     if pixels.ndim == 2 and pixels.max() >= n_labels:
         y, x = np.argwhere(pixels >= n_labels)[0]
         raise Mistake(f"{path}: label {pixels[y, x]} at row {y}, column {x}: the model's labels are 0..{n_labels - 1}")
@@ -1419,12 +1419,12 @@ def read_map(path: Path, n_labels: int) -> np.ndarray:
 
 
 def patient_of(name: str) -> str:
-    """The patient of a slice: what stands before the last "_" of its name."""
+    """The patient of a slice: what comes before the last "_" in its name."""
     return name.rpartition("_")[0]
 
 
 def names_of(side: Any) -> list[str]:
-    """Names of a list, without .png. Raises ValueError for what is no list of names, or leads out of a folder."""
+    """The names in a list, without .png. Raises ValueError for anything else, and for a name that leaves its folder."""
     names = [re.sub(r"(?i)\.png$", "", name) for name in side] if isinstance(side, list) else [""]
     for name in names:
         if PureWindowsPath(name).name != name or name[:1] in ("", ".") or min(name) < " " or len(name) > 255:
@@ -1433,11 +1433,11 @@ def names_of(side: Any) -> list[str]:
 
 
 def read_sides(path: Path) -> dict[str, list[str]]:
-    """Names under train and test of a split.json. Raises Mistake for anything else, and for a name under both."""
+    """Names under train and test in a split.json. Raises Mistake for anything else, and for a name under both."""
     try:
-        split = json.loads(read_small(path).decode("utf-8-sig"))  # a byte order mark is no mistake
+        split = json.loads(read_small(path).decode("utf-8-sig"))  # a byte order mark is allowed
         split = {side: names_of(split[side]) for side in ("train", "test")}
-    except (ValueError, KeyError, TypeError, RecursionError) as error:  # the last for lists in lists, on and on
+    except (ValueError, KeyError, TypeError, RecursionError) as error:  # the last for deeply nested lists
         raise Mistake(f"{path}: lists of names under train and test are wanted ({error!r})") from error
     if both := {*split["train"]} & {*split["test"]}:
         raise Mistake(f"{path}: {min(both)} is under train and test: take it out of one")
@@ -1447,7 +1447,7 @@ def read_sides(path: Path) -> dict[str, list[str]]:
 def read_split(folder: Path, seed: int) -> dict[str, list[str]]:
     """Names of the train and test slices: from split.json, else about a fifth of the patients held out, drawn by seed.
 
-    Where all slices have one patient, the last fifth is held out. Raises Mistake for a missing or unusable folder.
+    Where all slices are of one patient, the last fifth is held out. Raises Mistake for a missing or unusable folder.
     """
     if not (folder / "images").is_dir() or not (folder / "maps").is_dir():
         raise Mistake(f"{folder}: no images/ and maps/ in it: data/prepare.py or data/phantom.py makes such a folder")
@@ -1471,11 +1471,11 @@ def read_split(folder: Path, seed: int) -> dict[str, list[str]]:
 
 
 def load_slices(folder: Path, names: list[str], c: LoopConfig, room: int = 1) -> Slices:
-    """Read and check every slice of a side, resampled to c.size, or to `room` times that where the first is so large.
+    """Read and check every slice of a side, resampled to c.size, or to `room` times that if the first is that large.
 
-    HU beyond the window are cut to it before, so that what resampling mixes is what is seen (§IV-A: grey images).
-    Raises Mistake where a file is missing or bad, image and map differ in size, a slice is not square, no map holds
-    lung, or the images hold no HU (see check_hu).
+    HU are clipped to the window before, so that what resampling mixes is what is seen (§IV-A: grey images). Raises
+    Mistake where a file is missing or bad, image and map differ in size, a slice is not square, no map holds lung, or
+    the images do not hold HU (see check_hu).
     """
     files = {part: list_pngs(folder / part) for part in ("images", "maps")}
 
@@ -1497,7 +1497,7 @@ def load_slices(folder: Path, names: list[str], c: LoopConfig, room: int = 1) ->
         seen = torch.from_numpy(hu)[None, None].float().clamp(c.level - c.width / 2, c.level + c.width / 2)
         x, y = resample(seen, torch.from_numpy(labels.copy())[None, None], side)
         lung = hu[labels == 1]
-        lung = lung if 100 * lung.size >= hu.size else lung[:0]  # less tells nothing
+        lung = lung if 100 * lung.size >= hu.size else lung[:0]  # fewer pixels tell nothing
         return x.round().clamp(-HU_OFFSET, 4095 - HU_OFFSET).short(), y, lung, hu.max()
 
     with ThreadPoolExecutor() as pool:
@@ -1511,9 +1511,9 @@ def load_slices(folder: Path, names: list[str], c: LoopConfig, room: int = 1) ->
 
 
 def check_hu(folder: Path, names: Sequence[str], lungs: Sequence[np.ndarray], peak: int) -> None:
-    """Raise Mistake where slices hold grey levels 0..255, or a patient's lungs, HU of label 1, have no lung's HU.
+    """Raise Mistake where slices hold grey levels 0..255, or a patient's lungs (HU of label 1) lack the HU of lung.
 
-    peak: the largest HU of all. Both as the files have them, not cut to the window.
+    peak: the largest HU of all. Both as in the files, not clipped to the window.
     """
     if peak <= 255 - HU_OFFSET:
         raise Mistake(f"{folder}: no value above 255, so grey levels, not HU + {HU_OFFSET}: convert them first")
@@ -1529,7 +1529,7 @@ def check_hu(folder: Path, names: Sequence[str], lungs: Sequence[np.ndarray], pe
 def check_pickle(stream: io.BufferedReader) -> None:
     """Raise ValueError where one of the pickles that a stream begins with calls for more than tensors and plain data.
 
-    Before 1.6 PyTorch wrote five: magic number, version, machine, what was saved, and the names of its numbers.
+    Before 1.6, PyTorch wrote five: magic number, version, machine, what was saved, and the keys of its storages.
     """
     for _ in range(5):
         if not stream.peek(1):
@@ -1540,7 +1540,7 @@ def check_pickle(stream: io.BufferedReader) -> None:
 
 
 def check_archive(path: Path) -> None:
-    """Raise BadZipFile or ValueError where an archive of torch.save takes more room unpacked, or its pickle is none."""
+    """Raise BadZipFile or ValueError where a torch.save archive unpacks to more, or check_pickle refuses its pickle."""
     with zipfile.ZipFile(path) as archive:
         parts = archive.infolist()
         if len({part.filename.lower() for part in parts}) < len(parts):
@@ -1553,19 +1553,19 @@ def check_archive(path: Path) -> None:
 
 
 def read_weights(path: Path) -> dict[str, Any]:
-    """Read a file of torch.save that holds one plain dict of tensors and numbers. Raises Mistake for anything else.
+    """Read a torch.save file that holds one plain dict of tensors and numbers. Raises Mistake for anything else.
 
-    No code of the file's is run, and nothing is called but what makes tensors: weights_only alone would take
-    bytearray(10**11). Nor does it take more memory than disk to unpack: torch.save does not compress.
+    No code from the file is run, and only what makes tensors is called: weights_only by itself would allow
+    bytearray(10**11). Nor does unpacking take more memory than disk: torch.save does not compress.
     """
     try:
         with open(path, "rb") as file:
-            if file.peek(4).startswith(b"PK\3\4"):  # as PyTorch tells; zipfile takes what only ends like one, too
+            if file.peek(4).startswith(b"PK\3\4"):  # PyTorch's test; zipfile also takes what merely ends like one
                 check_archive(path)
             else:
                 check_pickle(file)
         weights = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # out of a broken file the unpickler brings any error there is
+    except Exception as error:  # on a broken file the unpickler may raise anything
         raise Mistake(f"{path}: not a checkpoint that can be read ({type(error).__name__})") from error
     if not isinstance(weights, dict):
         raise Mistake(f"{path}: holds a {type(weights).__name__}, not a checkpoint's dict")
@@ -1594,14 +1594,14 @@ def read_checkpoint(path: Path, method: type[Method]) -> dict[str, Any]:
 
 
 def is_of(value: Any, kind: Any) -> bool:
-    """Whether a value is one that an option of this kind may have; of words only plain ones, fit to be printed."""
+    """Whether an option of this type may have this value; a string must be printable."""
     if get_origin(kind) is Literal:
         return isinstance(value, str) and value in get_args(kind)
     return type(value) in ((int, float) if kind is float else (kind,)) and (kind is not str or value.isprintable())
 
 
 def check_fit(checkpoint: dict[str, Any], method: type[Method], c: LoopConfig) -> None:
-    """Raise ValueError where a checkpoint's place in training or its tensors are not those of its config."""
+    """Raise ValueError where a checkpoint's stage and step or its tensors do not fit its config."""
     stage, step = checkpoint.get("stage", c.stage), checkpoint.get("step", 0)
     if not isinstance(stage, str) or stage not in ("all", *method.stages(c)) or type(step) is not int or step < 0:
         raise ValueError("its stage or step is none")
@@ -1622,10 +1622,10 @@ def check_fit(checkpoint: dict[str, Any], method: type[Method], c: LoopConfig) -
 
 @contextlib.contextmanager
 def held(out: Path, name: str = ".lock") -> Iterator[None]:
-    """Make a folder and hold it, or what a name of a lock in it stands for, so that it has one writer.
+    """Make a folder and lock it, or the file in it that the lock's name stands for, so that it has one writer.
 
-    It is the system's lock, which goes with its process, however that dies and on whatever machine. Raises Mistake
-    where another process holds it. A filesystem without locks is told of, and gone on in.
+    The lock is the system's and ends with its process, however that dies and on whatever machine. Raises Mistake where
+    another process holds it. On a filesystem without locks, prints a warning and goes on.
     """
     lock = FileLock(out / name, blocking=False, fallback_to_soft=False)
     try:
@@ -1644,12 +1644,12 @@ def held(out: Path, name: str = ".lock") -> Iterator[None]:
     finally:
         if lock.is_locked:
             with contextlib.suppress(OSError):
-                (out / name).unlink()  # while it is held: nobody takes one that has no name
+                (out / name).unlink()  # while still held: nobody can take a lock without a name
         lock.release()
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let write(temporary path) make a file that appears under its name only when whole.
+    """Let write(temporary path) make a file that appears under its own name only when complete.
 
     Raises Mistake where it cannot be written, and leaves nothing behind.
     """
@@ -1657,9 +1657,9 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     try:
         write(unfinished)
         with open(unfinished, "rb+") as file:
-            os.fsync(file.fileno())  # else the name may outlive a machine's crash, and what it stands for not
+            os.fsync(file.fileno())  # else the name may survive a crash of the machine, and the content not
         os.replace(unfinished, path)
-    except (OSError, RuntimeError) as error:  # torch.save's word for a full disk is a RuntimeError
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
         raise unwritable(path, error) from error
     finally:
         with contextlib.suppress(OSError):
@@ -1684,7 +1684,7 @@ def unwritable(path: Path, error: Exception) -> Mistake:
 
 
 def first_line(error: Exception) -> str:
-    """An error's own words, without a stack behind them."""
+    """An error's own words, without a stack trace."""
     return (getattr(error, "strerror", None) or str(error) or type(error).__name__).partition("\n")[0]
 
 
@@ -1696,7 +1696,7 @@ class Stopped(Exception):
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """argparse whose complaint is one line."""
+    """argparse with one-line complaints."""
 
     def error(self, message: str) -> None:
         """Raise instead of printing the usage."""
@@ -1704,7 +1704,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 class KnobParser(OneLineParser):
-    """A --key value for each of a method's options, None where it is not given; -h shows their commented source."""
+    """One --key value for each of a method's options, None if not given; -h shows their commented source."""
 
     def __init__(self, method: type[Method]) -> None:
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, usage="%(prog)s")
@@ -1719,7 +1719,7 @@ class KnobParser(OneLineParser):
                 self.add_argument(option, type=kind, help=argparse.SUPPRESS)
 
     def format_help(self) -> str:
-        """The source, which takes a fifth of a second to find, so that no other start does."""
+        """Help from the source; reading that takes a fifth of a second, so it happens only on -h."""
         blocks = [kind for kind in reversed(self.method.options.mro()) if dataclasses.is_dataclass(kind)]
         presets = f"PRESETS = {json.dumps(self.method.presets, indent=4)}"
         about = [inspect.getmodule(self.method).__doc__, *map(inspect.getsource, blocks), presets]
@@ -1745,11 +1745,11 @@ def parse_config(argv: list[str], method: type[Method] = Covidgan) -> LoopConfig
         if not checkpoint.exists():
             raise Mistake(f"{checkpoint}: not there, so nothing to go on from: mend --out, or leave --resume out")
         base = read_checkpoint(checkpoint, method)["config"]
-        base |= {"out": str(checkpoint.parent), "device": method.options.device}  # of this machine, not of that run
+        base |= {"out": str(checkpoint.parent), "device": method.options.device}  # this machine's, not that run's
         base["data"] = read_place(checkpoint.with_name("data.txt")) or base["data"]
         if not (base["data"] or given.get("data")):
             raise Mistake(f"{checkpoint.parent}/data.txt: not there, and tells what was trained on: give --data")
-        for name in ("preset", *method.architecture):  # of a preset nothing would be taken over
+        for name in ("preset", *method.architecture):  # a preset would have no effect
             if name in given and given[name] != base[name]:
                 raise Mistake(f"{checkpoint} has {name} {base[name]}, not {given[name]}: leave the option out")
     config = method.options(**{**base, **given})
@@ -1758,12 +1758,12 @@ def parse_config(argv: list[str], method: type[Method] = Covidgan) -> LoopConfig
 
 
 def read_place(path: Path) -> str:
-    """The folder of the slices that OUT/data.txt names, since a checkpoint names no place; "" where it is not there."""
+    """The data folder, which OUT/data.txt names since a checkpoint holds no paths; "" where that file is missing."""
     return os.fsdecode(path.read_bytes()).strip() if path.is_file() else ""
 
 
 def check_config(c: LoopConfig, method: type[Method]) -> None:
-    """Raise Mistake, before any work, where the values cannot work together, or not on this machine."""
+    """Raise Mistake, before any work, where the values cannot work together, or cannot on this machine."""
     check_values(c, method)
     checks = [
         (not method.alone or world_size() == 1, f"torchrun: {method.name} trains in one process, start it without"),
@@ -1784,7 +1784,7 @@ def insist(checks: Sequence[tuple[bool, str]]) -> None:
 def check_values(c: LoopConfig, method: type[Method]) -> None:
     """Raise Mistake where the values cannot work together on any machine."""
     for name, value in vars(c).items():
-        if isinstance(value, int | float) and not abs(value) < 2**63:  # nan is not, either
+        if isinstance(value, int | float) and not abs(value) < 2**63:  # nan fails this, too
             raise Mistake(f"--{name.replace('_', '-')} {value:g}: give a number that is finite and below 2**63")
     stages, ranges = ("all", *method.stages(c)), (c.rotate, c.elastic, c.noise)
     checks = [
@@ -1815,17 +1815,17 @@ def check_values(c: LoopConfig, method: type[Method]) -> None:
 
 
 def prepare_out(c: LoopConfig) -> None:
-    """Make OUT ready. Raises Mistake where slices or another run stand in it.
+    """Make OUT ready. Raises Mistake where it holds slices or another run.
 
-    A run is what has a checkpoint: what a start that failed has left is written over.
+    Only what has a checkpoint is a run: what a failed start has left behind is overwritten.
     """
     out = Path(c.out)
     running = (out / "ckpt.pt").exists()
-    if (out / "maps").exists() and not running and not out.samefile(c.data):  # whose split.json would be written over
+    if (out / "maps").exists() and not running and not out.samefile(c.data):  # whose split.json would be overwritten
         raise Mistake(f"{out}: holds the slices of another set: give another --out")
     if running and not (c.resume or c.overwrite):
         raise Mistake(f"{out}: holds another run: give --resume to go on, --overwrite to discard it, or another --out")
-    for unfinished in out.glob(".*.tmp"):  # of a run that was killed
+    for unfinished in out.glob(".*.tmp"):  # left by a killed run
         unfinished.unlink()
     if c.overwrite:
         names = ("ckpt.pt", "unet.pt", "results.json", "curves.png")  # unet.pt: of paper/segment.py
@@ -1836,7 +1836,7 @@ def prepare_out(c: LoopConfig) -> None:
 
 
 def make_phantom(c: LoopConfig) -> None:
-    """Make the built-in data, at the size that it is trained at, where it is asked for and not there."""
+    """Make the built-in data, at the size to train at, where it is asked for and missing."""
     script, data, phantom = Path(__file__).parent / "data" / "phantom.py", Path(c.data), Path(PHANTOM)
     if data.parent == phantom.parent and data.name.startswith(phantom.name) and not Path(c.data, "split.json").exists():
         print(f"{c.data} is not there: making the built-in phantom data", flush=True)
@@ -1855,7 +1855,7 @@ def on_first_rank(work: Callable[..., None], *arguments: Any) -> None:
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """Do what needs all processes. Raises Mistake where one has ended, which the backends call a RuntimeError."""
+    """Do what needs all processes. Raises Mistake where one has ended, which backends report as RuntimeError."""
     try:
         yield
     except RuntimeError as error:
@@ -1866,19 +1866,19 @@ def together() -> Iterator[None]:
 
 
 def first_to_tell() -> bool:
-    """Whether no other process has told why all of them end: those of a torchrun share its store."""
+    """Whether no other process has yet told why all of them end: torchrun's processes share its store."""
     if world_size() == 1:
         return True
     place = os.environ.get("MASTER_ADDR", ""), int(os.environ.get("MASTER_PORT", "0"))
     try:
         store = dist.TCPStore(*place, is_master=False, timeout=timedelta(seconds=5))
         return store.add(f"told in start {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", 1) == 1
-    except RuntimeError:  # gone with the process that held it
+    except RuntimeError:  # the store has gone with the process that held it
         return True
 
 
 def main(argv: list[str], method: type[Method] = Covidgan, trainer_of: type[Trainer] = Trainer) -> None:
-    """Train a method as the command line says, by this kind of Trainer, then print and write the results."""
+    """Train a method as the command line says, with this kind of Trainer, then print and write the results."""
     c = parse_config(argv, method)
     keep_freed_memory()
     if world_size() > 1:
@@ -1898,7 +1898,7 @@ def main(argv: list[str], method: type[Method] = Covidgan, trainer_of: type[Trai
 
 
 def train(trainer: Trainer) -> None:
-    """Go on from OUT's checkpoint, if there is one, to the end, and report."""
+    """Train to the end, from OUT's checkpoint if there is one, and report."""
     c, checkpoint = trainer.c, trainer.out / "ckpt.pt"
     if checkpoint.exists():
         trainer.load(checkpoint)
@@ -1916,11 +1916,11 @@ def train(trainer: Trainer) -> None:
 
 
 def exit_on_mistake(program: Callable[[list[str]], None]) -> None:
-    """Run a program on the command line's arguments; a mistake of the user's is one line and exit status 2."""
-    if world_size() == 1:  # of several, one that waits for the others would not hear it
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: nothing half-written is left
+    """Run a program on the command line's arguments; a mistake of the user's becomes one line and exit status 2."""
+    if world_size() == 1:  # with several, one that waits for the others would not react
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C: nothing half-written is left
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # a terminal that lacks a sign is no reason to stop
+        stream.reconfigure(errors="backslashreplace")  # a character that the terminal lacks is no reason to stop
     try:
         program(sys.argv[1:])
     except (Mistake, OSError) as mistake:
@@ -1930,19 +1930,19 @@ def exit_on_mistake(program: Callable[[list[str]], None]) -> None:
             raise
         leave(2, f"error: out of memory ({first_line(error)}): less --batch, --size or --ngf needs less")
     except (Stopped, KeyboardInterrupt) as stop:
-        sys.unraisablehook = lambda _: None  # an object that was stopped in its making complains of that when it goes
+        sys.unraisablehook = lambda _: None  # objects interrupted while being made complain when deleted
         leave(130, f"\n{stop or 'stopped'}")
 
 
 def leave(status: int, line: str) -> None:
-    """End the process with a line that says why, where no other process has said it."""
+    """End the process with a line that says why, unless another process has said it already."""
     if first_to_tell():
         print(line, file=sys.stderr)
     sys.exit(status)
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether memory ran out, on whatever device: PyTorch has a type of its own for CUDA alone."""
+    """Whether memory ran out, on any device: PyTorch has an exception type of its own only for CUDA."""
     words = ("out of memory", "can't allocate memory", "alloc_cpu")
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(word in str(error) for word in words)
 

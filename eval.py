@@ -1,4 +1,4 @@
-"""How good are synthetic CT slices? Against the real ones, pair by pair and as a whole. No training framework.
+"""How good are synthetic CT slices? Compares them with real ones, pair by pair and as a set. No training framework.
 
     python eval.py REAL FAKE                                # PSNR, SSIM, RMSE, NRMSE (Table II)
     python eval.py REAL FAKE --maps MAPS                    # for the complete image and for the lung alone
@@ -10,7 +10,7 @@
 REAL and FAKE hold 16-bit PNG of HU + 1024, paired by file name. With maps, the complete image is the synthesis inside
 the lung (label above 0) and the real slice elsewhere, bit for bit, and the lung alone is black elsewhere; without
 maps FAKE is taken as it is. Slices without lung are left out, and counted. Images are measured through the lung
-window, as 0..1. Floors are what one half of the real slices scores against the other half. What a person reads is
+window, as 0..1. Floors are what one half of the real slices scores against the other half. A summary is
 printed; --json has every figure in every dimension.
 OUT/eval_cases.png: the best, median and worst case by SSIM, as map | real | synthetic | difference.
 OUT/eval_texture.png: texture or blur? With maps: power spectra inside the lung, HU histograms of the labels.
@@ -68,17 +68,17 @@ from infer_onnx import ORT_ERRORS, PROVIDERS, ahead, first_line, open_session, p
 CASES, SUSPECTS, TEXTURE = "eval_cases.png", "eval_memorisation.png", "eval_texture.png"  # in OUT
 SIDES = ("fake", "real")
 LESIONS = {"GGO": (2,), "consolidation": (3,), "infection": (2, 3)}  # labels of each
-THUMBNAIL = 64  # pixels a side at which lungs are compared for memorisation
+THUMBNAIL = 64  # pixels per side at which lungs are compared for memorisation
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
 MANIFOLD = ("precision", "recall", "density", "coverage")
-NEAREST = 5  # k of their nearest neighbours
-RINGS, FINE = 16, 8  # of equal width, up to 0.5 cycles a pixel; fine texture is in those from 0.25 on
-FREQUENCIES = (np.arange(RINGS) + 0.5) / (2 * RINGS)  # of the rings' middles, cycles a pixel
+NEAREST = 5  # k of these figures' nearest neighbours
+RINGS, FINE = 16, 8  # of equal width, up to 0.5 cycles per pixel; fine texture is in those from 0.25 on
+FREQUENCIES = (np.arange(RINGS) + 0.5) / (2 * RINGS)  # of the rings' middles, cycles per pixel
 MARGIN, TAPER = 2, 4  # pixels along a label's edge that a spectrum leaves out, and over which it fades in
-QUIETEST = 1 / 12  # HU^2: the power spectrum of rounding to whole HU, below which none is told from none
+QUIETEST = 1 / 12  # HU^2: the power spectrum of rounding to whole HU, below which nothing can be told apart
 SSIM_WINDOW = 11
 SEED = 0  # of the floor's halves and of KID's subsets
-COLUMNS = 100  # of what is printed, at most
+COLUMNS = 100  # printed at most
 
 Rows = dict[str, dict[str, Any]]  # of a table: row -> column -> value
 
@@ -99,18 +99,18 @@ class Batch(NamedTuple):
     """Cases of one size."""
 
     real: np.ndarray  # int16 [N, H, W], HU
-    fake: np.ndarray  # int16 [N, H, W], HU, completed: as real outside the lung
+    fake: np.ndarray  # int16 [N, H, W], HU, completed: equal to real outside the lung
     labels: np.ndarray  # uint8 [N, H, W], 1 everywhere where there are no maps
 
 
 def pngs(folder: Path, part: str) -> dict[str, Path]:
-    """PNGs of a folder by name; of a dataset those of its part, "images" or "maps". Raises Mistake where none is."""
+    """PNGs of a folder by name; of a dataset, those of its part "images" or "maps". Raises Mistake if there is none."""
     check_finished(folder)
     return list_pngs(folder / part if (folder / part).is_dir() else folder, part)
 
 
 def find_pairs(real: Path, fake: Path, maps: Path | None = None, strict: bool = False) -> list[Pair]:
-    """Pairs by file name; names that stand on one side only are counted on stderr, or a Mistake if strict.
+    """Pairs by file name; names found on one side only are counted on stderr, or a Mistake if strict.
 
     maps None: those of the dataset FAKE or REAL, where it is one. Raises Mistake for no pair and for a missing map.
     """
@@ -134,7 +134,7 @@ def find_pairs(real: Path, fake: Path, maps: Path | None = None, strict: bool = 
 
 
 def tell_training(real: Path, names: list[str]) -> None:
-    """Say on stderr how many names are of the training side of the dataset REAL, whose figures tell little."""
+    """Say on stderr how many names are from the training side of the dataset REAL: their figures tell little."""
     if (split := real / "split.json").is_file():
         seen = {*read_split(split).get("train", [])} & {*names}
         if seen:
@@ -170,7 +170,7 @@ def read_pair(pair: Pair) -> Batch:
 
 
 def batches(pairs: list[Pair], size: int) -> Iterator[tuple[list[Pair], Batch]]:
-    """Pairs with lung in their order, neighbours of one size together, `size` at most; a few are read ahead."""
+    """Batches of pairs with lung, in order: neighbours of equal size, at most `size` of them; a few are read ahead."""
     held: list[tuple[Pair, Batch]] = []
 
     def joined() -> tuple[list[Pair], Batch]:
@@ -191,7 +191,7 @@ def batches(pairs: list[Pair], size: int) -> Iterator[tuple[list[Pair], Batch]]:
 
 
 class Window:
-    """HU to grey levels as a table, since HU of the format are one of 4,096."""
+    """HU to grey levels by a lookup table, since the format has only 4,096 values of HU."""
 
     def __init__(self, level: float = LEVEL, width: float = WIDTH) -> None:
         self.level, self.width = level, width
@@ -246,7 +246,7 @@ def halves(n: int) -> list[np.ndarray]:
 
 
 class Node:
-    """A tensor of an ONNX graph in the making: arithmetic on it adds operators to the graph."""
+    """A tensor of an ONNX graph being built: arithmetic on it adds operators to the graph."""
 
     def __init__(self, name: str, graph: list[onnx.NodeProto]) -> None:
         self.name, self.graph = name, graph
@@ -271,7 +271,7 @@ class Node:
     __mul__, __truediv__ = partialmethod(then, "Mul"), partialmethod(then, "Div")
 
     def mean(self, axis: int) -> "Node":
-        """Mean over an axis, which goes."""
+        """Mean over an axis, which is dropped."""
         return self.then("ReduceMean", np.array([axis]), keepdims=0)
 
 
@@ -279,11 +279,11 @@ def pixel_graph(height: int, width: int, level: float, window: float) -> onnx.Mo
     """The metrics of images of one size as an ONNX graph, so that they run wherever the models do.
 
     Inputs real and fake (int16 [N, H, W], HU) and labels (uint8 [N, H, W]); outputs float32 [N]: mse, and for the
-    complete image and for the lung alone power, the real image's mean square, and ssim: Gaussian window of 11,
-    sigma 1.5, K 0.01 and 0.03, population covariance, averaged over where the window fits in.
+    complete image and for the lung alone power (the real image's mean square) and ssim (Gaussian window of 11,
+    sigma 1.5, K 0.01 and 0.03, population covariance, averaged over where the window fits in).
 
-    All is told by real, lung (real, 0 outside) and d = fake - real, which is 0 outside the lung. So both SSIMs share
-    three of their blurs, and rounding counts only where images differ: SSIM of equal images is 1 to the last bit.
+    All follows from real, lung (real, 0 outside) and d = fake - real, which is 0 outside the lung. So both SSIMs share
+    three of their blurs, and rounding matters only where images differ: SSIM of equal images is 1 to the last bit.
     """
     graph: list[onnx.NodeProto] = []
     real, fake, labels = (Node(name, graph).then("Cast", to=TensorProto.FLOAT) for name in Batch._fields)
@@ -293,8 +293,8 @@ def pixel_graph(height: int, width: int, level: float, window: float) -> onnx.Mo
     real = (real - floor) / window
     lung = real * labels.then("Min", 1)  # [N, H, W]
 
-    # Convolving one channel is slow, so 16 pixels of a row are made at once, as 16 channels: kernels of 11 + 15 taps,
-    # stride 16. That the pixels change places does not matter to a mean; those past the row's end weigh 0.
+    # Convolving one channel is slow, so 16 pixels of a row are computed at once, as 16 channels: kernels of 11 + 15
+    # taps, stride 16. The pixels change places, which does not affect a mean; those past the row's end weigh 0.
     block, columns = 16, width - SSIM_WINDOW + 1
     blocks = math.ceil(columns / block)
     gauss = np.exp(-((np.arange(SSIM_WINDOW) - SSIM_WINDOW // 2) ** 2) / (2 * 1.5**2))
@@ -303,7 +303,7 @@ def pixel_graph(height: int, width: int, level: float, window: float) -> onnx.Mo
     down = np.tile(gauss[:, None], (block, 1, 1, 1))  # [16, 1, 11, 1]
     padding = np.array([0, 0, 0, 0, 0, blocks * block - columns])
     counted = np.arange(blocks) * block + np.arange(block)[:, None] < columns  # [16, blocks]
-    weights = (counted / counted.mean())[:, None].astype(np.float32)  # [16, 1, blocks], 1 on the average
+    weights = (counted / counted.mean())[:, None].astype(np.float32)  # [16, 1, blocks], 1 on average
 
     def blur(image: Node) -> Node:  # [N, H, W] -> [N, 16, H - 10, blocks]
         row = image.then("Pad", padding).then("Unsqueeze", np.array([1]))
@@ -319,9 +319,9 @@ def pixel_graph(height: int, width: int, level: float, window: float) -> onnx.Mo
         luminance = (mean * mean + mean * mean_d) * 2 + 0.01**2  # 2 mean(real) mean(fake) + C1
         structure = (variance + covariance) * 2 + 0.03**2  # 2 cov(real, fake) + C2
         score = luminance * structure / ((luminance + squared_d) * (structure + variance_d))
-        return ((score - 1) * weights).mean(3).mean(2).mean(1) + 1  # the weights' own rounding meets what is lost alone
+        return ((score - 1) * weights).mean(3).mean(2).mean(1) + 1  # so the weights' rounding only affects score - 1
 
-    def power(image: Node) -> Node:  # [N, H, W] -> [N]; in two steps: in one, fp32 loses two digits on even areas
+    def power(image: Node) -> Node:  # [N, H, W] -> [N]; in two steps: in one, fp32 loses two digits on flat areas
         return (image * image).mean(2).mean(1)
 
     results = {"mse": power(d)} | {"complete power": power(real), "complete ssim": ssim(real)}
@@ -342,7 +342,7 @@ def pixel_graph(height: int, width: int, level: float, window: float) -> onnx.Mo
 def run(model: Path | str, session: ort.InferenceSession, outputs: list[str], **inputs: np.ndarray) -> list[np.ndarray]:
     """Run a model for the outputs named, arrays of numbers.
 
-    Raises Mistake, naming the model, where ONNX Runtime or memory fails, and for what is no such array.
+    Raises Mistake, naming the model, where ONNX Runtime fails, memory is short, or an output is no such array.
     """
     try:
         found = session.run(outputs, inputs)
@@ -374,7 +374,7 @@ class PixelMetrics:
             with tempfile.TemporaryDirectory() as folder:
                 path = Path(folder) / f"metrics_{height}x{width}.onnx"
                 onnx.save(pixel_graph(height, width, self.window.level, self.window.width), path)
-                # one thread: the other cores are at the next pairs' PNGs
+                # one thread: the other cores are reading the next pairs' PNGs
                 session, _ = open_session(path, self.provider, threads=1, kind="metrics", quiet=True)
                 self.sessions[height, width] = session
         return self.sessions[height, width]
@@ -409,7 +409,7 @@ def frechet(x: np.ndarray, y: np.ndarray) -> float:
     """Frechet distance of the normal distributions of features x [n, d] and y [m, d], n and m above 1; float64.
 
     |mu_x - mu_y|^2 + tr S_x + tr S_y - 2 tr (S_x S_y)^1/2. The last trace is the sum of the singular values of
-    R_x R_y^T, with S = R^T R by QR of the centred features: no rounded product has a root taken, so that none is
+    R_x R_y^T, with S = R^T R by QR of the centred features: no root is taken of a rounded product, so that none is
     complex, and n may be below d.
     """
 
@@ -436,9 +436,9 @@ def mmd2(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def kid(x: np.ndarray, y: np.ndarray) -> tuple[float, float | None]:
-    """Kernel Inception Distance of features x [n, d] and y [m, d], n and m above 1: mean and deviation over subsets.
+    """Kernel Inception Distance of features x [n, d] and y [m, d], n and m above 1: mean and std over subsets.
 
-    Up to 1,000 features are taken all at once, without deviation (None); of more, 100 seeded subsets of 1,000.
+    Up to 1,000 features are taken all at once, without a std (None); of more, 100 seeded subsets of 1,000.
     """
     x, y = x.astype(np.float64), y.astype(np.float64)
     if max(len(x), len(y)) <= KID_SUBSET_SIZE:
@@ -451,16 +451,16 @@ def kid(x: np.ndarray, y: np.ndarray) -> tuple[float, float | None]:
 def manifold(real: np.ndarray, fake: np.ndarray) -> dict[str, float]:
     """Precision, recall, density and coverage of features real [n, d] and fake [m, d], n and m above NEAREST.
 
-    A set's manifold is the balls about its features that reach to their k-th nearest neighbours, k = 5. Precision
+    A set's manifold consists of balls about its features that reach to their k-th nearest neighbours, k = 5. Precision
     0..1: share of the synthetic in the real manifold. Recall 0..1: share of the real in the synthetic manifold
-    (Kynkaanniemi et al. 2019). Density 0..: real balls that a synthetic feature is in, over k, 1 if all is well;
-    coverage 0..1: share of the real balls with a synthetic feature in them (Naeem et al. 2020, whose prdc this is).
+    (Kynkaanniemi et al. 2019). Density 0..: mean number of real balls that a synthetic feature is in, over k, ideally
+    1; coverage 0..1: share of the real balls with a synthetic feature in them (Naeem et al. 2020, whose prdc this is).
     """
 
     def squares(a: np.ndarray, b: np.ndarray) -> np.ndarray:  # of the distances, [len(a), len(b)]
         return ((a**2).sum(1)[:, None] + (b**2).sum(1) - 2 * a @ b.T).clip(0)
 
-    def reach(a: np.ndarray) -> np.ndarray:  # the first of its own neighbours is each feature itself
+    def reach(a: np.ndarray) -> np.ndarray:  # each feature is its own first neighbour
         return np.partition(squares(a, a), NEAREST, 1)[:, NEAREST]
 
     centre = real.mean(0, dtype=np.float64)  # far from the origin, squares would lose the digits that count
@@ -509,7 +509,7 @@ class Features:
         self.found: dict[tuple[str, str, str], list[np.ndarray]] = defaultdict(list)  # [N, d] of each batch
 
     def update(self, batch: Batch) -> None:
-        """Compute the features of a batch. Raises Mistake for features that are no vectors of finite numbers."""
+        """Compute the features of a batch. Raises Mistake for features that are not vectors of finite numbers."""
         for region in self.regions:
             for side in SIDES:
                 image = self.window(getattr(batch, side), batch.labels if region == "lung" else None)
@@ -522,7 +522,7 @@ class Features:
     def result(self, names: list[str]) -> dict[str, Rows]:
         """Table "features"; the floor is one random half of the real images against the other.
 
-        relative: FID over its floor, about 1 where the synthetic are as real as the real, None where either is
+        relative: FID over its floor, about 1 where synthetic images are as real as real ones, None where either is
         missing (the relative Frechet distance of Woodland et al., MICCAI 2024, arXiv 2311.13717).
         """
         rows: Rows = {}
@@ -543,10 +543,10 @@ class Features:
 
 
 def interior(labels: np.ndarray) -> np.ndarray:
-    """Weight 0..1 of each pixel in the spectrum, float32 [H, W], of labels [H, W]; background has none.
+    """Weight 0..1 of each pixel in the spectrum, float32 [H, W], from labels [H, W]; background has none.
 
     0 on MARGIN pixels along each label's edges, where a pixel may be part chest wall or lesion and the step would drown
-    all texture; then a quarter of a sine, squared, over TAPER pixels: abrupt edges spread low frequencies over high.
+    all texture; then a quarter sine, squared, over TAPER pixels: abrupt edges spread low frequencies over high ones.
     """
     depth = np.zeros(labels.shape, np.intp)
     for _ in range(MARGIN + TAPER):
@@ -560,9 +560,9 @@ def interior(labels: np.ndarray) -> np.ndarray:
 
 @functools.lru_cache(8)
 def rings(height: int, width: int) -> np.ndarray:
-    """Ring of each frequency of np.fft.rfft2, flat [height * (width // 2 + 1)]; RINGS for what is in none.
+    """Ring of each frequency of np.fft.rfft2, flat [height * (width // 2 + 1)]; RINGS for those in none.
 
-    Those are frequencies from 0.5 cycles a pixel on, the mean, and what is another one's complex conjugate.
+    Those are frequencies from 0.5 cycles per pixel on, the mean, and the complex conjugates of others.
     """
     y, x = np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)
     ring = (np.hypot(y, x) * 2 * RINGS).astype(np.intp)
@@ -570,21 +570,21 @@ def rings(height: int, width: int) -> np.ndarray:
 
 
 def energy(hu: np.ndarray, labels: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """Mean |Fourier transform|^2 in each ring, float64 [RINGS], of what HU [H, W] are beside a flat painting of labels.
+    """Mean |Fourier transform|^2 in each ring, float64 [RINGS], of HU [H, W] less each label's own mean.
 
-    Each label's own mean is taken off: how dense a label is, the histograms tell. Divided by the sum of the weights'
-    squares this is the power spectrum, HU^2: white noise of deviation s has s^2 in every ring, at any size and shape.
+    How dense a label is, the histograms show. Divided by the sum of the weights' squares this is the power spectrum,
+    HU^2: white noise of standard deviation s has s^2 in every ring, at any size and shape.
     """
     total, weighed = (np.bincount(labels.ravel(), of.ravel(), len(LABELS)) for of in (weight, weight * hu))
     means = (weighed / total.clip(1e-9)).astype(np.float32)
-    shape = [-(-side // 64) * 64 for side in hu.shape]  # zeros about it: no ring is empty, and few shapes differ
+    shape = [-(-side // 64) * 64 for side in hu.shape]  # zero-padded: no ring is empty, and shapes are few
     power = np.abs(np.fft.rfft2(weight * (hu - means[labels]), shape)) ** 2
     ring = rings(*shape)
     return (np.bincount(ring, power.ravel()) / np.bincount(ring))[:RINGS]
 
 
 class Pool(NamedTuple):
-    """What the texture of a set of slices is told by; NaN where it has no pixel to tell it by."""
+    """What the texture of a set of slices is measured by; NaN where there is no pixel to measure."""
 
     spectrum: np.ndarray  # [RINGS], HU^2, QUIETEST at least
     histograms: np.ndarray  # [labels, 256], the share of each step of the window in each label's pixels
@@ -594,11 +594,11 @@ def differences(real: Pool, fake: Pool, step: float) -> dict[str, float]:
     """Figures of one set of slices against another, by name; step: of the window, in HU.
 
     spectrum: mean distance in dB over the rings. fine texture: power of the fine rings over the real power there,
-    0..; less than 1 is blur, more is noise. HU of a label: Wasserstein-1 distance, HU, of all its pixels: the sum of
-    what lies between the cumulative histograms.
+    0..; less than 1 is blur, more is noise. HU of a label: Wasserstein-1 distance, HU, of all its pixels: the area
+    between the cumulative histograms.
     """
     decibels = 10 * np.log10(fake.spectrum / real.spectrum)
-    # the farther out a ring, the more frequencies it has
+    # the farther out a ring, the more frequencies it holds
     fine_real, fine_fake = ((pool.spectrum * FREQUENCIES)[FINE:].sum() for pool in (real, fake))
     distances = np.abs((fake.histograms - real.histograms).cumsum(1)).sum(1) * step
     figures = {"spectrum": np.abs(decibels).mean(), "fine texture": fine_fake / fine_real}
@@ -609,8 +609,8 @@ class Texture:
     """Texture or blur? Power spectrum inside the lung and HU histogram of each label, beside the real slices' own.
 
     Spectra are means over all directions, by which Durall et al. (CVPR 2020) tell synthetic images from real ones.
-    Slices are pooled, each with the weight of its lung's area. HU are clipped to the window, and for the histograms
-    in its 256 steps.
+    Slices are pooled, each weighted by its lung's area. HU are clipped to the window, and for the histograms
+    rounded to its 256 steps.
     """
 
     def __init__(self, window: Window) -> None:
@@ -624,7 +624,7 @@ class Texture:
         low = self.window.level - self.window.width / 2
         for *images, labels in zip(*batch, strict=True):
             rows, columns = (np.flatnonzero(labels.any(axis)) for axis in (1, 0))
-            box = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)  # the rest is none of its business
+            box = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)  # the rest does not count
             labels, weight = labels[box].astype(np.intp), interior(labels[box])
             self.areas.append(float((weight**2).sum()))
             for side, hu in zip(("real", "fake"), (image[box] for image in images), strict=True):
@@ -642,7 +642,7 @@ class Texture:
             step, pixels = self.counts[side][k]
             counts[step] += pixels
         of_labels = counts.reshape(-1, 256)[1:]
-        with np.errstate(invalid="ignore"):  # 0 / 0 is the NaN that is meant
+        with np.errstate(invalid="ignore"):  # 0 / 0 is meant to be NaN
             return Pool(np.maximum(power / area, QUIETEST), of_labels / of_labels.sum(1, keepdims=True))
 
     def pools(self) -> list[Pool]:
@@ -664,14 +664,14 @@ class Texture:
             name: {"value": known(value), "N": n, "floor_value": known(floors[name]), "floor_N": n // 2}
             for name, value in found.items()
         }
-        rows["spectrum"] |= {"frequency": FREQUENCIES.tolist()}  # cycles a pixel
+        rows["spectrum"] |= {"frequency": FREQUENCIES.tolist()}  # cycles per pixel
         rows["spectrum"] |= {"real": known(real.spectrum), "fake": known(fake.spectrum)}  # HU^2
         return {"texture": rows}
 
     def picture(self) -> bytes | None:
-        """PNG of spectra and histograms, real against synthetic, halves of the real thin; None without matplotlib."""
+        """PNG of spectra and histograms, real and synthetic, the real halves in thin lines; None without matplotlib."""
         try:
-            from matplotlib.figure import Figure  # slow to import, and wanted here alone
+            from matplotlib.figure import Figure  # slow to import, and only needed here
         except ImportError:
             return None
         real, fake, *floor = self.pools()
@@ -682,7 +682,7 @@ class Texture:
         hu = self.window.level + ((np.arange(64) + 0.5) / 64 - 0.5) * self.window.width
         for pool, name, style in ((real, "real", "-"), (fake, "synthetic", "--")):
             power.plot(FREQUENCIES, 10 * np.log10(pool.spectrum), style, color="black", label=name)
-            bins = 100 * pool.histograms.reshape(-1, 64, 4).sum(2)  # single steps hold 5 or 6 HU: a comb
+            bins = 100 * pool.histograms.reshape(-1, 64, 4).sum(2)  # single steps hold 5 or 6 HU and would draw a comb
             for label, colour, shares in zip(LABELS[1:], COLOURS[1:], bins, strict=True):
                 density.plot(hu, shares, style, color=np.array(colour) / 255, label=label if pool is real else None)
         power.set(title="power inside the lung; grey: halves of the real", xlabel="cycles a pixel", ylabel="dB of HU²")
@@ -705,7 +705,7 @@ def overlap(predicted: np.ndarray, truth: np.ndarray) -> dict[str, np.ndarray]:
     both = (predicted & truth).sum((1, 2))
     found, true, frame = predicted.sum((1, 2)), truth.sum((1, 2)), truth[0].size
     neither = frame - found - true + both
-    with np.errstate(invalid="ignore"):  # 0 / 0 is the NaN that is meant
+    with np.errstate(invalid="ignore"):  # 0 / 0 is meant to be NaN
         dice = np.where(found + true > 0, 2 * both / (found + true), 1.0)
         return {"Dice": dice, "sensitivity": both / true, "specificity": neither / (frame - true)}
 
@@ -768,7 +768,7 @@ def thumbnails(grey: np.ndarray) -> np.ndarray:
 
 
 class Memorisation:
-    """The nearest training lung of each synthetic lung, and of each real test lung as the measure of what is near.
+    """The nearest training lung of each synthetic lung, and of each real test lung as the yardstick for near.
 
     Lungs are compared as thumbnails of 64 x 64, black outside, by the RMS of their difference. A generator that
     copies patients has distances far below the real lungs'; a little below is usual, since syntheses are smoother.
@@ -791,7 +791,7 @@ class Memorisation:
         self.distance: dict[str, list[np.ndarray]] = defaultdict(list)  # side -> RMS [N] of each batch
 
     def read(self, files: tuple[Path, Path]) -> np.ndarray | None:
-        """The thumbnail [THUMBNAIL^2] of a training lung; None of a slice without."""
+        """The thumbnail [THUMBNAIL^2] of a training lung; None for a slice without lung."""
         hu, labels = read_lung(*files)
         return thumbnails(self.window(hu, labels)[None])[0] if labels.any() else None
 
@@ -801,11 +801,11 @@ class Memorisation:
             lungs = thumbnails(self.window(getattr(batch, side), batch.labels))
             nearest = (self.squares - 2 * lungs @ self.lungs.T).argmin(1)
             self.nearest[side].append(nearest)
-            # anew, not from the squares: their difference has lost its digits near 0, where it matters
+            # anew, not from the squares, whose difference has lost its digits near 0, where it matters
             self.distance[side].append(np.sqrt(((lungs - self.lungs[nearest]) ** 2).mean(1)))
 
     def suspects(self, names: list[str], most: int = 4) -> Rows:
-        """The synthetic lungs with the least distances, the training image that each is near, and how near."""
+        """The synthetic lungs with the smallest distances, the training image nearest to each, and how near it is."""
         nearest, distance = np.concatenate(self.nearest["fake"]), np.concatenate(self.distance["fake"])
         trained = list(self.files)
         return {
@@ -816,8 +816,8 @@ class Memorisation:
     def result(self, names: list[str]) -> dict[str, Rows]:
         """Tables "memorisation" and "suspects".
 
-        ratio: of the synthetic lungs' median to the real ones'. share: of the synthetic lungs that are nearer than
-        the 5th percentile of the real ones. Real lungs that are training lungs themselves are counted, not measured.
+        ratio: the synthetic lungs' median over the real ones'. share: of the synthetic lungs, those nearer than the
+        5th percentile of the real ones. Real lungs that are training lungs themselves are counted, not measured.
         """
         fake, real = (np.concatenate(self.distance[side]).astype(np.float64) for side in SIDES)
         unseen = real[real > 1e-6]
@@ -854,7 +854,7 @@ def training_files(train: Path) -> dict[str, tuple[Path, Path]]:
 
 
 def picture(rows: list[list[np.ndarray]]) -> bytes:
-    """PNG of rows of tiles, uint8 [H, W] or [H, W, 3], each put on black of the largest one's size."""
+    """PNG of rows of tiles, uint8 [H, W] or [H, W, 3], each on black of the largest one's size."""
     height, width = (max(tile.shape[axis] for row in rows for tile in row) for axis in (0, 1))
 
     def placed(tile: np.ndarray) -> np.ndarray:
@@ -874,16 +874,16 @@ def tiles(pair: Pair, window: Window) -> list[np.ndarray]:
     return [coloured(one.labels[0])] * bool(pair.labels) + [real, fake, difference]
 
 
-# ------------------------------------------------------------------------------------------------ what a person reads
+# ------------------------------------------------------------------------------------------------ printed report
 
 
 def text(value: Any) -> str:
-    """A cell: floats to 4 digits, names cut to 40 columns, "-" for None; no letter that the output cannot show."""
+    """A cell: floats to 4 digits, names cut to 40 columns, "-" for None; escapes for what the output cannot show."""
     if isinstance(value, float):
         return f"{value:.4g}"
     encoding = sys.stdout.encoding or "ascii"
     word = "-" if value is None else str(value).encode(encoding, "backslashreplace").decode(encoding)
-    most = 40 if word.isascii() else 20  # other letters may be two columns wide
+    most = 40 if word.isascii() else 20  # other characters may be two columns wide
     return word if len(word) <= most else f"{word[: most // 2 - 1]}..{word[1 - most // 2 :]}"
 
 
@@ -909,7 +909,7 @@ def means(title: str, rows: Rows, *notes: str) -> str:
 
 
 def distances(rows: Rows) -> str:
-    """What features tell beside its floors, each in the largest dimension that it is given in, and what is left out."""
+    """Figures of features beside their floors, each in the largest dimension it is given in, and what is left out."""
     first, regions = next(iter(rows.values())), list(dict.fromkeys(row.split()[0] for row in rows))
     grid = [[first["features"], "n", *(head for region in regions for head in (region, "floor"))]]
     notes = [f"floor: half of the real slices against the other half, {first['floor_N']} each: FID rises as n falls"]
@@ -922,7 +922,7 @@ def distances(rows: Rows) -> str:
             values = [row[key] for row in given for key in ("value", "floor_value")]
             if given:
                 grid.append([f"{figure}, {given[0]['dimension']} dimensions", first["N"], *values])
-        group = " to ".join(dict.fromkeys([figures[0], figures[-1]]))  # what one of it lacks, all lack
+        group = " to ".join(dict.fromkeys([figures[0], figures[-1]]))  # what one of these lacks, all lack
         if absent := list(dict.fromkeys(str(row["dimension"]) for row in found if row["value"] is None)):
             dimensions = " and ".join(", ".join(absent).rsplit(", ", 1))
             notes.append(f"{group} at {dimensions} left out: {first['N']} slices; it needs {need}")
@@ -974,7 +974,7 @@ def memories(rows: Rows) -> str:
 
 
 def report(results: dict[str, Rows]) -> str:
-    """What a person reads of the results, COLUMNS wide at most; the rest is in the JSON alone."""
+    """The part of the results that is printed, COLUMNS wide at most; the rest is only in the JSON."""
     window, pairs = results["run"]["window, HU"], results["run"]["pairs"]
     head = f"pairs: {pairs['measured']}, patients: {pairs['patients']} (by name, up to the last _)"
     head += f", level {window['level']:g}, width {window['width']:g} HU"
@@ -1005,7 +1005,7 @@ def report(results: dict[str, Rows]) -> str:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn a failure to write a file into a Mistake that names it, as a full disk's own words do not."""
+    """Turn a failure to write a file into a Mistake that names it, which a full disk's error does not."""
     try:
         yield
     except OSError as error:
@@ -1019,14 +1019,14 @@ def check_target(path: Path) -> None:
             raise Mistake(f"{path}: is a folder: name a file")
         folder = next(parent for parent in path.absolute().parents if parent.exists())
         with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(bytes(4096))  # finds a full disk
+            file.write(bytes(4096))  # detects a full disk
 
 
 def save(path: Path, content: bytes) -> None:
     """Write a file and the folders it needs, whole or not at all. Raises Mistake where that fails."""
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with held(path.parent, f".{path.name}.lock", wait=True):  # two may write there, but not into one file
+        with held(path.parent, f".{path.name}.lock", wait=True):  # two runs may write there, but not to one file
             write_bytes(path, content)
 
 
@@ -1037,17 +1037,17 @@ def parse(argv: list[str]) -> argparse.Namespace:
     option("real", type=Path, help="folder of real slices, or a dataset")
     option("fake", type=Path, help="folder of synthetic slices, complete or lung alone, or a dataset")
     option("--maps", type=Path, help="folder of label maps; those of the dataset FAKE or REAL by default")
-    option("--strict", action="store_true", help="refuse where a name is in one of REAL and FAKE only")
+    option("--strict", action="store_true", help="refuse names that only one of REAL and FAKE has")
     option("--features", type=Path, metavar="FILE", help="feature network, ONNX: FID and KID")
     option("--dim", metavar="D", help="dimension of the features; all that the file offers by default")
     option("--force", action="store_true", help="give FID even where N is not above the dimension")
     option("--unet", type=Path, metavar="FILE", help="segmentation U-Net, ONNX: Dice, sensitivity, specificity")
     option("--train", type=Path, metavar="DIR", help="dataset that the generator was trained on: memorisation")
-    option("--level", type=float, default=LEVEL, help="of the window, HU")
-    option("--width", type=float, default=WIDTH, help="of the window, HU")
+    option("--level", type=float, default=LEVEL, help="level of the window, HU")
+    option("--width", type=float, default=WIDTH, help="width of the window, HU")
     option("--json", type=Path, metavar="FILE", help="write all results there")
     option("--out", type=Path, default=Path("eval"), help="folder of the pictures")
-    option("--batch", type=int, default=1, metavar="N", help="slices at a time; more pays on a GPU alone")
+    option("--batch", type=int, default=1, metavar="N", help="slices at a time; more only pays on a GPU")
     option("--provider", choices=("auto", *PROVIDERS), default="auto", help="what graphs and models run on")
     args = parser.parse_args(argv)
     if args.batch < 1 or not (0 < args.width < math.inf and math.isfinite(args.level)):
@@ -1070,7 +1070,7 @@ def check_targets(args: argparse.Namespace, with_maps: bool) -> None:
 
 
 def make_meters(args: argparse.Namespace, with_maps: bool) -> dict[str, Meter]:
-    """What measures, by the name of its table in the results. Raises Mistake where a model is none."""
+    """The meters, each by the name of its table in the results. Raises Mistake for a file that is no such model."""
     regions, window = ["complete", "lung"] if with_maps else ["complete"], Window(args.level, args.width)
     meters: dict[str, Meter] = {"pixels": PixelMetrics(window, args.provider, regions)}
     if args.features:
@@ -1085,9 +1085,9 @@ def make_meters(args: argparse.Namespace, with_maps: bool) -> dict[str, Meter]:
 
 
 def measure(pairs: list[Pair], meters: Iterable[Meter], n: int) -> tuple[list[Pair], float | None]:
-    """Let every meter see all pairs, n at a time: those with lung, and the mean HU of real healthy lung, if any.
+    """Show every meter all pairs with lung, n at a time; returns these, and the mean HU of real healthy lung, if any.
 
-    Raises Mistake where no map has lung, and where memory ends.
+    Raises Mistake where no map has lung, and where memory runs out.
     """
     kept: list[Pair] = []
     lung = np.zeros(2)  # sum of real HU, and pixels
@@ -1108,10 +1108,10 @@ def measure(pairs: list[Pair], meters: Iterable[Meter], n: int) -> tuple[list[Pa
 def write_pictures(
     args: argparse.Namespace, meters: dict[str, Meter], kept: list[Pair], shown: Iterable[int], suspects: Rows
 ) -> None:
-    """Write the cases shown, numbers of pairs, with the curves and the suspects where they were measured."""
+    """Write the cases `shown`, indices of pairs, with the curves and the suspects where they were measured."""
     window = Window(args.level, args.width)
     for name in (SUSPECTS, TEXTURE):
-        (args.out / name).unlink(missing_ok=True)  # of an evaluation before, it would stand for this one's
+        (args.out / name).unlink(missing_ok=True)  # a previous evaluation's would pass for this one's
     save(args.out / CASES, picture([tiles(kept[k], window) for k in shown]))
     if "texture" in meters and (curves := meters["texture"].picture()):
         save(args.out / TEXTURE, curves)

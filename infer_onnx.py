@@ -1,4 +1,4 @@
-"""Label maps of chest CT to CT slices and volumes, with an exported generator and ONNX Runtime; no torch.
+"""Turn label maps of chest CT into CT slices and volumes, with an exported generator and ONNX Runtime; no torch.
 
     python infer_onnx.py maps/                                         # synthetic lungs, 16-bit PNG of HU + 1024
     python infer_onnx.py maps/ --complement images/ --panel            # pasted into the real slices, bit for bit
@@ -16,16 +16,16 @@
     OUT/volumes/NAME.nii.gz   of a label volume NAME.nii or .nii.gz: HU int16 on its grid, in its storage order
     OUT/run.json              what OUT was made with: other folders, model or format need another OUT
 
-Variants are named P03_S041v01, ...: what stands before the last "_" is still the patient. With --complement, the real
+Variants are named P03_S041v01, ...: what comes before the last "_" is still the patient. With --complement, the real
 slice is resampled (bicubic) by the same crop, rotation and elastic displacement as the map before the lung goes in.
 Label volumes, like maps, hold 0 background, 1 lung, 2 ground-glass opacity, 3 consolidation. They go through the model
 slice by slice in radiological display, as data/prepare.py writes slices. With --complement the result lies on the CT's
 grid, and every voxel outside the lung is the CT's own, to the HU; fractions of a HU are rounded, with a note. Maps and
 volumes without lung are left out and counted; slices without lung within a volume are background, or the real slice.
-The same command goes on with a stopped run: finished files are skipped, unless a map or a real slice is newer. HU below
+The same command resumes a stopped run: finished files are skipped, unless a map or a real slice is newer. HU below
 -1024, which the format cannot hold, are written as -1024; so is everything outside a lung that is not pasted. Without
---model it is generator.onnx, where there is one, else the trained models/covid-ct-256.onnx beside this file; and maps/,
-where there is no such folder, is data/phantom/maps, else models/examples beside this file. Research only, not for
+--model, generator.onnx is taken if it exists, else the trained models/covid-ct-256.onnx beside this file; where there
+is no folder maps/, data/phantom/maps takes its place, else models/examples beside this file. Research only, not for
 diagnosis.
 """
 
@@ -96,22 +96,22 @@ NVIDIA, NVIDIA_BATCH = ("tensorrt", "cuda"), 8  # on a CPU batches gain nothing
 CACHED = ("tensorrt", "openvino")  # these compile the model, and keep the result in cache_folder()
 ORT_ERRORS = (
     *(e for e in vars(ort_state).values() if isinstance(e, type) and issubclass(e, Exception)),
-    RuntimeError,  # what a node raises that finds no memory
+    RuntimeError,  # from a node that runs out of memory
     MemoryError,
 )
 MOST_HU = 1e5
-ELSEWHERE = b"location"  # a protobuf's key by which tensors lie in other files, of whatever path
-ORT_FORMAT = b"ORTM"  # of a file that is no ONNX, and that ONNX Runtime checks less
-TOO_OLD = ("IR version", "opset versions", "model file format version")  # in ONNX Runtime's words on a newer file
+ELSEWHERE = b"location"  # the protobuf key that places tensors in other files, at any path
+ORT_FORMAT = b"ORTM"  # marks a file that is not ONNX, and that ONNX Runtime checks less
+TOO_OLD = ("IR version", "opset versions", "model file format version")  # ONNX Runtime's words on too new a file
 
-# what a clone comes with, found from any folder
+# shipped with a clone, found from any working directory
 SHIPPED = Path(__file__).parent / "models"
 SHIPPED_MODEL, EXAMPLES = SHIPPED / "covid-ct-256.onnx", SHIPPED / "examples"
 
 # the contract with export.py
 CONTRACT = "1"
 TENSORS = {"input map": "tensor(uint8)", "output ct": "tensor(int16)", "output alpha": "tensor(float)"}
-PARSED = {  # metadata that is JSON, and what it must be
+PARSED = {  # metadata in JSON, and the check that each must pass
     "labels": lambda value: type(value) is list and {*map(type, value)} == {str} and len(value) <= len(COLOURS),
     "colours": lambda value: value in [[list(colour) for colour in COLOURS[:n]] for n in range(1, len(COLOURS) + 1)],
     "level": lambda value: type(value) in (int, float) and abs(value) <= MOST_HU,
@@ -119,7 +119,7 @@ PARSED = {  # metadata that is JSON, and what it must be
     "size": lambda value: type(value) is int and 1 <= value <= LARGEST,
     "multiple": lambda value: type(value) is int and 1 <= value <= LARGEST // 2,
 }
-LONGEST = 1000  # letters of an entry
+LONGEST = 1000  # characters of an entry
 METADATA = ("contract", *PARSED, "precision", "checkpoint_sha256", "licence")
 
 # the augmentation of covidgan.Config; lengths in pixels of a 512-pixel slice
@@ -145,14 +145,14 @@ def open_session(
 ) -> tuple[ort.InferenceSession, dict[str, Any]]:
     """Open a model on a provider, say on stderr which it is, and return the session and the model's metadata.
 
-    provider: a key of PROVIDERS, or "auto" for the first that really loads, TensorRT aside.
+    provider: a key of PROVIDERS, or "auto" for the first that really loads, except TensorRT.
     threads: on the CPU; by default one for each core that this process may use.
-    kind: what the metadata must call the model; a "generator" is held to the whole contract, and labels, colours,
-    level and width (HU), size and multiple (pixels) of its metadata come parsed.
+    kind: what the metadata must call the model; a "generator" must meet the whole contract, and labels, colours,
+    level and width (HU), size and multiple (pixels) of its metadata are parsed.
     shapes: the batches to come, for TensorRT.
     precision, graphs: see provider_options.
-    quiet: say nothing, for a graph that the caller built and no user knows of.
-    Raises Mistake for a missing, broken or foreign file, and for a provider, asked for by name, that does not load.
+    quiet: say nothing, for a graph that the caller built and no user knows about.
+    Raises Mistake for a missing, broken or foreign file, and for a provider asked for by name that does not load.
     """
     if model.is_dir():
         raise Mistake(f"{model}: a folder: name the .onnx file in it")
@@ -163,9 +163,9 @@ def open_session(
     try:
         session = start(model, "cpu", {}, threads)  # reads and checks the file before anything is compiled for it
         info = check_model(session, model, kind)
-    except (*ORT_ERRORS, UnicodeDecodeError) as error:  # the last of names that are no text
+    except (*ORT_ERRORS, UnicodeDecodeError) as error:  # the last for names that are not text
         raise Mistake(f"{model}: {refusal(error)}") from error
-    reasons: dict[str, list[str]] = {}  # why not, and which providers
+    reasons: dict[str, list[str]] = {}  # why not -> which providers
     for name in PROVIDERS if provider == "auto" else [provider]:
         reason = obstacle(name)
         if not reason and provider == "auto" and name == "tensorrt":
@@ -173,7 +173,7 @@ def open_session(
         if not reason and name != "cpu":
             try:
                 session = start(model, name, provider_options(name, info, shapes, precision, graphs), threads)
-                if session.get_providers()[0] != PROVIDERS[name]:  # trap: ONNX Runtime falls back without a word
+                if session.get_providers()[0] != PROVIDERS[name]:  # ONNX Runtime falls back silently
                     reason = f"did not load{loader_error(name)}"
             except (*ORT_ERRORS, OSError) as error:
                 reason = f"did not start ({first_line(error)})"
@@ -189,7 +189,7 @@ def open_session(
 
 
 def check_file(model: Path) -> None:
-    """Raise Mistake for a model that is no single ONNX file: ONNX Runtime would read what it names on this disk."""
+    """Raise Mistake for a model that is not one ONNX file: ONNX Runtime would read any file on disk that it names."""
     if (size := model.stat().st_size) >= 2**31:
         raise Mistake(f"{model}: {size:,} bytes: an ONNX file has less than 2 GiB: export it again")
     content = model.read_bytes()
@@ -198,7 +198,7 @@ def check_file(model: Path) -> None:
 
 
 def find_model(given: Path | None) -> Path:
-    """The model given; without one generator.onnx, and where there is none the one that a clone comes with."""
+    """The model given, else generator.onnx, else the one shipped with a clone."""
     own = Path("generator.onnx")
     if given or own.exists() or not SHIPPED_MODEL.exists():
         return given or own
@@ -212,33 +212,33 @@ def start(model: Path, name: str, options: dict[str, str], threads: int) -> ort.
     settings.intra_op_num_threads = threads
     settings.enable_mem_pattern = name != "dml"  # DirectML refuses it
     chain: list[Any] = [(PROVIDERS[name], options)]
-    if name == "openvino" and (devices := openvino_devices()):  # a plugin is not known by name, but by its devices
+    if name == "openvino" and (devices := openvino_devices()):  # a plugin is addressed by its devices, not by name
         settings.add_provider_for_devices(devices, options)
         chain = []
-    elif name == "tensorrt":  # it has no int16: the last node is CUDA's
+    elif name == "tensorrt":  # it has no int16: the last node runs on CUDA
         chain.append((PROVIDERS["cuda"], provider_options("cuda", {})))
     if chain and name != "cpu":
         chain.append(PROVIDERS["cpu"])
-    ort.set_default_logger_severity(4)  # what does not load is told in one line, ours
+    ort.set_default_logger_severity(4)  # what does not load is reported in one line of our own
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # trap: some of their errors are plain prints
+        with contextlib.redirect_stdout(io.StringIO()):  # providers print some of their errors
             if name in CACHED and (folder := cache_folder()):
                 Path(folder).mkdir(parents=True, exist_ok=True)
             if name in NVIDIA and hasattr(ort, "preload_dlls"):  # from 1.21 on
-                ort.preload_dlls()  # CUDA out of NVIDIA's Python packages
-            # in UTF-8, as ONNX Runtime wants it, whatever the locale; a str, as it wants it before 1.17
+                ort.preload_dlls()  # CUDA from NVIDIA's Python packages
+            # the path in UTF-8, as ONNX Runtime wants it, whatever the locale; as str, which it needs before 1.17
             return ort.InferenceSession(os.fsencode(model).decode(errors="replace"), settings, providers=chain)
     finally:
         ort.set_default_logger_severity(2)
 
 
 def first_line(error: Exception) -> str:
-    """What ONNX Runtime says, without its stack; names of a file's may hold anything."""
+    """What ONNX Runtime says, without its stack trace, and printable: names from a file may hold anything."""
     return printable(str(error).partition("\n")[0][:500])
 
 
 def refusal(error: Exception) -> str:
-    """Why ONNX Runtime does not load a file, and the mend."""
+    """Why ONNX Runtime does not load a file, and the remedy."""
     if any(words in str(error) for words in TOO_OLD):
         mend = "pip install -U onnxruntime (export.py's files need 1.15 or newer)"
         return f"too new for onnxruntime {ort.__version__}: {mend}"
@@ -248,7 +248,7 @@ def refusal(error: Exception) -> str:
 
 
 def cache_folder() -> str | None:
-    """Where compiled engines are kept; they fit one GPU, driver and TensorRT: never copy them. None: nowhere."""
+    """Where compiled engines are kept; each fits only one GPU, driver and TensorRT: never copy them. None: nowhere."""
     try:
         folder = Path.home() / ".cache" / "covidgan"
     except RuntimeError:  # a user without a home
@@ -263,7 +263,7 @@ def writable(folder: Path) -> bool:
 
 
 def check_model(session: ort.InferenceSession, model: Path, kind: str) -> dict[str, Any]:
-    """Metadata of a model of this kind, with "fixed", its input's N, H, W, None where free. Raises Mistake by lack."""
+    """Metadata of a model of this kind, with "fixed": its input's N, H, W, None where free. Raises Mistake if not."""
     info: dict[str, Any] = dict(session.get_modelmeta().custom_metadata_map)
     for key, value in info.items():
         if not (key + value).isprintable() or len(key + value) > LONGEST:
@@ -292,7 +292,7 @@ def check_model(session: ort.InferenceSession, model: Path, kind: str) -> dict[s
 
 
 def parsed(model: Path, info: dict[str, str], key: str) -> Any:
-    """An entry of a model's metadata that is JSON. Raises Mistake where it is not what it must be."""
+    """An entry of a model's metadata, parsed from JSON. Raises Mistake where it fails its check in PARSED."""
     try:
         value = json.loads(info[key])
     except (ValueError, RecursionError):
@@ -308,8 +308,8 @@ def provider_options(
     """Options of a provider for a model's metadata and the batches to come.
 
     precision: "bf16" lets OpenVINO compute in bfloat16, with "model" it computes in fp32.
-    graphs: capture CUDA graphs, see DeviceBinding; CUDA alone.
-    Written after the providers' documents. OpenVINO was run, on a CPU without bfloat16; no GPU or CoreML was at hand.
+    graphs: capture CUDA graphs, see DeviceBinding; only for CUDA.
+    Written from the providers' documents. OpenVINO was run, on a CPU without bfloat16; no GPU or CoreML was at hand.
     """
     half = str(int(info.get("precision") == "float16"))
     if name == "cuda":  # an exhaustive search would start anew for every size; tf32 would cost three digits
@@ -326,11 +326,11 @@ def provider_options(
             profile = {"min": map(min, axes), "opt": Counter(shapes).most_common(1)[0][0], "max": map(max, axes)}
             options |= {f"trt_profile_{k}_shapes": f"map:{'x'.join(map(str, v))}" for k, v in profile.items()}
         return options
-    if name == "openvino":  # trap: a CPU without bfloat16 computes in fp32 whatever is asked, and says nothing
+    if name == "openvino":  # a CPU without bfloat16 silently computes in fp32 whatever is asked
         cpu = {"INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32"}
         if folder := cache_folder():
             cpu["CACHE_DIR"] = folder
-        # traps: "AUTO:GPU,CPU" does not start where there is no GPU, and "AUTO" passes over load_config
+        # "AUTO:GPU,CPU" does not start where there is no GPU, and "AUTO" ignores load_config
         return {"device_type": "CPU", "load_config": json.dumps({"CPU": cpu})}
     if name == "coreml":
         return {"ModelFormat": "MLProgram", "MLComputeUnits": "ALL"}
@@ -351,7 +351,7 @@ def obstacle(name: str) -> str:
 
 @cache
 def openvino_plugin() -> bool:
-    """Whether OpenVINO comes as the package onnxruntime-ep-openvino, and not within onnxruntime.
+    """Whether OpenVINO comes as the package onnxruntime-ep-openvino, not built into onnxruntime.
 
     Cached: once registered, the plugin too is among the available providers.
     """
@@ -367,7 +367,7 @@ def openvino_devices() -> list[Any]:
     """
     if not openvino_plugin():
         return []
-    import onnxruntime_ep_openvino  # wanted here alone
+    import onnxruntime_ep_openvino  # only needed here
 
     ort.register_execution_provider_library("openvino", onnxruntime_ep_openvino.get_library_path())
     found = [device for device in ort.get_ep_devices() if device.ep_name == PROVIDERS["openvino"]]
@@ -383,7 +383,7 @@ def nvidia_driver() -> ctypes.CDLL | None:
 
 
 def loader_error(name: str) -> str:
-    """The dynamic loader's words on a provider's library, such as which part of CUDA is missing."""
+    """What the dynamic loader says about a provider's library, such as which part of CUDA is missing."""
     library = Path(ort.__file__).parent / "capi" / f"libonnxruntime_providers_{name}.so"
     try:
         if library.exists():
@@ -399,9 +399,9 @@ def usable_cores() -> int:
 
 
 def canvas(height: int, width: int, info: dict[str, Any]) -> tuple[int, int]:
-    """Height and width that the model takes a map in. Raises Mistake where it is of fixed size and the map larger.
+    """Height and width to pad a map to for the model. Raises Mistake where its size is fixed and the map larger.
 
-    Two multiples at least: layers deep inside reflect at the border, and a single pixel has no neighbour to reflect.
+    At least two multiples: layers deep inside reflect at the border, and a single pixel has no neighbour to reflect.
     """
     sides = []
     for side, fixed in zip((height, width), info["fixed"][1:], strict=True):
@@ -412,20 +412,20 @@ def canvas(height: int, width: int, info: dict[str, Any]) -> tuple[int, int]:
 
 
 class HostBinding:
-    """The model for one shape, bound to arrays of this computer, page-locked for the copies to and from a card."""
+    """The model for one shape, bound to arrays on the host, page-locked for the copies to and from a GPU."""
 
     def __init__(self, session: ort.InferenceSession, shape: Shape, lock: bool) -> None:
         self.session, self.binding = session, session.io_binding()
         self.maps, self.ct = np.zeros(shape, np.uint8), np.zeros(shape, np.int16)
         if lock and (driver := nvidia_driver()):
-            for array in (self.maps, self.ct):  # 1: for all contexts; a refusal costs speed, no more
+            for array in (self.maps, self.ct):  # 1: for all contexts; a refusal only costs speed
                 driver.cuMemHostRegister_v2(ctypes.c_void_p(array.ctypes.data), ctypes.c_size_t(array.nbytes), 1)
         self.binding.bind_output("ct", "cpu", 0, np.int16, shape, self.ct.ctypes.data)
 
     def run(self, maps: np.ndarray) -> np.ndarray:
         """Labels uint8 [N, H, W] of the shape to HU int16 [N, H, W], overwritten by the next run."""
         self.maps[:] = maps
-        self.binding.bind_cpu_input("map", self.maps)  # every time: this is what copies to a card
+        self.binding.bind_cpu_input("map", self.maps)  # every time: this is what copies to a GPU
         self.session.run_with_iobinding(self.binding)
         return self.ct
 
@@ -434,7 +434,7 @@ class DeviceBinding:
     """The model for one shape, bound to memory of the device at fixed addresses, as a CUDA graph wants it.
 
     The first run captures the graph under the shape's own number, later ones replay it: one launch instead of hundreds.
-    Run here on a CPU alone, where the same memory is the computer's and there is nothing to capture.
+    Run here only on a CPU, where this memory is the host's and there is nothing to capture.
     """
 
     def __init__(self, session: ort.InferenceSession, shape: Shape, device: str, number: int) -> None:
@@ -455,7 +455,7 @@ class DeviceBinding:
 class Generator:
     """The model as a function of maps of any size: uint8 [N, H, W], labels -> int16 [N, H, W], HU.
 
-    graph_batch: capture CUDA graphs, for batches filled up to this many maps, so that each size has a single shape.
+    graph_batch: capture CUDA graphs, with batches padded to this many maps, so that each size has a single shape.
     """
 
     def __init__(self, session: ort.InferenceSession, info: dict[str, Any], graph_batch: int | None = None) -> None:
@@ -479,7 +479,7 @@ class Generator:
         except ORT_ERRORS as error:
             mend = "try a smaller --batch or smaller maps"
             raise Mistake(f"{first_line(error)}: is there memory for {shape}? {mend}") from error
-        return ct[:n, :height, :width].copy()  # the next batch goes to the same place
+        return ct[:n, :height, :width].copy()  # the next batch overwrites it
 
     def bind(self, shape: Shape) -> HostBinding | DeviceBinding:
         """A binding for one shape."""
@@ -511,8 +511,8 @@ class Slice(NamedTuple):
 def find_maps(source: Path, side: str | None = None) -> dict[str, Path]:
     """Label maps by name: the PNGs or the volumes of a folder or of a dataset's maps/, or the one file given.
 
-    side: of the dataset's split.json, whose names alone are wanted.
-    Raises Mistake where there is none, a name of the split has no map, and two would give files of one name.
+    side: of the dataset's split.json, to which the maps are limited.
+    Raises Mistake where there is none, a name of the split has no map, or two would give files of the same name.
     """
     stand_ins = [place for place in (Path("data/phantom/maps"), EXAMPLES) if place.exists()]
     if source == Path("maps") and not source.exists() and stand_ins:
@@ -564,9 +564,9 @@ def of_side(maps: dict[str, Path], split: Path, side: str) -> dict[str, Path]:
 
 
 def find_reals(source: Path, maps: dict[str, Path]) -> dict[str, Path]:
-    """The real slices or volumes by name, of a folder or of a dataset's images/; or the one of the one map given.
+    """The real slices or volumes by name, of a folder or of a dataset's images/; or the one file for the one map given.
 
-    Raises Mistake where there is none, one for many maps, and where they are not of the maps' kind.
+    Raises Mistake where there is none, one file for many maps, or they are not of the maps' kind.
     """
     check_finished(source)
     found = find_files(source / "images" if (source / "images").is_dir() else source, "real slices")
@@ -588,7 +588,7 @@ def real_of(path: Path, name: str, reals: dict[str, Path]) -> Path:
 
 
 def is_volume(path: Path) -> bool:
-    """By its name."""
+    """Whether a file is a volume, by its name."""
     return path.name.lower().endswith(NIFTI)
 
 
@@ -609,7 +609,7 @@ def plan(maps: dict[str, Path], variants: int) -> list[Job]:
 
 
 def header_size(path: Path) -> tuple[int, int]:
-    """Height and width by a PNG's header alone; 0, 0 where load will tell why it cannot be read."""
+    """Height and width from a PNG's header alone; 0, 0 where it cannot be read, and `load` will say why."""
     try:
         with open_png(path) as picture:
             return picture.height, picture.width
@@ -633,15 +633,15 @@ def batch_shapes(batches: Iterable[Shape], graph_batch: int | None, info: dict[s
 
 
 def shapes_of(batches: list[list[Job]]) -> list[Shape]:
-    """Of batches of slices, but for those of files that cannot be read."""
+    """Shapes of batches of slices, except those of files that cannot be read."""
     return [(len(batch), *batch[0].size) for batch in batches if all(batch[0].size)]
 
 
 def load(job: Job, n_labels: int, reals: dict[str, Path] | None, seed: int, unchecked: bool = False) -> Slice | None:
     """Read the map of a job, and the real slice where `reals` are given; augment both for a variant.
 
-    unchecked: take a real slice whose lung has no lung's HU. Returns None where there is no lung in the map. Raises
-    Mistake for a bad map, and for a real slice that is missing, bad or of another size.
+    unchecked: accept a real slice whose lung does not have the HU of lung. Returns None where the map has no lung.
+    Raises Mistake for a bad map, and for a real slice that is missing, bad or of another size.
     """
     labels, real = read_map(job.path), None
     if labels.max() >= n_labels:
@@ -656,7 +656,7 @@ def load(job: Job, n_labels: int, reals: dict[str, Path] | None, seed: int, unch
         if not unchecked:
             check_hu(path, real, labels)
     if job.variant:
-        rng = np.random.default_rng([seed, job.variant, *os.fsencode(job.path.stem)])  # in whichever batch or shard
+        rng = np.random.default_rng([seed, job.variant, *os.fsencode(job.path.stem)])  # the same in any batch or shard
         rows, columns = augmentation(*labels.shape, rng)
         labels = sample_nearest(labels, rows, columns)
         real = None if real is None else sample_bicubic(real, rows, columns)
@@ -664,7 +664,7 @@ def load(job: Job, n_labels: int, reals: dict[str, Path] | None, seed: int, unch
 
 
 def load_batch(batch: list[Job], reader: Callable[[Job], Slice | None]) -> tuple[list[Slice | None], list[str]]:
-    """Read what can be read of a batch; returns the slices, None without lung, and a line on each faulty one."""
+    """Read what can be read of a batch; returns the slices, None without lung, and a line about each faulty one."""
     slices, problems = [], []
     for job in batch:
         try:
@@ -680,9 +680,9 @@ def augmentation(height: int, width: int, rng: np.random.Generator) -> tuple[np.
     Returns the row and the column, both float [H, W] in pixels, that each pixel is taken from.
     """
     zoom, angle = rng.uniform(1, RESIZE), math.radians(rng.uniform(-ROTATE, ROTATE))
-    shift_y, shift_x = rng.uniform(-1, 1, 2) * (1 - 1 / zoom) / 2  # of the side: how far a crop can move
+    shift_y, shift_x = rng.uniform(-1, 1, 2) * (1 - 1 / zoom) / 2  # share of the side: how far a crop can move
     cells = math.ceil(512 / ELASTIC_CELL)
-    coarse = rng.normal(0, ELASTIC / 512, (2, cells, cells)).astype(np.float32)  # of the side
+    coarse = rng.normal(0, ELASTIC / 512, (2, cells, cells)).astype(np.float32)  # share of the side
     dy, dx = (np.asarray(Image.fromarray(c).resize((width, height), Image.Resampling.BICUBIC)) for c in coarse)
     cos, sin = math.cos(angle) / zoom, math.sin(angle) / zoom
     y = np.arange(height)[:, None] - (height - 1) / 2  # [H, 1], from the centre
@@ -702,7 +702,8 @@ def sample_nearest(labels: np.ndarray, rows: np.ndarray, columns: np.ndarray) ->
 def sample_bicubic(hu: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
     """HU int16 [H, W] taken from rows and columns by cubic convolution, the border's value beyond the border.
 
-    A linear one would blur what is to train others as real. Overshoot at edges is cut to the slice's own range.
+    Linear interpolation would blur what others will train on as real. Overshoot at edges is clipped to the slice's own
+    range.
     """
     framed = np.pad(hu.astype(np.float32), 2, mode="edge")
     rows, columns = rows.clip(0, hu.shape[0] - 1), columns.clip(0, hu.shape[1] - 1)
@@ -727,17 +728,17 @@ def encode(hu: np.ndarray, form: str, info: dict[str, Any]) -> bytes:
     """HU int16 [H, W] as a file of a format.
 
     NIfTI is a volume [W, H, 1] in LPS axes: columns go to the patient's left, rows to the back, as data/prepare.py
-    reads it; a pixel counts as 1 mm, since a PNG does not tell.
+    reads it; a pixel counts as 1 mm, since a PNG does not say.
     """
     if form == "png16":
         return png((hu + HU_OFFSET).astype(np.uint16))
     if form == "png8":
         return png(windowed(hu, info["level"], info["width"]))
     if form == "nifti":
-        import nibabel  # wanted here alone
+        import nibabel  # only needed here
 
         content = nibabel.Nifti1Image(hu.T[..., None], np.diag([-1.0, -1.0, 1.0, 1.0])).to_bytes()
-        return gzip.compress(content, 1, mtime=0)  # the hour is no part of it
+        return gzip.compress(content, 1, mtime=0)  # without the time of writing
     buffer = io.BytesIO()
     np.save(buffer, hu)
     return buffer.getvalue()
@@ -755,13 +756,13 @@ def sources(path: Path, name: str, reals: dict[str, Path] | None) -> list[Path]:
 
 
 def outdated(made: list[Path], of: list[Path]) -> list[Path]:
-    """The files made that are there, but older than one of those that they were made of."""
+    """The files `made` that exist but are older than one of those they were made of."""
     newest = max(path.stat().st_mtime_ns for path in of)
     return [path for path in made if path.exists() and path.stat().st_mtime_ns < newest]
 
 
 def is_made(made: list[Path], of: list[Path]) -> bool:
-    """Whether all files made are there, and none is outdated."""
+    """Whether all files `made` exist and none is outdated."""
     return all(path.exists() for path in made) and not outdated(made, of)
 
 
@@ -782,14 +783,14 @@ def write(made: tuple[list[Slice], np.ndarray], args: argparse.Namespace, info: 
 
 @contextlib.contextmanager
 def claimed(args: argparse.Namespace, info: dict[str, Any], kinds: Sequence[str], place: str) -> Iterator[None]:
-    """Hold the shard of OUT that is to be made, and make its folders `kinds`; in a dry run only look.
+    """Lock the shard of OUT that is to be made, and make its folders `kinds`; in a dry run only check.
 
     So every file has one writer, and shards of one set run side by side. place: of maps and real slices, see `whence`.
-    Raises Mistake where the shard is being made, or OUT in other shards, or its slices were made otherwise.
+    Raises Mistake where the shard is being made already, or OUT in another number of shards or with other settings.
     """
     made_with = {"checkpoint_sha256": info["checkpoint_sha256"], "precision": info["precision"], "format": args.format}
     made_with |= {"completed": bool(args.complement), "seed": args.seed if args.variants else None}
-    before = dict(made_with)  # what a record held at first
+    before = dict(made_with)  # what records held before they had sources
     made_with["sources"] = place
     record, content = args.out / "run.json", (json.dumps(made_with, indent=1) + "\n").encode()
 
@@ -804,7 +805,7 @@ def claimed(args: argparse.Namespace, info: dict[str, Any], kinds: Sequence[str]
         yield
         return
     with contextlib.ExitStack() as shard:
-        with held(args.out, ".run.json.lock", wait=True):  # the one file of all shards: none begins meanwhile
+        with held(args.out, ".run.json.lock", wait=True):  # shared by all shards: none begins meanwhile
             shard.enter_context(held(args.out, f".{args.part}-of-{args.parts}.lock"))
             check(others_at_work(args))
             for kind in kinds:
@@ -820,7 +821,7 @@ def others_at_work(args: argparse.Namespace) -> bool:
     for lock in {*args.out.glob(".*-of-*.lock")} - {args.out / f".{args.part}-of-{args.parts}.lock"}:
         try:
             with held(args.out, lock.name):
-                pass  # what a killed run has left
+                pass  # left by a killed run
         except Mistake:
             if not lock.name.endswith(f"-of-{args.parts}.lock"):
                 raise
@@ -837,13 +838,13 @@ def recorded(path: Path) -> Any:
 
 
 def whence(out: Path, maps: dict[str, Path], reals: dict[str, Path] | None) -> str:
-    """A digest of where maps and real slices lie, seen from OUT: those of another set may have the same names."""
+    """A digest of where maps and real slices lie relative to OUT: those of another set may have the same names."""
     places = []
     for files in filter(None, (maps, reals)):
         folder = next(iter(files.values())).parent.resolve()
         try:
             places.append(os.path.relpath(folder, out.resolve()))
-        except ValueError:  # on another drive of Windows
+        except ValueError:  # on another Windows drive
             places.append(str(folder))
     return hashlib.sha256(os.fsencode("\n".join(places))).hexdigest()[:16]
 
@@ -870,7 +871,7 @@ class Tally(NamedTuple):
 
 
 def ahead(pool: ThreadPoolExecutor, work: Callable[[Any], Any], items: Iterable[Any], depth: int) -> Iterator[Any]:
-    """map() by a pool that is at most `depth` items ahead of whoever takes the results."""
+    """map() by a pool that stays at most `depth` items ahead of whoever takes the results."""
     under_way: deque[Future] = deque()
     for item in items:
         under_way.append(pool.submit(work, item))
@@ -903,7 +904,7 @@ def run(
                     problems.append(line)
                     bar.write(f"error: {line}", file=sys.stderr)
 
-    workers = min(8, max(2, usable_cores()))  # more would hold more in memory, and no model waits for eight
+    workers = min(8, max(2, usable_cores()))  # more would need more memory, and no model outruns eight
     with bar, ThreadPoolExecutor(workers) as pool:
         loaded = ahead(pool, partial(load_batch, reader=reader), batches, 2 * workers)
         for n in ahead(pool, writer, synthesized(loaded), 2 * workers):
@@ -919,7 +920,7 @@ def load_volume(
 ) -> tuple["Volume", np.ndarray, np.ndarray | None]:
     """Read a label volume, and the CT to paste into where `real` is given.
 
-    Returns the volume whose grid the result shall have, labels uint8 and the CT's HU int16 [Z, H, W] in display.
+    Returns the volume whose grid the result takes, labels uint8 and the CT's HU int16, both [Z, H, W] in display.
     Raises Mistake for a bad volume, an unknown label, a CT on another grid and one that does not hold HU.
     """
     from data import volumes  # needs nibabel
@@ -933,12 +934,12 @@ def load_volume(
 
 
 def whole_hu(path: Path, voxels: np.ndarray, labels: np.ndarray, unchecked: bool) -> np.ndarray:
-    """The voxels of a CT as HU int16, fractions rounded. Raises Mistake where they can be no HU.
+    """The voxels of a CT as HU int16, fractions rounded. Raises Mistake where they cannot be HU.
 
-    unchecked: whatever the mean of its lung.
+    unchecked: accept any mean of its lung.
     """
     low, high, limits = voxels.min(), voxels.max(), np.iinfo(np.int16)
-    if not (limits.min <= low and high <= limits.max):  # nan is neither
+    if not (limits.min <= low and high <= limits.max):  # nan fails both
         raise Mistake(f"{path}: values {low:g} to {high:g} are no HU: write them as HU again")
     lung = voxels[labels == 1]
     if not unchecked and lung.size and (told := no_lungs_mean(lung.mean(dtype=float))):
@@ -970,7 +971,7 @@ def fill_volume(path: Path, labels: np.ndarray, generator: Generator, n: int) ->
 def make_volume(
     path: Path, real: Path | None, generator: Generator, n: int, unchecked: bool
 ) -> tuple["Volume", np.ndarray] | None:
-    """The CT volume of a label volume: whose grid it lies on, and HU int16 [Z, H, W]; None where no lung is in it."""
+    """The CT volume of a label volume: the Volume whose grid it takes, and HU int16 [Z, H, W]; None without lung."""
     grid, labels, ct = load_volume(path, real, len(generator.info["labels"]), unchecked)
     if not labels.any():
         return None
@@ -994,7 +995,7 @@ def run_volumes(
 
     written, without, problems = 0, 0, []
     for name, path in volumes.items():
-        made = None  # lets go of the last one: a volume may be all that fits into memory
+        made = None  # frees the last one: memory may hold only one volume
         try:
             made = make_volume(path, real_of(path, name, reals) if reals else None, generator, n, unchecked)
         except Mistake as mistake:
@@ -1015,17 +1016,17 @@ def volume_file(out: Path, name: str) -> Path:
 
 
 def survey(volumes: dict[str, Path], reals: dict[str, Path] | None) -> list[Shape]:
-    """Slices with lung, height and width of the volumes that can be read; it reads them all."""
+    """Number of slices with lung, height and width of each volume that can be read; reads them all."""
     shapes = []
     for name, path in volumes.items():
-        with contextlib.suppress(Mistake):  # the run will tell
+        with contextlib.suppress(Mistake):  # the run will say so
             labels = load_volume(path, real_of(path, name, reals) if reals else None, len(LABELS))[1]
             shapes.append((np.count_nonzero(labels.any((1, 2))), *labels.shape[1:]))
     return shapes
 
 
 def in_parts(shapes: list[Shape], n: int) -> list[Shape]:
-    """Stacks of slices [N, H, W] as batches of up to n."""
+    """Shapes of stacks of slices [N, H, W], as those of batches of up to n."""
     return [(min(n, count - i), *size) for count, *size in shapes for i in range(0, count, n)]
 
 
@@ -1037,20 +1038,20 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = OneLineParser(__doc__)
     option = parser.add_argument
     option("maps", type=Path, help="folder of label maps, or one: palette PNG, RGB in the paper's colours, or NIfTI")
-    option("--side", choices=("train", "test", "seg_test"), help="that side of a dataset's split alone")
+    option("--side", choices=("train", "test", "seg_test"), help="only that side of a dataset's split")
     option("--model", type=Path, help="what export.py wrote (default: generator.onnx, else the one shipped)")
     option("--out", type=Path, default=Path("synthetic"), help="folder to write to")
-    option("--format", choices=ENDINGS, help="of the slices (default: png16)")
+    option("--format", choices=ENDINGS, help="file format of the slices (default: png16)")
     option("--complement", type=Path, metavar="IMAGES", help="folder of the real slices, or CT volumes, to paste into")
-    option("--variants", type=int, default=0, metavar="K", help="make K augmentations of each map, in its place")
-    option("--seed", type=int, default=0, help="of the variants")
-    option("--unchecked", action="store_true", help="take real slices and CTs whose lung has no lung's HU")
+    option("--variants", type=int, default=0, metavar="K", help="make K augmentations of each map instead of it")
+    option("--seed", type=int, default=0, help="seed of the variants")
+    option("--unchecked", action="store_true", help="accept real slices and CTs whose lung lacks the HU of lung")
     option("--panel", action="store_true", help="write pictures of map, synthesis and completion")
-    option("--batch", type=int, metavar="N", help="slices at a time; by default 8 on NVIDIA's cards, else 1")
+    option("--batch", type=int, metavar="N", help="slices at a time; by default 8 on NVIDIA GPUs, else 1")
     option("--provider", choices=("auto", *PROVIDERS), default="auto", help="what the model runs on")
     option("--precision", choices=("model", "bf16"), default="model", help="bf16: with --provider openvino")
-    option("--cuda-graph", action="store_true", help="with --provider cuda: one launch a batch")
-    option("--threads", type=int, metavar="N", help="of the model on the CPU")
+    option("--cuda-graph", action="store_true", help="with --provider cuda: one launch per batch")
+    option("--threads", type=int, metavar="N", help="threads of the model on the CPU")
     option("--shard", default="1/1", metavar="I/N", help="make the I-th of N equal parts, I = 1..N")
     option("--dry-run", action="store_true", help="print what would be done")
     args = parser.parse_args(argv)
@@ -1065,7 +1066,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         raise Mistake(f"{args.complement}: not there: --complement wants the folder of the real slices")
     if args.precision == "bf16" and args.provider != "openvino":
         raise Mistake("--precision bf16: goes with --provider openvino alone")
-    if args.cuda_graph and args.provider != "cuda":  # TensorRT captures whole models alone, and has no int16
+    if args.cuda_graph and args.provider != "cuda":  # TensorRT only captures whole models, and has no int16
         raise Mistake("--cuda-graph: goes with --provider cuda alone")
     if args.format == "nifti":
         need_nibabel("--format nifti")
@@ -1073,7 +1074,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def open_for(args: argparse.Namespace, shapes: list[Shape]) -> tuple[ort.InferenceSession, dict[str, Any], str, int]:
-    """The session, the model's metadata, the provider's name and the batch; a dry run may fall back on the CPU."""
+    """The session, the model's metadata, the provider's name and the batch; a dry run may fall back to the CPU."""
     model = find_model(args.model)
     try:
         wanted = {"shapes": shapes, "precision": args.precision, "graphs": args.cuda_graph}
@@ -1081,24 +1082,24 @@ def open_for(args: argparse.Namespace, shapes: list[Shape]) -> tuple[ort.Inferen
     except Mistake as mistake:
         if not args.dry_run:
             raise
-        session, info = open_session(model, "cpu", args.threads)  # which says again what is wrong with the file
+        session, info = open_session(model, "cpu", args.threads)  # which repeats what is wrong with the file
         print(f"note: {mistake}", file=sys.stderr)
     name = next(k for k, v in PROVIDERS.items() if v == session.get_providers()[0])
-    name = name if args.provider == "auto" else args.provider  # in a dry run it may not be here
+    name = name if args.provider == "auto" else args.provider  # which a dry run may lack
     return session, info, name, info["fixed"][0] or args.batch or (NVIDIA_BATCH if name in NVIDIA else 1)
 
 
 def describe(
     args: argparse.Namespace, info: dict[str, Any], name: str, n: int, to_come: list[Shape], todo: list[Shape]
 ) -> None:
-    """Print what a dry run is for: the options that open_for gave for the batches to come, the shapes still to do."""
+    """Print what a dry run is for: the provider's options for the batches to come, and the shapes still to do."""
     options = provider_options(name, info, to_come, args.precision, args.cuda_graph)
     print(f"provider options: {options}\n{name}, CUDA graphs: {'yes' if args.cuda_graph else 'no'}")
     print(f"batch shapes: {', '.join(batch_shapes(todo, n if args.cuda_graph else None, info)) or 'none'}")
 
 
 def share(items: list[Any], args: argparse.Namespace) -> list[Any]:
-    """The shard's part."""
+    """This shard's part of the items."""
     mine = items[args.part - 1 :: args.parts]
     if not mine:
         print(f"note: shard {args.shard} is empty: there are only {len(items)} to make", file=sys.stderr)
@@ -1124,7 +1125,7 @@ def make_slices(args: argparse.Namespace, maps: dict[str, Path], reals: dict[str
         if args.dry_run:
             describe(args, info, name, n, to_come, shapes_of(batches))
             return 0
-        for job in todo:  # first: a map may have lost its lung
+        for job in todo:  # beforehand: a map may have lost its lung since
             for path in outdated(targets(job, args), sources(job.path, job.path.stem, reals)):
                 path.unlink()
         generator = Generator(session, info, n if args.cuda_graph else None)
@@ -1145,7 +1146,7 @@ def make_volumes(args: argparse.Namespace, volumes: dict[str, Path], reals: dict
         return is_made([volume_file(args.out, name)], sources(volumes[name], name, reals))
 
     todo = {name: volumes[name] for name in mine if not finished(name)}
-    sizes = survey(todo, reals) if args.dry_run or args.provider == "tensorrt" else []  # nobody else asks before
+    sizes = survey(todo, reals) if args.dry_run or args.provider == "tensorrt" else []  # no one else asks beforehand
     to_come = in_parts(sizes, args.batch or NVIDIA_BATCH)
     session, info, name, n = open_for(args, to_come)
     with claimed(args, info, ["volumes"], whence(args.out, volumes, reals)):
@@ -1153,7 +1154,7 @@ def make_volumes(args: argparse.Namespace, volumes: dict[str, Path], reals: dict
         if args.dry_run:
             describe(args, info, name, n, to_come, in_parts(sizes, n))
             return 0
-        for one, path in todo.items():  # first: a map may have lost its lung
+        for one, path in todo.items():  # beforehand: a map may have lost its lung since
             for old in outdated([volume_file(args.out, one)], sources(path, one, reals)):
                 old.unlink()
         generator = Generator(session, info, n if args.cuda_graph else None)

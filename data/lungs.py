@@ -5,9 +5,9 @@ from scipy import ndimage
 
 
 def find_lungs(hu: np.ndarray, diseased: np.ndarray, millimetres: np.ndarray) -> np.ndarray:
-    """Find the lungs, bool [Z, H, W], in HU [Z, H, W]; what is diseased, bool [Z, H, W], belongs to them.
+    """Find the lungs, bool [Z, H, W], in HU [Z, H, W]; diseased voxels, bool [Z, H, W], belong to them.
 
-    The steps are the usual ones: air inside the body, without gas, in large pieces; then vessels are taken in.
+    The steps are the usual ones: air inside the body, except gas, in large pieces; then vessels are included.
     """
     padding = hu.min()
     air = np.stack([enclosed_air(plane, padding, millimetres) for plane in hu])
@@ -29,8 +29,8 @@ def find_lungs(hu: np.ndarray, diseased: np.ndarray, millimetres: np.ndarray) ->
 def enclosed_air(hu: np.ndarray, padding: float, millimetres: np.ndarray) -> np.ndarray:
     """Air inside the body, bool [H, W], of one slice of HU [H, W].
 
-    The slice ends where nothing but `padding` follows: its corners are outside the body, and lungs that a close
-    crop cuts off are not.
+    The slice ends where only `padding` follows: its corners are outside the body, and lungs that a tight crop cuts off
+    are not.
     """
     enclosed = np.zeros(hu.shape, bool)
     rows, columns = (np.flatnonzero((hu > padding).any(axis)) for axis in (1, 0))
@@ -38,7 +38,7 @@ def enclosed_air(hu: np.ndarray, padding: float, millimetres: np.ndarray) -> np.
         return enclosed
     field = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     air = ndimage.gaussian_filter(hu[field].astype(np.float32), 0.7 / millimetres) < -380
-    body = widen(shrink(~air, 2.5, millimetres), 2.5, millimetres) & ~air  # without the table's shell and tubes
+    body = widen(shrink(~air, 2.5, millimetres), 2.5, millimetres) & ~air  # without the table's shell and without tubes
     spaces, _ = ndimage.label(~body)
     outside = spaces[[0, 0, -1, -1], [0, -1, 0, -1]]
     enclosed[field] = air & ~np.isin(spaces, outside)
@@ -46,7 +46,7 @@ def enclosed_air(hu: np.ndarray, padding: float, millimetres: np.ndarray) -> np.
 
 
 def close(lungs: np.ndarray, millimetres: np.ndarray) -> np.ndarray:
-    """Take vessels and bronchi into a lung mask [H, W]: gaps of up to 10 mm and holes of up to 3 square centimetres.
+    """Include vessels and bronchi in a lung mask [H, W]: gaps of up to 10 mm and holes of up to 3 square centimetres.
 
     Larger holes stay: the liver's dome is one.
     """

@@ -5,9 +5,9 @@
 
 A patient is drawn once from the seed: build, textures, vessel trees, lesions. A slice is a cut through that patient.
 Shapes are signed distances in mm, negative inside: the lungs are the chest cavity minus everything else that lies in
-it, so that heart, aorta, spine and diaphragm mould them. Positions are in mm: x to the image's right (the patient's
+it, so that heart, aorta, spine and diaphragm shape them. Positions are in mm: x to the image's right (the patient's
 left), y down (to the back), z from the top; the level is z as a share of the lungs' height, 0 at the apex, 1 at the
-base. `slices.py` tells the format of the result.
+base. `slices.py` gives the format of the result.
 """
 
 import argparse
@@ -42,9 +42,9 @@ from data.slices import (
     write_split,
 )
 
-MOST = 9999  # patients of a set, and slices of a patient
+MOST = 9999  # patients in a set, and slices per patient
 HEIGHT = 250  # of the lungs, mm
-RAISED = 6  # mm from the picture's middle up to y = 0 of the outlines
+RAISED = 6  # mm by which y = 0 of the outlines lies above the picture's middle
 AIR, FAT, MUSCLE, BLOOD, LIVER, CARTILAGE, MARROW, CORTEX = -1000, -100, 50, 40, 55, 110, 200, 700  # HU
 LUNG, GROUND_GLASS, CONSOLIDATION = 1, 2, 3  # labels
 
@@ -98,7 +98,7 @@ ROOTS = ((-36, 14, 0.47), (-26, 16, 0.58), (38, 16, 0.45), (30, 18, 0.58))  # x,
 
 
 class Waves(NamedTuple):
-    """A smooth random field through the whole chest, mean 0, deviation 1: a sum of plane waves."""
+    """A smooth random field through the whole chest, mean 0, standard deviation 1: a sum of plane waves."""
 
     frequencies: np.ndarray  # [M, 3] turns per mm
     phases: np.ndarray  # [M] radians
@@ -108,9 +108,9 @@ class Waves(NamedTuple):
         fx, fy, fz = 2 * np.pi * self.frequencies.T
         across = np.outer(fx, axis).astype(np.float32)  # [M, W]
         down = (np.outer(axis, fy) + z * fz + self.phases).astype(np.float32)  # [H, M]
-        across = np.concatenate([np.cos(across), -np.sin(across)])  # cos(a + b), taken apart
+        across = np.concatenate([np.cos(across), -np.sin(across)])  # cos(a + b), expanded
         down = np.concatenate([np.cos(down), np.sin(down)], axis=1)
-        # Not down @ across: threads of BLAS would fight with the other workers for the cores.
+        # Not down @ across: BLAS threads would compete with the other workers for the cores.
         return np.einsum("hm,mw->hw", down, across) * np.float32(np.sqrt(2 / len(fx)))
 
 
@@ -125,12 +125,12 @@ class Body(NamedTuple):
 
 
 class Lesion(NamedTuple):
-    """One opacity: an ellipsoid whose border the patient's patches fray."""
+    """One opacity: an ellipsoid with its border frayed by the patient's patches."""
 
     centre: tuple[float, float, float]  # x, y, z, mm
     radii: tuple[float, float, float]  # along x, y, z, mm
     density: float  # of its ground glass, HU
-    core: float  # depth from which it is consolidated, 0 at the border and 1 in the centre; 2 is nowhere
+    core: float  # depth from which it is consolidated, 0 at the border, 1 at the centre; 2 means nowhere
 
 
 class Patient(NamedTuple):
@@ -141,14 +141,14 @@ class Patient(NamedTuple):
     patches: Waves
     grain: Waves
     vessels: np.ndarray  # tubes [N, 8]
-    bronchi: np.ndarray  # tubes [N, 8], seen everywhere
-    bronchioles: np.ndarray  # tubes [N, 8], seen where consolidation surrounds them
+    bronchi: np.ndarray  # tubes [N, 8], visible everywhere
+    bronchioles: np.ndarray  # tubes [N, 8], visible where consolidation surrounds them
     lesions: list[Lesion]
-    noise: float  # deviation, HU
+    noise: float  # standard deviation, HU
 
 
 class Anatomy(NamedTuple):
-    """One slice of a body: coordinates as of the average build and distances to organs in mm, each [H, W]."""
+    """One slice of a body: coordinates in the average build and distances to organs in mm, each [H, W]."""
 
     x: np.ndarray
     y: np.ndarray
@@ -186,7 +186,7 @@ def ellipse(x: np.ndarray, y: np.ndarray, outline: list[float], power: float = 2
 
 
 def merged(a: np.ndarray, b: np.ndarray, width: float) -> np.ndarray:
-    """Union of two shapes, the crease between them filled over a width in mm."""
+    """Union of two shapes, with the crease between them filled over a width in mm."""
     share = np.clip(0.5 + (b - a) / (2 * width), 0, 1)
     return b + share * (a - b) - width * share * (1 - share)
 
@@ -207,7 +207,7 @@ def axis_of(field: float, size: int) -> np.ndarray:
 
 
 def tubes(axis: np.ndarray, z: float, rows: np.ndarray) -> np.ndarray:
-    """Distance [H, W] to the tubes [N, 8] about the plane z; 9 mm stands for far away."""
+    """Distance [H, W] to the tubes [N, 8] near the plane z; 9 mm stands for far away."""
     distance = np.full((len(axis), len(axis)), 9, np.float32)
     start, spacing, slab = float(axis[0]), float(axis[1] - axis[0]), 1.5
     reach = rows[:, 6] + slab
@@ -228,7 +228,7 @@ def tubes(axis: np.ndarray, z: float, rows: np.ndarray) -> np.ndarray:
 
 
 def cut_anatomy(body: Body, level: float, axis: np.ndarray) -> Anatomy:
-    """Mould the lungs at a level: the chest cavity without mediastinum, spine and the domes of the diaphragm."""
+    """Shape the lungs at a level: the chest cavity without mediastinum, spine and the domes of the diaphragm."""
     x = (axis[None, :] + 2 * body.bends[0].cut(axis, level * HEIGHT)) / body.stretch[0]
     y = (axis[:, None] + 2 * body.bends[1].cut(axis, level * HEIGHT)) / body.stretch[1] + RAISED
 
@@ -274,7 +274,7 @@ def points_in_lungs(body: Body, rng: np.random.Generator) -> tuple[np.ndarray, n
 def grow_tree(root: np.ndarray, tips: np.ndarray) -> np.ndarray:
     """Grow tubes [N, 8] from a root [3] to tips [N, 3], mm.
 
-    From the root outwards, each tip joins the node that is near and has a short way back. Radii follow
+    From the root outwards, each tip joins a node that is near and has a short path to the root. Radii follow
     Murray's law: a power of a vessel's radius is the sum of its branches'.
     """
     nodes = np.concatenate([root[None], tips[np.argsort(np.linalg.norm(tips - root, axis=1))]])
@@ -302,10 +302,10 @@ def airways_along(arteries: np.ndarray, thinnest: float) -> np.ndarray:
 
 
 def draw_lesions(rng: np.random.Generator, points: np.ndarray, depths: np.ndarray) -> list[Lesion]:
-    """Draw lesions about some of the points [N, 3] in the lungs, by preference at the back and near the pleura."""
+    """Draw lesions around some of the points [N, 3] in the lungs, preferably at the back and near the pleura."""
     weights = np.exp(-depths / 12 + points[:, 1] / 45 + points[:, 2] / 200)
     count, spread = rng.integers(6, 18), rng.uniform(0.7, 1.6)  # few or many, small or large
-    consolidated = rng.choice([0, 0.3, 0.7], p=[0.2, 0.5, 0.3])  # share of the lesions
+    consolidated = rng.choice([0, 0.3, 0.7], p=[0.2, 0.5, 0.3])  # share of consolidated lesions
     return [
         Lesion(
             centre=tuple(centre.tolist()),
@@ -324,7 +324,7 @@ def draw_patient(seed: int, number: int) -> Patient:
     field = 2 * (172 + fat) * stretch[0] * rng.uniform(1, 1.1)
     body = Body(stretch, rng.uniform(0.9, 1.12), fat, field, (draw_waves(rng, 45, 20), draw_waves(rng, 45, 20)))
     points, depths = points_in_lungs(body, rng)
-    deep = points[depths > 5]  # no vessel is seen close to the pleura
+    deep = points[depths > 5]  # no vessel is visible close to the pleura
     trees = []
     for x, y, level in ROOTS:
         side = deep[deep[:, 0] * x > 0]
@@ -348,7 +348,7 @@ def draw_patient(seed: int, number: int) -> Patient:
 
 
 def draw_body(body: Body, anatomy: Anatomy, level: float, axis: np.ndarray, patches: np.ndarray) -> np.ndarray:
-    """HU float32 [H, W] of everything but the lungs' inside."""
+    """HU float32 [H, W] of everything but the inside of the lungs."""
     x, y, skin, cavity, blood, airways, domes, _ = anatomy
     pixel = float(axis[1] - axis[0])
     hu = np.full_like(skin, AIR)
@@ -438,7 +438,7 @@ def draw_slice(patient: Patient, level: float, size: int) -> tuple[np.ndarray, n
         frayed = np.clip(dense + dense * (1 - dense) * grain, 0, 1)  # where it thins out
         paint(inside, frayed, 45 * grain)
         paint(inside, 0.9 * dense * cover(tubes(axis, z, patient.bronchioles), pixel), AIR)
-    flank = cover(np.abs(anatomy.domes) - 3, 6)  # the slice cuts the diaphragm at a slant: a soft border
+    flank = cover(np.abs(anatomy.domes) - 3, 6)  # the slice cuts the diaphragm obliquely: a soft border
     lungs = cover(anatomy.lungs, pixel * (1 + 3 * flank))
     paint(hu, lungs, inside)
 
@@ -465,7 +465,7 @@ def scan(hu: np.ndarray, pixel: float, noise: float, rng: np.random.Generator) -
 
 
 def make_patient(number: int, seed: int, size: int, count: int, out: Path) -> tuple[np.ndarray, tuple]:
-    """Write a patient's slices; return pixels of each label [count, 4] and one (HU, labels) pair for the sheet."""
+    """Write a patient's slices; return pixels per label [count, 4] and one (HU, labels) pair for the sheet."""
     patient = draw_patient(seed, number)
     pixels, pairs = [], []
     for position, level in enumerate(np.linspace(0.96, 0.06, count), start=1):  # from the feet upwards
@@ -500,7 +500,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("data/phantom"), help="folder of the set")
     parser.add_argument("--size", type=int, default=256, help="side of a slice in pixels, at least 64")
     parser.add_argument("--patients", type=int, default=16, help="number of patients, at least 3: one for each side")
-    parser.add_argument("--slices", type=int, default=24, help="slices of each patient, from base to apex")
+    parser.add_argument("--slices", type=int, default=24, help="slices per patient, from base to apex")
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same bytes")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; does not change the result")
     parser.add_argument("--overwrite", action="store_true", help="replace the slices of any other set in the folder")
@@ -537,7 +537,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def end_with_parent() -> None:
-    """Leave signals to the parent, and end when it is killed: a worker by itself would wait for work for ever."""
+    """Leave signals to the parent, and end when it is killed: an orphaned worker would wait for work for ever."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
@@ -556,13 +556,13 @@ def make_set(args: argparse.Namespace, drawn: dict) -> None:
         with multiprocessing.Pool(min(args.workers, args.patients), end_with_parent) as pool:
             made = list(tqdm(pool.imap(make, numbers), total=args.patients, unit="patient", disable=None))
     finally:
-        for cut in args.out.rglob(".*.png.tmp"):  # a pool that is left ends its workers, perhaps while they write
+        for cut in args.out.rglob(".*.png.tmp"):  # leaving a pool ends its workers, possibly while they write
             cut.unlink()
     pixels = {number: counts for number, (counts, _) in zip(numbers, made, strict=True)}
     sides = split_patients(args.patients, args.seed)
     names = {s: [slice_name(n, k + 1) for n in sides[s] for k in range(args.slices)] for s in SIDES}
     write_contact_sheet(args.out / "contact_sheet.png", [pair for _, pair in made[:24]])
-    write_split(args.out / "split.json", **names, drawn=drawn)  # last: it says that the set is whole
+    write_split(args.out / "split.json", **names, drawn=drawn)  # last: it marks the set as complete
     print(summary(sides, pixels))
 
 

@@ -1,16 +1,16 @@
-"""Chest CT volumes with lesion masks (NIfTI) to a dataset of slices, split by patient or by slice.
+"""Turn chest CT volumes with lesion masks (NIfTI) into a dataset of slices, split by patient or by slice.
 
     python data/prepare.py SRC                                   # by patient, into data/radiopaedia
-    python data/prepare.py SRC --by slice                        # as the paper: neighbouring slices on both sides
+    python data/prepare.py SRC --by slice                        # as in the paper: neighbouring slices on both sides
     python data/prepare.py SRC --exclude-patient 3 --out data/radiopaedia_without_3
 
-SRC is laid out like the public download, volume N being patient N:
+SRC is laid out like the public download, with volume N being patient N:
 
     SRC/rp_im/N.nii.gz          the CT, in HU; a volume stored as grey levels 0..255 is recognised
-    SRC/rp_lung_msk/N.nii.gz    0 outside, 1 lung; or 1 and 2, one value a side
+    SRC/rp_lung_msk/N.nii.gz    0 outside, 1 lung; or 1 and 2, one value per side
     SRC/rp_msk/N.nii.gz         0 none, 1 ground-glass opacity, 2 consolidation, 3 pleural effusion
 
-Other public sets, whose names pair the files (* stands for the name where masks are called otherwise):
+Other public sets, whose names pair the files (* stands for the name where masks are named differently):
 
     ... --images CT --lungs Lung_Mask --lesions Infection_Mask --binary                            # Ma et al.
     ... --images studies/CT-1 --lesions 'masks/*_mask.nii.gz' --lungs auto --binary --masked-only  # MosMed
@@ -19,8 +19,8 @@ Other public sets, whose names pair the files (* stands for the name where masks
 
 Every volume is turned, by its affine, to radiological display: row 0 is anterior (the spine is at the
 bottom), column 0 is the patient's right. Slice P03_S041 is the 42nd from the feet in the turned volume;
-what stands before "_S" is the patient, and a second scan of a patient goes on where the first ended.
-Every volume is read and checked before anything is written. `slices.py` tells the format of the result.
+what comes before "_S" is the patient, and a second scan of a patient goes on where the first ended.
+Every volume is read and checked before anything is written. `slices.py` gives the format of the result.
 """
 
 import argparse
@@ -63,19 +63,19 @@ from data.volumes import list_volumes, read_labels, read_stored, read_volume, vo
 
 IMAGES, LUNG_MASKS, LESION_MASKS = "rp_im", "rp_lung_msk", "rp_msk"
 AIR = HELD[0]
-# Means over patients lie well inside: lung that is not diseased -890..-717, soft tissue 0..140.
+# Means over patients lie well inside these: lung that is not diseased -890..-717, soft tissue 0..140.
 LUNG_HU, TISSUE_HU = (-960, -450), (-100, 200)
 AUTO = "auto"
 # A public case of Radiopaedia is a patient, with one or more studies and scans: radiopaedia_CASE_STUDY_SCAN.
 PATIENT = r"radiopaedia_\d+(?=_)|.+"
-WAYS = 40_000_000  # of sharing patients out are followed, over the square of their number: all for 14 of 600 slices
+WAYS = 40_000_000  # of distributing patients are followed, over the square of their number: all for 14 of 600 slices
 SHEET = 60  # pictures at most on a contact sheet
 
 Slice = tuple[int, int]  # (patient, position), counted upwards from the feet
 
 
 class Scan(NamedTuple):
-    """The files of one scan; `lung` is None where the lungs are to be found in the CT."""
+    """The files of one scan; `lung` is None where the lungs must be found in the CT."""
 
     name: str
     patient: int
@@ -88,7 +88,7 @@ def find_scans(args: argparse.Namespace) -> list[Scan]:
     """List the scans by patient number and name, without the patients excluded.
 
     Raises Mistake for a missing or empty folder, a volume that lacks a mask, a name that --patient does not match
-    and an excluded patient that is not there. A mask without a volume is only warned of.
+    and an excluded patient that is not there. A mask without a volume only gives a warning.
     """
     lungs = None if args.lungs == AUTO else args.lungs
     if args.stacked:
@@ -98,7 +98,7 @@ def find_scans(args: argparse.Namespace) -> list[Scan]:
     if args.masked_only:
         masked = {name: path for name, path in images.items() if all(name in files for files in masks.values())}
         print(f"{len(masked)} of {len(images)} volumes have masks")
-        images = masked or images  # of none that have, the first is told below
+        images = masked or images  # if none have, the first is reported below
     patients = {name: patient_by(name, args.patient) for name in images}
     for absent in sorted(set(args.exclude_patient) - {*patients, *patients.values()}):
         raise Mistake(f"{missing(args.images, absent)}: not there, so patient {absent} cannot be excluded")
@@ -145,7 +145,7 @@ def missing(where: str, name: str) -> str:
 
 
 def patient_by(name: str, pattern: str) -> str:
-    """The part of a name that tells the patient: the pattern's first group, or all that it matches."""
+    """The part of a name that identifies the patient: the pattern's first group, or all that it matches."""
     match = re.match(pattern, name)
     if not match or not match[0]:
         raise Mistake(f"--patient {pattern}: does not match {name}; give a pattern for the part that names the patient")
@@ -153,7 +153,7 @@ def patient_by(name: str, pattern: str) -> str:
 
 
 def number_patients(patients: set[str]) -> dict[str, int]:
-    """Patient N is number N where all are called by plain numbers; else the order of their names numbers them."""
+    """Patient N is number N where all names are plain numbers; else they are numbered in the order of their names."""
     if all(patient.isdecimal() and patient == str(int(patient)) for patient in patients):
         return {patient: int(patient) for patient in patients}
     return {patient: number for number, patient in enumerate(sorted(patients), start=1)}
@@ -162,9 +162,9 @@ def number_patients(patients: set[str]) -> dict[str, int]:
 def read_scan(
     scan: Scan, args: argparse.Namespace, note: Callable[[str], None]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, bool]:
-    """Read and check a scan: HU [Z, H, W], labels uint8 [Z, H, W], height and width of a pixel in mm, was it grey.
+    """Read and check a scan: HU [Z, H, W], labels uint8 [Z, H, W], pixel height and width in mm, was it grey.
 
-    `note` is told what was assumed. Raises Mistake for a file that cannot be used, naming it.
+    `note` gets what was assumed. Raises Mistake for a file that cannot be used, naming it.
     """
     volume = read_volume(scan.ct, note)
     lesion = read_labels(scan.lesion, (0, 1) if args.binary else (0, 1, 2, 3), volume, note)
@@ -181,7 +181,7 @@ def read_scan(
         lung = auto_lungs(scan.ct, hu, lesion, volume.millimetres, args.stacked, note)
     if not args.unchecked:
         check_hu(scan, hu, lung, lesion)
-    hu = np.clip(hu, *HELD)  # before resizing, which would mix padding of -3024 into its neighbours
+    hu = np.clip(hu, *HELD)  # before resizing, which would mix padding of -3024 into neighbours
     if args.binary:
         lesion = part_by_density(hu, lesion, volume.millimetres, args.consolidation_above)
     return hu, merge_masks(lung, lesion), volume.millimetres, grey
@@ -190,7 +190,7 @@ def read_scan(
 def merge_masks(lung: np.ndarray, lesion: np.ndarray) -> np.ndarray:
     """Merge a lung mask (0..2) and a lesion mask (0..3), any shape, into labels uint8 0..3.
 
-    Lesion overrides lung. Pleural effusion (3) is no lesion of the lung: it keeps what the lung mask says.
+    Lesion overrides lung. Pleural effusion (3) is not a lesion of the lung: it keeps what the lung mask says.
     """
     labels = (lung > 0).astype(np.uint8)  # left and right are one
     labels[lesion == 1] = LABELS.index("ground-glass opacity")
@@ -199,8 +199,8 @@ def merge_masks(lung: np.ndarray, lesion: np.ndarray) -> np.ndarray:
 
 
 def part_by_density(hu: np.ndarray, lesion: np.ndarray, millimetres: np.ndarray, threshold: float) -> np.ndarray:
-    """Part a lesion mask [Z, H, W] of 0 and 1 into ground glass 1 and, above a density in HU, consolidation 2."""
-    smooth = ndimage.gaussian_filter(hu.astype(np.float32), (0, *(1 / millimetres)))  # 1 mm: noise parts nothing
+    """Divide a lesion mask [Z, H, W] of 0 and 1 into ground glass 1 and, above a density in HU, consolidation 2."""
+    smooth = ndimage.gaussian_filter(hu.astype(np.float32), (0, *(1 / millimetres)))  # 1 mm: noise divides nothing
     return np.where(lesion > 0, 1 + (smooth > threshold), 0).astype(np.uint8)
 
 
@@ -210,11 +210,11 @@ def part_by_density(hu: np.ndarray, lesion: np.ndarray, millimetres: np.ndarray,
 def to_hu(path: Path, voxels: np.ndarray, args: argparse.Namespace) -> tuple[np.ndarray, bool]:
     """HU of a volume, and whether it held grey levels 0..255, which the grey window maps back; NaN stays.
 
-    Raises Mistake for what can be neither: in HU, the air around and in a body is about -1000.
+    Raises Mistake for values that can be neither: in HU, the air around and in a body is about -1000.
     """
     finite = voxels[~np.isnan(voxels)]
     low, high = (finite.min(), finite.max()) if finite.size else (0, 0)
-    if low >= -64 and 1 < high <= 320:  # resampling by splines reaches a little beyond 0 and 255
+    if low >= -64 and 1 < high <= 320:  # spline resampling goes a little beyond 0 and 255
         bottom, top = args.grey_window
         return bottom + np.clip(voxels, 0, 255).astype(np.float32) * ((top - bottom) / 255), True
     if np.isinf([low, high]).any() or (low > -800 and not args.unchecked):
@@ -223,9 +223,9 @@ def to_hu(path: Path, voxels: np.ndarray, args: argparse.Namespace) -> tuple[np.
 
 
 def check_hu(scan: Scan, hu: np.ndarray, lung: np.ndarray, lesion: np.ndarray) -> None:
-    """Raise Mistake where the lung, or the soft tissue around it, is not as dense as on any chest CT in HU.
+    """Raise Mistake where the lung, or the soft tissue around it, has a density that no chest CT in HU has.
 
-    It catches a lost intercept, and a lung mask that lies wrong.
+    This catches a lost intercept and a misplaced lung mask.
     """
     inside = lung | (lesion > 0)
     healthy = lung & (lesion == 0)
@@ -257,8 +257,8 @@ def check_hu(scan: Scan, hu: np.ndarray, lung: np.ndarray, lesion: np.ndarray) -
 def check_turn(scan: Scan, hu: np.ndarray, lung: np.ndarray) -> None:
     """Raise Mistake where a lung mask, bool [Z, H, W], lies on less dense voxels when it is reversed: it is turned.
 
-    No affine is asked. It is reversed within its own bounds, where the air around the body is out of reach. On 14
-    volumes, a mask that lies right loses 59 HU or more by it, and one that lies wrong gains.
+    No affine is consulted. The mask is reversed within its own bounds, so as not to reach the air around the body. On
+    14 volumes, a mask that lies right loses 59 HU or more by this, and one that lies wrong gains.
     """
     bounds = ndimage.find_objects(lung.astype(np.uint8))[0]
     step = max(1, hu.shape[2] // 128)
@@ -282,12 +282,12 @@ def check_turn(scan: Scan, hu: np.ndarray, lung: np.ndarray) -> None:
 def auto_lungs(
     path: Path, hu: np.ndarray, lesion: np.ndarray, millimetres: np.ndarray, stacked: bool, note: Callable[[str], None]
 ) -> np.ndarray:
-    """Find the lungs, bool [Z, H, W], each slice for itself if stacked; tell where a lesion lies in no lung."""
+    """Find the lungs, bool [Z, H, W], each slice by itself if stacked; note where a lesion lies in no lung."""
     diseased = (lesion == 1) | (lesion == 2)  # an effusion is beside the lung
     parts = [slice(z, z + 1) for z in range(len(hu))] if stacked else [slice(None)]
     lungs = np.concatenate([find_lungs(hu[part], diseased[part], millimetres) for part in parts])
     sick, healthy = diseased.sum((1, 2)), (lungs & ~diseased).sum((1, 2))
-    lost = np.flatnonzero(healthy < 0.1 * sick)  # what closing adds at the rim of a lesion is no lung
+    lost = np.flatnonzero(healthy < 0.1 * sick)  # what closing adds at the rim of a lesion is not lung
     if lost.size:
         note(f"{path}: hardly any lung found about the lesion in {lost.size} slices, the first {lost[0]}; look at them")
     return lungs
@@ -300,9 +300,9 @@ def fit(pixels: np.ndarray, millimetres: np.ndarray, size: int, fill: int) -> np
     """Bring one slice [H, W] to [size, size] of the same type.
 
     Proportions in mm are kept (unequal pixel sides become equal): the longer side fills the square, and
-    what the shorter leaves is `fill`. Labels uint8 take the nearest pixel. HU float32 take Pillow's
-    bicubic filter, which widens when it shrinks (anti-aliasing), clipped to the slice's own range, since it
-    overshoots at edges; a bilinear one would blur what counts as real.
+    what the shorter leaves is `fill`. Labels uint8 take the nearest pixel. HU float32 go through Pillow's
+    bicubic filter, which widens when downsampling (anti-aliasing), clipped to the slice's own range, since
+    it overshoots at edges; a bilinear one would blur what counts as real.
     """
     extent = pixels.shape * millimetres  # height, width in mm
     height, width = np.maximum(1, np.rint(size * extent / extent.max())).astype(int).tolist()
@@ -319,8 +319,8 @@ def survey(
 ) -> tuple[dict[Slice, np.ndarray], dict[Slice, tuple[Scan, int]], list[str]]:
     """Read and check every scan, one at a time; write nothing.
 
-    Returns the pixels of each label [4] in every slice, counted at the size written (so that a lesion that
-    shrinking loses is not promised), where each slice comes from (scan, z), and the names of scans of grey levels.
+    Returns the pixels of each label [4] in every slice, counted at the size written (so that no lesion is promised
+    that downsampling loses), where each slice comes from (scan, z), and the names of scans of grey levels.
     """
     pixels, places, grey = {}, {}, []
     with tqdm(scans, desc="checking volumes", disable=None) as bar:  # closed before an error is printed
@@ -328,7 +328,7 @@ def survey(
             _, labels, millimetres, is_grey = read_scan(scan, args, note=warn)
             if is_grey:
                 grey.append(scan.name)
-            start = sum(patient == scan.patient for patient, _ in pixels)  # behind the patient's other scans
+            start = sum(patient == scan.patient for patient, _ in pixels)  # after the patient's other scans
             for z, label_map in enumerate(labels):
                 key = (z + 1, z) if args.stacked else (scan.patient, start + z)
                 pixels[key] = np.bincount(fit(label_map, millimetres, args.size, fill=0).ravel(), minlength=4)
@@ -337,7 +337,7 @@ def survey(
 
 
 def warn(text: str) -> None:
-    """Warn on stderr, beside a progress bar."""
+    """Warn on stderr without breaking a progress bar."""
     tqdm.write(f"warning: {text}", file=sys.stderr)
 
 
@@ -362,8 +362,8 @@ def split_by_slice(kept: list[Slice], counts: list[int], rng: np.random.Generato
 def split_by_patient(kept: list[Slice], counts: list[int], rng: np.random.Generator) -> list[list[Slice]]:
     """Draw train, test and seg_test by whole patients; every patient is used.
 
-    The `counts` are targets, first scaled to the number of slices there are; of all ways to share the
-    patients out, one with the least sum of deviations is taken, the seed deciding between equals.
+    The `counts` are targets, first scaled to the number of slices there are; of all ways to distribute
+    the patients, one with the smallest sum of deviations is taken, with the seed deciding ties.
     With fewer than three patients (or a third count of 0) seg_test is test.
     """
     sizes = Counter(patient for patient, _ in kept)
@@ -371,8 +371,8 @@ def split_by_patient(kept: list[Slice], counts: list[int], rng: np.random.Genera
         raise Mistake(f"patient {next(iter(sizes))} is the only one with slices to split; give --by slice")
     parts = 3 if len(sizes) > 2 and counts[2] else 2
     targets = [count * len(kept) / sum(counts[:parts]) for count in counts[:parts]]
-    # Exact search: ways that fill the parts alike are equally good, so one of them is enough. That leaves
-    # at most slices ** 2 / 2 ways instead of 3 ** patients. Of a large set's the most even ones are followed.
+    # Exact search: ways that give the parts the same sizes are equally good, so one is enough. That leaves at
+    # most slices ** 2 / 2 ways instead of 3 ** patients. For a large set, only the most even are followed.
     order = rng.permutation(sorted(sizes)).tolist()
     ways = {(0,) * parts: ()}  # slices in each part -> the part of each patient so far
     for patient in order:
@@ -393,7 +393,7 @@ def split_by_patient(kept: list[Slice], counts: list[int], rng: np.random.Genera
 
 
 def deviation(counts: Sequence[int], targets: list[float]) -> float:
-    """Sum of the differences."""
+    """Sum of absolute differences."""
     return sum(abs(count - target) for count, target in zip(counts, targets, strict=True))
 
 
@@ -410,7 +410,7 @@ def write_slices(
     pairs = {}
     with tqdm(total=len(chosen), desc="writing slices", disable=None) as bar:
         for scan, keys in itertools.groupby(chosen, key=lambda key: places[key][0]):
-            hu, labels, millimetres, _ = read_scan(scan, args, note=lambda _: None)  # told when it was checked
+            hu, labels, millimetres, _ = read_scan(scan, args, note=lambda _: None)  # noted when it was checked
             for patient, position in keys:
                 z = places[patient, position][1]
                 pixels_hu = fit(hu[z].astype(np.float32), millimetres, args.size, fill=AIR)
@@ -453,28 +453,28 @@ def regex(text: str) -> str:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """Parse the command line; `argv` None means the program's own. SRC gives what the three options do not."""
+    """Parse the command line; `argv` None means the program's own. SRC stands in for any of the three not given."""
     parser = OneLineParser(__doc__)
     option = parser.add_argument
     option("src", nargs="?", metavar="SRC", help=f"folder that holds {IMAGES}, {LUNG_MASKS} and {LESION_MASKS}")
     option("--images", metavar="CT", help="folder of the CTs, or a quoted pattern such as 'DIR/*_ct.nii.gz'")
-    option("--lungs", metavar="MASKS", help="the same of the lung masks, or auto: find the lungs in the CT")
-    option("--lesions", metavar="MASKS", help="the same of the lesion masks")
-    option("--stacked", action="store_true", help="the three are files, each slice of them a patient of its own")
-    help_ = "lesion masks hold 0 and 1 for any lesion, parted by density; --no-binary: 1 is ground glass alone"
+    option("--lungs", metavar="MASKS", help="the same for the lung masks, or auto: find the lungs in the CT")
+    option("--lesions", metavar="MASKS", help="the same for the lesion masks")
+    option("--stacked", action="store_true", help="the three are files, each slice in them a patient of its own")
+    help_ = "lesion masks hold 0 and 1 for any lesion, divided by density; --no-binary: 1 is only ground glass"
     option("--binary", action=argparse.BooleanOptionalAction, help=help_)
-    option("--consolidation-above", type=float, default=-400.0, metavar="HU", help="where --binary parts lesions")
+    option("--consolidation-above", type=float, default=-400.0, metavar="HU", help="where --binary divides lesions")
     option("--masked-only", action="store_true", help="leave out volumes without masks instead of refusing")
-    option("--patient", type=regex, default=PATIENT, metavar="REGEX", help="the part of a name that tells the patient")
+    option("--patient", type=regex, default=PATIENT, metavar="REGEX", help="the part of a name that is the patient")
     option("--out", type=Path, default=Path("data/radiopaedia"), help="folder to write")
     option("--by", choices=("patient", "slice"), default="patient", help="what to draw")
     option("--split", type=three_counts, default="300,73,73", help="slices in train,test,seg_test")
     option("--size", type=int, default=512, help="side of the slices written, in pixels")
-    option("--all-slices", action="store_true", help="keep slices without lesion too")
+    option("--all-slices", action="store_true", help="also keep slices without lesion")
     option("--exclude-patient", nargs="+", default=[], metavar="NAME", help="patients, or scans, to leave out")
     help_ = "HU of levels 0 and 255 where a volume holds grey levels"
     option("--grey-window", type=float, nargs=2, default=[-1250.0, 250.0], metavar=("LOW", "HIGH"), help=help_)
-    option("--unchecked", action="store_true", help="take a CT whose lung or tissue has not the density of any chest's")
+    option("--unchecked", action="store_true", help="accept a CT whose lung or tissue has a density that no chest has")
     option("--seed", type=int, default=0, help="seed of the draw")
     option("--overwrite", action="store_true", help="replace another set in --out instead of refusing")
     args = parser.parse_args(argv)
@@ -492,7 +492,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def check_kinds(scans: list[Scan], args: argparse.Namespace) -> None:
-    """Raise Mistake where no mask tells consolidation from ground glass and --[no-]binary does not say why."""
+    """Raise Mistake where no mask distinguishes consolidation and --[no-]binary does not say why."""
     if args.binary is not None:
         return
     lesion = False
@@ -509,7 +509,7 @@ def check_kinds(scans: list[Scan], args: argparse.Namespace) -> None:
 
 
 def provenance(args: argparse.Namespace, places: dict[Slice, tuple[Scan, int]], grey: list[str]) -> dict:
-    """How a set is drawn, for split.json; "patients" tells the scans of each patient number."""
+    """How a set is drawn, for split.json; "patients" lists the scans of each patient number."""
     patients = {}
     for (patient, _), (scan, z) in places.items():
         patients.setdefault(str(patient), {})[f"{scan.name}[{z}]" if args.stacked else scan.name] = None
@@ -525,7 +525,7 @@ def provenance(args: argparse.Namespace, places: dict[Slice, tuple[Scan, int]], 
 
 
 def remarks(args: argparse.Namespace, drawn: dict) -> list[str]:
-    """Lines on what was not in the files but assumed or derived."""
+    """Lines about what was not in the files but assumed or derived."""
     lines = []
     if drawn["grey_volumes"]:
         low, high = args.grey_window
@@ -562,7 +562,7 @@ def main(argv: list[str] | None = None) -> None:
     with held(args.out):
         make_room(args.out, args.overwrite, same=held_split(args.out) == split)
         write_slices(args, chosen, places, pixels)
-        write_split(args.out / "split.json", **split)  # last: it says that the set is whole
+        write_split(args.out / "split.json", **split)  # last: it marks the set as complete
 
     print(f"{len(scans)} volumes, {len(pixels)} slices: {len(kept)} selected, {len(chosen)} written to {args.out}")
     print("\n".join([*remarks(args, split["drawn"]), summary(sides, pixels)]))

@@ -3,11 +3,11 @@
     NAME/images/P03_S041.png   16-bit grey PNG, value = HU + 1024, clipped to 0..4095
     NAME/maps/P03_S041.png     8-bit palette PNG, value = label, palette = the paper's colours (Fig. 1)
     NAME/split.json            {"train": [...], "test": [...], "seg_test": [...]} and how it was drawn
-    NAME/contact_sheet.png     a look at the whole
+    NAME/contact_sheet.png     an overview
     NAME/.unfinished           while it is being written, and after a run that was cut off
 
-Raw HU survive in the images: windows are applied on reading. Every file is written under a
-temporary name and renamed, so that an interrupted run leaves nothing half-written.
+The images keep raw HU: windows are applied on reading. Every file is written under a temporary
+name and then renamed, so that an interrupted run leaves nothing half-written.
 """
 
 import argparse
@@ -36,34 +36,34 @@ except ImportError:  # Windows
 LABELS = ("background", "lung", "ground-glass opacity", "consolidation")
 COLOURS = ((0, 0, 0), (255, 0, 0), (0, 0, 255), (0, 255, 0))  # Fig. 1: lung red, GGO blue, consolidation green
 SIDES = ("train", "test", "seg_test")  # of a split
-LUNG_HU = (-1000, -300)  # a slice's mean of healthy lung beyond them is no HU; it varies more than a patient's
-UNFINISHED = ".unfinished"  # in a folder: its set is being written, or the run that wrote it was cut off
+LUNG_HU = (-1000, -300)  # a mean over a slice's healthy lung outside these is not HU; it varies more than a patient's
+UNFINISHED = ".unfinished"  # marks a folder whose set is being written, or whose run was cut off
 HU_OFFSET = 1024  # stored value = HU + 1024: air is 24, water 1024
-HELD = (-HU_OFFSET, 4095 - HU_OFFSET)  # the HU that the format holds
+HELD = (-HU_OFFSET, 4095 - HU_OFFSET)  # the range of HU that the format holds
 NIFTI = (".nii", ".nii.gz")  # endings of volumes
-LARGEST = 4096  # pixels a side of a slice: what a header claims beyond is refused before memory is found for it
-LARGEST_FILE = 2**28  # bytes of one
-PNG_ERRORS = (OSError, SyntaxError, ValueError, LookupError, TypeError, EOFError, struct.error)  # Pillow's
-JSON_ERRORS = (OSError, ValueError, RecursionError)  # of a JSON file; the last of lists in lists, on and on
-LEVEL, WIDTH = -600, 1500  # the lung window that pictures for people are shown in, HU
-NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # what a filesystem without locks answers
+LARGEST = 4096  # pixels per side of a slice: a header that claims more is refused before memory is allocated
+LARGEST_FILE = 2**28  # bytes of a slice, map or split
+PNG_ERRORS = (OSError, SyntaxError, ValueError, LookupError, TypeError, EOFError, struct.error)  # from Pillow
+JSON_ERRORS = (OSError, ValueError, RecursionError)  # from a JSON file; the last for deeply nested lists
+LEVEL, WIDTH = -600, 1500  # the lung window of pictures for people, HU
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # errors of a filesystem without locks
 
 
 class Mistake(Exception):
-    """A mistake of the user's: its text is one line that names the file and the mend; exit status 2."""
+    """A mistake of the user's: its text is one line that names the file and the remedy; exit status 2."""
 
     def __str__(self) -> str:
-        """On one line, whatever stands in a name."""
+        """On one line, whatever a name holds."""
         return printable(super().__str__())
 
 
 def printable(text: str) -> str:
-    """A text with escapes for what a terminal would obey: line breaks, control characters."""
+    """A text with escapes for what a terminal would act on: line breaks, control characters."""
     return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text)
 
 
 class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Help that keeps the lines of a script's head, and gives each option's default where it has one."""
+    """Help that keeps the lines of a script's docstring, and gives each option's default where it has one."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         absent = action.default is None or action.default is False or action.default == []
@@ -71,7 +71,7 @@ class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFo
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """argparse whose complaint is one line."""
+    """argparse with one-line complaints."""
 
     def __init__(self, about: str) -> None:
         super().__init__(description=about, formatter_class=Help)
@@ -82,14 +82,14 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def exit_on_mistake(program: Callable[[list[str]], int | None], stopped: str = "stopped") -> None:
-    """Run a program on the command line's arguments and leave with the exit status that it returns, None being 0.
+    """Run a program on the command line's arguments and exit with the status that it returns, None being 0.
 
-    A mistake of the user's, a full disk and the like are one line and exit status 2; Ctrl-C and SIGTERM are the line
-    `stopped`, 130.
+    A mistake of the user's, a full disk and the like print one line and exit with 2; Ctrl-C and SIGTERM print the line
+    `stopped` and exit with 130.
     """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: nothing half-written is left
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C: nothing half-written is left
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # a terminal that lacks a sign is no reason to stop
+        stream.reconfigure(errors="backslashreplace")  # a character that the terminal lacks is no reason to stop
     try:
         sys.exit(program(sys.argv[1:]))
     except (Mistake, OSError) as mistake:
@@ -100,22 +100,22 @@ def exit_on_mistake(program: Callable[[list[str]], int | None], stopped: str = "
         sys.exit(2)
     except KeyboardInterrupt:
         print(stopped, file=sys.stderr)
-        sys.unraisablehook = lambda _: None  # an object that was stopped in its making complains of that when it goes
+        sys.unraisablehook = lambda _: None  # objects interrupted while being made complain when deleted
         sys.exit(130)
 
 
 def slice_name(patient: int, position: int) -> str:
-    """Name of one slice without its ending; what stands before "_S" is the patient."""
+    """Name of one slice without its suffix; what comes before "_S" is the patient."""
     return f"P{patient:02d}_S{position:03d}"
 
 
 def patient_of(name: str) -> str:
-    """The patient of a slice: what stands before the last "_"."""
+    """The patient of a slice: what comes before the last "_"."""
     return name.rpartition("_")[0]
 
 
 def read_small(path: Path) -> bytes:
-    """The bytes of a file. Raises Mistake for what would fill the memory, or never end: LARGEST_FILE, or no file."""
+    """The bytes of a file. Raises Mistake for one above LARGEST_FILE, and for no regular file, which may never end."""
     if path.exists() and not path.is_file():
         raise Mistake(f"{path}: no regular file: put the file itself there")
     if (size := path.stat().st_size) > LARGEST_FILE:
@@ -125,14 +125,14 @@ def read_small(path: Path) -> bytes:
 
 @contextlib.contextmanager
 def open_png(path: Path) -> Iterator[PngImageFile]:
-    """Lend a PNG of which the header alone has been read.
+    """Open a PNG, of which only the header has been read yet.
 
-    Raises Mistake, from within as well, for a file that is cut short, broken or no PNG, and for one without pixels or
-    with more than LARGEST a side.
+    Raises Mistake, also from within the block, for a file that is cut short, broken or not a PNG, and for one without
+    pixels or with more than LARGEST a side.
     """
     try:
-        content = io.BytesIO(read_small(path))  # in which no chunk finds the gigabytes that its head may claim
-        with PngImageFile(content) as picture:  # Image.open would take any format, and warn of some sizes
+        content = io.BytesIO(read_small(path))  # where a chunk that claims gigabytes does not get them
+        with PngImageFile(content) as picture:  # Image.open would take any format, and warn about some sizes
             if not 1 <= min(picture.size) <= max(picture.size) <= LARGEST:
                 raise Mistake(f"{path}: {picture.width} x {picture.height} pixels: give 1 to {LARGEST} a side")
             yield picture
@@ -141,12 +141,12 @@ def open_png(path: Path) -> Iterator[PngImageFile]:
 
 
 def read_png(path: Path) -> tuple[str, np.ndarray, np.ndarray | None]:
-    """Mode, in Pillow's words, pixels, and the palette, uint8 [256, 3], where the PNG has one.
+    """Pillow's name of the mode, the pixels, and the palette, uint8 [256, 3], where the PNG has one.
 
-    A transparent entry of the palette is black, and so is one that is not there. Raises Mistake as `open_png` does.
+    Transparent and missing entries of the palette are black. Raises Mistake as `open_png` does.
     """
     with open_png(path) as picture:
-        clear = picture.info.get("transparency", b"")  # one index, or an opacity for each of the first
+        clear = picture.info.get("transparency", b"")  # one index, or opacities of the first entries
         pixels, palette = np.asarray(picture), picture.getpalette("RGB")
     if palette is None:
         return picture.mode, pixels, None
@@ -180,13 +180,13 @@ def from_colours(pixels: np.ndarray, path: Path) -> np.ndarray:
 def read_map(path: Path) -> np.ndarray:
     """Read a label map, uint8 [H, W]: grey PNG of label values, or RGB or palette in exactly the paper's COLOURS.
 
-    Where a palette holds the paper's colours, colour decides, since a paint program orders a palette as it likes; a
-    palette without them only dresses label values up. What is transparent is background. Raises Mistake that names
+    Where a palette holds the paper's colours, colour decides, since paint programs order palettes as they like; a
+    palette without them only decorates label values. Transparent pixels are background. Raises a Mistake that names
     the file, the value or colour and the pixel.
     """
     mode, pixels, palette = read_png(path)
     if mode == "RGBA":
-        pixels = np.where(pixels[..., 3:] > 0, pixels, 0)  # an eraser leaves the colour below
+        pixels = np.where(pixels[..., 3:] > 0, pixels, 0)  # an eraser leaves the colour underneath
     if mode in ("RGB", "RGBA"):
         return from_colours(pixels[..., :3], path)
     if mode not in ("P", "L"):
@@ -200,16 +200,16 @@ def read_map(path: Path) -> np.ndarray:
 
 
 def decides(palette: np.ndarray, pixels: np.ndarray) -> bool:
-    """Tell whether a palette [256, 3] tells the label: it holds the paper's colours, or all is plain black."""
-    empty = np.ptp(pixels) == 0 and not palette[pixels[0, 0]].any()  # a slice without lung, black being any index
+    """Whether a palette [256, 3] decides the labels: it holds the paper's colours, or all is plain black."""
+    empty = np.ptp(pixels) == 0 and not palette[pixels[0, 0]].any()  # a slice without lung, whatever index black has
     return empty or bool({*COLOURS[1:]} & {*map(tuple, palette.tolist())})
 
 
 def list_pngs(folder: Path, what: str) -> dict[str, Path]:
-    """PNGs of a folder by name without ending, sorted, .PNG as well; what begins with a dot is no data.
+    """PNGs of a folder, also .PNG, by name without suffix, sorted; dotfiles are ignored.
 
-    what: "images" or "maps", for the complaints. Raises Mistake where there is none, with a word on JPEG, and where
-    two files have one name.
+    what: "images" or "maps", for the complaints. Raises Mistake where there is none, mentioning JPEG, and where two
+    files have the same name.
     """
     if not folder.is_dir():
         raise Mistake(f"{folder}: no such folder: give the folder of the {what}")
@@ -226,9 +226,9 @@ def list_pngs(folder: Path, what: str) -> dict[str, Path]:
 
 
 def check_finished(folder: Path) -> None:
-    """Raise Mistake for a dataset whose making was cut off: a part of it would be taken for all.
+    """Raise Mistake for a dataset whose making was cut off: a part of it would pass for the whole.
 
-    folder: the dataset's, or its images/ or maps/.
+    folder: the dataset, or its images/ or maps/.
     """
     place = folder.parent if folder.name in ("images", "maps") else folder
     if (place / UNFINISHED).exists() and not (place / "split.json").exists():
@@ -236,14 +236,14 @@ def check_finished(folder: Path) -> None:
 
 
 def no_lungs_mean(mean: float, where: str = "healthy lung") -> str | None:
-    """What is wrong with the mean HU of healthy lung, in words; None where nothing is."""
+    """What is wrong with the mean HU of healthy lung, in words; None where nothing is wrong."""
     if LUNG_HU[0] <= mean <= LUNG_HU[1]:
         return None
     return f"mean {mean:+.0f} in {where}, which has HU of -850 to -500"
 
 
 def check_hu(path: Path, hu: np.ndarray, labels: np.ndarray | None = None) -> None:
-    """Raise Mistake for a real slice, int16 [H, W], that can hold no HU: grey levels, or no lung's where lung is.
+    """Raise Mistake for a real slice, int16 [H, W], that cannot hold HU: grey levels, or lung without the HU of lung.
 
     labels uint8 [H, W]: healthy lung is 1; less than a hundredth of a slice tells nothing.
     """
@@ -257,10 +257,10 @@ def check_hu(path: Path, hu: np.ndarray, labels: np.ndarray | None = None) -> No
 def read_split(path: Path) -> dict[str, list[str]]:
     """Names of each side (train, test, seg_test) of a split.json; names may end in .png, in any case.
 
-    Raises Mistake where it is no JSON of lists of names, and for a name that would lead out of the folder.
+    Raises Mistake where it is not JSON with lists of names, and for a name that would lead out of the folder.
     """
     try:
-        split = json.loads(read_small(path).decode("utf-8-sig"))  # a byte order mark is no mistake
+        split = json.loads(read_small(path).decode("utf-8-sig"))  # a byte order mark is allowed
     except JSON_ERRORS as error:
         raise Mistake(f"{path}: no JSON with lists of names under train and test ({error})") from error
     sides = {side: split[side] for side in SIDES if side in split} if isinstance(split, dict) else {}
@@ -273,7 +273,7 @@ def read_split(path: Path) -> dict[str, list[str]]:
 
 
 def is_name(name: str) -> bool:
-    """Tell whether a name is a file's on any system: not too long, no folder or drive, no control character in it."""
+    """Whether a name can be a file's on any system: not too long, without folder, drive or control character."""
     return PureWindowsPath(name).name == name != "" and name[0] != "." and min(name) >= " " and len(name) < 256
 
 
@@ -284,10 +284,10 @@ def stem(name: str) -> str:
 
 @contextlib.contextmanager
 def held(folder: Path, name: str = ".lock", wait: bool = False) -> Iterator[None]:
-    """Make a folder and hold it, or what a name of a lock in it stands for, so that it has one writer.
+    """Make a folder and lock it, or the file in it that the lock's name stands for, so that it has one writer.
 
-    It is the system's lock, which goes with its process, however that dies and on whatever machine. Raises Mistake
-    where another process holds it, or waits for that one's end. A filesystem without locks is told of, and gone on in.
+    The lock is the system's and ends with its process, however that dies and on whatever machine. Raises Mistake where
+    another process holds it, or waits for that one's end. On a filesystem without locks, prints a warning and goes on.
     """
     path = folder / name
     with contextlib.ExitStack() as until_the_end:
@@ -306,7 +306,7 @@ def held(folder: Path, name: str = ".lock", wait: bool = False) -> Iterator[None
 
 @contextlib.contextmanager
 def locked(path: Path, wait: bool) -> Iterator[None]:
-    """Hold the system's lock on a file, which is there meanwhile; raises BlockingIOError, or says so and waits."""
+    """Hold the system's lock on a file, which exists meanwhile; raises BlockingIOError, or says so and waits."""
     if fcntl is None:
         raise OSError(errno.ENOSYS, "no flock here")
     while True:
@@ -318,11 +318,11 @@ def locked(path: Path, wait: bool) -> Iterator[None]:
                     raise
                 print(f"waiting for another run: {path} is held", file=sys.stderr)
                 fcntl.flock(file, fcntl.LOCK_EX)
-            if os.fstat(file.fileno()).st_nlink:  # 0: its holder has removed it, and the next has made a new one
+            if os.fstat(file.fileno()).st_nlink:  # 0: its holder removed it, and the next made a new one
                 try:
                     yield
                 finally:
-                    with contextlib.suppress(OSError):  # of a folder that was taken away meanwhile
+                    with contextlib.suppress(OSError):  # from a folder that was removed meanwhile
                         path.unlink()
                 return
 
@@ -330,13 +330,13 @@ def locked(path: Path, wait: bool) -> Iterator[None]:
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file so that it is either whole or absent. Raises Mistake, naming it, where it cannot be written.
 
-    What a killed run has left unfinished is written over by the next, since a file has one writer: see `held`.
+    What a killed run has left unfinished is overwritten by the next, since a file has one writer: see `held`.
     """
     unfinished = path.with_name(f".{path.name}.tmp")
     try:
         unfinished.write_bytes(content)
         unfinished.replace(path)
-    except OSError as error:  # of a full disk, which does not say whose
+    except OSError as error:  # from a full disk, which names no file
         raise Mistake(f"{path}: cannot be written ({error.strerror}); make room, or choose another place") from error
     finally:
         unfinished.unlink(missing_ok=True)
@@ -365,7 +365,7 @@ def write_map(path: Path, labels: np.ndarray) -> None:
 def write_split(path: Path, train: list[str], test: list[str], seg_test: list[str], drawn: dict) -> None:
     """Write split.json: the slice names of each side, and how they were drawn (seed, by what, source).
 
-    It is the last file of a set: with it the set is whole.
+    It is the last file of a set: with it the set is complete.
     """
     split = {"train": train, "test": test, "seg_test": seg_test, "drawn": drawn}
     write_bytes(path, (json.dumps(split, indent=1) + "\n").encode())
@@ -373,7 +373,7 @@ def write_split(path: Path, train: list[str], test: list[str], seg_test: list[st
 
 
 def held_split(out: Path) -> dict:
-    """What OUT/split.json holds; nothing if it is not there or no JSON object."""
+    """What OUT/split.json holds; nothing if it is missing or not a JSON object."""
     try:
         held = json.loads((out / "split.json").read_text(encoding="utf-8-sig"))
     except JSON_ERRORS:
@@ -384,8 +384,8 @@ def held_split(out: Path) -> dict:
 def make_room(out: Path, overwrite: bool, same: bool = False) -> None:
     """Make the empty folders of a dataset. Raises Mistake for a folder that holds anything else.
 
-    Slices, split and contact sheet that are there give way with `overwrite`, if they are the `same` set's, and if a
-    run that did not finish left them, which UNFINISHED tells. No other file is ever removed.
+    Existing slices, split and contact sheet give way with `overwrite`, if they are the `same` set's, and if an
+    unfinished run left them, as UNFINISHED shows. No other file is ever removed.
     """
     folders = out / "images", out / "maps"
     slices = {path for folder in folders for path in folder.glob("P*_S*.png")}
@@ -410,7 +410,7 @@ def make_room(out: Path, overwrite: bool, same: bool = False) -> None:
 
 
 def windowed(hu: np.ndarray, level: float = LEVEL, width: float = WIDTH) -> np.ndarray:
-    """HU to grey levels uint8 0..255 through a window, for pictures."""
+    """HU to grey levels, uint8 0..255, through a window, for pictures."""
     return (np.clip((hu - level) / width + 0.5, 0, 1) * 255 + 0.5).astype(np.uint8)
 
 

@@ -1,4 +1,4 @@
-"""NIfTI volumes, in one place: reading to radiological display, masks laid on their CT's grid, writing back.
+"""NIfTI volumes, in one place: reading to radiological display, placing masks on their CT's grid, writing back.
 
 In radiological display a volume is [Z, H, W]: slices upwards from the feet, rows to the back (the spine is at the
 bottom), columns to the patient's left. `.nii` and `.nii.gz` are told apart by their bytes, not by their names.
@@ -25,9 +25,9 @@ from data.slices import LARGEST, NIFTI, Mistake, write_bytes
 DISPLAY = axcodes2ornt("LPS")  # columns to the left, rows to the back, slices upwards
 HEADER = 540  # bytes of the longer header, NIfTI-2's
 MOST = 2**31  # bytes of a volume: 1,000 slices of 512 x 512 in float64
-PIECE = SPARE = 2**20  # bytes unpacked at a time; and what may follow the voxels, unread
-PACKED, MOST_EMPTY = 2**16, 100  # bytes read at a time; and streams of a file that hold nothing
-# What of a header says where the voxels lie. The rest is not carried on: free text may name a patient.
+PIECE = SPARE = 2**20  # bytes unpacked at a time; and bytes that may follow the voxels, unused
+PACKED, MOST_EMPTY = 2**16, 100  # bytes read at a time; and empty streams allowed in a file
+# The fields of a header that say where the voxels lie. The rest is not passed on: free text may name a patient.
 GRID_FIELDS = (
     "pixdim", "xyzt_units", "qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d",
     "qoffset_x", "qoffset_y", "qoffset_z", "srow_x", "srow_y", "srow_z",
@@ -35,7 +35,7 @@ GRID_FIELDS = (
 
 
 class Volume(NamedTuple):
-    """A volume in radiological display, and the header that tells how it was stored."""
+    """A volume in radiological display, and the header that says how it was stored."""
 
     voxels: np.ndarray  # [Z, H, W], any real type
     header: nib.Nifti1Header
@@ -68,9 +68,9 @@ def warn(text: str) -> None:
 
 
 def list_volumes(folder: Path) -> dict[str, Path]:
-    """NIfTI files of a folder by name without .nii or .nii.gz, sorted; what begins with a dot is no data.
+    """NIfTI files of a folder by name without .nii or .nii.gz, sorted; dotfiles are ignored.
 
-    Raises Mistake for a missing folder, one without a volume, and two files of one name.
+    Raises Mistake for a missing folder, one without a volume, and two files of the same name.
     """
     if not folder.is_dir():
         raise Mistake(f"{folder}: no such folder; give a folder of .nii or .nii.gz files")
@@ -95,8 +95,8 @@ def volume_name(path: Path) -> str:
 def read_volume(path: Path, note: Callable[[str], None] = warn) -> Volume:
     """Read a volume of any real type, whatever its storage order; a last axis of one is dropped.
 
-    A header that does not say how the patient lies gets a `note`. Raises Mistake for a file that is missing, no
-    NIfTI, damaged, no 3-D volume or without a usable affine.
+    A header that does not say how the patient lies gets a `note`. Raises Mistake for a file that is missing, not
+    NIfTI, damaged, not a 3-D volume or without a usable affine.
     """
     header, stored = read_stored(path)
     return placed(path, header, stored, note)
@@ -105,9 +105,9 @@ def read_volume(path: Path, note: Callable[[str], None] = warn) -> Volume:
 def read_label_volume(
     path: Path, allowed: tuple[int, ...], note: Callable[[str], None] = warn
 ) -> tuple[Volume, np.ndarray]:
-    """Read a label volume that stands alone: the Volume, and its labels uint8 [Z, H, W] in display.
+    """Read a label volume without its CT: the Volume, and its labels uint8 [Z, H, W] in display.
 
-    Values within 0.01 of a label `allowed` are that label. Raises Mistake as `read_volume` does, and for any other.
+    Values within 0.01 of an `allowed` label are that label. Raises Mistake as `read_volume` does, and for any other.
     """
     header, stored = read_stored(path)
     volume = placed(path, header, whole_labels(path, stored, allowed), note)
@@ -117,9 +117,9 @@ def read_label_volume(
 def read_labels(path: Path, allowed: tuple[int, ...], like: Volume, note: Callable[[str], None] = warn) -> np.ndarray:
     """Read the mask of a CT, laid on the CT's grid: uint8 [Z, H, W] in display.
 
-    Values within 0.01 of a label `allowed` are that label. The mask's own affine counts where it puts the voxels
-    where the CT's are, in whatever storage order. Where it does not (as in masks saved from an array, with an
-    identity affine), a mask of the CT's stored shape is taken voxel by voxel and a `note` says so.
+    Values within 0.01 of an `allowed` label are that label. The mask's own affine is used if it puts the voxels where
+    the CT's are, in whatever storage order. If it does not (as in masks saved from an array, with an identity affine),
+    a mask of the CT's stored shape is taken voxel by voxel and a `note` says so.
     Raises Mistake as `read_volume` does, for any other value, and where neither grid nor shape fits the CT.
     """
     header, stored = read_stored(path)
@@ -139,7 +139,7 @@ def read_labels(path: Path, allowed: tuple[int, ...], like: Volume, note: Callab
 def write_volume(path: Path, like: Volume, hu: np.ndarray) -> None:
     """Write HU int16 [Z, H, W] in display on the grid, and in the storage order, of `like`, as .nii or .nii.gz.
 
-    The file is whole or absent. Raises Mistake for another ending, OSError where it cannot be written.
+    The file is whole or absent. Raises Mistake for another suffix, OSError where it cannot be written.
     """
     if not path.name.lower().endswith(NIFTI):
         raise Mistake(f"{path}: volumes are written as .nii or .nii.gz")
@@ -159,11 +159,11 @@ def read_stored(path: Path) -> tuple[nib.Nifti1Header, np.ndarray]:
     while len(content) < HEADER and (piece := next(pieces, b"")):
         content += piece
     header, shape, dtype, announced = read_header(path, bytes(content))
-    for piece in pieces:  # no more of them than the header announces: a small file may unpack to any size
+    for piece in pieces:  # no more than the header announces: a small file may unpack to any size
         content += piece
         if len(content) > announced + SPARE:
             raise Mistake(f"{path}: damaged, it holds more than the {announced} bytes of its header; get it again")
-    if announced > len(content):  # asked before room is made for what a damaged header announces
+    if announced > len(content):  # checked before allocating what a damaged header announces
         raise Mistake(f"{path}: cut short or damaged ({len(content)} of {announced} bytes); get the file again")
     stored = np.ndarray(shape, dtype, content, header.get_data_offset(), order="F")
     stored = nib.volumeutils.apply_read_scaling(stored, *header.get_slope_inter())
@@ -201,7 +201,7 @@ def read_header(path: Path, content: bytes) -> tuple[nib.Nifti1Header, tuple[int
 
 
 def unpacked(path: Path) -> Iterator[bytes]:
-    """Bytes of a file by pieces, decompressed if they are gzip; like gunzip, what follows the stream is ignored.
+    """Bytes of a file in pieces, decompressed if they are gzip; as in gunzip, what follows the stream is ignored.
 
     Raises Mistake for a file that cannot be read and a stream that is cut short or fails its checksum.
     """
@@ -214,10 +214,10 @@ def unpacked(path: Path) -> Iterator[bytes]:
 
 
 def gunzipped(path: Path, packed: Iterator[bytes]) -> Iterator[bytes]:
-    """Bytes of gzip's streams, one after the other, by pieces of up to PIECE. Raises Mistake as `unpacked` does."""
+    """Bytes of gzip streams, one after the other, in pieces of up to PIECE. Raises Mistake as `unpacked` does."""
     rest, empty = next(packed), 0
     while is_gzip(rest):
-        stream, found = zlib.decompressobj(wbits=31), 0  # gzip; compares the checksum at the stream's end
+        stream, found = zlib.decompressobj(wbits=31), 0  # gzip; checks the checksum at the stream's end
         while not stream.eof:
             if not rest and not (rest := next(packed, b"")):
                 raise Mistake(f"{path}: cut short or damaged (the stream has no end); get the file again")
@@ -237,12 +237,12 @@ def gunzipped(path: Path, packed: Iterator[bytes]) -> Iterator[bytes]:
 
 
 def is_gzip(content: bytes) -> bool:
-    """Tell by the first two bytes."""
+    """Whether content is gzip, by its first two bytes."""
     return content.startswith(b"\x1f\x8b")
 
 
 def placed(path: Path, header: nib.Nifti1Header, stored: np.ndarray, note: Callable[[str], None]) -> Volume:
-    """Turn a stored array by its own header to display. Raises Mistake where the affine is not usable."""
+    """Turn a stored array to display by its own header. Raises Mistake where the affine is not usable."""
     volume = Volume(stored, header)
     if not is_usable(volume.affine):
         raise Mistake(f"{path}: no usable affine; save it again with a program that knows the scan's geometry")
@@ -253,12 +253,12 @@ def placed(path: Path, header: nib.Nifti1Header, stored: np.ndarray, note: Calla
 
 
 def has_affine(header: nib.Nifti1Header) -> bool:
-    """Tell whether a header gives an affine; where it does not, nibabel makes one up."""
+    """Whether a header gives an affine; where it does not, nibabel makes one up."""
     return bool(header["sform_code"] > 0 or header["qform_code"] > 0)
 
 
 def is_usable(affine: np.ndarray) -> bool:
-    """Tell whether an affine [4, 4] gives every axis of a volume a direction."""
+    """Whether an affine [4, 4] gives every axis of a volume a direction."""
     finite = np.isfinite(affine).all()
     return bool(finite and np.linalg.det(affine) != 0 and not np.isnan(io_orientation(affine)).any())
 
@@ -275,13 +275,13 @@ def whole_labels(path: Path, stored: np.ndarray, allowed: tuple[int, ...]) -> np
 
 
 def lay_on_grid(stored: np.ndarray, affine: np.ndarray, like: Volume) -> np.ndarray | None:
-    """Turn a stored array by its affine to the stored order of `like`; None where its voxels lie elsewhere."""
-    to_index = np.linalg.inv(like.affine) @ affine  # from its own indices to those of `like`
+    """Turn a stored array to the stored order of `like` by its affine; None where its voxels lie elsewhere."""
+    to_index = np.linalg.inv(like.affine) @ affine  # from the array's own indices to those of `like`
     axes = io_orientation(to_index)
     turned = apply_orientation(stored, axes)
     if turned.shape != like.shape:
         return None
-    after = to_index @ inv_ornt_aff(axes, stored.shape)  # the identity, if the grids are one
+    after = to_index @ inv_ornt_aff(axes, stored.shape)  # the identity, if the grids are the same
     corners = np.array([(*corner, 1) for corner in itertools.product(*((0, n - 1) for n in like.shape))])  # [8, 4]
     return turned if np.abs(corners @ after.T - corners).max() < 0.5 else None  # a voxel off is another grid
 

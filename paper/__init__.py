@@ -1,13 +1,13 @@
-"""The paper's experiments, and the methods that they need beside covidgan.
+"""The paper's experiments, and the methods that they need besides covidgan.
 
-METHODS: name -> covidgan.Method. export.py looks here for a name that a checkpoint gives and covidgan.py does not know.
+METHODS: name -> covidgan.Method. export.py looks here for a name in a checkpoint that covidgan.py does not know.
 """
 
 import functools
 from typing import Any
 
 
-@functools.cache  # one dict, whoever asks
+@functools.cache  # the same dict for everyone
 def _methods() -> dict[str, Any]:
     from paper import rivals, study
 
@@ -15,7 +15,7 @@ def _methods() -> dict[str, Any]:
 
 
 def __getattr__(name: str) -> Any:
-    """METHODS, brought in when it is asked for: `python -m paper.rivals` comes through here before the rivals."""
+    """METHODS, imported on first use: `python -m paper.rivals` imports this package before the rivals."""
     if name != "METHODS":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return _methods()

@@ -1,4 +1,4 @@
-"""The study of paper/fidelity.md: which training paints lungs that one believes? A row is a set of options.
+"""The study of paper/fidelity.md: which training paints believable lungs? A row is a set of options.
 
     python data/prepare.py DOWNLOAD --size 256 --out data/ct
     python data/prepare.py DOWNLOAD --size 128 --out data/ct128
@@ -6,9 +6,9 @@
     python -m paper.fidelity --epochs 1 --out out/screen      # all rows, half as long
     python -m paper.fidelity --list
 
-Trains on the train side of --data at the size of --reference, chooses by the side "test" and reports "seg_test" too,
-each row beside its cost. All that is whole under --out stands in the table, whichever rows were asked for, and in
---results/fidelity-EPOCHS.json. The same command goes on with a stopped study.
+Trains on the train side of --data at the size of --reference, chooses by the side "test" and also reports "seg_test",
+each row beside its cost. All that is complete under --out enters the table, whichever rows were asked for, and
+--results/fidelity-EPOCHS.json. The same command resumes a stopped study.
 """
 
 import argparse
@@ -23,11 +23,11 @@ from data.slices import Mistake, OneLineParser, exit_on_mistake, write_bytes
 from paper import runs
 from paper.report import grid, over_seeds
 
-HALF, WHOLE = ["--epoch-len", "2100"], ["--epoch-len", "4200"]  # of two epochs a stage, see --epochs
+HALF, WHOLE = ["--epoch-len", "2100"], ["--epoch-len", "4200"]  # for two epochs per stage, see --epochs
 BEST = ["--preset", "best"]
 CLEAN = ["--preset", "paper", "--noise", "0", "--ema", "0.998"]  # the paper's, with targets that a generator can match
 SCALE = ["--ngf", "32", "--ndf", "32", "--n-blocks", "6", "--batch", "4"]
-SIDES = ("test", "seg_test")  # chosen by, and not
+SIDES = ("test", "seg_test")  # the one that chooses, and the one that does not
 FIGURES = {  # column -> table of eval.py's results, row, key, factor, decimals
     "PSNR": ("pixels", "complete PSNR", "mean", 1, 2),
     "SSIM": ("pixels", "complete SSIM", "mean", 1, 4),
@@ -36,7 +36,7 @@ FIGURES = {  # column -> table of eval.py's results, row, key, factor, decimals
     "complete KID": ("features", "complete KID 1280", "value", 1000, 0),
     "fine texture %": ("texture", "fine texture", "value", 100, 0),
 }
-# name -> what it tries, its options. Half: 4,200 samples a stage, whole: 8,400
+# name -> what it tries, its options. Half: 4,200 samples per stage, whole: 8,400
 ROWS: dict[str, tuple[str, list[str]]] = {
     "paper": ("preset paper as it is: noise on the target, no average", [*HALF, "--preset", "paper"]),
     "base": ("the paper's losses and rate, clean targets, average", [*HALF, *CLEAN]),
@@ -45,7 +45,7 @@ ROWS: dict[str, tuple[str, list[str]]] = {
     "best-half": ("preset best: that, beta fixed at 0.1, lambda 3", [*HALF, *BEST]),
     "best": ("preset best, twice as long", [*WHOLE, *BEST]),
     "base-whole": ("base, twice as long", [*WHOLE, *CLEAN]),
-    # of best-half one thing changed
+    # best-half with one thing changed
     "uncut": ("D sees whole images", [*HALF, *BEST, "--contrast", "0"]),
     "contrast-6": ("D sees the lung six times enlarged", [*HALF, *BEST, "--contrast", "6"]),
     "beta": ("beta fixed at 0.5", [*HALF, *BEST, "--beta", "0.5"]),
@@ -79,7 +79,7 @@ def run(row: str, seed: int, args: argparse.Namespace, size: int) -> dict[str, d
         results = runs.measure(out, args.reference, side, features)
         measured[side] = {}
         for column, (table, name, key, factor, _) in FIGURES.items():
-            value = results[table][name][key]  # None where eval.py refuses it, as FD of few slices
+            value = results[table][name][key]  # None where eval.py refuses it, such as FD of few slices
             measured[side][column] = value if value is None else factor * value
         measured[side]["seconds"] = runs.seconds(out)
     return measured
@@ -102,7 +102,7 @@ def summary(measured: dict[str, list[dict[str, dict[str, Any]]]]) -> list[str]:
 
 
 def as_json(measured: dict[str, dict[int, dict[str, dict[str, Any]]]], args: argparse.Namespace) -> dict[str, Any]:
-    """All figures, one record each, and what they hold for; paper: it has no such study."""
+    """All figures, one record each, and what they hold for; "paper" is empty, as it has no such study."""
     found = [(row, seed, side) for row, seeds in measured.items() for seed in seeds for side in SIDES]
     outs = [args.out / f"{row}_{seed}" for row, seeds in measured.items() for seed in seeds]
     setting = {
@@ -127,9 +127,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     option = parser.add_argument
     option("--data", type=Path, default=Path("data/ct"), help="dataset to train on, best at twice the size")
     option("--reference", type=Path, default=Path("data/ct128"), help="the same, of the size to train and measure at")
-    option("--rows", nargs="+", default=list(ROWS), metavar="ROW", help="of those that --list shows (default: all)")
+    option("--rows", nargs="+", default=list(ROWS), metavar="ROW", help="rows that --list shows (default: all)")
     option("--seeds", nargs="+", type=int, default=[0], metavar="N")
-    option("--epochs", type=int, default=2, help="a stage: 2; 1 makes every row half as long, into another --out")
+    option("--epochs", type=int, default=2, help="per stage: 2; 1 makes every row half as long, into another --out")
     option("--out", type=Path, default=Path("out/fidelity"), help="folder of the runs")
     option("--results", type=Path, default=runs.ROOT / "paper" / "results", help="folder of the JSON")
     option("--list", action="store_true", help="show the rows and what they try")

@@ -1,7 +1,7 @@
 """The generators that the paper's tables compare: which there are, and how one is trained.
 
 A generator is a row, trained with a seed into OUT/ROW_OPTIMISER_SEED. Tables III and IV take what Table II has trained.
-All see the same number of samples at full size: one of two stages there sees half of them in each.
+All see the same number of samples at full size: one with two stages there sees half of them in each.
 """
 
 import argparse
@@ -18,14 +18,14 @@ from paper import METHODS, rivals, runs
 RIVALS = ("pix2pix", "pix2pixHD", "SPADE", "SEAN")
 CHOOSE, REPORT = "test", "seg_test"  # sides
 FIRST_SEED = 0  # of the runs that choose an optimiser
-KEPT = 8  # checkpoints of a stage of the first seed's runs, to follow KID along
+KEPT = 8  # checkpoints per stage of the first seed's runs, to follow KID
 
 
 @dataclass(frozen=True)
 class Row:
     """A method as a table trains it."""
 
-    method: str  # its name as checkpoints have it
+    method: str  # its name in checkpoints
     options: tuple[str, ...]
     optimisers: tuple[str, ...] = ("paper",)  # Adam's settings to choose between
 
@@ -41,15 +41,15 @@ class Row:
 
 
 def rival(name: str, *options: str) -> Row:
-    """A rival's row; where its authors set Adam otherwise than the paper, both are tried."""
+    """A rival's row; where its authors set Adam differently from the paper, both are tried."""
     ours = rivals.RivalConfig
     paper = dict.fromkeys("dg", (ours.lr, (ours.adam_beta1, ours.adam_beta2)))
     optimisers = ("paper",) if rivals.METHODS[name].own == paper else ("own", "paper")
     return Row(name, ("--preset", "paper", *options), optimisers)
 
 
-# As published: noise on the target, D sees whole images, no average of the weights. Clean: what is no part of any
-# method and helped ours, for all alike.
+# As published: noise on the target, D sees whole images, no average of the weights. Clean: what is part of no method
+# and helped ours, applied to all alike.
 CLEAN = ("--noise", "0", "--contrast", str(covidgan.LoopConfig.contrast), "--ema", "0.998")
 ROWS: dict[str, Row] = {
     "covidgan": Row("covidgan", ("--preset", "paper")),
@@ -65,7 +65,7 @@ def ours(switches: str) -> Row:
     return Row("covidgan", ("--preset", "paper", *switches.split()))
 
 
-# Table V's, beside covidgan itself
+# Table V's, besides covidgan itself
 ABLATIONS: dict[str, Row] = {
     "without-DESUM": ours("--desum sum"),
     "F_global": ours("--desum global"),
@@ -89,12 +89,12 @@ POLICIES: dict[str, Row] = {
 
 
 def row_of(name: str) -> Row:
-    """A row by its name, of whichever table."""
+    """A row by its name, from whichever table."""
     return (ROWS | ABLATIONS | POLICIES)[name]
 
 
 def full_size(kind: type[covidgan.Method], c: covidgan.LoopConfig) -> float:
-    """Length of a method's stages at full size together, in --epochs: all but G1's own."""
+    """Total length of a method's stages at full size, as a multiple of --epochs: all but G1's own."""
     return sum(kind.length(c, stage) for stage in kind.stages(c) if stage != "g1")
 
 
@@ -106,7 +106,7 @@ def folder(name: str, optimiser: str, seed: int, args: argparse.Namespace) -> Pa
 def train(name: str, optimiser: str, seed: int, args: argparse.Namespace) -> Path:
     """Train a row's run, or go on with it; returns its folder.
 
-    Of Table II's rows the first seed's checkpoints are kept along the way, whichever command makes the run.
+    For Table II's rows, the first seed's checkpoints are kept along the way, whichever command makes the run.
     """
     row, out, size = row_of(name), folder(name, optimiser, seed, args), runs.size_of(args.reference)
     stage = round(args.samples / full_size(row.kind, covidgan.parse_config([*row.options], row.kind)))  # samples of one
@@ -119,7 +119,7 @@ def train(name: str, optimiser: str, seed: int, args: argparse.Namespace) -> Pat
 
 
 def optimiser_of(name: str, args: argparse.Namespace) -> str:
-    """The optimiser of a row: of those to choose between the one with the lower lung KID on the side that chooses.
+    """The optimiser of a row: among the candidates, the one with the lowest lung KID on the side that chooses.
 
     It is chosen once, by runs of one seed as published, for the clean row too.
     """
@@ -140,7 +140,7 @@ def choice(name: str, optimiser: str, args: argparse.Namespace) -> Path:
 
 
 def tried_optimisers(args: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Of each rival the optimisers that were tried, with the lung KID by which one is chosen; for the record."""
+    """For each rival, the optimisers that were tried, with the lung KID by which one is chosen; for the record."""
     found: dict[str, dict[str, float]] = {}
     for name in RIVALS:
         for optimiser in row_of(name).optimisers:
@@ -152,7 +152,7 @@ def tried_optimisers(args: argparse.Namespace) -> dict[str, dict[str, float]]:
 
 
 def trained(name: str, seed: int, args: argparse.Namespace) -> Path:
-    """The folder of a row's generator with its chosen optimiser, trained where it is not yet."""
+    """The folder of a row's generator with its chosen optimiser, trained if it is not yet."""
     return train(name, optimiser_of(name, args), seed, args)
 
 
@@ -162,7 +162,7 @@ def measured(run: Path, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def whole_runs(names: Iterable[str], args: argparse.Namespace) -> list[tuple[str, int, Path]]:
-    """Row, seed and folder of rows' runs under --out that are trained to their end, of their chosen optimisers."""
+    """Row, seed and folder of the rows' runs under --out that are fully trained, with their chosen optimisers."""
     found = []
     for name in names:
         published, tried = name.removesuffix("-clean"), row_of(name).optimisers

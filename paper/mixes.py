@@ -23,9 +23,9 @@ import infer_onnx
 from data.slices import LABELS, Mistake, read_split, write_bytes, write_image, write_map, write_split
 from paper import generators, runs
 
-SIDE = "test"  # whose slices and maps train a U-Net
-TESTED = ("train", "seg_test")  # on whose real slices it is tested
-VARIANTS = 5  # augmentations of each map, one more than is taken: a map without lung has none
+SIDE = "test"  # its slices and maps train a U-Net
+TESTED = ("train", "seg_test")  # their real slices test it
+VARIANTS = 5  # augmentations of each map, one more than is used: a map without lung has none
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Mix:
     """A training set: N real slices, and shares of N of others; `added` or `augmented`, whose names are the same."""
 
     real: int = 0  # N; 0: all there are
-    replaced: float = 0.0  # real slices that give way to the synthetic ones of the same maps
+    replaced: float = 0.0  # real slices replaced by the synthetic ones of the same maps
     added: float = 0.0  # synthetic slices of augmented maps, beside the real ones
     augmented: float = 0.0  # the same augmentations of the real slices themselves, beside the real ones
     generator: str = "covidgan"  # its name in paper/generators.py
@@ -52,7 +52,7 @@ Members = dict[str, list[str]]  # names of a mix's slices: real, replaced, added
 def members(mix: Mix, names: list[str], whole: list[str], variants: list[str], seed: int) -> Members:
     """Which slices a mix holds: of the side's `names`, those `whole` with a synthetic slice, and `variants` of maps.
 
-    One order is drawn of a seed, and every set is the beginning of it, so that a smaller share is part of a larger.
+    A seed draws one order, and every set is the beginning of it, so that a smaller share is part of a larger one.
     Raises Mistake where there are too few.
     """
     if mix.real > len(names):
@@ -84,7 +84,7 @@ def members(mix: Mix, names: list[str], whole: list[str], variants: list[str], s
 
 
 def synthetic_slices(mix: Mix, seed: int, args: argparse.Namespace, variants: int = 0) -> Path:
-    """Dataset of complete synthetic slices by a mix's generator, of SIDE's maps or of so many augmentations of each."""
+    """Dataset of complete synthetic slices by a mix's generator, of SIDE's maps or that many augmentations of each."""
     run = generators.trained(mix.generator, seed, args)
     complete = ["--complement", args.reference]
     if not variants:
@@ -101,7 +101,7 @@ def augmented_slices(seed: int, args: argparse.Namespace) -> Path:
 
 
 def make_augmented(out: Path, seed: int, args: argparse.Namespace) -> None:
-    """Write what is not there yet of `augmented_slices`."""
+    """Write those of `augmented_slices` that are not there yet."""
     for part in ("images", "maps"):
         (out / part).mkdir(parents=True, exist_ok=True)
     maps = infer_onnx.find_maps(args.reference, SIDE)
@@ -130,7 +130,7 @@ def tested_sides(split: dict[str, list[str]]) -> list[str]:
 
 
 def names_in(dataset: Path | None) -> list[str]:
-    """Names of a dataset's slices; none of None."""
+    """Names of a dataset's slices; none for None."""
     return sorted(path.stem for path in (dataset / "images").glob("*.png")) if dataset else []
 
 
@@ -140,9 +140,9 @@ def folder(mix: Mix, seed: int, args: argparse.Namespace) -> Path:
 
 
 def dataset(mix: Mix, seed: int, args: argparse.Namespace) -> Path:
-    """The mix as a dataset of links in the U-Net's folder, made where it is not there yet.
+    """The mix as a dataset of links in the U-Net's folder, made if it is not there yet.
 
-    Its train side is the mix, its test side real slices to look at; split.json says what is what. Raises Mistake.
+    Its train side is the mix, its test side real slices to look at; split.json says which is which. Raises Mistake.
     """
     out = folder(mix, seed, args) / "data"
     with runs.making(out):
@@ -185,7 +185,7 @@ def train(mix: Mix, seed: int, args: argparse.Namespace) -> Path:
     given = {"data": dataset(mix, seed, args), "size": size, "channels": args.channels, "seed": seed}
     given |= {"batch": args.batch, "epochs": 2, "epoch-len": length // 2}
     given["interval"] = length // args.batch // generators.KEPT
-    options = ["--preset", "paper", "--unchecked"]  # what is real was checked with the generator's data
+    options = ["--preset", "paper", "--unchecked"]  # real slices were checked with the generator's data
     options += itertools.chain(*[(f"--{key}", str(value)) for key, value in given.items()])
     runs.train(["-m", "paper.segment"], options, out)
     return out
@@ -200,7 +200,7 @@ class Scores:
 
 
 def find_lesions(unet: Path, data: Path, names: list[str]) -> Scores:
-    """Test an exported U-Net on real slices of a dataset; those without lung are left out, as by eval.py."""
+    """Test an exported U-Net on real slices of a dataset; those without lung are left out, as in eval.py."""
     wanted = {*names}
     pairs = [pair for pair in evaluation.find_pairs(data, data) if pair.name in wanted]
     meter, kept = evaluation.Segmentation(unet, "auto"), []
@@ -212,7 +212,7 @@ def find_lesions(unet: Path, data: Path, names: list[str]) -> Scores:
 
 
 def score(mix: Mix, seed: int, args: argparse.Namespace) -> None:
-    """Train the U-Net of a mix, export it and test it on all sides, what is done yet aside. Raises Mistake."""
+    """Train the U-Net of a mix, export it and test it on all sides, except what is done already. Raises Mistake."""
     out = train(mix, seed, args)
     split = split_of(args)
     for side in tested_sides(split):
@@ -222,7 +222,7 @@ def score(mix: Mix, seed: int, args: argparse.Namespace) -> None:
 
 
 def export(out: Path) -> Path:
-    """The U-Net of a run as a file, exported where it is not yet."""
+    """The U-Net of a run as a file, exported if it is not yet."""
     return runs.exported(out / "unet.onnx", out / "unet.pt")
 
 
@@ -234,7 +234,7 @@ def write_scores(file: Path, unet: Path, data: Path, names: list[str]) -> None:
 
 
 def scores(mix: Mix, side: str, args: argparse.Namespace) -> dict[int, Scores]:
-    """Scores on a side of all U-Nets of a mix that are there, by seed."""
+    """Scores on a side of all existing U-Nets of a mix, by seed."""
     found = {}
     for seed, out in runs.seeded(args.out, f"unet_{mix.name}").items():
         if (file := out / f"scores_{side}.json").exists():

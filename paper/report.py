@@ -1,4 +1,4 @@
-"""What a table of the paper is to paper/tables.py, and how one is written for people."""
+"""What paper/tables.py takes as a table of the paper, and how one is written for people."""
 
 import argparse
 from collections.abc import Callable
@@ -14,10 +14,10 @@ from data.slices import SIDES, Mistake, write_bytes
 
 @dataclass(frozen=True)
 class Table:
-    """A table: its rows, how one is made, and how all that is there becomes JSON, Markdown and perhaps a picture."""
+    """A table: its rows, how one is made, and how all that exists becomes JSON, Markdown and perhaps a picture."""
 
     rows: dict[str, str]  # name -> what --list says of it
-    make: Callable[[str, int, argparse.Namespace], Any]  # a row with a seed: train and measure what is not there yet
+    make: Callable[[str, int, argparse.Namespace], Any]  # a row with a seed: train and measure what is missing
     collect: Callable[[argparse.Namespace], dict[str, Any]]  # "setting", "records", "paper" and more
     markdown: Callable[[dict[str, Any]], str]
     draw: Callable[[Path, argparse.Namespace], None] | None = None
@@ -25,12 +25,12 @@ class Table:
 
 
 def grid(head: list[str], lines: list[list[Any]]) -> list[str]:
-    """Lines of a Markdown table, and an empty one."""
+    """Lines of a Markdown table, and an empty line."""
     return [f"| {' | '.join(map(str, line))} |" for line in (head, ["---"] * len(head), *lines)] + [""]
 
 
 def over_seeds(values: list[float] | None, digits: int) -> str:
-    """Mean +- standard deviation over the seeds, - of none."""
+    """Mean +- standard deviation over the seeds, - for none."""
     if not values:
         return "-"
     spread = f" +- {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
@@ -50,7 +50,7 @@ def apart(a: list[float], b: list[float]) -> tuple[float, float | None]:
 
 
 def write_readme(path: Path, what: str, text: str) -> None:
-    """Put what is written between its two marks in a README.md. Raises Mistake where they are not there."""
+    """Put a text between its two marks in a README.md. Raises Mistake where they are missing."""
     begin, end = f"<!-- {what} -->", f"<!-- end of {what} -->"
     content = path.read_text()
     before, found, rest = content.partition(begin)

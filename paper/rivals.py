@@ -1,22 +1,22 @@
-"""The four methods that the paper compares itself with (§IV-B, Tables II and III), in covidgan.py's loop.
+"""The four methods that the paper compares with (§IV-B, Tables II and III), in covidgan.py's loop.
 
     python -m paper.rivals pix2pix --data data/radiopaedia --size 128           # or pix2pixHD, SPADE, SEAN; preset demo
     python -m paper.rivals SPADE --data data/radiopaedia --preset paper --out out/SPADE
     python -m paper.rivals SEAN --ngf 16 --ndf 16                               # all widths a quarter of the published
     python export.py out/SPADE                                                  # and everything else as for covidgan
 
-What is theirs is their networks, losses and optimiser settings, from their papers and public code, written anew:
+Theirs are the networks, losses and optimiser settings, from their papers and public code, written anew:
     pix2pix     Isola, Zhu, Zhou, Efros, CVPR 2017              UNet; L1
     pix2pixHD   Wang et al., CVPR 2018                          HDGenerator; LSGAN on two scales, feature matching
     SPADE       Park, Liu, Wang, Zhu, CVPR 2019                 SpadeGenerator, SpadeNorm; hinge
     SEAN        Zhu, Abdal, Qin, Wonka, CVPR 2020               SeanGenerator, AceNorm, StyleEncoder
 Data, augmentation, what D sees (--contrast), schedule, average of the weights, checkpoints and pictures are the
-loop's, the same for all five; so is its order: one synthesis a step, from which all losses are computed before any
+loop's, the same for all five; so is its order: one synthesis per step, from which all losses are computed before any
 player moves.
 
-Off unless --lambda-vgg 10 asks for it: the VGG loss of pix2pixHD, SPADE and SEAN. It needs a network trained on a
-million photographs, which is a download, knows no CT, and would be a help that pix2pix and covidgan do not have;
-pix2pixHD's authors report results without it too. Left out are instance edges, since a label map has no instances.
+The VGG loss of pix2pixHD, SPADE and SEAN is off unless --lambda-vgg 10 asks for it. It needs a network trained on a
+million photographs, which is a download, knows no CT, and would give help that pix2pix and covidgan do not have;
+pix2pixHD's authors also report results without it. Instance edges are left out, since a label map has no instances.
 """
 
 import functools
@@ -36,14 +36,14 @@ import covidgan
 from covidgan import Mistake, Player, ResidualBlock, down, gan_losses, head, stem, up
 
 Adam = tuple[float, tuple[float, float]]  # learning rate, betas
-Normed = Callable[[nn.Conv2d], list[nn.Module]]  # a convolution to itself, perhaps changed, and a norm
+Normed = Callable[[nn.Conv2d], list[nn.Module]]  # a convolution to itself, possibly changed, and a norm
 
 # --------------------------------------------------------------------------------------------------- what rivals share
 
 
 @dataclass(frozen=True)
 class RivalConfig(covidgan.LoopConfig):
-    """A rival's knobs beside the loop's; the defaults are published. Divide both widths alike to shrink a rival."""
+    """A rival's knobs besides the loop's; defaults are as published. Divide both widths alike to shrink a rival."""
 
     ngf: int = 64  # channels of the generator's finest layer; all its other widths are multiples of it
     ndf: int = 64  # channels of a discriminator's first layer
@@ -52,7 +52,7 @@ class RivalConfig(covidgan.LoopConfig):
 
 @dataclass(frozen=True)
 class MatchingConfig(RivalConfig):
-    """Of the rivals whose G matches features: of D (all of them as published), and of VGG."""
+    """Knobs of the rivals whose G matches features: D's (all of them as published), and VGG's."""
 
     lambda_fm: float = 10.0  # weight of D's feature matching
     lambda_vgg: float = 0.0  # weight of the VGG loss, 10 as published; see Vgg for its network
@@ -69,7 +69,7 @@ class Rival(covidgan.Method):
     """A generator `g` against a discriminator `d` in one stage; see the subclasses for what they are."""
 
     presets = PRESETS
-    own: ClassVar[dict[str, Adam]]  # its authors' Adam of each player
+    own: ClassVar[dict[str, Adam]]  # its authors' Adam for each player
     curves = (("d", "gan"), ("fm",))
     architecture = ("n_labels", "ngf", "ndf")
     g: nn.Module
@@ -82,7 +82,7 @@ class Rival(covidgan.Method):
 
     @classmethod
     def checks(cls, c: RivalConfig) -> list[tuple[bool, str]]:
-        """Widths that can be built, and Adam's settings said once."""
+        """Widths that can be built, and Adam's settings given only once."""
         paper = (RivalConfig.lr, RivalConfig.adam_beta1, RivalConfig.adam_beta2)
         untouched = (c.lr, c.adam_beta1, c.adam_beta2) == paper
         return [
@@ -100,7 +100,7 @@ class Rival(covidgan.Method):
         return players
 
     def generator(self) -> nn.Module:
-        """G; it has no alpha, and gives 1."""
+        """G, which has no alpha and returns 1."""
         return self.g
 
 
@@ -110,9 +110,9 @@ def no_alpha(onehot: Tensor) -> Tensor:
 
 
 class Patches(nn.Module):
-    """PatchGAN: 4x4 convolutions whose last puts out a matrix of decisions.
+    """PatchGAN: 4x4 convolutions, the last of which outputs a matrix of decisions.
 
-    The first and the last have a bias and no norm; `normed` gives the layers, norm included, for each one between.
+    The first and the last have a bias and no norm; `normed` gives the layers, norm included, for each one in between.
     """
 
     def __init__(self, c_in: int, ndf: int, strides: tuple[int, ...], padding: int, normed: Normed) -> None:
@@ -134,7 +134,7 @@ class Patches(nn.Module):
 
 
 class Scales(nn.Module):
-    """Discriminators of one kind, each next one of half the size (pix2pixHD §3.2)."""
+    """Discriminators of one kind, each at half the size of the one before (pix2pixHD §3.2)."""
 
     def __init__(self, scales: list[nn.Module]) -> None:
         super().__init__()
@@ -158,8 +158,8 @@ def feature_matching(real: list[list[Tensor]], fake: list[list[Tensor]]) -> Tens
 class Vgg(nn.Module):
     """VGG19 (Simonyan, Zisserman, ICLR 2015) up to relu5_1, for the VGG loss of pix2pixHD, SPADE and SEAN; never moves.
 
-    Its weights are torchvision's vgg19-dcbb9e9d.pth, 575 MB, in PyTorch's cache of downloads. As its users feed it: in
-    [-1, 1], not by ImageNet's mean and deviation. Raises Mistake where the weights are not there, or not VGG19's.
+    Its weights are torchvision's vgg19-dcbb9e9d.pth, 575 MB, in PyTorch's download cache. Fed as these methods do: in
+    [-1, 1], not by ImageNet's mean and deviation. Raises Mistake where the weights are missing or not VGG19's.
     """
 
     URL = "https://download.pytorch.org/models/vgg19-dcbb9e9d.pth"
@@ -170,7 +170,7 @@ class Vgg(nn.Module):
         11: 1 / 8,
         20: 1 / 4,
         29: 1.0,
-    }  # layer, relu1_1 to relu5_1 -> of its distance
+    }  # layer, relu1_1 to relu5_1 -> weight of its distance
 
     def __init__(self) -> None:
         super().__init__()
@@ -208,7 +208,7 @@ class Vgg(nn.Module):
 def start(layer: nn.Module, draw: Callable[[Tensor], Tensor]) -> None:
     """Draw a convolution's or linear layer's weight, and set its bias to zero; for nn.Module.apply.
 
-    Trap: under spectral norm `layer.weight` is a product, and drawing into it is lost: see `spectral`.
+    Under spectral norm `layer.weight` is computed, so that anything drawn into it is lost: see `spectral`.
     """
     if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d | nn.Linear) and not parametrize.is_parametrized(layer):
         draw(layer.weight)
@@ -233,7 +233,7 @@ class Pix2pixConfig(RivalConfig):
 class OneImageNorm(nn.InstanceNorm2d):
     """Batch norm as pix2pix's authors train and test it, on batches of one: each image by its own statistics.
 
-    On larger batches this keeps to their method, and a slice does not depend on those beside it.
+    On larger batches this stays true to their method, and a slice does not depend on others in its batch.
     """
 
     def __init__(self, c: int) -> None:
@@ -244,7 +244,7 @@ class OneImageNorm(nn.InstanceNorm2d):
 class UNet(nn.Module):
     """The generator `unet_256`: stride-2 convolutions down to the innermost map and up again, every skip concatenated.
 
-    Dropout is its only noise. The authors keep it on to synthesize; here it is off then, and one map is one slice.
+    Dropout is its only noise. The authors keep it on in synthesis; here it is off then, so that one map is one slice.
     """
 
     def __init__(self, n_labels: int, ngf: int, levels: int) -> None:
@@ -257,7 +257,7 @@ class UNet(nn.Module):
         self.ups = nn.ModuleList()
         for k, (b, a) in enumerate(pairwise(widths[::-1])):
             grow = nn.ConvTranspose2d(2 * b if k else b, a, 4, 2, 1, bias=False)
-            dropout = [nn.Dropout(0.5)] if k and a == 8 * ngf else []  # as the public PyTorch code has it
+            dropout = [nn.Dropout(0.5)] if k and a == 8 * ngf else []  # as in the public PyTorch code
             self.ups.append(nn.Sequential(nn.ReLU(), grow, OneImageNorm(a), *dropout))
         self.head = nn.Sequential(nn.ReLU(), nn.ConvTranspose2d(2 * ngf, 1, 4, 2, 1), nn.Tanh())
 
@@ -301,7 +301,7 @@ class Pix2pix(Rival):
 
     @classmethod
     def checks(cls, c: Pix2pixConfig) -> list[tuple[bool, str]]:
-        """A U-Net of some depth."""
+        """Require a U-Net of some depth."""
         return [*super().checks(c), (cls.levels(c) >= 4, f"--size {c.size}: give a multiple of 32, best a power of 2")]
 
     def losses(self, onehot: Tensor, target: Tensor, stage: str) -> dict[str, Tensor]:
@@ -317,13 +317,13 @@ class Pix2pix(Rival):
 
 @dataclass(frozen=True)
 class Pix2pixHDConfig(MatchingConfig):
-    """pix2pixHD, its global generator alone: `--netG global`, trained on one size."""
+    """pix2pixHD with only its global generator: `--netG global`, trained at one size."""
 
     n_blocks: int = 9
 
 
 class HDGenerator(nn.Module):
-    """pix2pixHD's G1 (its §3.1) with its option's four halvings, where covidgan's G1 has the class default of three."""
+    """pix2pixHD's G1 (its §3.1) with its option's four halvings; covidgan's G1 has the class default of three."""
 
     def __init__(self, n_labels: int, ngf: int, n_blocks: int) -> None:
         super().__init__()
@@ -346,17 +346,17 @@ class Matching(Rival):
 
     @functools.cached_property
     def vgg(self) -> Vgg:
-        """The network of the VGG loss. Trap: not by __init__, or it would be a part of every checkpoint."""
+        """The network of the VGG loss; not made in __init__, or it would be part of every checkpoint."""
         return Vgg().to(next(self.parameters()).device)
 
     @classmethod
     def checks(cls, c: MatchingConfig) -> list[tuple[bool, str]]:
-        """Weights of losses."""
+        """Require loss weights of 0 or more."""
         fine = min(c.lambda_fm, c.lambda_vgg) >= 0
         return [*super().checks(c), (fine, "--lambda-fm, --lambda-vgg: give 0 or more")]
 
     def players(self, stage: str) -> dict[str, Player]:
-        """As every rival's; before any step the VGG network has to be there where it is asked for."""
+        """As every rival's; loads the VGG network, if asked for, before any step."""
         if self.c.lambda_vgg:
             _ = self.vgg
         return super().players(stage)
@@ -393,7 +393,7 @@ class Pix2pixHD(Matching):
 
     @classmethod
     def checks(cls, c: Pix2pixHDConfig) -> list[tuple[bool, str]]:
-        """A trunk of some depth."""
+        """Require a trunk of some depth."""
         return [*super().checks(c), (1 <= c.n_blocks <= 100, f"--n-blocks {c.n_blocks}: give 1 to 100")]
 
     def losses(self, onehot: Tensor, target: Tensor, stage: str) -> dict[str, Tensor]:
@@ -413,11 +413,11 @@ def conv3(c_in: int, c_out: int, **more: Any) -> nn.Conv2d:
 
 
 class SpectralNorm(nn.Module):
-    """A weight over its largest singular value (Miyato et al., ICLR 2018), by a power iteration a training step.
+    """A weight over its largest singular value (Miyato et al., ICLR 2018), by one power iteration per training step.
 
-    PyTorch's own keeps both singular vectors in the state dict and believes them. In an average of weights (--ema)
-    they are averages too, no longer of unit length nor of that weight, and the norm is off by up to a half (measured).
-    This one takes them as a start alone, and to synthesize iterates on.
+    PyTorch's own keeps both singular vectors in the state dict and trusts them. In an average of weights (--ema) they
+    are averages too, no longer of unit length nor of that weight, and the norm is off by up to a half (measured). This
+    one only starts from them, and iterates further to synthesize.
     """
 
     def __init__(self, weight: Tensor) -> None:
@@ -435,15 +435,15 @@ class SpectralNorm(nn.Module):
         return u, v
 
     def forward(self, weight: Tensor) -> Tensor:  # [c_out, c_in, k, k]
-        """Divide."""
+        """The weight over its largest singular value."""
         u, v = self.vectors(weight, 1 if self.training else 15)
         if self.training:
             self.u.copy_(u)
-        return weight / ((weight.flatten(1) * v).sum(1) * u).sum()  # trap: autocast rounds a matrix product to bfloat16
+        return weight / ((weight.flatten(1) * v).sum(1) * u).sum()  # autocast would round a matrix product to bfloat16
 
 
 def spectral(conv: nn.Conv2d) -> nn.Conv2d:
-    """Spectral norm on a convolution; its weight is drawn here, since it cannot be later (see `start`)."""
+    """Spectral norm on a convolution; its weight is drawn here, since it cannot be drawn later (see `start`)."""
     start(conv, xavier)
     parametrize.register_parametrization(conv, "weight", SpectralNorm(conv.weight.detach()))
     return conv
@@ -454,12 +454,12 @@ class SpadeNorm(nn.Module):
 
     def __init__(self, c: int, n_labels: int, ngf: int) -> None:
         super().__init__()
-        self.norm = nn.BatchNorm2d(c, affine=False)  # to synthesize, by statistics that training collected
+        self.norm = nn.BatchNorm2d(c, affine=False)  # in synthesis, with statistics collected in training
         self.shared = nn.Sequential(conv3(n_labels, 2 * ngf), nn.ReLU())
         self.gamma, self.beta = conv3(2 * ngf, c), conv3(2 * ngf, c)
 
     def modulation(self, onehot: Tensor, codes: Tensor | None) -> tuple[Tensor, Tensor]:  # [B, n_labels, H, W]
-        """Gamma and beta [B, c, H, W] of every pixel; of style codes only SEAN knows."""
+        """Gamma and beta [B, c, H, W] of every pixel; only SEAN uses style codes."""
         hidden = self.shared(onehot)
         return self.gamma(hidden), self.beta(hidden)
 
@@ -482,7 +482,7 @@ class SpadeBlock(nn.Module):
             self.shortcut_norm, self.shortcut = norm(c_in), spectral(nn.Conv2d(c_in, c_out, 1, bias=False))
 
     def forward(self, x: Tensor, onehot: Tensor, codes: Tensor | None) -> Tensor:  # [B, c_in, H, W] -> [B, c_out, H, W]
-        """Add what the body makes of x."""
+        """x, or its shortcut, plus what the body makes of it."""
         short = self.shortcut(self.shortcut_norm(x, onehot, codes)) if self.changes else x
         for norm, conv in zip(self.norms, self.convs, strict=True):
             x = conv(F.leaky_relu(norm(x, onehot, codes), 0.2))
@@ -492,8 +492,8 @@ class SpadeBlock(nn.Module):
 class SpadeGenerator(nn.Module):
     """SPADE's generator `normal`: a map of 1/32 of the size becomes features, which seven blocks bring to full size.
 
-    `norm(c, k)` makes a norm of c channels for block k. The published one puts out its training size whatever the
-    map's; here the image follows the map, and is the same at the training size.
+    `norm(c, k)` makes a norm of c channels for block k. The published one outputs its training size whatever the
+    map's size; here the image follows the map, and is the same at the training size.
     """
 
     STRIDES = (32, 16, 16, 8, 4, 2, 1)  # the map's size over a block's
@@ -518,7 +518,7 @@ class SpadeGenerator(nn.Module):
 
 
 def spectral_patches(c_in: int, ndf: int, strides: tuple[int, ...]) -> Scales:
-    """SPADE's and SEAN's discriminators on two scales: both spectral norm and instance norm."""
+    """SPADE's and SEAN's discriminators on two scales, with both spectral norm and instance norm."""
 
     def normed(conv: nn.Conv2d) -> list[nn.Module]:
         return [spectral(conv), nn.InstanceNorm2d(conv.out_channels)]
@@ -527,7 +527,7 @@ def spectral_patches(c_in: int, ndf: int, strides: tuple[int, ...]) -> Scales:
 
 
 class Spade(Matching):
-    """SPADE without its image encoder; hinge loss and feature matching; D four times as fast as G."""
+    """SPADE without its image encoder; hinge loss and feature matching; D's rate is four times G's."""
 
     name, options, alone = "SPADE", MatchingConfig, True  # for its batch norm, and SEAN's codes
     own: ClassVar = {"d": (4e-4, (0.0, 0.9)), "g": (1e-4, (0.0, 0.9))}
@@ -584,20 +584,20 @@ class StyleEncoder(nn.Module):
         )
 
     def forward(self, image: Tensor, onehot: Tensor) -> tuple[Tensor, Tensor]:  # [B, 1, H, W], [B, n_labels, H, W]
-        """Style codes [B, n_labels, 8 ngf], zero for a region that an image lacks; whether it has it [B, n_labels]."""
+        """Style codes [B, n_labels, 8 ngf], zero for regions absent from an image; which are present [B, n_labels]."""
         return region_means(self.layers(image), onehot[..., ::2, ::2])
 
 
 def region_means(features: Tensor, onehot: Tensor) -> tuple[Tensor, Tensor]:  # [B, c, H, W], [B, n_labels, H, W]
-    """Mean of the features over each region, [B, n_labels, c], zero where it is empty; and whether it is not."""
-    with torch.autocast(features.device.type, enabled=False):  # trap: bfloat16 cannot count a region's pixels
+    """Mean of the features over each region, [B, n_labels, c], zero where it is empty; and whether it is present."""
+    with torch.autocast(features.device.type, enabled=False):  # bfloat16 cannot count a region's pixels
         area = onehot.sum((2, 3))  # [B, n_labels]
         sums = torch.einsum("bkhw,bchw->bkc", onehot, features.float())
     return sums / area.clamp_min(1).unsqueeze(2), area > 0
 
 
 class StylePath(nn.Module):
-    """What the regions' style codes say of gamma and beta: a linear layer of each region's own, and convolutions."""
+    """Gamma and beta from the regions' style codes: a linear layer of each region's own, and convolutions."""
 
     def __init__(self, c: int, n_labels: int, ngf: int) -> None:
         super().__init__()
@@ -605,10 +605,10 @@ class StylePath(nn.Module):
         self.gamma, self.beta = conv3(8 * ngf, c), conv3(8 * ngf, c)
 
     def kernels(self, codes: Tensor) -> list[Tensor]:  # [n, n_labels, 8 ngf] -> [n, c, n_labels, 3, 3] each
-        """Kernels that make of a one-hot map what gamma's and beta's make of the map of its regions' codes.
+        """Kernels that give on a one-hot map what gamma's and beta's give on the map of its regions' codes.
 
-        The map of codes is a matrix product of the one-hot map with them, and a convolution is linear: with the product
-        in the kernels, what is convolved has 4 channels instead of 512.
+        The map of codes is the matrix product of the one-hot map with the codes, and a convolution is linear: with the
+        product moved into the kernels, what is convolved has 4 channels instead of 512.
         """
         codes = torch.stack([fc(codes[:, k]).relu() for k, fc in enumerate(self.fcs)], 1)
         return [torch.einsum("ocij,nkc->nokij", conv.weight, codes) for conv in (self.gamma, self.beta)]
@@ -616,7 +616,7 @@ class StylePath(nn.Module):
     def forward(self, onehot: Tensor, codes: Tensor) -> list[Tensor]:  # [B, n_labels, H, W] -> [B, c, H, W] each
         """Gamma and beta of every pixel; codes are [B, n_labels, 8 ngf] or, for all images alike, [1, ...]."""
         n, painted = len(codes), []
-        groups = onehot.reshape(-1, n * onehot.shape[1], *onehot.shape[2:])  # an image each, or one for all
+        groups = onehot.reshape(-1, n * onehot.shape[1], *onehot.shape[2:])  # a group per image, or one for all
         for kernels, bias in zip(self.kernels(codes), (self.gamma.bias, self.beta.bias), strict=True):
             y = F.conv2d(groups, kernels.flatten(0, 1), bias.repeat(n), padding=1, groups=n)
             painted.append(y.reshape(len(onehot), -1, *y.shape[2:]))
@@ -639,7 +639,7 @@ class FixedStyle(nn.Module):
 class AceNorm(SpadeNorm):
     """SEAN's normalisation (its Fig. 3): SPADE's with noise before it, and modulation blended from map and styles.
 
-    Noise is drawn in training alone, so that one map is one slice. In the last block there are no styles.
+    Noise is drawn only in training, so that one map is one slice. In the last block there are no styles.
     """
 
     def __init__(self, c: int, n_labels: int, ngf: int, styled: bool) -> None:
@@ -648,7 +648,7 @@ class AceNorm(SpadeNorm):
         self.styled = styled
         if styled:
             self.style = StylePath(c, n_labels, ngf)
-            self.blend = nn.Parameter(torch.zeros(2))  # of gamma and of beta: sigmoid 0.5
+            self.blend = nn.Parameter(torch.zeros(2))  # for gamma and for beta: sigmoid gives 0.5
 
     def modulation(self, onehot: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:  # [B, n_labels, H, W]
         """Gamma and beta [B, c, H, W] of every pixel; codes [B or 1, n_labels, 8 ngf]."""
@@ -662,18 +662,18 @@ class AceNorm(SpadeNorm):
     def forward(self, x: Tensor, onehot: Tensor, codes: Tensor) -> Tensor:  # [B, c, H, W], [B, n_labels, H, W]
         """Normalise x, in training with noise of one channel, and modulate it."""
         if self.training:
-            x = x + torch.randn_like(x[:, :1]) * self.noise.to(x.dtype)  # trap: autocast would go on in float32
+            x = x + torch.randn_like(x[:, :1]) * self.noise.to(x.dtype)  # or autocast would go on in float32
         return super().forward(x, onehot, codes)
 
 
 class SeanGenerator(nn.Module):
     """SEAN's generator: SPADE's with AceNorm, a style encoder, and the training images' mean style.
 
-    The mean is over the training images that have a region, the latest weighing most, since the encoder still learns.
-    It is kept as sums and counts, so that of their averages (--ema) it is a mean still.
+    The mean is over the training images that have a region, weighting the latest most, since the encoder still learns.
+    It is kept as sums and counts, so that their averages (--ema) still give a mean.
     """
 
-    DECAY = 0.998  # a step
+    DECAY = 0.998  # per step
 
     def __init__(self, c: MatchingConfig) -> None:
         super().__init__()
@@ -689,7 +689,7 @@ class SeanGenerator(nn.Module):
 
     @torch.no_grad()
     def fold(self) -> None:
-        """Take the mean style for good, as export.py asks: a smaller file."""
+        """Fix the mean style, as export.py asks: a smaller file."""
         covidgan.replace(self, StylePath, lambda path: FixedStyle(path, self.mean_codes()))
 
     def mean_codes(self) -> Tensor:
@@ -698,7 +698,7 @@ class SeanGenerator(nn.Module):
 
     @torch.no_grad()
     def remember(self, codes: Tensor, present: Tensor) -> None:  # [B, n_labels, 8 ngf], [B, n_labels]
-        """Take the codes of a training step into the mean."""
+        """Include the codes of a training step in the mean."""
         self.code_sums.mul_(self.DECAY).add_(codes.sum(0))
         self.code_counts.mul_(self.DECAY).add_(present.sum(0).unsqueeze(1))
 
@@ -706,15 +706,15 @@ class SeanGenerator(nn.Module):
 class Sean(Spade):
     """SEAN: trained to rebuild a slice from its map and its own style; synthesizes in the training images' mean style.
 
-    Its authors encode the very image that is to be synthesized: so it has seen the answer, which `synthesize_self`
-    gives and tables call "SEAN-self". The fair row, and what is exported, knows the map alone.
+    Its authors encode the very image to be synthesized, so that it has seen the answer: `synthesize_self` does this,
+    and tables call it "SEAN-self". The fair row, and what is exported, knows only the map.
     """
 
     name = "SEAN"
 
     @classmethod
     def networks(cls, c: MatchingConfig) -> tuple[nn.Module, nn.Module]:
-        """Generator with its encoder, and discriminators of one layer less, for patches of 46 x 46 pixels."""
+        """Generator with its encoder, and discriminators with one layer fewer, for patches of 46 x 46 pixels."""
         return SeanGenerator(c), spectral_patches(c.n_labels + 1, c.ndf, (2, 2, 2))
 
     def image(self, onehot: Tensor, target: Tensor) -> Tensor:
@@ -734,7 +734,7 @@ METHODS: dict[str, type[covidgan.Method]] = {method.name: method for method in (
 
 
 def main(argv: list[str]) -> None:
-    """Train the rival that the first argument names, as the others say."""
+    """Train the rival that the first argument names, as the other arguments say."""
     if not argv or argv[0] not in METHODS:
         raise Mistake(f"{argv[0] if argv else 'nothing to train'}: give one of {', '.join(METHODS)} first")
     covidgan.main(argv[1:], METHODS[argv[0]])

@@ -1,9 +1,9 @@
 """Runs of the paper's experiments: train, export, synthesize and evaluate, each by the script that a user would call.
 
 A run is a folder: what training leaves (ckpt.pt, results.json at its end, ...), generator.onnx, synthetic_SIDE/ and
-eval_SIDE/. What is whole is not made again and a stopped training goes on, so that a study that was stopped is gone on
-with by the command that began it. Two commands, on one machine or two, may need the same run: what is being made is
-held, and who else wants it waits, and then finds it there.
+eval_SIDE/. What is complete is not made again, and a stopped training goes on, so that the command that began a study
+also resumes it. Two commands, on one machine or two, may need the same run: what is being made is locked, and whoever
+else wants it waits, and then finds it there.
 """
 
 import contextlib
@@ -24,14 +24,14 @@ from typing import Any
 from data.slices import SIDES, Mistake, held, list_pngs, patient_of, read_image, read_split, write_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
-FEATURES = "efficientnet-lite0"  # of FID and KID: Inception's weights are a download
+FEATURES = "efficientnet-lite0"  # for FID and KID: Inception's weights are a download
 Beside = Callable[[int], AbstractContextManager[None]]
 
 
 def call(*arguments: str | Path, beside: Beside | None = None) -> None:
-    """Run a script of the repository with this Python. Raises Mistake where it fails; it has said why.
+    """Run a script of the repository with this Python. Raises Mistake where it fails, having said why.
 
-    beside: what is done meanwhile, given the script's process.
+    beside: what is done meanwhile, given the script's process id.
     """
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     script = subprocess.Popen([sys.executable, *map(str, arguments)], env=os.environ | {"PYTHONPATH": path})
@@ -48,11 +48,11 @@ def call(*arguments: str | Path, beside: Beside | None = None) -> None:
 
 @contextlib.contextmanager
 def making(product: Path, script: Path | None = None) -> Iterator[None]:
-    """Hold a file or folder that is to be made, or wait for who makes it: it may be there afterwards.
+    """Lock a file or folder to be made, or wait for whoever is making it: it may exist afterwards.
 
-    script: the lock of the script that makes it, which may have outlived whoever called it.
+    script: the lock of the script that makes it, which may have outlived its caller.
     """
-    with held(product.parent, f".{product.name}.maker.lock", wait=True):  # no name that a script itself locks
+    with held(product.parent, f".{product.name}.maker.lock", wait=True):  # not a name that scripts themselves lock
         if script:
             with held(script.parent, script.name, wait=True):
                 pass
@@ -66,7 +66,7 @@ def cpu_seconds() -> float:
 
 
 def cpu_seconds_of(pid: int) -> float | None:
-    """CPU seconds of a running script so far, of all its threads; None where the system does not tell as Linux does."""
+    """CPU seconds of a running script so far, of all its threads; None on systems without Linux's /proc."""
     with contextlib.suppress(OSError):
         user, system = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
         return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
@@ -74,7 +74,7 @@ def cpu_seconds_of(pid: int) -> float | None:
 
 
 def commit() -> str:
-    """The repository's commit, with -dirty where files differ from it; "unknown" outside of git."""
+    """The repository's commit, with -dirty where files differ from it; "unknown" outside git."""
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         return subprocess.run(command, capture_output=True, check=True, text=True).stdout.strip()
@@ -83,10 +83,10 @@ def commit() -> str:
 
 @contextlib.contextmanager
 def keeping(out: Path, pid: int) -> Iterator[None]:
-    """Keep each checkpoint that a training writes meanwhile, in a run's folder of its own: OUT/kept/SECONDS.
+    """Keep each checkpoint that a training writes meanwhile, in a run folder of its own: OUT/kept/SECONDS.
 
-    SECONDS are CPU seconds of training, or the clock's where the system does not tell them, without what a stopped run
-    did after its last checkpoint and does again. pid: the training's process.
+    SECONDS are CPU seconds of training, or wall-clock seconds where the system does not report those, without what a
+    stopped run did after its last checkpoint and does again. pid: the training's process.
     """
     checkpoint, kept, over = out / "ckpt.pt", out / "kept", threading.Event()
     before, start = max(map(int, kept_seconds(out)), default=0), time.monotonic()
@@ -100,7 +100,7 @@ def keeping(out: Path, pid: int) -> Iterator[None]:
         while True:
             ending = over.wait(0.5)
             cpu = time.monotonic() - start if by_clock else cpu_seconds_of(pid)
-            spent = spent if cpu is None else cpu  # of a process that has ended its last
+            spent = spent if cpu is None else cpu  # the last ones, once the process has ended
             if (now := written()) != last:
                 last, folder = now, kept / f"{before + spent:06.0f}"
                 folder.mkdir(parents=True, exist_ok=True)
@@ -123,9 +123,9 @@ def kept_seconds(out: Path) -> list[str]:
 
 
 def train(program: list[str], options: list[str], out: Path, keep: bool = False) -> None:
-    """Train into a folder, or go on there; its CPU seconds are added up in OUT/seconds.json.
+    """Train into a folder, or go on there; CPU seconds are added up in OUT/seconds.json.
 
-    OUT/commit.txt is the repository's commit at its start; keep: see `keeping`. Raises Mistake.
+    OUT/commit.txt is the repository's commit at the start; keep: see `keeping`. Raises Mistake.
     """
     with making(out / "results.json", script=out / ".lock"):
         if (out / "results.json").exists():
@@ -134,7 +134,7 @@ def train(program: list[str], options: list[str], out: Path, keep: bool = False)
         if not started:
             spent = 0.0
             write_bytes(out / "commit.txt", commit().encode())
-        (out / "seconds.json").unlink(missing_ok=True)  # until its end: a kill takes along what was spent
+        (out / "seconds.json").unlink(missing_ok=True)  # until the end: a kill loses what was spent
         try:
             beside = partial(keeping, out) if keep else None
             call(*program, "--out", out, *(["--resume"] if started else options), beside=beside)
@@ -149,22 +149,22 @@ def commits(made: Iterable[Path]) -> list[str]:
 
 
 def seconds(out: Path) -> float | None:
-    """CPU seconds that a run's training took; None where a kill has taken the count along."""
+    """CPU seconds that a run's training took; None where a kill has lost the count."""
     path = out / "seconds.json"
     return json.loads(path.read_text()) if path.exists() else None
 
 
 def seeded(folder: Path, name: str) -> dict[int, Path]:
-    """Runs NAME_SEED in a folder by seed; whatever else a name goes on with, as that of a copy put aside, is none."""
+    """Runs NAME_SEED in a folder by seed; other endings, such as those of copies put aside, do not count."""
     ends = {path.name.removeprefix(f"{name}_"): path for path in folder.glob(f"{name}_*")}
     return {int(end): ends[end] for end in sorted(ends, key=lambda end: (len(end), end)) if end.isdecimal()}
 
 
 def check_sides(data: Path, reference: Path, needed: Iterable[str] = SIDES) -> None:
-    """Raise Mistake unless both datasets part the same slices alike, and no slice is on two sides.
+    """Raise Mistake unless both datasets split the same slices alike, and no slice is on two sides.
 
-    Otherwise a generator trained on the one would be measured on its own training slices of the other. needed: sides
-    that must hold slices.
+    Otherwise a generator trained on one would be measured on its own training slices in the other. needed: sides that
+    must hold slices.
     """
     split, judged = (read_split(folder / "split.json") for folder in (data, reference))
     for side in needed:
@@ -179,16 +179,16 @@ def check_sides(data: Path, reference: Path, needed: Iterable[str] = SIDES) -> N
 
 
 def keep_setting(out: Path, data: Path, reference: Path, setting: dict[str, Any]) -> None:
-    """Write OUT/setting.json: what all runs in it have in common. Raises Mistake where those there were made otherwise.
+    """Write OUT/setting.json: what all runs in it have in common. Raises Mistake where existing ones differ.
 
-    Without it a run of other options would be taken for one of these. Of the datasets it holds sizes and split.
+    Without it a run with other options would be taken for one of these. Of the datasets it holds sizes and split.
     """
     split = json.dumps(read_split(reference / "split.json"), sort_keys=True).encode()
     told = setting | {"size of the data": size_of(data), "size of the reference": size_of(reference)}
     told["split of both"] = hashlib.sha256(split).hexdigest()[:16]
     with making(path := out / "setting.json"):
         made = ("ckpt.pt", "results.json", "images", "data")  # of runs, floors and mixes
-        begun = any(any(out.glob(f"*/{name}")) for name in made)  # else a mistyped command left it
+        begun = any(any(out.glob(f"*/{name}")) for name in made)  # if not, a mistyped command left it
         there = json.loads(path.read_text()) if path.exists() and begun else told
         for name, value in told.items():
             if there.get(name) != value:
@@ -199,28 +199,28 @@ def keep_setting(out: Path, data: Path, reference: Path, setting: dict[str, Any]
 
 
 def sides_of(reference: Path) -> dict[str, dict[str, int]]:
-    """How many slices and patients each side of a dataset has, for what is told of a setting."""
+    """How many slices and patients each side of a dataset has, for the record of a setting."""
     split = read_split(reference / "split.json")
     return {side: {"slices": len(s), "patients": len({*map(patient_of, s)})} for side, s in split.items()}
 
 
 def size_of(data: Path) -> int:
-    """Side of a dataset's slices in pixels."""
+    """Side length of a dataset's slices, in pixels."""
     return len(read_image(next(iter(list_pngs(data / "images", "images").values()))))
 
 
 def feature_network(folder: Path) -> Path:
-    """The feature network of FID and KID, made where it is not there yet."""
+    """The feature network for FID and KID, made if it is not there yet."""
     return exported(folder / "features.onnx", "--features", FEATURES)
 
 
 def export(out: Path) -> Path:
-    """The generator of a run as a file, exported where it is not yet."""
+    """The generator of a run as a file, exported if it is not yet."""
     return exported(out / "generator.onnx", out / "ckpt.pt")
 
 
 def exported(file: Path, *what: str | Path) -> Path:
-    """A file of export.py's, of what its command line names, made where it is not there yet."""
+    """A file from export.py, of what its command line names, made if it is not there yet."""
     with making(file, script=file.with_name(f".{file.name}.lock")):
         if not file.exists():
             call(ROOT / "export.py", *what, "-o", file)
@@ -230,7 +230,7 @@ def exported(file: Path, *what: str | Path) -> Path:
 def synthesize(
     out: Path, data: Path, side: str, kind: str = "synthetic", options: list[str | Path] | None = None
 ) -> Path:
-    """Synthesize a side of a dataset by a run's generator, with more options of infer_onnx.py; returns the folder."""
+    """Synthesize a side of a dataset with a run's generator and more options of infer_onnx.py; returns the folder."""
     synthetic, model = out / f"{kind}_{side}", export(out)
     script = ROOT / "infer_onnx.py"
     with making(synthetic, script=synthetic / ".1-of-1.lock"):
@@ -252,6 +252,6 @@ def compare(data: Path, synthetic: Path, features: Path, out: Path) -> dict[str,
 
 
 def measure(out: Path, data: Path, side: str, features: Path) -> dict[str, Any]:
-    """Synthesize a side of a dataset by a trained run and compare it with the real slices: eval.py's results."""
+    """Synthesize a side of a dataset with a trained run and compare it with the real slices: eval.py's results."""
     results = out / f"eval_{side}" / "results.json"
     return once(results, lambda: compare(data, synthesize(out, data, side), features, results.parent))

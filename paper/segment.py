@@ -1,13 +1,13 @@
-"""The segmentation U-Net of the paper's experiments (§IV-B.2): what synthetic slices are to train.
+"""The segmentation U-Net of the paper's experiments (§IV-B.2), which synthetic slices are meant to train.
 
     python -m paper.segment --data data/radiopaedia --size 128 --out out/unet    # preset demo: a quarter of the widths
     python -m paper.segment --data data/radiopaedia --preset paper               # as published, 512 x 512
-    python -m paper.segment --resume --out out/unet                              # go on where a stopped run was
+    python -m paper.segment --resume --out out/unet                              # go on where a stopped run left off
     python export.py out/unet/unet.pt -o unet.onnx                               # for eval.py --unet
 
-A dataset of its own may hold real and synthetic slices side by side: paper/tables.py mixes them. The loop, augmentation
-and checkpoints are covidgan.py's; OUT/unet.pt is the trained network, OUT/panel_whole_*.png shows slices of the test
-side as slice | map | what the U-Net finds.
+Its dataset may hold real and synthetic slices side by side: paper/tables.py mixes them. The loop, augmentation and
+checkpoints are covidgan.py's; OUT/unet.pt is the trained network, OUT/panel_whole_*.png shows slices of the test side
+as slice | map | what the U-Net finds.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ from data.slices import coloured, png, windowed
 class UNet(nn.Module):
     """The segmentation U-Net of §IV-B.2 (ref [55]): four halvings, channels 64 to 1024, batch norm, concatenated skips.
 
-    1 to 4 channels it has 31,036,676 parameters.
+    From 1 to 4 channels, it has 31,036,676 parameters.
     """
 
     def __init__(self, n_labels: int = 4, width: int = 64) -> None:
@@ -60,20 +60,20 @@ def dice_loss(logits: Tensor, onehot: Tensor) -> Tensor:
     """1 minus the labels' mean soft Dice over a batch, logits and one-hot map [B, n_labels, H, W]; 0 is perfect."""
     probability = logits.softmax(1)
     both, sizes = (probability * onehot).sum((0, 2, 3)), (probability + onehot).sum((0, 2, 3))
-    return 1 - ((2 * both + 1) / (sizes + 1)).mean()  # the ones: a label that is nowhere, and not found, scores 1
+    return 1 - ((2 * both + 1) / (sizes + 1)).mean()  # + 1: a label that is absent, and not found, scores 1
 
 
-# ----------------------------------------------------------------------------------------------------- as it is trained
+# ---------------------------------------------------------------------------------------------------- how it is trained
 
 
 @dataclass(frozen=True)
 class UNetConfig(covidgan.LoopConfig):
-    """The U-Net's knobs beside the loop's. The paper does not say how it was trained: these are common values."""
+    """The U-Net's knobs besides the loop's. The paper does not say how it was trained: these are common values."""
 
     out: str = "out/unet"
-    channels: int = 64  # of the first level; each next one has twice as many
-    dice: float = 1.0  # weight of a soft Dice loss beside the cross entropy, which alone finds no consolidation
-    noise: float = 0.01  # Table I names it, and here nobody has to match it
+    channels: int = 64  # of the first level; each further one has twice as many
+    dice: float = 1.0  # weight of a soft Dice loss added to cross entropy, which alone finds no consolidation
+    noise: float = 0.01  # Table I names it, and here nothing has to match it
     lr: float = 1e-3
     adam_beta1: float = 0.9
     ema: float = 0.0
@@ -109,18 +109,18 @@ class Segmentation(covidgan.Method):
 
     @classmethod
     def checks(cls, c: UNetConfig) -> list[tuple[bool, str]]:
-        """What it cannot be built or trained with."""
+        """Rule out what it cannot be built or trained with."""
         return [
             (1 <= c.channels <= 1024, f"--channels {c.channels}: give 1 to 1024"),
             (c.dice >= 0, f"--dice {c.dice:g}: give 0 or more"),
         ]
 
     def players(self, stage: str) -> dict[str, covidgan.Player]:
-        """All of it."""
+        """A single player that moves all of it."""
         return {"unet": covidgan.Player.of(self.c, "loss", [self.unet])}
 
     def target(self, image: Tensor, labels: Tensor) -> Tensor:
-        """It sees slices as they are, whole."""
+        """The whole slice, as it is."""
         return image
 
     def losses(self, onehot: Tensor, target: Tensor, stage: str) -> dict[str, Tensor]:
@@ -135,7 +135,7 @@ class Segmentation(covidgan.Method):
 
 
 class SegmentationTrainer(covidgan.Trainer):
-    """The loop, where what is made of a slice, and drawn, is a map."""
+    """The loop, for a network that makes a map from a slice; panels show that map."""
 
     @torch.no_grad()
     def segment(self, hu: Tensor) -> Tensor:
@@ -148,7 +148,7 @@ class SegmentationTrainer(covidgan.Trainer):
         return found.byte()
 
     def draw(self) -> None:
-        """Write the panel of fixed held-out cases, a row each: slice | map | what is found; and the curves."""
+        """Write the panel of fixed held-out cases, one row each: slice | map | what is found; and the curves."""
         cases = covidgan.choose_cases(self.test)
         hu, labels = self.test.hu[cases], self.test.labels[cases]
         rows = []
@@ -161,7 +161,7 @@ class SegmentationTrainer(covidgan.Trainer):
         covidgan.write_curves(self.out / "curves.png", self.out / "stats.jsonl", self.method.curves)
 
     def checkpoint(self) -> dict[str, Any]:
-        """What export.py makes unet.onnx of."""
+        """What export.py makes unet.onnx from."""
         c = self.c
         with self.averaged():
             weights = {name: weight.cpu().clone() for name, weight in self.method.unet.state_dict().items()}

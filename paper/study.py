@@ -1,9 +1,9 @@
-"""What makes training paint lungs that one believes: switches that the paper does not have, tried in paper/fidelity.md.
+"""What makes training paint believable lungs: switches that the paper does not have, tried in paper/fidelity.md.
 
     python -m paper.study --spectral --data data/ct --size 128 --batch 4 --epochs 2 --epoch-len 4200 --out out/spectral
 
-trains as covidgan.py does, with its options and those of StudyConfig. What won stands in covidgan.py itself; what is
-here has not won, or was not tried to its end yet.
+trains as covidgan.py does, with its options and those of StudyConfig. What won is in covidgan.py itself; what is here
+has not won, or has not been fully tried yet.
 """
 
 import dataclasses
@@ -18,30 +18,30 @@ import covidgan
 
 @dataclass(frozen=True)
 class StudyConfig(covidgan.Config):
-    """The switches under study, all off, beside covidgan's."""
+    """The switches under study, all off, besides covidgan's."""
 
     spectral: bool = False  # spectral norm on D's convolutions (Miyato et al., 2018)
     r1: float = 0.0  # weight of the gradient penalty on real slices (Mescheder et al., 2018), every R1_EVERY steps
-    noise_inputs: int = 0  # channels of Gaussian noise that G sees beside the map; zero in synthesis
+    noise_inputs: int = 0  # channels of Gaussian noise that G sees besides the map; zero in synthesis
     position: bool = False  # two more channels for G: where in the slice a pixel lies, -1..1 across and down
-    d_speed: float = 1.0  # D's learning rate, of G's
+    d_speed: float = 1.0  # D's learning rate over G's
     flip: bool = False  # mirror half of the samples left to right, though no heart is on the right
 
 
-R1_EVERY = 16  # steps: lazy regularisation, its weight the larger by as much (Karras et al., 2020)
+R1_EVERY = 16  # steps: lazy regularisation, its weight multiplied by this (Karras et al., 2020)
 
 
 class WidenedGenerator(covidgan.Generator):
-    """G with more input channels than labels: position, and noise where it trains."""
+    """G with more input channels than labels: position, and noise in training."""
 
     def __init__(self, c: StudyConfig) -> None:
         super().__init__(dataclasses.replace(c, n_labels=c.n_labels + 2 * c.position + c.noise_inputs))
         self.position, self.noise_inputs = c.position, c.noise_inputs
 
     def forward(self, onehot: Tensor, stage: str = "joint") -> tuple[Tensor, Tensor]:
-        """As covidgan.Generator's: the further channels are made here, and shrunk with the map."""
+        """As covidgan.Generator's: the further channels are made here, and downsampled with the map."""
         inputs, empty = [onehot], torch.zeros_like(onehot[:, :1])
-        if self.position:  # by sums, since the exported graph takes maps of any size
+        if self.position:  # by cumulative sums, since the exported graph takes maps of any size
             counts = [(empty + 1).cumsum(axis) - 1 for axis in (2, 3)]
             inputs += [2 * count / count.amax((2, 3), keepdim=True) - 1 for count in counts]
         inputs += [torch.randn_like(empty) if self.training else empty for _ in range(self.noise_inputs)]
@@ -59,8 +59,8 @@ class Study(covidgan.Covidgan):
         if c.position or c.noise_inputs:
             self.g = WidenedGenerator(c)
             covidgan.init_weights(self.g)
-        self.register_buffer("steps", torch.zeros((), dtype=torch.long))  # in the checkpoint: R1 goes on in its turn
-        if c.spectral:  # after the weights' own start, which would not reach them any more
+        self.register_buffer("steps", torch.zeros((), dtype=torch.long))  # in the checkpoint: R1 keeps its turns
+        if c.spectral:  # after initialisation, which could no longer reach the weights
             for layer in [*self.d.modules()]:
                 if isinstance(layer, nn.Conv2d):
                     spectral_norm(layer)
@@ -72,7 +72,7 @@ class Study(covidgan.Covidgan):
         return players
 
     def losses(self, onehot: Tensor, target: Tensor, stage: str) -> dict[str, Tensor]:
-        """As the paper's, some samples mirrored where that is asked for, with R1 in its turn."""
+        """As the paper's, with some samples mirrored if asked for, and R1 in its turn."""
         if self.c.flip:
             mirrored = (torch.rand(len(onehot), device=onehot.device) < 0.5).view(-1, 1, 1, 1)
             onehot, target = (torch.where(mirrored, x.flip(3), x) for x in (onehot, target))

@@ -1,8 +1,8 @@
-"""Table II: how good are the images? covidgan and its four rivals, on the same slices, by the same judges.
+"""Table II: how good are the images? covidgan and its four rivals, on the same slices, with the same metrics.
 
 Trains on the train side of --data at the size of --reference; side "test" chooses a rival's optimiser, side "seg_test"
-is reported. What preset "best" and the clean rows have more than the rows as published was chosen by "test" too, but
-with figures of "seg_test" in view (paper/fidelity.md). The picture is OUT/table2.png, since it may show patients.
+is reported. What preset "best" and the clean rows add to the rows as published was also chosen by "test", but with
+figures of "seg_test" in view (paper/fidelity.md). The picture is OUT/table2.png, since it may show patients.
 """
 
 import argparse
@@ -25,15 +25,15 @@ from paper.generators import CHOOSE, REPORT, RIVALS, ROWS
 from paper.report import Table, apart, grid, over_seeds
 
 FLOORS = {"label means": covidgan.mean_paint, "nearest training case": covidgan.nearest_copy}
-FID, KID = "FID 24", "KID 1280"  # by features of so many dimensions, for FID fewer than the slices of any side here
+FID, KID = "FID 24", "KID 1280"  # by features of that many dimensions, for FID fewer than any side here has slices
 BETTER = {FID: "lower", "FID 32": "lower", KID: "lower"} | {"PSNR": "higher", "SSIM": "higher"}
 BETTER |= {"RMSE": "lower", "NRMSE": "lower"}
 DIGITS = {FID: 2, "FID 32": 4, KID: 4, "PSNR": 2, "SSIM": 4, "RMSE": 4, "NRMSE": 4}
-# The paper's four, with 4 rivals and 2 regions its 32 comparisons. Trap: its "RMSE" is over the real slice's own RMS,
-# as its PSNR tells: NRMSE here.
+# The paper's four metrics, with 4 rivals and 2 regions its 32 comparisons. Its "RMSE" is over the real slice's own RMS,
+# as its PSNR shows: NRMSE here.
 COMPARED = (FID, "PSNR", "SSIM", "NRMSE")
 REGIONS = ("complete", "lung")
-ZOOM = 0.4  # of a slice's side: what the picture shows, about the lesion
+ZOOM = 0.4  # share of a slice's side that the picture shows, around the lesion
 
 # Table II: method -> FID, PSNR, SSIM, RMSE of the complete images and of the lungs alone
 PAPER = {
@@ -48,13 +48,13 @@ PAPER = {
 
 
 def load_side(data: Path, side: str) -> covidgan.Slices:
-    """A side of a dataset, at its own size."""
+    """A side of a dataset, at the dataset's own size."""
     c = covidgan.Config(data=str(data), size=runs.size_of(data))
     return covidgan.load_slices(data, read_split(data / "split.json")[side], c)
 
 
 def write_slices(out: Path, names: list[str], images: torch.Tensor) -> None:
-    """Write windowed lungs [N, 1, S, S] in [-1, 1] as slices in HU, of which eval.py takes the lung."""
+    """Write windowed lungs [N, 1, S, S] in [-1, 1] as slices in HU, from which eval.py takes the lung."""
     hu = covidgan.LoopConfig.level + images[:, 0].numpy() * covidgan.LoopConfig.width / 2
     out.mkdir(parents=True, exist_ok=True)
     for name, one in zip(names, hu, strict=True):
@@ -62,7 +62,7 @@ def write_slices(out: Path, names: list[str], images: torch.Tensor) -> None:
 
 
 def measure_floor(name: str, args: argparse.Namespace) -> dict[str, Any]:
-    """eval.py's results of a floor: no network, and what every network has to beat."""
+    """eval.py's results for a floor: no network, and what every network has to beat."""
     out = args.out / name.replace(" ", "_")
 
     def make() -> dict[str, Any]:
@@ -75,7 +75,7 @@ def measure_floor(name: str, args: argparse.Namespace) -> dict[str, Any]:
 
 @torch.no_grad()
 def measure_self(run: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """eval.py's results of SEAN in the style of the very slices that it is to synthesize, as its authors test it."""
+    """eval.py's results for SEAN in the style of the very slices that it is to synthesize, as its authors test it."""
     out = run / "self"
 
     def make() -> dict[str, Any]:
@@ -91,7 +91,7 @@ def measure_self(run: Path, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def compare_lungs(out: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """Compare OUT/images with the real slices of their names."""
+    """Compare OUT/images with the real slices of the same names."""
     return runs.compare(args.reference, out / "images", runs.feature_network(args.out), out)
 
 
@@ -99,7 +99,7 @@ def compare_lungs(out: Path, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def records_of(method: str, seed: int | None, results: dict[str, Any]) -> list[dict[str, Any]]:
-    """A record of each region and metric; one that eval.py refuses, as FID of few slices, is left out."""
+    """A record for each region and metric; one that eval.py refuses, such as FID of few slices, is left out."""
     found = []
     for region, metric in itertools.product(REGIONS, BETTER):
         by_features = metric.startswith(("FID", "KID"))
@@ -135,7 +135,7 @@ def loss_of_d(run: Path) -> float:
 
 
 def synthesis_seconds(model: Path, size: int) -> float:
-    """CPU seconds of a slice on one thread, ONNX Runtime: median of nine, whatever else the machine does."""
+    """CPU seconds per slice on one thread, ONNX Runtime: median of nine, whatever else the machine does."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
     session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
@@ -149,12 +149,12 @@ def synthesis_seconds(model: Path, size: int) -> float:
 
 
 def progress_of(run: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Lung KID along a run whose checkpoints were kept, at its full size: by CPU seconds of training."""
+    """Lung KID along a run whose checkpoints were kept, at full size: by CPU seconds of training."""
     points = []
     for seconds in runs.kept_seconds(run):
         checkpoint = covidgan.read_weights(run / "kept" / seconds / "ckpt.pt")
         if checkpoint["stage"] in ("g1", "g2"):
-            continue  # no generator yet
+            continue  # no whole generator yet
         results = generators.measured(run / "kept" / seconds, args)
         points.append({"seconds": int(seconds), "KID": results["features"][f"lung {KID}"]["value"]})
     return points
@@ -257,7 +257,7 @@ def comparison(records: list[dict[str, Any]], ours: str, block: str) -> dict[str
 
 
 def time_to(progress: dict[str, list[dict[str, Any]]], block: str) -> dict[str, float | None]:
-    """Seconds until a method of a block has the lung KID that pix2pixHD ends with; None where it never has."""
+    """Seconds until each method of a block reaches the lung KID that pix2pixHD ends with; None where it never does."""
     reference = progress.get(f"pix2pixHD{block}")
     if not reference:
         return {}
@@ -270,7 +270,7 @@ def time_to(progress: dict[str, list[dict[str, Any]]], block: str) -> dict[str, 
 
 
 def quality(records: list[dict[str, Any]], region: str) -> list[str]:
-    """A region's figures of all methods as Markdown: means over the seeds and their deviations."""
+    """A region's figures for all methods as Markdown: means and standard deviations over the seeds."""
     values, lines = by_method(records), []
     for method in dict.fromkeys(record["method"] for record in records):
         seeds = "-" if method in FLOORS else len(values[method, region, "PSNR"])
@@ -312,7 +312,7 @@ def verdicts(table: dict[str, Any]) -> list[str]:
 
 
 def markdown(table: dict[str, Any]) -> str:
-    """The table as a person reads it."""
+    """The table, for people to read."""
     paper = [[method, *(f"{figure:.{2 if figure > 20 else 4}f}" for figure in row)] for method, row in PAPER.items()]
     heads = [f"{region} {metric}" for region in REGIONS for metric in ("FID", "PSNR", "SSIM", "RMSE (our NRMSE)")]
     lines = [line for region in REGIONS for line in quality(table["records"], region)]
@@ -322,7 +322,7 @@ def markdown(table: dict[str, Any]) -> str:
 
 
 def write_picture(path: Path, args: argparse.Namespace) -> None:
-    """Draw a row a case, zoomed on its lesion, as Fig. 6: map | real slice | the slice completed by each method."""
+    """Draw one row per case, zoomed on its lesion, as Fig. 6: map | real slice | the slice completed by each method."""
     side = load_side(args.reference, REPORT)
     first, lines = {}, []
     for name, _, run in generators.whole_runs(ROWS, args):
@@ -338,7 +338,7 @@ def write_picture(path: Path, args: argparse.Namespace) -> None:
 
 
 def lesion_window(labels: np.ndarray) -> tuple[slice, slice]:
-    """The square of ZOOM of a map's side about the middle of its rarer lesion, or of its lung, within the map."""
+    """A square of ZOOM of a map's side, around the middle of its rarer lesion, or of its lung, within the map."""
     rarest = min((label for label in (3, 2, 1) if (labels == label).any()), key=lambda label: (labels == label).sum())
     side = round(ZOOM * len(labels))
     starts = [min(max(int(np.mean(at)) - side // 2, 0), len(labels) - side) for at in np.nonzero(labels == rarest)]

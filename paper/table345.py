@@ -1,15 +1,15 @@
-"""Tables III, IV and V, and what goes beyond them: are synthetic slices of use, and which part of the method pays?
+"""Tables III, IV and V, and beyond them: are synthetic slices of use, and which part of the method pays off?
 
 Table III swaps a share of a U-Net's real slices for synthetic ones of the same maps; Table IV adds synthetic slices of
-augmented maps. Table V changes one part of the method at a time: FID and PSNR of its images, and Dice of infection of a
-U-Net with half of its slices swapped, which is what the paper's Table V repeats of its Table III (89.19). Beyond the
+augmented maps. Table V changes one part of the method at a time: FID and PSNR of its images, and infection Dice of a
+U-Net with half of its slices swapped, which is what the paper's Table V repeats from its Table III (89.19). Beyond the
 paper, "few" asks whether synthetic slices help where real ones are few, and more than the same augmentations of the
 real slices do; "beta" is Table V for who moves beta, which the paper does not say.
 
-mean +- 95 % interval as the paper has it, over ten folds of the test slices, and beside it the interval over patients,
-which is the one to go by: slices of a patient are alike; it is about the mean of the patients' means. Both are of one
-U-Net, averaged over the seeds; in brackets stands the deviation over seeds. Where a map has no lesion, Dice is 100 if
-none is found, else 0. Which sides train and test stands at the head of paper/mixes.py.
+Figures are mean +- 95 % interval as in the paper, over ten folds of the test slices, and beside it the interval over
+patients, which is the one to go by, as slices of a patient are alike; it is about the mean of the patients' means. Both
+are for one U-Net, averaged over the seeds; the deviation over seeds is in brackets. Where a map has no lesion, Dice is
+100 if none is found, else 0. The head of paper/mixes.py says which sides train and test.
 """
 
 import argparse
@@ -33,7 +33,7 @@ METRICS = ("Dice", "sensitivity", "specificity")
 FIGURES = [f"{lesion} {metric}" for lesion in evaluation.LESIONS for metric in METRICS]  # as eval.py names them
 HEADLINE = "infection Dice"  # by which rows are compared
 IMAGES = {"FID 24": 4, "KID 1280": 4, "PSNR": 2}  # Table V's figures of complete images, and their decimals
-TIMES = 4  # "few": slices added, of the real ones
+TIMES = 4  # "few": slices added per real one
 FEW = {"20": 20, "50": 50, "all": 0}  # real slices; all: about 100 of the public set of 14 patients
 TOLD = {
     "train": "slices that the generators have trained on, as the paper's text has it",
@@ -94,7 +94,7 @@ ROWS_4: dict[str, Mix] = {
 
 
 def half_swapped(rows: dict[str, generators.Row]) -> dict[str, Mix]:
-    """Table V's rows: ours, and others of its kind."""
+    """Rows of Table V or its kind: ours, and each changed generator."""
     return {"ours": Mix(replaced=0.5), **{name: Mix(replaced=0.5, generator=name) for name in rows}}
 
 
@@ -109,7 +109,7 @@ def few_rows() -> dict[str, Mix]:
 
 
 def few_against(row: str) -> list[str]:
-    """What a row of "few" is compared with."""
+    """The rows that a row of "few" is compared with."""
     n = row.split()[0]
     return [other for other in (f"{n} real", f"{n} + augmented") if other != row and not row.endswith("real")]
 
@@ -144,7 +144,7 @@ EXPERIMENTS = {
 
 
 def make(experiment: Experiment, name: str, seed: int, args: argparse.Namespace) -> None:
-    """Train and measure a row with a seed, its generator too where it is not there yet. Raises Mistake."""
+    """Train and measure a row with a seed, and its generator if it is not there yet. Raises Mistake."""
     mix = experiment.rows[name]
     mixes.score(mix, seed, args)
     if experiment.images:
@@ -160,7 +160,7 @@ def folds(n: int) -> list[np.ndarray]:
 
 
 def over_folds(values: np.ndarray) -> tuple[float | None, float | None]:
-    """Mean of the folds' means and half its 95 % interval, of slices' values [n], NaN left out; None by too few."""
+    """Mean of the folds' means and half its 95 % interval, of slices' values [n], NaN left out; None if too few."""
     parts = [values[part][~np.isnan(values[part])] for part in folds(len(values))]
     mean, half, _ = evaluation.interval([float(part.mean()) for part in parts if len(part)])
     return mean, half
@@ -178,7 +178,7 @@ def averaged(values: list[float | None]) -> float | None:
 
 
 def spread(means: list[float | None]) -> float | None:
-    """Standard deviation over the seeds; None of one."""
+    """Standard deviation over the seeds; None for one."""
     return float(np.std(means, ddof=1)) if len(means) > 1 and None not in means else None
 
 
@@ -199,9 +199,9 @@ def lesion_record(row: str, lesion: str, metric: str, side: str, found: dict[int
 
 
 def difference(row: str, other: str, side: str, ours: dict[int, Scores], theirs: dict[int, Scores]) -> Record | None:
-    """By how much the headline of a row is above another's, in %, slice by slice, of the seeds that both have.
+    """By how much the headline of a row is above another's, in %, slice by slice, for the seeds that both have.
 
-    Clear: beyond the 95 % interval over patients, and beyond that over seeds. None where no seed is common.
+    Clear: beyond the 95 % interval over patients, and beyond that over seeds. None where they share no seed.
     """
     seeds = sorted(ours.keys() & theirs.keys())
     if not seeds:
@@ -218,7 +218,7 @@ def difference(row: str, other: str, side: str, ours: dict[int, Scores], theirs:
 
 
 def image_differences(records: list[Record], against: Callable[[str], list[str]]) -> list[Record]:
-    """By how much each figure of images of a row is above another's, over the seeds, by Student's t."""
+    """By how much each image figure of a row is above another's, over the seeds, by Student's t."""
     of = {(one["row"], one["metric"]): one["of seeds"] for one in records if one["class"] == "complete"}
     found = []
     for (row, metric), ours in of.items():
@@ -231,14 +231,14 @@ def image_differences(records: list[Record], against: Callable[[str], list[str]]
 
 
 def slices_without(found: dict[str, dict[int, Scores]]) -> dict[str, int]:
-    """How many slices of a side, of which any U-Net's scores tell, have no pixel of a lesion."""
+    """How many slices of a side have no pixel of each lesion, from any U-Net's scores."""
     for scores in itertools.chain(*(of_row.values() for of_row in found.values())):
         return {name: int(np.isnan(scores.figures[f"{name} sensitivity"]).sum()) for name in evaluation.LESIONS}
     return {}
 
 
 def image_figure(results: dict[str, Any], metric: str) -> tuple[float | None, ...]:
-    """A figure of complete images out of eval.py's results: mean and interval over slices and over patients, if any."""
+    """A figure of complete images from eval.py's results: mean and interval over slices and over patients, if any."""
     if metric == "PSNR":
         found = results["pixels"]["complete PSNR"]
         return found["mean"], found["interval"], found["patients_mean"], found["patients_interval"]
@@ -246,7 +246,7 @@ def image_figure(results: dict[str, Any], metric: str) -> tuple[float | None, ..
 
 
 def image_records(row: str, mix: Mix, args: argparse.Namespace) -> list[Record]:
-    """FID, KID and PSNR of the complete images of a row's generators; none where there is none yet."""
+    """FID, KID and PSNR of the complete images of a row's generators; empty where there is none yet."""
     trained = generators.whole_runs([mix.generator], args)
     results = [generators.measured(run, args) for *_, run in trained]
     where, seeds = {"row": row, "class": "complete", "side": generators.REPORT}, [seed for _, seed, _ in trained]
@@ -258,7 +258,7 @@ def image_records(row: str, mix: Mix, args: argparse.Namespace) -> list[Record]:
 
 
 def paper_records(experiment: Experiment) -> list[Record]:
-    """The paper's figures; e, which is less than 1e-5, as that."""
+    """The paper's figures, with e, which is less than 1e-5, as 1e-5."""
     heads = [("complete", "FID"), ("complete", "PSNR"), ("infection", "Dice")]
     if not experiment.images:
         heads = [*itertools.product(evaluation.LESIONS, METRICS)]
@@ -319,11 +319,11 @@ def setting(rows: dict[str, Mix], sides: list[str], args: argparse.Namespace) ->
     }
 
 
-# ------------------------------------------------------------------------------------------------ what a person reads
+# ------------------------------------------------------------------------------------------------ for people to read
 
 
 def cell(one: Record | None, digits: int = 2) -> str:
-    """mean ± interval over folds (the same over patients) [deviation over seeds]; what there is of it."""
+    """mean ± interval over folds (the same over patients) [deviation over seeds], as far as known."""
     if not one or one["mean"] is None:
         return "-"
 
@@ -337,7 +337,7 @@ def cell(one: Record | None, digits: int = 2) -> str:
 
 
 def of_rows(records: list[Record], side: str | None, heads: list[str]) -> list[list[str]]:
-    """Lines of a table: each row's name, its seeds, and a cell of each head, "class metric"."""
+    """Lines of a table: each row's name, its seeds, and a cell for each head, "class metric"."""
     held = {(one["row"], f"{one['class']} {one['metric']}"): one for one in records if side in (None, one.get("side"))}
     lines = []
     for row in dict.fromkeys(row for row, _ in held):
@@ -358,13 +358,13 @@ def slices_told(counts: dict[str, int]) -> str:
 
 
 def empty_told(counts: dict[str, int]) -> list[str]:
-    """A line on slices without a lesion, whose Dice counts as 100 or 0; none where each slice has every lesion."""
+    """A line about slices without a lesion, whose Dice counts as 100 or 0; none where each slice has every lesion."""
     told = [f"{n} without {lesion}" for lesion, n in counts.items() if n]
     return [f"Slices {', '.join(told)}: their Dice is 100 where none is found, else 0.", ""] if told else []
 
 
 def images_apart(differences: list[Record]) -> list[str]:
-    """Lines on the differences of images, a row each; clear: beyond the 95 % interval over the seeds."""
+    """Lines about the differences of images, one per row; clear: beyond the 95 % interval over the seeds."""
     lines = []
     for row, other in dict.fromkeys((one["row"], one["against"]) for one in differences):
         told = []
@@ -378,7 +378,7 @@ def images_apart(differences: list[Record]) -> list[str]:
 
 
 def told_apart(one: Record) -> str:
-    """A line on a difference."""
+    """A line about a difference."""
     half = f" ± {one['ci95_patients']:.2f}" if one["ci95_patients"] is not None else ""
     each = ", ".join(f"{mean:+.2f}" for mean in one["of seeds"])
     several = f"seeds {each}, ± {one['ci95_seeds']:.2f}" if len(one["seeds"]) > 1 else "one seed, no verdict"
@@ -388,7 +388,7 @@ def told_apart(one: Record) -> str:
 
 
 def markdown(experiment: Experiment, table: dict[str, Any]) -> str:
-    """A table as a person reads it."""
+    """A table for people to read."""
     lines, sides = [], table["setting"]["U-Net tested on"]
     if experiment.images:
         heads = [f"complete {metric}" for metric in IMAGES]
@@ -429,7 +429,7 @@ def listed_row(mix: Mix) -> str:
 
 
 def table(experiment: Experiment) -> Table:
-    """An experiment as the command line takes it."""
+    """An experiment as paper/tables.py takes it."""
     sides = SIDES if experiment.images or experiment.sides != mixes.TESTED else ("train", mixes.SIDE)
     made = (partial(work, experiment) for work in (make, collect, markdown))
     return Table(listed(experiment), *made, sides=sides)

@@ -1,21 +1,21 @@
-"""The paper's tables, measured: all rows of one by one program, on the same slices, by the same judges.
+"""The paper's tables, measured: all rows of a table by one program, on the same slices, with the same metrics.
 
     python data/prepare.py DOWNLOAD --size 256 --out data/ct
     python data/prepare.py DOWNLOAD --size 128 --out data/ct128
     python -m paper.tables 2 --list                            # Table II: its rows and their options
     python -m paper.tables 2                                   # trains, synthesizes and measures them all
-    python -m paper.tables 2 --rows SPADE SEAN --seeds 1       # a part; the same command goes on with a stopped one
-    python -m paper.tables 3                                   # a U-Net on real slices, a part of them swapped
-    python -m paper.tables 4                                   # the same with synthetic slices beside the real ones
+    python -m paper.tables 2 --rows SPADE SEAN --seeds 1       # some of them; the same command resumes a stopped one
+    python -m paper.tables 3                                   # a U-Net on real slices, some swapped for synthetic ones
+    python -m paper.tables 4                                   # the same with synthetic slices added to the real ones
     python -m paper.tables 5                                   # which part of the method earns its place
     python -m paper.tables few                                 # beyond the paper: few real slices
     python -m paper.tables beta                                # beyond the paper: who moves beta
 
-What each does stands at the head of paper/table2.py and paper/table345.py. All that is whole under --out stands in a
-table, whichever rows were asked for, so that all has one setting, OUT/setting.json; the table is written as
---results/tableN.json, and as Markdown between its two marks in the README.md beside --results. A table takes what
-another has trained. Commands may run side by side on one --out, on one machine or several: who needs what another is
-making waits for it, and then finds it there.
+The heads of paper/table2.py and paper/table345.py say what each does. All that is complete under --out enters a table,
+whichever rows were asked for, so all of it has one setting, OUT/setting.json; the table is written as
+--results/tableN.json, and as Markdown between its two marks in the README.md beside --results. A table reuses what
+another has trained. Commands may run side by side on one --out, on one machine or several: whichever needs what another
+is making waits for it, and then finds it there.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from data.slices import Mistake, OneLineParser, exit_on_mistake, write_bytes
 from paper import generators, runs, table2, table345
 from paper.report import Table, write_readme
 
-SETTING = ("ngf", "samples", "channels", "unet_samples", "batch")  # what all in --out share
+SETTING = ("ngf", "samples", "channels", "unet_samples", "batch")  # what all runs in --out share
 TABLES: dict[str, Table] = {"2": table2.TABLE, **table345.TABLES}
 
 
@@ -38,17 +38,17 @@ def parse(argv: list[str]) -> argparse.Namespace:
     """The command line, checked. Raises Mistake."""
     parser = OneLineParser(__doc__)
     option = parser.add_argument
-    option("table", choices=list(TABLES), help="its number in the paper, or what goes beyond it")
+    option("table", choices=list(TABLES), help="its number in the paper, or one beyond the paper")
     option(
         "--data", type=Path, default=Path("data/ct"), help="dataset that generators train on, best at twice the size"
     )
     option("--reference", type=Path, default=Path("data/ct128"), help="the same, of the size to train and measure at")
-    option("--rows", nargs="*", metavar="ROW", help="of those that --list shows; none: only write (default: all)")
+    option("--rows", nargs="*", metavar="ROW", help="rows that --list shows; none: only write (default: all)")
     option("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N")
     option("--ngf", type=int, default=16, help="channels of the first layers, G's and D's: 64 as published")
-    option("--samples", type=int, default=12_000, help="that each generator sees at full size")
-    option("--channels", type=int, default=16, help="of the U-Net's first level: 64 as published")
-    option("--unet-samples", type=int, default=4_000, help="that each U-Net sees, however many slices it has")
+    option("--samples", type=int, default=12_000, help="samples that each generator sees at full size")
+    option("--channels", type=int, default=16, help="channels of the U-Net's first level: 64 as published")
+    option("--unet-samples", type=int, default=4_000, help="samples that each U-Net sees, however many slices it has")
     option("--batch", type=int, default=4)
     option("--out", type=Path, default=Path("out/tables"), help="folder of the runs")
     option("--results", type=Path, default=runs.ROOT / "paper" / "results", help="folder of the table's JSON")
@@ -60,7 +60,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         raise Mistake(f"--rows {unknown[0]}: give of {', '.join(rows)}")
     if min(args.seeds) < 0:
         raise Mistake(f"--seeds {min(args.seeds)}: give 0 or more")
-    least = 2 * generators.KEPT * args.batch  # of two stages each sees half
+    least = 2 * generators.KEPT * args.batch  # each of two stages sees half
     if args.batch < 1 or min(args.samples, args.unet_samples) < least:
         given = f"--samples {args.samples}, --unet-samples {args.unet_samples}, --batch {args.batch}"
         raise Mistake(f"{given}: give {2 * generators.KEPT} batches or more")
@@ -69,7 +69,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 @contextlib.contextmanager
 def mistakes_alike() -> Iterator[None]:
-    """Tell covidgan.py's mistakes as what data/slices.py calls so: each of the two stands alone."""
+    """Turn covidgan.py's Mistake into that of data/slices.py: each of the two files stands alone."""
     try:
         yield
     except covidgan.Mistake as mistake:

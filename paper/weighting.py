@@ -3,9 +3,9 @@
     python -m paper.weighting out/tables/covidgan_paper_0 out/tables/covidgan_paper_1 --data data/ct128
     python -m paper.weighting out/tables/beta-*_paper_0 --data data/ct128 --out out/policies.png
 
-Of each run, trained by covidgan.py: the course of both from stats.jsonl, and alpha of every slice of a side from its
+For each run, trained by covidgan.py: the course of both from stats.jsonl, and alpha of every slice of a side from its
 exported generator, beside the share of lesion in the slice's lung. The paper says that alpha adapts to the slice: its
-correlation with that share is given over all slices, and within patients, whose slices differ in lesion and in little
+correlation with that share is given over all slices, and within patients, whose slices differ in lesion and little
 else. Written as --results/weighting.json, as Markdown between the marks of the README.md beside it, and drawn as --out.
 """
 
@@ -25,15 +25,15 @@ from data.slices import Mistake, OneLineParser, exit_on_mistake, patient_of, rea
 from paper import runs
 from paper.report import grid, write_readme
 
-Z = 1.959964  # of 95 %
-POINTS = 200  # of a curve
+Z = 1.959964  # for 95 %
+POINTS = 200  # per curve
 FEWEST = 4  # slices for a correlation: Fisher's interval needs more than three
 DRAWN = (".png", ".svg", ".pdf")
-CLOSE = 0.02  # to where it ends: beta is settled
+CLOSE = 0.02  # a weight this near to its end value has settled
 
-PAPER = {"alpha": "adapts to the slice (§III-C.1)", "beta": "adapts to the input (§III-C.2)"}  # words, no figures
+PAPER = {"alpha": "adapts to the slice (§III-C.1)", "beta": "adapts to the input (§III-C.2)"}  # words, not figures
 
-Course = list[dict[str, Any]]  # "step" from the run's start, "stage", "alpha", "beta"; each of some steps' mean
+Course = list[dict[str, Any]]  # "step" from the run's start, "stage", "alpha", "beta"; means of some steps each
 
 
 # ------------------------------------------------------------------------------------------------ along training
@@ -70,7 +70,7 @@ def settled(points: Course, name: str, stage: str) -> dict[str, float]:
 
 
 def alphas(run: Path, data: Path, side: str) -> dict[str, tuple[float, float]]:
-    """Slice -> alpha of a run's generator, and the share of lesion in the lung, of a side's slices with lung."""
+    """Slice -> alpha of a run's generator, and the share of lesion in the lung, for a side's slices with lung."""
     session, info = infer_onnx.open_session(runs.export(run), "auto")
     found = {}
     for name, path in infer_onnx.find_maps(data, side).items():
@@ -109,11 +109,11 @@ def within_patients(x: np.ndarray, y: np.ndarray, names: list[str]) -> dict[str,
 
 
 def of_run(run: Path, data: Path, side: str) -> dict[str, Any]:
-    """All that is known of a run."""
+    """All that is known about a run."""
     points, found = course(run), alphas(run, data, side)
     alpha, share = np.array([*found.values()]).T
     spread = {"mean": alpha.mean(), "sd": alpha.std(), "min": alpha.min(), "max": alpha.max()}
-    idle = {"alpha": 1.0, "beta": 0.0}  # in a stage that has nothing to weigh
+    idle = {"alpha": 1.0, "beta": 0.0}  # values in a stage that has nothing to weigh
     moved = {
         name: [*dict.fromkeys(point["stage"] for point in points if point[name] != still)]
         for name, still in idle.items()
@@ -129,7 +129,7 @@ def of_run(run: Path, data: Path, side: str) -> dict[str, Any]:
     }
 
 
-# ------------------------------------------------------------------------------------------------ what a person reads
+# ------------------------------------------------------------------------------------------------ for people to read
 
 
 def interval_of(found: dict[str, Any] | None) -> str:
@@ -142,7 +142,7 @@ def interval_of(found: dict[str, Any] | None) -> str:
 
 
 def markdown(studies: list[dict[str, Any]]) -> str:
-    """A row a run: where beta ends in each stage, alpha over the slices, and whether it follows the lesion."""
+    """One row per run: where beta ends in each stage, alpha over the slices, and whether it follows the lesion."""
     stages = [*dict.fromkeys(stage for one in studies for stage in one["settled"]["beta"])]
     head = ["run", *(f"beta in {stage}: end (after steps)" for stage in stages), "alpha", "smallest and largest"]
     head += ["r with share of lesion", "r within patients", "patients"]
@@ -159,7 +159,7 @@ def markdown(studies: list[dict[str, Any]]) -> str:
 
 def draw(studies: list[dict[str, Any]], path: Path) -> None:
     """Draw alpha and beta along training, and alpha of each slice against its share of lesion."""
-    from matplotlib.figure import Figure  # slow to import, and wanted here alone
+    from matplotlib.figure import Figure  # slow to import, and only needed here
 
     figure = Figure(figsize=(12, 4), layout="tight")
     axes = figure.subplots(1, 3)
@@ -185,8 +185,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = OneLineParser(__doc__)
     option = parser.add_argument
     option("runs", type=Path, nargs="+", metavar="RUN", help="folders of runs of covidgan.py")
-    option("--data", type=Path, default=Path("data/ct128"), help="dataset whose maps are looked at, of the runs' size")
-    option("--side", choices=("train", "test", "seg_test"), default="seg_test", help="of its split")
+    option("--data", type=Path, default=Path("data/ct128"), help="dataset whose maps are used, of the runs' size")
+    option("--side", choices=("train", "test", "seg_test"), default="seg_test", help="side of its split")
     option("--results", type=Path, default=runs.ROOT / "paper" / "results", help="folder of weighting.json")
     option("--out", type=Path, help="picture (default: weighting.png in --results)")
     args = parser.parse_args(argv)
