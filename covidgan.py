@@ -98,7 +98,7 @@ class LoopConfig:
     rotate: float = 10.0  # random rotation, +- degrees
     elastic: float = 2.0  # standard deviation, in pixels, of the elastic displacements drawn
     elastic_cell: float = 24.0  # spacing of the points they are drawn at; smooth in between
-    noise: float = 0.0  # std of Gaussian noise on the image's lung, as a share of the window: no generator can match it
+    noise: float = 0.0  # std of Gaussian noise on the image, as a share of the window: no generator can match it
     # what D sees
     contrast: float = 4.0  # only the lung, its HU magnified this many times; 0: whole images, as they are
     # optimisation
@@ -210,7 +210,7 @@ class GlobalGenerator(nn.Module):
         for k in range(3):
             layers += up(ngf * 8 // 2**k, upsample)
         self.trunk = nn.Sequential(*layers)
-        self.head = head(ngf)  # used only in stage g1: in the joint stage G2 takes the trunk's features
+        self.head = head(ngf)  # of G1 by itself: in the joint stage G2 takes the trunk's features
 
     def forward(self, onehot: Tensor) -> Tensor:  # [B, n_labels, H, W] -> [B, 1, H, W]
         """Synthesize at G1's own size, as in its individual training."""
@@ -295,7 +295,7 @@ class Generator(nn.Module):
         alpha = onehot.new_ones(onehot.shape[:1])
         if stage == "g1" or finest == 0:
             return self.g1(reduced).float(), alpha
-        features = self.g1.trunk(reduced) if stage == "joint" else None  # [B, ngf, H/2, W/2]
+        features = self.g1.trunk(reduced) if stage == "joint" else None  # of the coarsest size
         for level, (local, desum) in enumerate(zip(self.locals, self.desums, strict=True), start=1):
             stride = 2 ** (finest - level)
             summed = local.down(onehot[..., ::stride, ::stride])
@@ -379,8 +379,8 @@ class Dfm(nn.Module):
     With t_k the L1 distance between the real and the synthetic pair in scale k's first three feature maps,
         L_DFM = (1 - beta) t_1 + beta t_2,
     where beta is one number per image, computed from D1's third feature map of the real pair ("d2": from D2's,
-    "fixed": --beta); in stage g1 with three discriminators, from that of the finest in play. With more than two
-    scales, the coarser ones share beta evenly; a single scale has weight 1.
+    "fixed": --beta); in stage g1 with three discriminators, D2 is the finest in play and takes D1's place. With more
+    than two scales, the coarser ones share beta evenly; a single scale has weight 1.
 
     The paper does not say who moves beta. Eq. 2 puts L_DFM under min_G, but plain minimisation just moves all weight
     to the discriminator that is easier to match. --beta-policy: "clamp" minimises within [margin, 1 - margin], with a
@@ -552,7 +552,7 @@ class Covidgan(Method):
 
     @classmethod
     def multiple(cls, c: Config) -> int:
-        """G1 halves three times, each finer generator once more."""
+        """G1 halves three times, each finer generator once more; with G1 only, as with two."""
         return 2 ** (3 + max(1, c.n_gen - 1))
 
     @classmethod
@@ -808,7 +808,7 @@ class Trainer:
         return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
     def step(self) -> dict[str, float]:
-        """One update of every player of the stage; returns the figures. Raises Mistake on a non-finite one.
+        """One update of every player of the stage; returns its rates and figures. Raises Mistake for a non-finite one.
 
         The order is pix2pixHD's: all losses from one forward pass, then all players move.
         """
@@ -1335,7 +1335,7 @@ class Mistake(Exception):
 
 
 def list_pngs(folder: Path) -> dict[str, Path]:
-    """PNGs of a folder, also .PNG, by name without suffix; dotfiles are ignored. Mistake where there is none."""
+    """PNGs of a folder, also .PNG, by name without suffix; no dotfiles. Mistake for none, or two of a name."""
     files = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     found: dict[str, Path] = {}
     for path in files:

@@ -438,7 +438,8 @@ def mmd2(x: np.ndarray, y: np.ndarray) -> float:
 def kid(x: np.ndarray, y: np.ndarray) -> tuple[float, float | None]:
     """Kernel Inception Distance of features x [n, d] and y [m, d], n and m above 1: mean and std over subsets.
 
-    Up to 1,000 features are taken all at once, without a std (None); of more, 100 seeded subsets of 1,000.
+    Up to 1,000 features are taken all at once, without a std (None); of more, 100 seeded subsets of 1,000, or of all
+    of the smaller set.
     """
     x, y = x.astype(np.float64), y.astype(np.float64)
     if max(len(x), len(y)) <= KID_SUBSET_SIZE:

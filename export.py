@@ -153,7 +153,9 @@ class WinogradConv(nn.Module):
         """Convolve. Where H or W is not a multiple of 4, tiles extend past the border and are cropped."""
         height, width = x.shape[2] - 2, x.shape[3] - 2
         kernels = (self.g @ self.kernels).view(36, self.c_out, self.c_in)
-        tiles = F.conv2d(F.pad(x, (0, 3, 0, 3)).flatten(0, 1).unsqueeze(1), self.b, stride=4)  # [N c_in, 36, H/4, W/4]
+        tiles = F.conv2d(
+            F.pad(x, (0, 3, 0, 3)).flatten(0, 1).unsqueeze(1), self.b, stride=4
+        )  # [N c_in, 36, h, w], H/4 and W/4 rounded up
         h, w = tiles.shape[2:]
         products = kernels @ tiles.view(-1, self.c_in, 36, h * w).transpose(1, 2)  # [N, 36, c_out, h w]
         products = products.transpose(1, 2).reshape(-1, 36, h, w)  # [N c_out, 36, h, w]

@@ -218,7 +218,7 @@ def difference(row: str, other: str, side: str, ours: dict[int, Scores], theirs:
 
 
 def image_differences(records: list[Record], against: Callable[[str], list[str]]) -> list[Record]:
-    """By how much each image figure of a row is above another's, over the seeds, by Student's t."""
+    """By how much each image figure of a row is above another's, over the seeds, by Welch's t."""
     of = {(one["row"], one["metric"]): one["of seeds"] for one in records if one["class"] == "complete"}
     found = []
     for (row, metric), ours in of.items():

@@ -40,7 +40,7 @@ Course = list[dict[str, Any]]  # "step" from the run's start, "stage", "alpha", 
 
 
 def course(run: Path) -> Course:
-    """alpha and beta along a run, in POINTS means at most. Raises Mistake where the run has none."""
+    """alpha and beta along a run, in about POINTS means. Raises Mistake where the run has none."""
     path = run / "stats.jsonl"
     if not path.exists():
         raise Mistake(f"{path}: not there: give the folder of a run of covidgan.py")
