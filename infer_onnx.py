@@ -23,10 +23,10 @@ slice by slice in radiological display, as data/prepare.py writes slices. With -
 grid, and every voxel outside the lung is the CT's own, to the HU; fractions of a HU are rounded, with a note. Maps and
 volumes without lung are left out and counted; slices without lung within a volume are background, or the real slice.
 The same command resumes a stopped run: finished files are skipped, unless a map or a real slice is newer. HU below
--1024, which the format cannot hold, are written as -1024. What is outside a lung and not pasted is the window's floor. Without
---model, generator.onnx is taken if it exists, else the trained models/covid-ct-256.onnx beside this file; where there
-is no folder maps/, data/phantom/maps takes its place, else models/examples beside this file. Research only, not for
-diagnosis.
+-1024, which the format cannot hold, are written as -1024. What is outside a lung and not pasted is the window's floor.
+Without --model, generator.onnx is taken if it exists, else the trained models/covid-ct-256.onnx beside this file; where
+there is no folder maps/, data/phantom/maps takes its place, else models/examples beside this file. Research only, not
+for diagnosis.
 """
 
 import argparse
