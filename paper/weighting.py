@@ -58,12 +58,12 @@ def course(run: Path) -> Course:
 
 
 def settled(points: Course, name: str, stage: str) -> dict[str, float]:
-    """Where a weight ends in a stage, and after how many of its steps it stays there."""
+    """Where a weight ends in a stage, after how many of its steps it stays there, and between what it was."""
     of_stage = [point for point in points if point["stage"] == stage]
     before = max([point["step"] for point in points if point["step"] < of_stage[0]["step"]], default=0)
-    end = of_stage[-1][name]
+    end, values = of_stage[-1][name], [point[name] for point in of_stage]
     away = [point["step"] for point in of_stage if abs(point[name] - end) > CLOSE]
-    return {"end": end, "after": max(away, default=before) - before}
+    return {"end": end, "after": max(away, default=before) - before, "min": min(values), "max": max(values)}
 
 
 # ------------------------------------------------------------------------------------------------ slice by slice
@@ -142,15 +142,17 @@ def interval_of(found: dict[str, Any] | None) -> str:
 
 
 def markdown(studies: list[dict[str, Any]]) -> str:
-    """One row per run: where beta ends in each stage, alpha over the slices, and whether it follows the lesion."""
+    """One row per run: beta in each stage, alpha over the slices, and whether it follows the lesion."""
     stages = [*dict.fromkeys(stage for one in studies for stage in one["settled"]["beta"])]
-    head = ["run", *(f"beta in {stage}: end (after steps)" for stage in stages), "alpha", "smallest and largest"]
+    told = "end (after steps; between)"
+    head = ["run", *(f"beta in {stage}: {told}" for stage in stages), "alpha", "smallest and largest"]
     head += ["r with share of lesion", "r within patients", "patients"]
     lines = []
     for one in studies:
         ends = [one["settled"]["beta"].get(stage) for stage in stages]
         alpha, within = one["alpha"], one["within patients"]
-        cells = ["-" if end is None else f"{end['end']:.2f} ({end['after']})" for end in ends]
+        form = "{end:.2f} ({after}; {min:.2f} and {max:.2f})"
+        cells = ["-" if end is None else form.format(**end) for end in ends]
         cells += [f"{alpha['mean']:.3f} +- {alpha['sd']:.3f}", f"{alpha['min']:.3f}, {alpha['max']:.3f}"]
         cells += [interval_of(one["correlation"]), interval_of(within), within["n"] if within else "-"]
         lines.append([one["run"], *cells])

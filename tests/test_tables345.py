@@ -451,6 +451,7 @@ def test_a_course_has_the_means_of_its_steps_and_says_where_beta_settles(tmp_pat
     assert points[0]["beta"] == pytest.approx(np.mean([line["beta"] for line in lines[:5]]))
     settled = weighting.settled(points, "beta", "g2")
     assert settled["end"] == pytest.approx(0.1) and settled["after"] == pytest.approx(85, abs=5)
+    assert settled["min"] == pytest.approx(0.1) and settled["max"] == pytest.approx(points[0]["beta"])
     assert weighting.settled(points, "beta", "joint")["after"] == 0
 
 
