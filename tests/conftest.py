@@ -16,6 +16,9 @@ import pytest
 
 from data import slices
 
+# Ctrl-C is ignored by what a shell starts in the background, and would be by all that is started here.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 ROOT = Path(__file__).resolve().parents[1]
 os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", str(ROOT / ".pytest_cache" / "hypothesis"))  # out of the tree
 SIZE = 64
