@@ -65,6 +65,7 @@ from data.slices import (
     OneLineParser,
     check_finished,
     check_hu,
+    check_ranges,
     coloured,
     exit_on_mistake,
     held,
@@ -1055,9 +1056,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     option("--shard", default="1/1", metavar="I/N", help="make the I-th of N equal parts, I = 1..N")
     option("--dry-run", action="store_true", help="print what would be done")
     args = parser.parse_args(argv)
-    for name, least, most in (("variants", 0, 9999), ("seed", 0, 2**63), ("batch", 1, 9999), ("threads", 1, 999)):
-        if (value := getattr(args, name)) is not None and not least <= value <= most:
-            raise Mistake(f"--{name} {value}: give {least} to {most}")
+    check_ranges(args, variants=(0, 9999), seed=(0, 2**63), batch=(1, 9999), threads=(1, 999))
     part, _, parts = args.shard.partition("/")
     if not (part.isdecimal() and parts.isdecimal() and 1 <= int(part) <= int(parts)):
         raise Mistake(f"--shard {args.shard}: give I/N with I from 1 to N, like 1/4")

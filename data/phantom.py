@@ -28,8 +28,8 @@ from data.slices import (
     LABELS,
     LARGEST,
     SIDES,
-    Mistake,
     OneLineParser,
+    check_ranges,
     exit_on_mistake,
     held,
     held_split,
@@ -505,16 +505,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; does not change the result")
     parser.add_argument("--overwrite", action="store_true", help="replace the slices of any other set in the folder")
     args = parser.parse_args(argv)
-    ranges = (
-        ("size", 64, LARGEST),
-        ("patients", 3, MOST),
-        ("slices", 1, MOST),
-        ("seed", 0, 2**63),
-        ("workers", 1, 999),
-    )
-    for name, least, most in ranges:
-        if not least <= getattr(args, name) <= most:
-            raise Mistake(f"--{name} {getattr(args, name)}: must be {least} to {most}")
+    check_ranges(args, size=(64, LARGEST), patients=(3, MOST), slices=(1, MOST), seed=(0, 2**63), workers=(1, 999))
     return args
 
 

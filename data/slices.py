@@ -81,6 +81,13 @@ class OneLineParser(argparse.ArgumentParser):
         raise Mistake(f"{message:.300} (-h lists the options)")
 
 
+def check_ranges(args: argparse.Namespace, **ranges: tuple[int, int]) -> None:
+    """Raise Mistake where a number given lies outside its range, both ends included; None is not given."""
+    for name, (least, most) in ranges.items():
+        if (value := getattr(args, name)) is not None and not least <= value <= most:
+            raise Mistake(f"--{name} {value}: give {least} to {most}")
+
+
 def exit_on_mistake(program: Callable[[list[str]], int | None], stopped: str = "stopped") -> None:
     """Run a program on the command line's arguments and exit with the status that it returns, None being 0.
 

@@ -511,9 +511,9 @@ def put_set(folder: Path) -> None:
 
     from data import slices
 
-    body, lung = np.zeros((24, 24, 3)), np.zeros((24, 24, 3))
+    lung, lesion = np.zeros((24, 24, 3)), np.zeros((24, 24, 3))
     lung[6:18, 6:18] = 1
-    hu, lesion = body + 40 - 900 * lung, np.zeros((24, 24, 3))
+    hu = 40 - 900 * lung
     lesion[8:12, 8:12] = 1
     for patient in ("P01", "P02", "P03"):
         for part, voxels in (("rp_im", hu), ("rp_lung_msk", lung), ("rp_msk", lesion)):

@@ -117,11 +117,8 @@ def test_a_disk_that_fills_while_training_keeps_the_last_checkpoint(disk, toy, s
     assert differing(ours, theirs) == []
 
 
-RESULTS = {
-    "eval.py": 8,
-    "export.py": 40,
-    "paper.tables": 100,
-}  # kilobytes of a disk that is too small for what they write
+# kilobytes of a disk that is too small for what they write
+RESULTS = {"eval.py": 8, "export.py": 40, "paper.tables": 100}
 
 
 @pytest.fixture
