@@ -6,7 +6,6 @@ All see the same number of samples at full size: one with two stages there sees 
 
 import argparse
 import itertools
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,34 +120,27 @@ def train(name: str, optimiser: str, seed: int, args: argparse.Namespace) -> Pat
 def optimiser_of(name: str, args: argparse.Namespace) -> str:
     """The optimiser of a row: among the candidates, the one with the lowest lung KID on the side that chooses.
 
-    It is chosen once, by runs of one seed as published, for the clean row too.
+    It is chosen once, by runs of one seed as published, for the clean row too, and kept beside the tables.
     """
     if len(tried := row_of(name).optimisers) == 1:
         return tried[0]
-    published, features = name.removesuffix("-clean"), runs.feature_network(args.out)
+    published = name.removesuffix("-clean")
 
     def kid(optimiser: str) -> float:
-        out = train(published, optimiser, FIRST_SEED, args)
+        out, features = train(published, optimiser, FIRST_SEED, args), runs.feature_network(args.out)
         return runs.measure(out, args.reference, CHOOSE, features)["features"]["lung KID 1280"]["value"]
 
-    return min(tried, key=kid)
-
-
-def choice(name: str, optimiser: str, args: argparse.Namespace) -> Path:
-    """eval.py's results by which a rival's optimiser is chosen."""
-    return folder(name, optimiser, FIRST_SEED, args) / f"eval_{CHOOSE}" / "results.json"
+    kids = runs.kept_measures(args.results, choice := f"optimiser_{published}")
+    if kids is None:
+        kids = {optimiser: kid(optimiser) for optimiser in tried}
+        runs.keep_measures(args.results, choice, kids)
+    return min(kids, key=kids.get)
 
 
 def tried_optimisers(args: argparse.Namespace) -> dict[str, dict[str, float]]:
     """For each rival, the optimisers that were tried, with the lung KID by which one is chosen; for the record."""
-    found: dict[str, dict[str, float]] = {}
-    for name in RIVALS:
-        for optimiser in row_of(name).optimisers:
-            path = choice(name, optimiser, args)
-            if path.exists():
-                kid = json.loads(path.read_text())["features"]["lung KID 1280"]["value"]
-                found.setdefault(name, {})[optimiser] = kid
-    return found
+    found = {name: runs.kept_measures(args.results, f"optimiser_{name}") for name in RIVALS}
+    return {name: kids for name, kids in found.items() if kids}
 
 
 def trained(name: str, seed: int, args: argparse.Namespace) -> Path:
@@ -164,10 +156,10 @@ def measured(run: Path, args: argparse.Namespace) -> dict[str, Any]:
 def whole_runs(names: Iterable[str], args: argparse.Namespace) -> list[tuple[str, int, Path]]:
     """Row, seed and folder of the rows' runs under --out that are fully trained, with their chosen optimisers."""
     found = []
+    chosen = tried_optimisers(args)
     for name in names:
-        published, tried = name.removesuffix("-clean"), row_of(name).optimisers
-        if len(tried) > 1 and not all(choice(published, one, args).exists() for one in tried):
-            continue  # nothing is chosen yet
+        if len(row_of(name).optimisers) > 1 and name.removesuffix("-clean") not in chosen:
+            continue
         runs_of = runs.seeded(args.out, f"{name}_{optimiser_of(name, args)}")
         found += [(name, seed, out) for seed, out in runs_of.items() if (out / "results.json").exists()]
     return found

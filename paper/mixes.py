@@ -211,14 +211,18 @@ def find_lesions(unet: Path, data: Path, names: list[str]) -> Scores:
     return Scores(kept, real)
 
 
-def score(mix: Mix, seed: int, args: argparse.Namespace) -> None:
-    """Train the U-Net of a mix, export it and test it on all sides, except what is done already. Raises Mistake."""
-    out = train(mix, seed, args)
-    split = split_of(args)
+def score(mix: Mix, seed: int, args: argparse.Namespace) -> dict[str, Scores]:
+    """Train the U-Net of a mix, export it and test it, except what is done already: its scores on each side.
+
+    Raises Mistake.
+    """
+    out, split, found = train(mix, seed, args), split_of(args), {}
     for side in tested_sides(split):
         with runs.making(file := out / f"scores_{side}.json"):
             if not file.exists():
                 write_scores(file, export(out), args.reference, split[side])
+        found[side] = read_scores(file)
+    return found
 
 
 def export(out: Path) -> Path:
@@ -233,20 +237,13 @@ def write_scores(file: Path, unet: Path, data: Path, names: list[str]) -> None:
     write_bytes(file, (json.dumps({"names": found.names, "figures": figures}) + "\n").encode())
 
 
-def scores(mix: Mix, side: str, args: argparse.Namespace) -> dict[int, Scores]:
-    """Scores on a side of all existing U-Nets of a mix, by seed."""
-    found = {}
-    for seed, out in runs.seeded(args.out, f"unet_{mix.name}").items():
-        if (file := out / f"scores_{side}.json").exists():
-            held = json.loads(file.read_text())
-            figures = {row: np.array(values, float) for row, values in held["figures"].items()}
-            found[seed] = Scores(held["names"], figures)
-    return found
+def read_scores(file: Path) -> Scores:
+    """Read what `write_scores` wrote."""
+    held = json.loads(file.read_text())
+    return Scores(held["names"], {row: np.array(values, float) for row, values in held["figures"].items()})
 
 
-def composition(mix: Mix, args: argparse.Namespace) -> dict[str, int] | None:
-    """How many slices of each kind a mix has; None where it has not been made."""
-    for out in runs.seeded(args.out, f"unet_{mix.name}").values():
-        if (file := out / "data" / "split.json").exists():
-            return {kind: len(names) for kind, names in json.loads(file.read_text())["drawn"].items()}
-    return None
+def composition(mix: Mix, seed: int, args: argparse.Namespace) -> dict[str, int]:
+    """How many slices of each kind the mix of a U-Net has."""
+    drawn = json.loads((folder(mix, seed, args) / "data" / "split.json").read_text())["drawn"]
+    return {kind: len(names) for kind, names in drawn.items()}

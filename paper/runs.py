@@ -143,9 +143,9 @@ def train(program: list[str], options: list[str], out: Path, keep: bool = False)
                 write_bytes(out / "seconds.json", json.dumps(spent + cpu_seconds() - before).encode())
 
 
-def commits(made: Iterable[Path]) -> list[str]:
-    """The commits at which runs were begun."""
-    return sorted({(out / "commit.txt").read_text() for out in made})
+def commit_of(out: Path) -> str:
+    """The commit at which a run was begun."""
+    return (out / "commit.txt").read_text()
 
 
 def seconds(out: Path) -> float | None:
@@ -154,9 +154,10 @@ def seconds(out: Path) -> float | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def seeded(folder: Path, name: str) -> dict[int, Path]:
+def seeded(folder: Path, name: str, suffix: str = "") -> dict[int, Path]:
     """Runs NAME_SEED in a folder by seed; other endings, such as those of copies put aside, do not count."""
-    ends = {path.name.removeprefix(f"{name}_"): path for path in folder.glob(f"{name}_*")}
+    paths = folder.glob(f"{name}_*{suffix}")
+    ends = {path.name.removeprefix(f"{name}_").removesuffix(suffix): path for path in paths}
     return {int(end): ends[end] for end in sorted(ends, key=lambda end: (len(end), end)) if end.isdecimal()}
 
 
@@ -178,24 +179,59 @@ def check_sides(data: Path, reference: Path, needed: Iterable[str] = SIDES) -> N
         raise Mistake(f"{reference / 'split.json'}: {min(twice)} is on two sides: prepare a set whose sides are apart")
 
 
-def keep_setting(out: Path, data: Path, reference: Path, setting: dict[str, Any]) -> None:
-    """Write OUT/setting.json: what all runs in it have in common. Raises Mistake where existing ones differ.
+def keep_setting(
+    folder: Path, data: Path, reference: Path, setting: dict[str, Any], option: str = "another --out"
+) -> None:
+    """Write FOLDER/setting.json: what all runs in it have in common. Raises Mistake where existing ones differ.
 
     Without it a run with other options would be taken for one of these. Of the datasets it holds sizes and split.
+    option: what to give for another folder.
     """
     split = json.dumps(read_split(reference / "split.json"), sort_keys=True).encode()
     told = setting | {"size of the data": size_of(data), "size of the reference": size_of(reference)}
     told["split of both"] = hashlib.sha256(split).hexdigest()[:16]
-    with making(path := out / "setting.json"):
-        made = ("ckpt.pt", "results.json", "images", "data")  # of runs, floors and mixes
-        begun = any(any(out.glob(f"*/{name}")) for name in made)  # if not, a mistyped command left it
+    with making(path := folder / "setting.json"):
+        # of runs, floors and mixes, and their measurements
+        made = ("*/ckpt.pt", "*/results.json", "*/images", "*/data", "*_*.json")
+        begun = any(any(folder.glob(pattern)) for pattern in made)  # if not, a mistyped command left it
         there = json.loads(path.read_text()) if path.exists() and begun else told
         for name, value in told.items():
             if there.get(name) != value:
-                option = name if " " in name else f"--{name.replace('_', '-')}"
-                raise Mistake(f"{out}: made with {option} {there.get(name)}, not {value}: give that, or another --out")
+                given = name if " " in name else f"--{name.replace('_', '-')}"
+                raise Mistake(f"{folder}: made with {given} {there.get(name)}, not {value}: give that, or {option}")
         if not (path.exists() and begun):
             write_bytes(path, (json.dumps(told, indent=1) + "\n").encode())
+
+
+def measures_file(results: Path, name: str) -> Path:
+    """The file of what a run has measured."""
+    return results / "runs" / f"{name}.json"
+
+
+def keep_measures(results: Path, name: str, told: dict[str, Any]) -> None:
+    """Keep what a run has measured beside the tables, which are made of it."""
+    path = measures_file(results, name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(path, (json.dumps(told, indent=1) + "\n").encode())
+
+
+def kept_measures(results: Path, name: str) -> dict[str, Any] | None:
+    """What a run has measured; None where that was not kept. Raises Mistake where it cannot be read."""
+    path = measures_file(results, name)
+    return read_measures(path) if path.exists() else None
+
+
+def kept_seeds(results: Path, name: str) -> dict[int, dict[str, Any]]:
+    """What runs NAME_SEED have measured, by seed. Raises Mistake where it cannot be read."""
+    return {seed: read_measures(path) for seed, path in seeded(results / "runs", name, ".json").items()}
+
+
+def read_measures(path: Path) -> dict[str, Any]:
+    """Read what `keep_measures` wrote, as a merge or an editor has left it. Raises Mistake."""
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise Mistake(f"{path}: not JSON ({error}): restore it, or delete it and make its row again") from error
 
 
 def sides_of(reference: Path) -> dict[str, dict[str, int]]:

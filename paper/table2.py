@@ -8,31 +8,24 @@ figures of "seg_test" in view (paper/fidelity.md). The picture is OUT/table2.png
 import argparse
 import itertools
 import json
-import time
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
-import torch
 
 import covidgan
-import export
-from data.slices import coloured, png, read_image, read_split, windowed, write_bytes, write_image
-from paper import generators, rivals, runs
+from data.slices import coloured, png, read_image, windowed, write_bytes
+from paper import generators, measures, runs
 from paper.generators import CHOOSE, REPORT, RIVALS, ROWS
+from paper.measures import BETTER, FID, FLOORS, KID, REGIONS, Figures
 from paper.report import Table, apart, grid, over_seeds
 
-FLOORS = {"label means": covidgan.mean_paint, "nearest training case": covidgan.nearest_copy}
-FID, KID = "FID 24", "KID 1280"  # by features of that many dimensions, for FID fewer than any side here has slices
-BETTER = {FID: "lower", "FID 32": "lower", KID: "lower"} | {"PSNR": "higher", "SSIM": "higher"}
-BETTER |= {"RMSE": "lower", "NRMSE": "lower"}
 DIGITS = {FID: 2, "FID 32": 4, KID: 4, "PSNR": 2, "SSIM": 4, "RMSE": 4, "NRMSE": 4}
 # The paper's four metrics, with 4 rivals and 2 regions its 32 comparisons. Its "RMSE" is over the real slice's own RMS,
 # as its PSNR shows: NRMSE here.
 COMPARED = (FID, "PSNR", "SSIM", "NRMSE")
-REGIONS = ("complete", "lung")
+COSTS = ("method", "seed", "seconds", "samples", "parameters", "synthesis", "d_at_end", "commit")
 ZOOM = 0.4  # share of a slice's side that the picture shows, around the lesion
 
 # Table II: method -> FID, PSNR, SSIM, RMSE of the complete images and of the lungs alone
@@ -44,139 +37,37 @@ PAPER = {
     "pix2pix": (0.0611, 26.56, 0.8870, 0.0913, 8.4077, 26.56, 0.8855, 0.3301),
 }
 
-# ------------------------------------------------------------------------------------ what no exported file synthesizes
+# ----------------------------------------------------------------------------------------------- all that is known
 
 
-def load_side(data: Path, side: str) -> covidgan.Slices:
-    """A side of a dataset, at the dataset's own size."""
-    c = covidgan.Config(data=str(data), size=runs.size_of(data))
-    return covidgan.load_slices(data, read_split(data / "split.json")[side], c)
-
-
-def write_slices(out: Path, names: list[str], images: torch.Tensor) -> None:
-    """Write windowed lungs [N, 1, S, S] in [-1, 1] as slices in HU, from which eval.py takes the lung."""
-    hu = covidgan.LoopConfig.level + images[:, 0].numpy() * covidgan.LoopConfig.width / 2
-    out.mkdir(parents=True, exist_ok=True)
-    for name, one in zip(names, hu, strict=True):
-        write_image(out / f"{name}.png", one)
-
-
-def measure_floor(name: str, args: argparse.Namespace) -> dict[str, Any]:
-    """eval.py's results for a floor: no network, and what every network has to beat."""
-    out = args.out / name.replace(" ", "_")
-
-    def make() -> dict[str, Any]:
-        train_side, side = load_side(args.reference, "train"), load_side(args.reference, REPORT)
-        write_slices(out / "images", side.names, FLOORS[name](train_side, side.labels, covidgan.Config()))
-        return compare_lungs(out, args)
-
-    return runs.once(out / "results.json", make)
-
-
-@torch.no_grad()
-def measure_self(run: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """eval.py's results for SEAN in the style of the very slices that it is to synthesize, as its authors test it."""
-    out = run / "self"
-
-    def make() -> dict[str, Any]:
-        method = export.load_method(covidgan.read_checkpoint(run / "ckpt.pt", rivals.Sean), rivals.Sean)
-        side, images = load_side(args.reference, REPORT), []
-        for hu, labels in zip(side.hu.split(8), side.labels.split(8), strict=True):
-            real = covidgan.lung_target(covidgan.window(hu, method.c), labels)
-            images.append(method.synthesize_self(covidgan.one_hot(labels, method.c.n_labels), real))
-        write_slices(out / "images", side.names, torch.cat(images))
-        return compare_lungs(out, args)
-
-    return runs.once(out / "results.json", make)
-
-
-def compare_lungs(out: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """Compare OUT/images with the real slices of the same names."""
-    return runs.compare(args.reference, out / "images", runs.feature_network(args.out), out)
-
-
-# ------------------------------------------------------------------------------------------------- what a run is worth
-
-
-def records_of(method: str, seed: int | None, results: dict[str, Any]) -> list[dict[str, Any]]:
-    """A record for each region and metric; one that eval.py refuses, such as FID of few slices, is left out."""
+def records_of(method: str, seed: int | None, figures: Figures) -> list[dict[str, Any]]:
+    """A record for each region and metric that has a value."""
     found = []
     for region, metric in itertools.product(REGIONS, BETTER):
-        by_features = metric.startswith(("FID", "KID"))
-        row = results["features" if by_features else "pixels"][f"{region} {metric}"]
-        value = row["value" if by_features else "mean"]
+        value = figures[f"{region} {metric}"]["value"]
         record = {"method": method, "seed": seed, "region": region, "metric": metric, "value": value}
         found += [record | {"better": BETTER[metric]}] if value is not None else []
     return found
 
 
-def cost_of(name: str, seed: int, run: Path) -> dict[str, Any]:
-    """What a run cost and what its generator costs."""
-    method = ROWS[name].kind
-    trained = export.load_method(covidgan.read_checkpoint(run / "ckpt.pt", method), method)
-    c = trained.c
-    return {
-        "method": name,
-        "seed": seed,
-        "seconds": runs.seconds(run),
-        "samples": round(generators.full_size(method, c) * c.epochs * c.epoch_len),
-        "parameters": sum(p.numel() for p in trained.generator().parameters()),
-        "synthesis": synthesis_seconds(run / "generator.onnx", c.size),
-        "d_at_end": loss_of_d(run),
-        "commit": (run / "commit.txt").read_text(),
-    }
-
-
-def loss_of_d(run: Path) -> float:
-    """D's loss at a run's end: the mean over the last tenth of the last stage's steps."""
-    steps = [json.loads(line) for line in (run / "stats.jsonl").read_text().splitlines()]
-    last = [step["d"] for step in steps if step["stage"] == steps[-1]["stage"]]
-    return float(np.mean(last[-max(1, len(last) // 10) :]))
-
-
-def synthesis_seconds(model: Path, size: int) -> float:
-    """CPU seconds per slice on one thread, ONNX Runtime: median of nine, whatever else the machine does."""
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = 1
-    session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    labels = np.ones((1, size, size), np.uint8)
-    seconds = []
-    for _ in range(9):
-        start = time.process_time()
-        session.run(None, {"map": labels})
-        seconds.append(time.process_time() - start)
-    return float(np.median(seconds))
-
-
-def progress_of(run: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Lung KID along a run whose checkpoints were kept, at full size: by CPU seconds of training."""
-    points = []
-    for seconds in runs.kept_seconds(run):
-        checkpoint = covidgan.read_weights(run / "kept" / seconds / "ckpt.pt")
-        if checkpoint["stage"] in ("g1", "g2"):
-            continue  # no whole generator yet
-        results = generators.measured(run / "kept" / seconds, args)
-        points.append({"seconds": int(seconds), "KID": results["features"][f"lung {KID}"]["value"]})
-    return points
-
-
 def collect(args: argparse.Namespace) -> dict[str, Any]:
-    """All that is known of Table II."""
+    """All that is known of Table II, from the measurements that are kept."""
     records, costs, progress = [], [], {}
     for name in FLOORS:
-        records += records_of(name, None, measure_floor(name, args))
-    found = generators.whole_runs(ROWS, args)
-    for name, seed, run in found:
-        records += records_of(name, seed, generators.measured(run, args))
-        costs.append(cost_of(name, seed, run))
-        if ROWS[name].method == "SEAN":
-            records += records_of(name.replace("SEAN", "SEAN-self"), seed, measure_self(run, args))
-        if points := progress_of(run, args):
-            progress[name] = points
+        records += records_of(name, None, measures.keep_floor(name, args))
+    found = {name: runs.kept_seeds(args.results, name) for name in ROWS}
+    found = {name: seeds for name, seeds in found.items() if seeds}
+    for name, seed, one in ((name, seed, one) for name, seeds in found.items() for seed, one in seeds.items()):
+        records += records_of(name, seed, one["figures"])
+        costs.append({key: one[key] for key in COSTS})
+        if in_own_style := one.get("figures in the style of the slices themselves"):
+            records += records_of(name.replace("SEAN", "SEAN-self"), seed, in_own_style)
+        if one["progress"]:
+            progress[name] = one["progress"]
     ours = [name for name in ROWS if name.startswith("covidgan")]
     return {
         "setting": setting(args, found),
-        "rows": {name: LISTED[name] for name, *_ in found},
+        "rows": {name: LISTED[name] for name in found},
         "records": records,
         "paper": paper_records(),
         "costs": costs,
@@ -185,11 +76,8 @@ def collect(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def setting(args: argparse.Namespace, found: list[tuple[str, int, Path]]) -> dict[str, Any]:
+def setting(args: argparse.Namespace, found: dict[str, dict[int, dict[str, Any]]]) -> dict[str, Any]:
     """What the figures hold for."""
-    seeds = defaultdict(list)
-    for name, seed, _ in found:
-        seeds[name].append(seed)
     return {
         "data": runs.sides_of(args.reference),
         "reported": REPORT,
@@ -199,11 +87,11 @@ def setting(args: argparse.Namespace, found: list[tuple[str, int, Path]]) -> dic
         "samples at full size": args.samples,
         "steps at full size": args.samples // args.batch,
         "batch": args.batch,
-        "seeds": seeds,
+        "seeds": {name: [*seeds] for name, seeds in found.items()},
         "features": runs.FEATURES,
-        "optimisers": {name: generators.optimiser_of(name, args) for name in seeds},
+        "optimisers": {name: next(iter(seeds.values()))["optimiser"] for name, seeds in found.items()},
         f"lung {KID} by which an optimiser was chosen": generators.tried_optimisers(args),
-        "commits": runs.commits(run for *_, run in found),
+        "commits": sorted({one["commit"] for seeds in found.values() for one in seeds.values()}),
     }
 
 
@@ -323,7 +211,7 @@ def markdown(table: dict[str, Any]) -> str:
 
 def write_picture(path: Path, args: argparse.Namespace) -> None:
     """Draw one row per case, zoomed on its lesion, as Fig. 6: map | real slice | the slice completed by each method."""
-    side = load_side(args.reference, REPORT)
+    side = measures.load_side(args.reference, REPORT)
     first, lines = {}, []
     for name, _, run in generators.whole_runs(ROWS, args):
         first.setdefault(name, run)
@@ -345,10 +233,5 @@ def lesion_window(labels: np.ndarray) -> tuple[slice, slice]:
     return tuple(slice(start, start + side) for start in starts)
 
 
-def make(name: str, seed: int, args: argparse.Namespace) -> None:
-    """Train and measure a row with a seed."""
-    generators.measured(generators.trained(name, seed, args), args)
-
-
 LISTED = {name: " ".join((row.method, *row.options)) for name, row in ROWS.items()}
-TABLE = Table(LISTED, make, collect, markdown, write_picture)
+TABLE = Table(LISTED, measures.keep_generator, collect, markdown, write_picture)

@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 
 import eval as evaluation
-from data.slices import SIDES
-from paper import generators, mixes, runs
+from data.slices import SIDES, patient_of
+from paper import generators, measures, mixes, runs
 from paper.mixes import Mix, Scores
 from paper.report import Table, apart, grid
 
@@ -41,6 +41,8 @@ TOLD = {
 }
 
 Record = dict[str, Any]
+Kept = dict[int, dict[str, Any]]  # what the U-Nets of a row have measured, by seed
+FIGURE = ("mean", "ci95", "mean_patients", "ci95_patients")
 
 # Tables III and IV: ratio -> Dice, Sen, Spec of GGO, of consolidation and of infection, in %; e is less than 1e-5
 PAPER_3 = {
@@ -144,11 +146,26 @@ EXPERIMENTS = {
 
 
 def make(experiment: Experiment, name: str, seed: int, args: argparse.Namespace) -> None:
-    """Train and measure a row with a seed, and its generator if it is not there yet. Raises Mistake."""
+    """Train and measure a row with a seed, and its generator if it is not there yet, and keep it. Raises Mistake."""
     mix = experiment.rows[name]
-    mixes.score(mix, seed, args)
+    scores, out = mixes.score(mix, seed, args), mixes.folder(mix, seed, args)
+    synthetic = mix.replaced or mix.added
+    told = {
+        "parameters": json.loads((out / "results.json").read_text())["parameters"],
+        "seconds": runs.seconds(out),
+        "commit": runs.commit_of(out),
+        "commit of generator": runs.commit_of(generators.trained(mix.generator, seed, args)) if synthetic else None,
+        "slices": mixes.composition(mix, seed, args),
+        "sides": {side: summary(found) for side, found in scores.items()},
+    }
+    runs.keep_measures(args.results, f"{unet_of(mix)}_{seed}", told)
     if experiment.images:
-        generators.measured(generators.trained(mix.generator, seed, args), args)
+        measures.keep_generator(mix.generator, seed, args)
+
+
+def unet_of(mix: Mix) -> str:
+    """The name of a mix's U-Nets among what is kept."""
+    return f"unet_{mix.name}"
 
 
 # ------------------------------------------------------------------------------------------------ figures
@@ -172,6 +189,28 @@ def over_patients(values: np.ndarray, names: list[str]) -> tuple[float | None, f
     return found["patients_mean"], found["patients_interval"]
 
 
+def summary(scores: Scores) -> dict[str, Any]:
+    """What is kept of a U-Net's scores on a side, in %: each figure over folds and over patients, and the headline of
+    each patient, by which two U-Nets are compared; also how many slices are without a pixel of each lesion."""
+    percent = {name: 100 * values for name, values in scores.figures.items()}
+    return {
+        "figures": {
+            name: dict(zip(FIGURE, (*over_folds(values), *over_patients(values, scores.names)), strict=True))
+            for name, values in percent.items()
+        },
+        f"{HEADLINE} of patients": of_patients(percent[HEADLINE], scores.names),
+        "slices without": {
+            lesion: int(np.isnan(percent[f"{lesion} sensitivity"]).sum()) for lesion in evaluation.LESIONS
+        },
+    }
+
+
+def of_patients(values: np.ndarray, names: list[str]) -> dict[str, float]:
+    """Each patient's mean of slices' values [n], none of which is NaN."""
+    patients = np.array([patient_of(name) for name in names])
+    return {patient: float(values[patients == patient].mean()) for patient in dict.fromkeys(patients.tolist())}
+
+
 def averaged(values: list[float | None]) -> float | None:
     """Mean over the seeds; None where one has none."""
     return None if None in values or not values else float(np.mean(values))
@@ -185,36 +224,41 @@ def spread(means: list[float | None]) -> float | None:
 def record(where: Record, seeds: list[int], figures: list[tuple[float | None, ...]]) -> Record:
     """A figure of a row: mean and interval, and both over patients, averaged over the seeds, and the means' spread."""
     columns = [list(values) for values in zip(*figures, strict=True)]
-    found = dict(zip(("mean", "ci95", "mean_patients", "ci95_patients"), map(averaged, columns), strict=True))
+    found = dict(zip(FIGURE, map(averaged, columns), strict=True))
     return where | found | {"seeds": seeds, "of seeds": columns[0], "sd_seeds": spread(columns[0])}
 
 
-def lesion_record(row: str, lesion: str, metric: str, side: str, found: dict[int, Scores]) -> Record:
+def lesion_record(row: str, lesion: str, metric: str, side: str, found: Kept) -> Record:
     """A figure of a row's U-Nets on a side, in %."""
-    figures = []
-    for scores in found.values():
-        values = 100 * scores.figures[f"{lesion} {metric}"]
-        figures.append((*over_folds(values), *over_patients(values, scores.names)))
-    return record({"row": row, "class": lesion, "metric": metric, "side": side}, [*found], figures)
+    held = [one["sides"][side]["figures"][f"{lesion} {metric}"] for one in found.values()]
+    where = {"row": row, "class": lesion, "metric": metric, "side": side}
+    return record(where, [*found], [tuple(one[key] for key in FIGURE) for one in held])
 
 
-def difference(row: str, other: str, side: str, ours: dict[int, Scores], theirs: dict[int, Scores]) -> Record | None:
-    """By how much the headline of a row is above another's, in %, slice by slice, for the seeds that both have.
+def difference(row: str, other: str, side: str, ours: Kept, theirs: Kept) -> Record | None:
+    """By how much the headline of a row is above another's, in %, patient by patient, for the seeds that both have.
 
     Clear: beyond the 95 % interval over patients, and beyond that over seeds. None where they share no seed.
     """
     seeds = sorted(ours.keys() & theirs.keys())
     if not seeds:
         return None
-    names = ours[seeds[0]].names
-    each = np.stack([100 * (ours[seed].figures[HEADLINE] - theirs[seed].figures[HEADLINE]) for seed in seeds])
-    mean, half = over_patients(each.mean(0), names)
-    means = [over_patients(one, names)[0] for one in each]
+    pairs = [(ours[seed]["sides"][side], theirs[seed]["sides"][side]) for seed in seeds]
+    patients = np.array([[*headline(a, b).values()] for a, b in pairs])  # [seeds, patients]
+    means = patients.mean(1).tolist()
+    mean, half, _ = evaluation.interval(patients.mean(0).tolist())
     half_seeds = evaluation.interval(means)[1]
     clear = half is not None and half_seeds is not None and abs(mean) > max(half, half_seeds)
+    folds = [a["figures"][HEADLINE]["mean"] - b["figures"][HEADLINE]["mean"] for a, b in pairs]
     told = {"row": row, "against": other, "side": side, "metric": HEADLINE, "difference": mean, "ci95_patients": half}
-    told |= {"ci95_seeds": half_seeds, "over folds": over_folds(each.mean(0))[0]}
+    told |= {"ci95_seeds": half_seeds, "over folds": float(np.mean(folds))}
     return told | {"seeds": seeds, "of seeds": means, "clear": bool(clear)}
+
+
+def headline(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, float]:
+    """By how much the headline of one U-Net is above another's, for each patient of a side."""
+    a, b = (one[f"{HEADLINE} of patients"] for one in (ours, theirs))
+    return {patient: a[patient] - b[patient] for patient in a}
 
 
 def image_differences(records: list[Record], against: Callable[[str], list[str]]) -> list[Record]:
@@ -230,31 +274,17 @@ def image_differences(records: list[Record], against: Callable[[str], list[str]]
     return found
 
 
-def slices_without(found: dict[str, dict[int, Scores]]) -> dict[str, int]:
-    """How many slices of a side have no pixel of each lesion, from any U-Net's scores."""
-    for scores in itertools.chain(*(of_row.values() for of_row in found.values())):
-        return {name: int(np.isnan(scores.figures[f"{name} sensitivity"]).sum()) for name in evaluation.LESIONS}
-    return {}
-
-
-def image_figure(results: dict[str, Any], metric: str) -> tuple[float | None, ...]:
-    """A figure of complete images from eval.py's results: mean and interval over slices and over patients, if any."""
-    if metric == "PSNR":
-        found = results["pixels"]["complete PSNR"]
-        return found["mean"], found["interval"], found["patients_mean"], found["patients_interval"]
-    return results["features"][f"complete {metric}"]["value"], None, None, None
-
-
 def image_records(row: str, mix: Mix, args: argparse.Namespace) -> list[Record]:
-    """FID, KID and PSNR of the complete images of a row's generators; empty where there is none yet."""
-    trained = generators.whole_runs([mix.generator], args)
-    results = [generators.measured(run, args) for *_, run in trained]
-    where, seeds = {"row": row, "class": "complete", "side": generators.REPORT}, [seed for _, seed, _ in trained]
-    return [
-        record(where | {"metric": metric}, seeds, [image_figure(one, metric) for one in results])
-        for metric in IMAGES
-        if results
-    ]
+    """FID, KID and PSNR of the complete images of a row's generators; empty where none was measured yet."""
+    kept = runs.kept_seeds(args.results, mix.generator)
+    where = {"row": row, "class": "complete", "side": generators.REPORT}
+    keys = ("value", "interval", "patients_mean", "patients_interval")  # a figure of features has a value alone
+    found = []
+    for metric in IMAGES if kept else []:
+        figures = [one["figures"][f"complete {metric}"] for one in kept.values()]
+        each = [tuple(figure.get(key) for key in keys) for figure in figures]
+        found.append(record(where | {"metric": metric}, [*kept], each))
+    return found
 
 
 def paper_records(experiment: Experiment) -> list[Record]:
@@ -272,23 +302,22 @@ def paper_records(experiment: Experiment) -> list[Record]:
 
 
 def collect(experiment: Experiment, args: argparse.Namespace) -> dict[str, Any]:
-    """All that is known of a table, whichever rows were asked for."""
+    """All that is known of a table, from the measurements that are kept."""
+    kept = {row: runs.kept_seeds(args.results, unet_of(mix)) for row, mix in experiment.rows.items()}
+    kept = {row: found for row, found in kept.items() if found}
     sides = [side for side in mixes.tested_sides(mixes.split_of(args)) if side in experiment.sides]
-    records, differences, without = [], [], {}
-    for side in sides:
-        found = {row: mixes.scores(mix, side, args) for row, mix in experiment.rows.items()}
-        without[side] = slices_without(found)
-        for row in (row for row in experiment.rows if found[row]):
-            for lesion, metric in itertools.product(evaluation.LESIONS, METRICS):
-                records.append(lesion_record(row, lesion, metric, side, found[row]))
-            for other in experiment.against(row):
-                differences.append(difference(row, other, side, found[row], found[other]))
+    records, differences = [], []
+    for side, (row, found) in itertools.product(sides, kept.items()):
+        for lesion, metric in itertools.product(evaluation.LESIONS, METRICS):
+            records.append(lesion_record(row, lesion, metric, side, found))
+        for other in experiment.against(row):
+            differences.append(difference(row, other, side, found, kept.get(other, {})))
     if experiment.images:
         records += [one for row, mix in experiment.rows.items() for one in image_records(row, mix, args)]
-    known = {row: experiment.rows[row] for row in dict.fromkeys(one["row"] for one in records)}
+    known = dict.fromkeys(one["row"] for one in records)
     return {
-        "setting": setting(known, sides, args) | {"slices without": without},
-        "rows": {row: listed_row(mix) for row, mix in known.items()},
+        "setting": setting(kept, sides, args),
+        "rows": {row: listed_row(experiment.rows[row]) for row in known},
         "records": records,
         "paper": paper_records(experiment),
         "differences": [one for one in differences if one],
@@ -296,26 +325,29 @@ def collect(experiment: Experiment, args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def setting(rows: dict[str, Mix], sides: list[str], args: argparse.Namespace) -> dict[str, Any]:
+def setting(kept: dict[str, Kept], sides: list[str], args: argparse.Namespace) -> dict[str, Any]:
     """What the figures hold for."""
-    folders = [out for mix in rows.values() for out in runs.seeded(args.out, f"unet_{mix.name}").values()]
-    unets = [path for out in folders if (path := out / "results.json").exists()]
-    parameters = {json.loads(path.read_text())["parameters"] for path in unets}
-    used = dict.fromkeys(mix.generator for mix in rows.values() if mix.replaced or mix.added)
+    unets = [one for found in kept.values() for one in found.values()]
+    first = {row: next(iter(found.values())) for row, found in kept.items()}
     return {
         "unit": "% of Dice, sensitivity, specificity",
         "data": runs.sides_of(args.reference),
         "U-Net trained on": mixes.SIDE,
         "U-Net tested on": {side: TOLD[side] for side in sides},
-        "slices": {row: mixes.composition(mix, args) for row, mix in rows.items()},
+        "slices": {row: one["slices"] for row, one in first.items()},
         "size": runs.size_of(args.reference),
-        "U-Net": {"channels": args.channels, "samples": args.unet_samples, "parameters": sorted(parameters)},
+        "U-Net": {
+            "channels": args.channels,
+            "samples": args.unet_samples,
+            "parameters": sorted({one["parameters"] for one in unets}),
+        },
         "generators": {"ngf, ndf": args.ngf, "samples at full size": args.samples},
         "batch": args.batch,
         "features": runs.FEATURES,
-        "CPU seconds of a U-Net": averaged([runs.seconds(path.parent) for path in unets]),
-        "commits": runs.commits(path.parent for path in unets),
-        "commits of generators": runs.commits(run for *_, run in generators.whole_runs(used, args)),
+        "CPU seconds of a U-Net": averaged([one["seconds"] for one in unets]),
+        "commits": sorted({one["commit"] for one in unets}),
+        "commits of generators": sorted({one["commit of generator"] for one in unets} - {None}),
+        "slices without": {side: next((one["sides"][side]["slices without"] for one in unets), {}) for side in sides},
     }
 
 

@@ -11,11 +11,12 @@
     python -m paper.tables few                                 # beyond the paper: few real slices
     python -m paper.tables beta                                # beyond the paper: who moves beta
 
-The heads of paper/table2.py and paper/table345.py say what each does. All that is complete under --out enters a table,
-whichever rows were asked for, so all of it has one setting, OUT/setting.json; the table is written as
---results/tableN.json, and as Markdown between its two marks in the README.md beside --results. A table reuses what
-another has trained. Commands may run side by side on one --out, on one machine or several: whichever needs what another
-is making waits for it, and then finds it there.
+The heads of paper/table2.py and paper/table345.py say what each does. What runs have measured is kept in RESULTS/runs,
+and a table shows all that is kept there, trained here or elsewhere, whichever rows were asked for; so all of it has one
+setting, RESULTS/runs/setting.json, as all runs under --out have. Which optimiser a rival takes is kept there too; with
+an empty --results it is chosen anew. The table is written as --results/tableN.json, and as Markdown between its two
+marks in the README.md beside --results. A table reuses what another has trained. Commands may run side by side on one
+--out, on one machine or several: whichever needs what another is making waits for it, and then finds it there.
 """
 
 import argparse
@@ -51,7 +52,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     option("--unet-samples", type=int, default=4_000, help="samples that each U-Net sees, however many slices it has")
     option("--batch", type=int, default=4)
     option("--out", type=Path, default=Path("out/tables"), help="folder of the runs")
-    option("--results", type=Path, default=runs.ROOT / "paper" / "results", help="folder of the table's JSON")
+    option(
+        "--results",
+        type=Path,
+        default=runs.ROOT / "paper" / "results",
+        help="folder of the tables and of what runs measured",
+    )
     option("--list", action="store_true", help="show the rows and what they are")
     args = parser.parse_args(argv)
     rows = TABLES[args.table].rows
@@ -85,7 +91,9 @@ def main(argv: list[str]) -> None:
         print("\n".join(f"{name:24} {told}" for name, told in made.rows.items()))
         return
     runs.check_sides(args.data, args.reference, made.sides)
-    runs.keep_setting(args.out, args.data, args.reference, {name: getattr(args, name) for name in SETTING})
+    setting = {name: getattr(args, name) for name in SETTING}
+    runs.keep_setting(args.results / "runs", args.data, args.reference, setting, "another --results")
+    runs.keep_setting(args.out, args.data, args.reference, setting)
     for seed, name in itertools.product(args.seeds, args.rows):
         made.make(name, seed, args)
     table = made.collect(args)

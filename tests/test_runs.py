@@ -150,3 +150,12 @@ def test_a_row_trains_exports_synthesizes_and_is_measured_on_both_sides_once(thr
     assert {"row": "small", "seed": 1, "side": "test", "metric": "PSNR", "value": measured["test"]["PSNR"]} in told[
         "records"
     ]
+
+
+def test_what_was_kept_of_a_run_and_is_broken_is_one_line(tmp_path):
+    runs.keep_measures(tmp_path, "covidgan_3", {"seconds": 1.5})
+    assert runs.kept_seeds(tmp_path, "covidgan") == {3: {"seconds": 1.5}}
+    assert runs.kept_measures(tmp_path, "covidgan_4") is None
+    (tmp_path / "runs" / "covidgan_3.json").write_text("<<<<<<< ours\n")
+    with pytest.raises(Mistake, match=r"runs/covidgan_3.json: not JSON .*: restore it, or delete it"):
+        runs.kept_seeds(tmp_path, "covidgan")

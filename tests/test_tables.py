@@ -14,7 +14,7 @@ import torch
 
 import covidgan
 from data.slices import Mistake, read_image, read_map
-from paper import METHODS, generators, report, rivals, runs, table2, tables
+from paper import METHODS, generators, measures, report, rivals, runs, table2, tables
 
 MARKED = "before\n<!-- table 2 -->\nold\n<!-- end of table 2 -->\nafter\n"
 
@@ -50,9 +50,11 @@ def test_the_optimiser_kept_is_the_one_with_the_lower_lung_kid_on_the_patients_t
     monkeypatch.setattr(generators, "train", lambda name, optimiser, seed, args: tmp_path / optimiser)
     monkeypatch.setattr(runs, "measure", measure)
     monkeypatch.setattr(runs, "feature_network", lambda folder: folder / "features.onnx")
-    args = tables.parse(["2", "--out", str(tmp_path)])
+    args = tables.parse(["2", "--out", str(tmp_path), "--results", str(tmp_path / "results")])
     assert generators.optimiser_of("SPADE-clean", args) == "paper"
     kids["own"] = 0.03
+    assert generators.optimiser_of("SPADE", args) == "paper" and asked == ["test"] * 2  # it is chosen once
+    args.results = tmp_path / "others"
     assert generators.optimiser_of("SPADE-clean", args) == "own"
     assert set(asked) == {"test"} and generators.REPORT == "seg_test"
 
@@ -130,7 +132,7 @@ def test_quality_along_a_run_is_that_of_its_kept_checkpoints_of_the_whole_genera
     kids = {"001000": 0.08, "002000": 0.04}
     told = {name: {"features": {"lung KID 1280": {"value": kid}}} for name, kid in kids.items()}
     monkeypatch.setattr(generators, "measured", lambda run, _: told[run.name])
-    points = table2.progress_of(tmp_path, argparse.Namespace())
+    points = measures.progress_of(tmp_path, argparse.Namespace())
     assert points == [{"seconds": 1000, "KID": 0.08}, {"seconds": 2000, "KID": 0.04}]
 
 
@@ -178,7 +180,7 @@ def test_the_markdown_has_every_method_with_its_spread_and_the_papers_rows():
 def test_ds_loss_at_the_end_is_of_the_last_tenth_of_the_last_stage(tmp_path):
     steps = [("g2", 9.0)] * 5 + [("joint", 3.0)] * 18 + [("joint", 1.0), ("joint", 2.0)]
     (tmp_path / "stats.jsonl").write_text("".join(json.dumps({"stage": s, "d": d}) + "\n" for s, d in steps))
-    assert table2.loss_of_d(tmp_path) == 1.5
+    assert measures.loss_of_d(tmp_path) == 1.5
 
 
 def test_checkpoints_are_kept_as_they_come_with_the_cpu_seconds_behind_them(tmp_path):
@@ -237,8 +239,14 @@ def test_runs_of_another_setting_are_not_taken_for_this_ones(made):
         str(word) for name in ("data", "reference", "out", "results") for word in (f"--{name}", getattr(made, name))
     ]
     before = (made.results / "table2.json").read_bytes()
+    other = ["2", *places, "--rows", "--ngf", "4", "--samples", "64"]
+    with pytest.raises(
+        Mistake, match=rf"{made.results}/runs: made with --samples 32, not 64: .*, or another --results"
+    ):
+        tables.main(other)
+    elsewhere = ["--results", str(made.results.parent / "others")]
     with pytest.raises(Mistake, match=rf"{made.out}: made with --samples 32, not 64: give that, or another --out"):
-        tables.main(["2", *places, "--rows", "--ngf", "4", "--samples", "64"])
+        tables.main([*other, *elsewhere])
     assert (made.results / "table2.json").read_bytes() == before
 
 
@@ -282,3 +290,17 @@ def test_the_floor_of_label_means_has_one_value_a_label(made):
 def test_the_same_command_goes_on_without_training_anything_again(made, monkeypatch):
     monkeypatch.setattr(runs, "call", None)  # whatever is called breaks
     assert json.loads((made.results / "table2.json").read_text())["records"] == table2.collect(made)["records"]
+
+
+def test_what_was_measured_elsewhere_stands_beside_what_is_trained_here(made, monkeypatch, tmp_path):
+    """From another machine come the measurements alone, of another seed; nothing of its run is needed."""
+    args = argparse.Namespace(**{**vars(made), "out": tmp_path / "out", "results": tmp_path / "results"})
+    for path in (made.results / "runs").iterdir():
+        there = args.results / "runs" / path.name.replace("SEAN_0", "SEAN_7")
+        there.parent.mkdir(parents=True, exist_ok=True)
+        there.write_bytes(path.read_bytes())
+    monkeypatch.setattr(runs, "call", None)  # whatever is called breaks
+    ours, theirs = table2.collect(made), table2.collect(args)
+    assert theirs["setting"]["seeds"] == {"covidgan": [0], "SEAN": [7]}
+    assert [r | {"seed": 7} if "SEAN" in r["method"] else r for r in ours["records"]] == theirs["records"]
+    assert (ours["costs"], ours["progress"]) == (theirs["costs"], theirs["progress"])

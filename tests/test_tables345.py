@@ -14,7 +14,7 @@ from test_tables import welch
 import covidgan
 import export
 from data.slices import Mistake, patient_of, read_image, read_map, read_split
-from paper import generators, mixes, runs, table345, tables, weighting
+from paper import generators, measures, mixes, runs, table345, tables, weighting
 from paper.mixes import Mix, Scores, members
 
 NAMES = [f"P{patient:02d}_S{position:03d}" for patient in (1, 2) for position in range(1, 21)]  # 40
@@ -215,13 +215,17 @@ def test_a_record_averages_the_seeds_and_gives_their_spread():
 
 
 def scores(shift, seeds=(0, 1), noise=0.0):
-    """Scores of six patients whose infection Dice is `shift` above 0.5."""
+    """What is kept of scores of six patients whose infection Dice is `shift` above 0.5."""
     names = [f"P{k:02d}_S{i:03d}" for k in range(1, 7) for i in range(5)]
     draw = [np.random.default_rng(seed).normal(0, noise, 30) if noise else np.zeros(30) for seed in seeds]
     level = np.repeat(np.linspace(0, 0.3, 6), 5)  # patients differ more than rows do
-    return {
-        seed: Scores(names, {"infection Dice": 0.5 + level + shift + d}) for seed, d in zip(seeds, draw, strict=True)
-    }
+    return {seed: kept(names, {"infection Dice": 0.5 + level + shift + d}) for seed, d in zip(seeds, draw, strict=True)}
+
+
+def kept(names, figures):
+    """What is kept of a U-Net's scores, tested on the side "train" alone."""
+    every = {name: figures.get(name, np.ones(len(names))) for name in table345.FIGURES}
+    return {"sides": {"train": table345.summary(Scores(names, every))}}
 
 
 def test_a_difference_is_paired_by_slice_so_that_patients_who_differ_hide_nothing():
@@ -304,9 +308,8 @@ def test_slices_without_a_lesion_are_those_of_which_no_sensitivity_is_defined():
         "consolidation sensitivity": [np.nan, 0.0],
         "infection sensitivity": [1, 1],
     }
-    found = {"0%": {}, "50%": {3: Scores(["a_1", "a_2"], {row: np.array(v) for row, v in figures.items()})}}
-    assert table345.slices_without(found) == {"GGO": 0, "consolidation": 1, "infection": 0}
-    assert table345.slices_without({"0%": {}}) == {}
+    found = kept(["P01_S001", "P02_S001"], {row: np.array(v) for row, v in figures.items()})
+    assert found["sides"]["train"]["slices without"] == {"GGO": 0, "consolidation": 1, "infection": 0}
 
 
 def test_an_unknown_row_is_one_line_and_the_default_is_all_rows():
@@ -396,11 +399,12 @@ def test_the_same_command_goes_on_without_training_anything_again(made, monkeypa
 
 
 def test_images_of_table_5_are_measured_by_eval_and_one_that_is_refused_has_no_figure(made, monkeypatch):
-    results = {
-        "pixels": {"complete PSNR": {"mean": 20.0, "interval": 0.5, "patients_mean": 21.0, "patients_interval": None}},
-        "features": {"complete FID 24": {"value": None}, "complete KID 1280": {"value": 0.25}},
-    }
+    pixels = {"mean": 20.0, "interval": 0.5, "patients_mean": 21.0, "patients_interval": None}
+    names = [f"{region} {metric}" for region in measures.REGIONS for metric in measures.BETTER]
+    features = {name: {"value": None} for name in names} | {"complete KID 1280": {"value": 0.25}}
+    results = {"pixels": dict.fromkeys(names, pixels), "features": features}
     monkeypatch.setattr(generators, "measured", lambda run, args: results)
+    measures.keep_generator("covidgan", 0, made.args)
     found = {one["metric"]: one for one in table345.image_records("ours", Mix(replaced=0.5), made.args)}
     assert (found["PSNR"]["mean"], found["PSNR"]["ci95"], found["PSNR"]["seeds"]) == (20.0, 0.5, [0])
     kid, fid = found["KID 1280"], found["FID 24"]
