@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import covidgan
+from data.slices import Mistake
 from paper import METHODS, rivals, runs
 
 RIVALS = ("pix2pix", "pix2pixHD", "SPADE", "SEAN")
 CHOOSE, REPORT = "test", "seg_test"  # sides
+KIDS = "lung KID 1280"  # of each optimiser, among what is kept
 FIRST_SEED = 0  # of the runs that choose an optimiser
 KEPT = 8  # checkpoints per stage of the first seed's runs, to follow KID
 
@@ -31,7 +33,7 @@ class Row:
     @property
     def kind(self) -> type[covidgan.Method]:
         """Its method."""
-        return METHODS.get(self.method, covidgan.Covidgan)
+        return covidgan.Covidgan if self.method == "covidgan" else METHODS[self.method]
 
     @property
     def program(self) -> list[str]:
@@ -128,24 +130,33 @@ def optimiser_of(name: str, args: argparse.Namespace) -> str:
 
     def kid(optimiser: str) -> float:
         out, features = train(published, optimiser, FIRST_SEED, args), runs.feature_network(args.out)
-        return runs.measure(out, args.reference, CHOOSE, features)["features"]["lung KID 1280"]["value"]
+        value = runs.measure(out, args.reference, CHOOSE, features)["features"]["lung KID 1280"]["value"]
+        if value is None:
+            raise Mistake(f"{args.reference}: too few slices on side {CHOOSE} to choose an optimiser by their KID")
+        return value
 
-    kids = runs.kept_measures(args.results, choice := f"optimiser_{published}")
-    if kids is None:
-        kids = {optimiser: kid(optimiser) for optimiser in tried}
-        runs.keep_measures(args.results, choice, kids)
-    return min(kids, key=kids.get)
+    kept = runs.kept_measures(args.results, choice := f"optimiser_{published}")
+    if kept is None:
+        kept = {KIDS: {optimiser: kid(optimiser) for optimiser in tried}}
+        runs.keep_measures(args.results, choice, kept)
+    return min(kept[KIDS], key=kept[KIDS].get)
 
 
 def tried_optimisers(args: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """For each rival, the optimisers that were tried, with the lung KID by which one is chosen; for the record."""
-    found = {name: runs.kept_measures(args.results, f"optimiser_{name}") for name in RIVALS}
-    return {name: kids for name, kids in found.items() if kids}
+    """For each row with several optimisers, the lung KID by which one was chosen; for the record."""
+    several = [name for name, row in ROWS.items() if len(row.optimisers) > 1]
+    kept = {name: runs.kept_measures(args.results, f"optimiser_{name}") for name in several}
+    return {name: choice[KIDS] for name, choice in kept.items() if choice}
 
 
 def trained(name: str, seed: int, args: argparse.Namespace) -> Path:
     """The folder of a row's generator with its chosen optimiser, trained if it is not yet."""
     return train(name, optimiser_of(name, args), seed, args)
+
+
+def commit_of(name: str, seed: int, args: argparse.Namespace) -> str:
+    """The commit at which a row's generator was trained."""
+    return runs.commit_of(folder(name, optimiser_of(name, args), seed, args))
 
 
 def measured(run: Path, args: argparse.Namespace) -> dict[str, Any]:

@@ -8,6 +8,7 @@ replaces its file.
 import argparse
 import itertools
 import json
+import platform
 import time
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 
 import covidgan
 import export
-from data.slices import read_split, write_image
+from data.slices import Mistake, read_split, write_image
 from paper import generators, rivals, runs
 from paper.generators import REPORT
 
@@ -28,6 +29,7 @@ BETTER = {FID: "lower", "FID 32": "lower", KID: "lower"} | {"PSNR": "higher", "S
 BETTER |= {"RMSE": "lower", "NRMSE": "lower"}
 REGIONS = ("complete", "lung")
 
+IN_OWN_STYLE = "figures in the style of the slices themselves"
 Figures = dict[str, dict[str, float | None]]  # "lung PSNR" and so on -> value, of pixels also what is beside it
 
 # ------------------------------------------------------------------------------------ what no exported file synthesizes
@@ -110,10 +112,33 @@ def keep_floor(name: str, args: argparse.Namespace) -> Figures:
 def keep_generator(name: str, seed: int, args: argparse.Namespace) -> None:
     """Train a row's generator with a seed, measure it, and keep its measurements. Raises Mistake."""
     run, optimiser = generators.trained(name, seed, args), generators.optimiser_of(name, args)
-    told = {"optimiser": optimiser, **cost_of(name, seed, run), "figures": figures_of(generators.measured(run, args))}
+    told = {"optimiser": optimiser, "options": options_of(name), **cost_of(name, seed, run)}
+    told["figures"] = figures_of(generators.measured(run, args))
     if generators.row_of(name).method == "SEAN":
-        told["figures in the style of the slices themselves"] = figures_of(measure_self(run, args))
+        told[IN_OWN_STYLE] = figures_of(measure_self(run, args))
     runs.keep_measures(args.results, f"{name}_{seed}", told | {"progress": progress_of(run, args)})
+
+
+def options_of(name: str) -> str:
+    """How a row's generator is trained, beside data and scale."""
+    return " ".join(generators.row_of(name).options)
+
+
+def kept_generators(name: str, args: argparse.Namespace) -> dict[int, dict[str, Any]]:
+    """What a row's generators have measured, by seed. Raises Mistake for one that was trained otherwise."""
+    kept = runs.kept_seeds(args.results, name)
+    for seed, one in kept.items():
+        check_options(f"{name}_{seed}", one["options"], options_of(name), args)
+    return kept
+
+
+def check_options(run: str, kept: str, now: str, args: argparse.Namespace) -> None:
+    """Raise Mistake where a run was measured before its row's options were changed."""
+    if kept != now:
+        path = runs.measures_file(args.results, run)
+        raise Mistake(
+            f"{path}: trained with {kept!r}, its row now has {now!r}: give the row another name, or delete it"
+        )
 
 
 def cost_of(name: str, seed: int, run: Path) -> dict[str, Any]:
@@ -130,7 +155,17 @@ def cost_of(name: str, seed: int, run: Path) -> dict[str, Any]:
         "synthesis": synthesis_seconds(runs.export(run), c.size),
         "d_at_end": loss_of_d(run),
         "commit": runs.commit_of(run),
+        "machine": machine(),
     }
+
+
+def machine() -> str:
+    """The processor and how PyTorch uses it: by it seconds can be compared, and it decides whether bfloat16 is used."""
+    info = Path("/proc/cpuinfo")  # of Linux
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    name = names[0] if names else platform.processor() or platform.machine()
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}, threads: {torch.get_num_threads()}"
 
 
 def loss_of_d(run: Path) -> float:

@@ -134,9 +134,14 @@ def names_in(dataset: Path | None) -> list[str]:
     return sorted(path.stem for path in (dataset / "images").glob("*.png")) if dataset else []
 
 
+def unet_of(mix: Mix) -> str:
+    """The name of a mix's U-Nets: of their folders, and among what is kept."""
+    return f"unet_{mix.name}"
+
+
 def folder(mix: Mix, seed: int, args: argparse.Namespace) -> Path:
     """The folder of a U-Net's run."""
-    return args.out / f"unet_{mix.name}_{seed}"
+    return args.out / f"{unet_of(mix)}_{seed}"
 
 
 def dataset(mix: Mix, seed: int, args: argparse.Namespace) -> Path:

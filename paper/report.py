@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from data.slices import SIDES, Mistake, write_bytes
+from data.slices import SIDES, write_bytes
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,7 @@ class Table:
 
     rows: dict[str, str]  # name -> what --list says of it
     make: Callable[[str, int, argparse.Namespace], Any]  # a row with a seed: train and measure what is missing
+    kept: Callable[[str], str]  # a row's name among what is kept of runs
     collect: Callable[[argparse.Namespace], dict[str, Any]]  # "setting", "records", "paper" and more
     markdown: Callable[[dict[str, Any]], str]
     draw: Callable[[Path, argparse.Namespace], None] | None = None
@@ -50,11 +51,12 @@ def apart(a: list[float], b: list[float]) -> tuple[float, float | None]:
 
 
 def write_readme(path: Path, what: str, text: str) -> None:
-    """Put a text between its two marks in a README.md. Raises Mistake where they are missing."""
+    """Put a text between its two marks in a README.md; one that has none is left as it is, with a note."""
     begin, end = f"<!-- {what} -->", f"<!-- end of {what} -->"
-    content = path.read_text()
+    content = path.read_text() if path.exists() else ""
     before, found, rest = content.partition(begin)
     _, closed, after = rest.partition(end)
-    if not (found and closed):
-        raise Mistake(f"{path}: the marks {begin} and {end} are missing: put them where it is to stand")
-    write_bytes(path, f"{before}{begin}\n\n{text}\n\n{end}{after}".encode())
+    if found and closed:
+        write_bytes(path, f"{before}{begin}\n\n{text}\n\n{end}{after}".encode())
+    elif content:
+        print(f"{path}: left as it is: without {begin} and {end}, between which it would stand")

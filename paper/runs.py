@@ -11,17 +11,19 @@ import hashlib
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from data.slices import SIDES, Mistake, held, list_pngs, patient_of, read_image, read_split, write_bytes
+from data.slices import JSON_ERRORS, SIDES, Mistake, held, list_pngs, patient_of, read_image, read_split, write_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
 FEATURES = "efficientnet-lite0"  # for FID and KID: Inception's weights are a download
@@ -74,10 +76,15 @@ def cpu_seconds_of(pid: int) -> float | None:
 
 
 def commit() -> str:
-    """The repository's commit, with -dirty where files differ from it; "unknown" outside git."""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
+    """The repository's commit, with -dirty where code differs from it; "unknown" outside git.
+
+    What the tables themselves write is no code.
+    """
+    git, written = ["git", "-C", str(ROOT)], [":!paper/results", ":!paper/README.md"]
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        return subprocess.run(command, capture_output=True, check=True, text=True).stdout.strip()
+        told = partial(subprocess.run, capture_output=True, check=True, text=True)
+        name = told([*git, "rev-parse", "--short=12", "HEAD"]).stdout.strip()
+        return name + "-dirty" * bool(told([*git, "status", "--porcelain", "-uno", "--", ".", *written]).stdout)
     return "unknown"
 
 
@@ -89,6 +96,8 @@ def keeping(out: Path, pid: int) -> Iterator[None]:
     stopped run did after its last checkpoint and does again. pid: the training's process.
     """
     checkpoint, kept, over = out / "ckpt.pt", out / "kept", threading.Event()
+    for part in kept.glob("*/.*.tmp"):  # of a kill, in a folder that is not written to again
+        part.unlink()
     before, start = max(map(int, kept_seconds(out)), default=0), time.monotonic()
 
     def written() -> int:
@@ -108,13 +117,15 @@ def keeping(out: Path, pid: int) -> Iterator[None]:
             if ending:
                 return
 
-    watcher = threading.Thread(target=watch, args=[written()])
-    watcher.start()
-    try:
-        yield
-    finally:
-        over.set()
-        watcher.join()
+    with ThreadPoolExecutor(1) as pool:
+        watched = pool.submit(watch, written())
+        try:
+            yield
+        finally:
+            over.set()
+        if error := watched.exception():  # such as a full disk
+            shutil.rmtree(kept, ignore_errors=True)  # rather than a course with holes
+            raise error
 
 
 def kept_seconds(out: Path) -> list[str]:
@@ -180,26 +191,30 @@ def check_sides(data: Path, reference: Path, needed: Iterable[str] = SIDES) -> N
 
 
 def keep_setting(
-    folder: Path, data: Path, reference: Path, setting: dict[str, Any], option: str = "another --out"
+    folder: Path,
+    data: Path,
+    reference: Path,
+    setting: dict[str, Any],
+    option: str = "another --out",
+    begun: tuple[str, ...] = ("*/ckpt.pt", "*/results.json", "*/images", "*/data"),
 ) -> None:
     """Write FOLDER/setting.json: what all runs in it have in common. Raises Mistake where existing ones differ.
 
     Without it a run with other options would be taken for one of these. Of the datasets it holds sizes and split.
-    option: what to give for another folder.
+    option: what to give for another folder. begun: patterns of what is there once the setting holds, which by default
+    are runs, floors and mixes: without them, a mistyped command has left it.
     """
     split = json.dumps(read_split(reference / "split.json"), sort_keys=True).encode()
     told = setting | {"size of the data": size_of(data), "size of the reference": size_of(reference)}
     told["split of both"] = hashlib.sha256(split).hexdigest()[:16]
     with making(path := folder / "setting.json"):
-        # of runs, floors and mixes, and their measurements
-        made = ("*/ckpt.pt", "*/results.json", "*/images", "*/data", "*_*.json")
-        begun = any(any(folder.glob(pattern)) for pattern in made)  # if not, a mistyped command left it
-        there = json.loads(path.read_text()) if path.exists() and begun else told
+        holds = path.exists() and any(any(folder.glob(pattern)) for pattern in begun)
+        there = read_measures(path) if holds else told
         for name, value in told.items():
             if there.get(name) != value:
                 given = name if " " in name else f"--{name.replace('_', '-')}"
                 raise Mistake(f"{folder}: made with {given} {there.get(name)}, not {value}: give that, or {option}")
-        if not (path.exists() and begun):
+        if not holds:
             write_bytes(path, (json.dumps(told, indent=1) + "\n").encode())
 
 
@@ -208,30 +223,46 @@ def measures_file(results: Path, name: str) -> Path:
     return results / "runs" / f"{name}.json"
 
 
+def digest_of_setting(results: Path) -> str:
+    """What all that is kept in a folder of results must have in common, as a short digest."""
+    return hashlib.sha256((results / "runs" / "setting.json").read_bytes()).hexdigest()[:16]
+
+
 def keep_measures(results: Path, name: str, told: dict[str, Any]) -> None:
-    """Keep what a run has measured beside the tables, which are made of it."""
-    path = measures_file(results, name)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes(path, (json.dumps(told, indent=1) + "\n").encode())
+    """Keep what a run has measured beside the tables, which are made of it; it takes the place of what was there."""
+    whose = {"run": name, "setting": digest_of_setting(results)}
+    with making(path := measures_file(results, name)):
+        write_bytes(path, (json.dumps(whose | told, indent=1, allow_nan=False) + "\n").encode())
 
 
 def kept_measures(results: Path, name: str) -> dict[str, Any] | None:
-    """What a run has measured; None where that was not kept. Raises Mistake where it cannot be read."""
+    """What a run has measured; None where that was not kept. Raises Mistake for a file that is not this run's."""
     path = measures_file(results, name)
-    return read_measures(path) if path.exists() else None
+    if not path.exists():
+        return None
+    told = read_measures(path)
+    if (told.get("run"), told.get("setting")) != (name, digest_of_setting(results)):
+        raise Mistake(
+            f"{path}: of another run, or of another setting than {path.parent / 'setting.json'}: take it away"
+        )
+    return told
 
 
 def kept_seeds(results: Path, name: str) -> dict[int, dict[str, Any]]:
-    """What runs NAME_SEED have measured, by seed. Raises Mistake where it cannot be read."""
-    return {seed: read_measures(path) for seed, path in seeded(results / "runs", name, ".json").items()}
+    """What runs NAME_SEED have measured, by seed. Raises Mistake for a file that is not theirs."""
+    seeds = seeded(results / "runs", name, ".json")
+    return {seed: kept for seed in seeds if (kept := kept_measures(results, f"{name}_{seed}"))}
 
 
 def read_measures(path: Path) -> dict[str, Any]:
-    """Read what `keep_measures` wrote, as a merge or an editor has left it. Raises Mistake."""
+    """Read a JSON object that was written here, as a merge or an editor has left it. Raises Mistake."""
     try:
-        return json.loads(path.read_text())
-    except ValueError as error:
+        read = json.loads(path.read_text())
+    except JSON_ERRORS as error:
         raise Mistake(f"{path}: not JSON ({error}): restore it, or delete it and make its row again") from error
+    if not isinstance(read, dict):
+        raise Mistake(f"{path}: not what a run has measured: restore it, or delete it and make its row again")
+    return read
 
 
 def sides_of(reference: Path) -> dict[str, dict[str, int]]:

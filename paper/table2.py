@@ -25,7 +25,7 @@ DIGITS = {FID: 2, "FID 32": 4, KID: 4, "PSNR": 2, "SSIM": 4, "RMSE": 4, "NRMSE":
 # The paper's four metrics, with 4 rivals and 2 regions its 32 comparisons. Its "RMSE" is over the real slice's own RMS,
 # as its PSNR shows: NRMSE here.
 COMPARED = (FID, "PSNR", "SSIM", "NRMSE")
-COSTS = ("method", "seed", "seconds", "samples", "parameters", "synthesis", "d_at_end", "commit")
+COSTS = ("method", "seed", "seconds", "samples", "parameters", "synthesis", "d_at_end", "commit", "machine")
 ZOOM = 0.4  # share of a slice's side that the picture shows, around the lesion
 
 # Table II: method -> FID, PSNR, SSIM, RMSE of the complete images and of the lungs alone
@@ -55,15 +55,15 @@ def collect(args: argparse.Namespace) -> dict[str, Any]:
     records, costs, progress = [], [], {}
     for name in FLOORS:
         records += records_of(name, None, measures.keep_floor(name, args))
-    found = {name: runs.kept_seeds(args.results, name) for name in ROWS}
+    found = {name: measures.kept_generators(name, args) for name in ROWS}
     found = {name: seeds for name, seeds in found.items() if seeds}
     for name, seed, one in ((name, seed, one) for name, seeds in found.items() for seed, one in seeds.items()):
         records += records_of(name, seed, one["figures"])
         costs.append({key: one[key] for key in COSTS})
-        if in_own_style := one.get("figures in the style of the slices themselves"):
-            records += records_of(name.replace("SEAN", "SEAN-self"), seed, in_own_style)
+        if in_own_style := one.get(measures.IN_OWN_STYLE):
+            records += records_of(self_of(name), seed, in_own_style)
         if one["progress"]:
-            progress[name] = one["progress"]
+            progress[name] = {"machine": one["machine"], "course": one["progress"]}
     ours = [name for name in ROWS if name.startswith("covidgan")]
     return {
         "setting": setting(args, found),
@@ -74,6 +74,12 @@ def collect(args: argparse.Namespace) -> dict[str, Any]:
         "comparisons": [comparison(records, one, block) for one in ours for block in ("", "-clean")],
         "progress": progress,
     }
+
+
+def self_of(name: str) -> str:
+    """A row's name where it takes the style of the slices themselves: SEAN-self, SEAN-self-clean."""
+    published = name.removesuffix("-clean")
+    return f"{published}-self{name.removeprefix(published)}"
 
 
 def setting(args: argparse.Namespace, found: dict[str, dict[int, dict[str, Any]]]) -> dict[str, Any]:
@@ -89,9 +95,12 @@ def setting(args: argparse.Namespace, found: dict[str, dict[int, dict[str, Any]]
         "batch": args.batch,
         "seeds": {name: [*seeds] for name, seeds in found.items()},
         "features": runs.FEATURES,
-        "optimisers": {name: next(iter(seeds.values()))["optimiser"] for name, seeds in found.items()},
+        "optimisers": {
+            name: " and ".join(sorted({one["optimiser"] for one in found[name].values()})) for name in found
+        },
         f"lung {KID} by which an optimiser was chosen": generators.tried_optimisers(args),
         "commits": sorted({one["commit"] for seeds in found.values() for one in seeds.values()}),
+        "machines": sorted({one["machine"] for seeds in found.values() for one in seeds.values()}),
     }
 
 
@@ -144,16 +153,19 @@ def comparison(records: list[dict[str, Any]], ours: str, block: str) -> dict[str
     }
 
 
-def time_to(progress: dict[str, list[dict[str, Any]]], block: str) -> dict[str, float | None]:
-    """Seconds until each method of a block reaches the lung KID that pix2pixHD ends with; None where it never does."""
+def time_to(progress: dict[str, dict[str, Any]], block: str) -> dict[str, float | None]:
+    """Seconds until each method of a block reaches the lung KID that pix2pixHD ends with; None where it never does.
+
+    Without the methods that were trained on another machine than it.
+    """
     reference = progress.get(f"pix2pixHD{block}")
     if not reference:
         return {}
-    goal, names = reference[-1]["KID"], [f"{name}{block}" for name in ("covidgan", *RIVALS)]
+    goal, names = reference["course"][-1]["KID"], [f"{name}{block}" for name in ("covidgan", *RIVALS)]
     return {
-        name: next((point["seconds"] for point in progress[name] if point["KID"] <= goal), None)
+        name: next((point["seconds"] for point in progress[name]["course"] if point["KID"] <= goal), None)
         for name in [*names, "covidgan-best"]
-        if name in progress
+        if name in progress and progress[name]["machine"] == reference["machine"]
     }
 
 
@@ -214,7 +226,8 @@ def write_picture(path: Path, args: argparse.Namespace) -> None:
     side = measures.load_side(args.reference, REPORT)
     first, lines = {}, []
     for name, _, run in generators.whole_runs(ROWS, args):
-        first.setdefault(name, run)
+        if (run / f"synthetic_{REPORT}").exists():  # not yet where another command only trained it
+            first.setdefault(name, run)
     for k in covidgan.choose_cases(side, 3):
         labels, real = side.labels[k, 0].numpy(), side.hu[k, 0].numpy()
         files = [run / f"synthetic_{REPORT}" / "images" / f"{side.names[k]}.png" for run in first.values()]
@@ -234,4 +247,4 @@ def lesion_window(labels: np.ndarray) -> tuple[slice, slice]:
 
 
 LISTED = {name: " ".join((row.method, *row.options)) for name, row in ROWS.items()}
-TABLE = Table(LISTED, measures.keep_generator, collect, markdown, write_picture)
+TABLE = Table(LISTED, measures.keep_generator, str, collect, markdown, write_picture)

@@ -149,23 +149,23 @@ def make(experiment: Experiment, name: str, seed: int, args: argparse.Namespace)
     """Train and measure a row with a seed, and its generator if it is not there yet, and keep it. Raises Mistake."""
     mix = experiment.rows[name]
     scores, out = mixes.score(mix, seed, args), mixes.folder(mix, seed, args)
-    synthetic = mix.replaced or mix.added
     told = {
+        "options of generator": options_of(mix),
         "parameters": json.loads((out / "results.json").read_text())["parameters"],
         "seconds": runs.seconds(out),
         "commit": runs.commit_of(out),
-        "commit of generator": runs.commit_of(generators.trained(mix.generator, seed, args)) if synthetic else None,
+        "commit of generator": generators.commit_of(mix.generator, seed, args) if options_of(mix) else None,
         "slices": mixes.composition(mix, seed, args),
         "sides": {side: summary(found) for side, found in scores.items()},
     }
-    runs.keep_measures(args.results, f"{unet_of(mix)}_{seed}", told)
+    runs.keep_measures(args.results, f"{mixes.unet_of(mix)}_{seed}", told)
     if experiment.images:
         measures.keep_generator(mix.generator, seed, args)
 
 
-def unet_of(mix: Mix) -> str:
-    """The name of a mix's U-Nets among what is kept."""
-    return f"unet_{mix.name}"
+def options_of(mix: Mix) -> str:
+    """How a mix's generator is trained; "" where it has no synthetic slices."""
+    return " ".join(generators.row_of(mix.generator).options) if mix.replaced or mix.added else ""
 
 
 # ------------------------------------------------------------------------------------------------ figures
@@ -205,10 +205,10 @@ def summary(scores: Scores) -> dict[str, Any]:
     }
 
 
-def of_patients(values: np.ndarray, names: list[str]) -> dict[str, float]:
-    """Each patient's mean of slices' values [n], none of which is NaN."""
-    patients = np.array([patient_of(name) for name in names])
-    return {patient: float(values[patients == patient].mean()) for patient in dict.fromkeys(patients.tolist())}
+def of_patients(values: np.ndarray, names: list[str]) -> list[float]:
+    """Each patient's mean of slices' values [n], none of which is NaN; without the names, which may be of people."""
+    patients = [patient_of(name) for name in names]
+    return [float(values[np.array(patients) == patient].mean()) for patient in dict.fromkeys(patients)]
 
 
 def averaged(values: list[float | None]) -> float | None:
@@ -244,7 +244,7 @@ def difference(row: str, other: str, side: str, ours: Kept, theirs: Kept) -> Rec
     if not seeds:
         return None
     pairs = [(ours[seed]["sides"][side], theirs[seed]["sides"][side]) for seed in seeds]
-    patients = np.array([[*headline(a, b).values()] for a, b in pairs])  # [seeds, patients]
+    patients = np.array([np.subtract(*(one[f"{HEADLINE} of patients"] for one in pair)) for pair in pairs])
     means = patients.mean(1).tolist()
     mean, half, _ = evaluation.interval(patients.mean(0).tolist())
     half_seeds = evaluation.interval(means)[1]
@@ -253,12 +253,6 @@ def difference(row: str, other: str, side: str, ours: Kept, theirs: Kept) -> Rec
     told = {"row": row, "against": other, "side": side, "metric": HEADLINE, "difference": mean, "ci95_patients": half}
     told |= {"ci95_seeds": half_seeds, "over folds": float(np.mean(folds))}
     return told | {"seeds": seeds, "of seeds": means, "clear": bool(clear)}
-
-
-def headline(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, float]:
-    """By how much the headline of one U-Net is above another's, for each patient of a side."""
-    a, b = (one[f"{HEADLINE} of patients"] for one in (ours, theirs))
-    return {patient: a[patient] - b[patient] for patient in a}
 
 
 def image_differences(records: list[Record], against: Callable[[str], list[str]]) -> list[Record]:
@@ -276,7 +270,7 @@ def image_differences(records: list[Record], against: Callable[[str], list[str]]
 
 def image_records(row: str, mix: Mix, args: argparse.Namespace) -> list[Record]:
     """FID, KID and PSNR of the complete images of a row's generators; empty where none was measured yet."""
-    kept = runs.kept_seeds(args.results, mix.generator)
+    kept = measures.kept_generators(mix.generator, args)
     where = {"row": row, "class": "complete", "side": generators.REPORT}
     keys = ("value", "interval", "patients_mean", "patients_interval")  # a figure of features has a value alone
     found = []
@@ -303,8 +297,12 @@ def paper_records(experiment: Experiment) -> list[Record]:
 
 def collect(experiment: Experiment, args: argparse.Namespace) -> dict[str, Any]:
     """All that is known of a table, from the measurements that are kept."""
-    kept = {row: runs.kept_seeds(args.results, unet_of(mix)) for row, mix in experiment.rows.items()}
+    kept = {row: runs.kept_seeds(args.results, mixes.unet_of(mix)) for row, mix in experiment.rows.items()}
     kept = {row: found for row, found in kept.items() if found}
+    for row, found in kept.items():
+        for seed, one in found.items():
+            mix = experiment.rows[row]
+            measures.check_options(f"{mixes.unet_of(mix)}_{seed}", one["options of generator"], options_of(mix), args)
     sides = [side for side in mixes.tested_sides(mixes.split_of(args)) if side in experiment.sides]
     records, differences = [], []
     for side, (row, found) in itertools.product(sides, kept.items()):
@@ -456,15 +454,14 @@ def listed(experiment: Experiment) -> dict[str, str]:
 
 def listed_row(mix: Mix) -> str:
     """A mix's name and how its generator is trained."""
-    switches = " ".join(generators.row_of(mix.generator).options) if mix.replaced or mix.added else ""
-    return f"{mix.name:36} {switches}".rstrip()
+    return f"{mix.name:36} {options_of(mix)}".rstrip()
 
 
 def table(experiment: Experiment) -> Table:
     """An experiment as paper/tables.py takes it."""
     sides = SIDES if experiment.images or experiment.sides != mixes.TESTED else ("train", mixes.SIDE)
-    made = (partial(work, experiment) for work in (make, collect, markdown))
-    return Table(listed(experiment), *made, sides=sides)
+    made, found, told = (partial(work, experiment) for work in (make, collect, markdown))
+    return Table(listed(experiment), made, lambda row: mixes.unet_of(experiment.rows[row]), found, told, sides=sides)
 
 
 TABLES: dict[str, Table] = {key: table(experiment) for key, experiment in EXPERIMENTS.items()}

@@ -92,22 +92,32 @@ def main(argv: list[str]) -> None:
         return
     runs.check_sides(args.data, args.reference, made.sides)
     setting = {name: getattr(args, name) for name in SETTING}
-    runs.keep_setting(args.results / "runs", args.data, args.reference, setting, "another --results")
+    kept = args.results / "runs"
+    runs.keep_setting(kept, args.data, args.reference, setting, "another --results", begun=("setting.json",))
     runs.keep_setting(args.out, args.data, args.reference, setting)
+    title = f"table {args.table}" if args.table.isdecimal() else args.table
+    path = args.results / f"{title.replace(' ', '')}.json"
+    check_rows(path, made, args)
     for seed, name in itertools.product(args.seeds, args.rows):
         made.make(name, seed, args)
-    table = made.collect(args)
-    text = made.markdown(table)
-    print(text)
-    title = f"table {args.table}" if args.table.isdecimal() else args.table
-    name = title.replace(" ", "")
     with runs.making(readme := args.results.parent / "README.md"):
-        args.results.mkdir(parents=True, exist_ok=True)
-        write_bytes(args.results / f"{name}.json", (json.dumps(table, indent=1) + "\n").encode())
-        if readme.exists():
-            write_readme(readme, title, text)
+        table = made.collect(args)
+        text = made.markdown(table)
+        print(text)
+        write_bytes(path, (json.dumps(table, indent=1) + "\n").encode())
+        write_readme(readme, title, text)
         if made.draw:
-            made.draw(args.out / f"{name}.png", args)
+            made.draw(args.out / f"{path.stem}.png", args)
+
+
+def check_rows(path: Path, made: Table, args: argparse.Namespace) -> None:
+    """Raise Mistake where a table would lose rows: those whose measurements are not kept, and that are not made now."""
+    there = runs.read_measures(path).get("rows", {}) if path.exists() else {}
+    made_now = {*args.rows}
+    lost = [row for row in there if row in made.rows and row not in made_now]
+    if lost := [row for row in lost if not runs.kept_seeds(args.results, made.kept(row))]:
+        told = f"{path} has rows of which {args.results / 'runs'} has nothing: {', '.join(lost)}"
+        raise Mistake(f"{told}: name these with --rows too, or give another --results")
 
 
 if __name__ == "__main__":

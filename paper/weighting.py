@@ -21,14 +21,22 @@ import numpy as np
 
 import eval as evaluation
 import infer_onnx
-from data.slices import Mistake, OneLineParser, exit_on_mistake, patient_of, read_map, write_bytes
+from data.slices import (
+    JSON_ERRORS,
+    Mistake,
+    OneLineParser,
+    exit_on_mistake,
+    patient_of,
+    read_map,
+    write_bytes,
+)
 from paper import runs
 from paper.report import grid, write_readme
 
 Z = 1.959964  # for 95 %
 POINTS = 200  # per curve
 FEWEST = 4  # slices for a correlation: Fisher's interval needs more than three
-DRAWN = (".png", ".svg", ".pdf")
+UNDATED = {".png": {}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}  # endings, and what makes the same bytes
 CLOSE = 0.02  # a weight this near to its end value has settled
 
 PAPER = {"alpha": "adapts to the slice (§III-C.1)", "beta": "adapts to the input (§III-C.2)"}  # words, not figures
@@ -44,7 +52,10 @@ def course(run: Path) -> Course:
     path = run / "stats.jsonl"
     if not path.exists():
         raise Mistake(f"{path}: not there: give the folder of a run of covidgan.py")
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    try:
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+    except JSON_ERRORS as error:
+        raise Mistake(f"{path}: not whole ({error}): a run that was killed is mended by --resume") from error
     if not lines or not {"alpha", "beta"} <= lines[0].keys():
         raise Mistake(f"{path}: has no alpha and beta: give the folder of a run of covidgan.py")
     numbered, points = [*enumerate(lines, 1)], []
@@ -161,6 +172,7 @@ def markdown(studies: list[dict[str, Any]]) -> str:
 
 def draw(studies: list[dict[str, Any]], path: Path) -> None:
     """Draw alpha and beta along training, and alpha of each slice against its share of lesion."""
+    import matplotlib
     from matplotlib.figure import Figure  # slow to import, and only needed here
 
     figure = Figure(figsize=(12, 4), layout="tight")
@@ -175,7 +187,8 @@ def draw(studies: list[dict[str, Any]], path: Path) -> None:
     axes[0].legend()
     path.parent.mkdir(parents=True, exist_ok=True)
     picture = io.BytesIO()
-    figure.savefig(picture, format=path.suffix[1:])
+    with matplotlib.rc_context({"svg.hashsalt": path.stem}):
+        figure.savefig(picture, format=path.suffix[1:], metadata=UNDATED[path.suffix])
     write_bytes(path, picture.getvalue())
 
 
@@ -193,8 +206,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     option("--out", type=Path, help="picture (default: weighting.png in --results)")
     args = parser.parse_args(argv)
     args.out = args.out or args.results / "weighting.png"
-    if args.out.suffix not in DRAWN:
-        raise Mistake(f"--out {args.out}: give a name that ends in {', '.join(DRAWN)}")
+    if args.out.suffix not in UNDATED:
+        raise Mistake(f"--out {args.out}: give a name that ends in {', '.join(UNDATED)}")
     return args
 
 
@@ -213,8 +226,7 @@ def main(argv: list[str]) -> None:
     with runs.making(readme := args.results.parent / "README.md"):
         write_bytes(args.results / "weighting.json", content)
         draw(studies, args.out)
-        if readme.exists():
-            write_readme(readme, "weighting", text)
+        write_readme(readme, "weighting", text)
 
 
 if __name__ == "__main__":

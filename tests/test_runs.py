@@ -1,6 +1,7 @@
 """Runs of the experiments: trained once, gone on with where they stopped, measured by eval.py."""
 
 import json
+import subprocess
 import types
 
 import numpy as np
@@ -153,9 +154,29 @@ def test_a_row_trains_exports_synthesizes_and_is_measured_on_both_sides_once(thr
 
 
 def test_what_was_kept_of_a_run_and_is_broken_is_one_line(tmp_path):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "setting.json").write_text("{}")
     runs.keep_measures(tmp_path, "covidgan_3", {"seconds": 1.5})
-    assert runs.kept_seeds(tmp_path, "covidgan") == {3: {"seconds": 1.5}}
+    assert runs.kept_seeds(tmp_path, "covidgan")[3]["seconds"] == 1.5
     assert runs.kept_measures(tmp_path, "covidgan_4") is None
-    (tmp_path / "runs" / "covidgan_3.json").write_text("<<<<<<< ours\n")
-    with pytest.raises(Mistake, match=r"runs/covidgan_3.json: not JSON .*: restore it, or delete it"):
-        runs.kept_seeds(tmp_path, "covidgan")
+    for broken in ("<<<<<<< ours\n", "[1]", "[" * 10**5):
+        (tmp_path / "runs" / "covidgan_3.json").write_text(broken)
+        with pytest.raises(Mistake, match=r"runs/covidgan_3.json: not .*: restore it, or delete it"):
+            runs.kept_seeds(tmp_path, "covidgan")
+
+
+def test_the_commit_is_dirty_by_code_and_not_by_what_tables_write(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "ROOT", tmp_path)
+    (tmp_path / "paper" / "results").mkdir(parents=True)
+    files = [tmp_path / "code.py", tmp_path / "paper" / "results" / "table2.json", tmp_path / "paper" / "README.md"]
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    assert runs.commit() == "unknown"
+    for path in files:
+        path.write_text("1")
+    for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "first"]):
+        subprocess.run([*git, *words], check=True)
+    for path in files[1:]:
+        path.write_text("2")
+    assert len(runs.commit()) == 12
+    files[0].write_text("2")
+    assert runs.commit().endswith("-dirty") and len(runs.commit()) == 18

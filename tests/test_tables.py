@@ -51,12 +51,20 @@ def test_the_optimiser_kept_is_the_one_with_the_lower_lung_kid_on_the_patients_t
     monkeypatch.setattr(runs, "measure", measure)
     monkeypatch.setattr(runs, "feature_network", lambda folder: folder / "features.onnx")
     args = tables.parse(["2", "--out", str(tmp_path), "--results", str(tmp_path / "results")])
+    for name in ("results", "others"):
+        (tmp_path / name / "runs").mkdir(parents=True)
+        (tmp_path / name / "runs" / "setting.json").write_text("{}")
     assert generators.optimiser_of("SPADE-clean", args) == "paper"
     kids["own"] = 0.03
     assert generators.optimiser_of("SPADE", args) == "paper" and asked == ["test"] * 2  # it is chosen once
     args.results = tmp_path / "others"
     assert generators.optimiser_of("SPADE-clean", args) == "own"
     assert set(asked) == {"test"} and generators.REPORT == "seg_test"
+    kids["own"] = None  # eval.py refuses a KID of one slice
+    (tmp_path / "others" / "runs" / "optimiser_SPADE.json").unlink()
+    with pytest.raises(Mistake, match="too few slices on side test"):
+        generators.optimiser_of("SPADE", args)
+    assert not (tmp_path / "others" / "runs" / "optimiser_SPADE.json").exists()
 
 
 def welch(a, b):
@@ -120,9 +128,12 @@ def test_time_to_quality_is_the_first_moment_at_what_pix2pixHD_ends_with():
         "covidgan": [(50, 0.08), (80, 0.05), (110, 0.06)],
         "SPADE": [(300, 0.06)],
     }
-    progress = {name: [{"seconds": s, "KID": kid} for s, kid in path] for name, path in points.items()}
+    courses = {name: [{"seconds": s, "KID": kid} for s, kid in path] for name, path in points.items()}
+    progress = {name: {"machine": "a", "course": course} for name, course in courses.items()}
     assert table2.time_to(progress, "") == {"covidgan": 80, "pix2pixHD": 200, "SPADE": None}
     assert table2.time_to(progress, "-clean") == {}
+    progress["covidgan"]["machine"] = "b"  # whose seconds are others
+    assert table2.time_to(progress, "") == {"pix2pixHD": 200, "SPADE": None}
 
 
 def test_quality_along_a_run_is_that_of_its_kept_checkpoints_of_the_whole_generator(tmp_path, monkeypatch):
@@ -143,15 +154,17 @@ def test_the_papers_figures_are_those_of_its_table():
     assert paper["SEAN", "lung", "FID"] == 0.3575 and paper["pix2pix", "lung", "PSNR"] == 26.56
 
 
-def test_a_table_is_put_between_its_marks_and_nothing_else_is_touched(tmp_path):
+def test_a_table_is_put_between_its_marks_and_nothing_else_is_touched(tmp_path, capsys):
     path = tmp_path / "README.md"
     path.write_text(MARKED)
     report.write_readme(path, "table 2", "new")
     assert path.read_text() == MARKED.replace("old", "\nnew\n")
     path.write_text("no marks\n")
-    with pytest.raises(Mistake, match=r"README.md: the marks <!-- table 2 -->"):
-        report.write_readme(path, "table 2", "new")
+    report.write_readme(path, "table 2", "new")
     assert path.read_text() == "no marks\n"
+    assert "README.md: left as it is: without <!-- table 2 -->" in capsys.readouterr().out
+    report.write_readme(tmp_path / "not_there.md", "table 2", "new")
+    assert not (tmp_path / "not_there.md").exists()
 
 
 def test_the_picture_zooms_on_the_rarer_lesion_and_stays_within_the_slice():
@@ -199,7 +212,22 @@ def test_checkpoints_are_kept_as_they_come_with_the_cpu_seconds_behind_them(tmp_
     first, second = runs.kept_seconds(tmp_path)
     assert first == "000100" and int(second) == 102
     assert (tmp_path / "kept" / second / "ckpt.pt").read_text() == "later"
-    assert threading.active_count() == 1 or not any("watch" in t.name for t in threading.enumerate())
+    assert not any(thread.name.startswith("ThreadPool") for thread in threading.enumerate())
+
+
+def test_a_course_that_a_full_disk_broke_is_told_and_not_kept_with_holes(tmp_path, monkeypatch):
+    (tmp_path / "kept" / "000100").mkdir(parents=True)
+    (tmp_path / "kept" / "000100" / "ckpt.pt").write_text("whole")
+    (tmp_path / "kept" / "000100" / ".ckpt.pt.tmp").write_text("of a kill")
+
+    def full(path, content):
+        raise Mistake(f"{path}: cannot be written")
+
+    monkeypatch.setattr(runs, "write_bytes", full)
+    with pytest.raises(Mistake, match=r"ckpt.pt: cannot be written"), runs.keeping(tmp_path, 0):
+        assert [path.name for path in (tmp_path / "kept" / "000100").iterdir()] == ["ckpt.pt"]
+        (tmp_path / "ckpt.pt").write_text("new")
+    assert not (tmp_path / "kept").exists()
 
 
 def test_an_unknown_row_is_one_line(tmp_path):
@@ -263,10 +291,10 @@ def test_what_a_run_cost_stands_beside_it(made):
 
 def test_lung_kid_is_followed_along_a_run_once_a_whole_generator_is_there(made):
     progress = json.loads((made.results / "table2.json").read_text())["progress"]
-    assert [len(progress[name]) >= 1 for name in ("covidgan", "SEAN")] == [True, True]
+    assert all(len(progress[name]["course"]) >= 1 for name in ("covidgan", "SEAN"))
     table = json.loads((made.results / "table2.json").read_text())
     end = next(r for r in table["records"] if (r["method"], r["region"], r["metric"]) == ("SEAN", "lung", "KID 1280"))
-    assert progress["SEAN"][-1]["KID"] == end["value"]
+    assert progress["SEAN"]["course"][-1]["KID"] == end["value"]
 
 
 def test_the_floor_of_label_means_has_one_value_a_label(made):
@@ -292,15 +320,53 @@ def test_the_same_command_goes_on_without_training_anything_again(made, monkeypa
     assert json.loads((made.results / "table2.json").read_text())["records"] == table2.collect(made)["records"]
 
 
+def copied(made, tmp_path, **names):
+    """The table's args in another place, with the measurements alone: file names in `names` are changed, inside too."""
+    args = argparse.Namespace(**{**vars(made), "out": tmp_path / "out", "results": tmp_path / "results"})
+    (args.results / "runs").mkdir(parents=True)
+    for path in (made.results / "runs").iterdir():
+        name = names.get(path.stem, path.stem)
+        content = path.read_text().replace(f'"run": "{path.stem}"', f'"run": "{name}"')
+        (args.results / "runs" / f"{name}.json").write_text(content)
+    return args
+
+
 def test_what_was_measured_elsewhere_stands_beside_what_is_trained_here(made, monkeypatch, tmp_path):
     """From another machine come the measurements alone, of another seed; nothing of its run is needed."""
-    args = argparse.Namespace(**{**vars(made), "out": tmp_path / "out", "results": tmp_path / "results"})
-    for path in (made.results / "runs").iterdir():
-        there = args.results / "runs" / path.name.replace("SEAN_0", "SEAN_7")
-        there.parent.mkdir(parents=True, exist_ok=True)
-        there.write_bytes(path.read_bytes())
+    args = copied(made, tmp_path, SEAN_0="SEAN_7")
     monkeypatch.setattr(runs, "call", None)  # whatever is called breaks
     ours, theirs = table2.collect(made), table2.collect(args)
     assert theirs["setting"]["seeds"] == {"covidgan": [0], "SEAN": [7]}
     assert [r | {"seed": 7} if "SEAN" in r["method"] else r for r in ours["records"]] == theirs["records"]
     assert (ours["costs"], ours["progress"]) == (theirs["costs"], theirs["progress"])
+
+
+def test_measurements_of_another_run_setting_or_training_are_refused(made, monkeypatch, tmp_path):
+    args = copied(made, tmp_path)
+    kept, setting = (args.results / "runs" / name for name in ("SEAN_0.json", "setting.json"))
+    (twice := kept.with_name("SEAN_1.json")).write_bytes(kept.read_bytes())  # it would count as a second seed
+    with pytest.raises(Mistake, match=r"SEAN_1.json: of another run"):
+        table2.collect(args)
+    twice.unlink()
+    monkeypatch.setitem(generators.ROWS, "SEAN", generators.Row("SEAN", ("--preset", "paper", "--noise", "0")))
+    with pytest.raises(Mistake, match=r"SEAN_0.json: trained with '--preset paper', its row now has .*--noise 0"):
+        table2.collect(args)
+    setting.write_text(setting.read_text().replace('"samples": 32', '"samples": 64'))
+    with pytest.raises(Mistake, match=r"label_means.json: of another run, or of another setting than .*setting"):
+        table2.collect(args)
+
+
+def test_a_row_that_only_the_table_knows_is_not_lost_without_a_word(made, monkeypatch, tmp_path):
+    args = copied(made, tmp_path)
+    (args.results / "table2.json").write_bytes((made.results / "table2.json").read_bytes())
+    before = (args.results / "table2.json").read_bytes()
+    (args.results / "runs" / "SEAN_0.json").unlink()
+    monkeypatch.setattr(runs, "call", None)  # whatever is called breaks
+    places = [
+        str(word) for name in ("data", "reference", "out", "results") for word in (f"--{name}", getattr(args, name))
+    ]
+    with pytest.raises(
+        Mistake, match=r"table2.json has rows of which .*runs has nothing: SEAN: name these with --rows"
+    ):
+        tables.main(["2", *places, "--rows", "--ngf", "4", "--samples", "32"])
+    assert (args.results / "table2.json").read_bytes() == before

@@ -228,7 +228,7 @@ def kept(names, figures):
     return {"sides": {"train": table345.summary(Scores(names, every))}}
 
 
-def test_a_difference_is_paired_by_slice_so_that_patients_who_differ_hide_nothing():
+def test_a_difference_is_paired_by_patient_so_that_patients_who_differ_hide_nothing():
     told = table345.difference("a", "b", "train", scores(0.02, noise=0.005), scores(0.0))
     assert told["difference"] == pytest.approx(2, abs=0.3) and told["clear"] and len(told["of seeds"]) == 2
     assert told["seeds"] == [0, 1] and told["over folds"] == pytest.approx(2, abs=0.3)
@@ -465,9 +465,12 @@ def test_a_run_that_has_neither_weight_is_one_line(tmp_path):
     (tmp_path / "stats.jsonl").write_text('{"stage": "whole", "step": 1, "loss": 1.0}\n')
     with pytest.raises(Mistake, match="no alpha and beta"):
         weighting.course(tmp_path)
+    (tmp_path / "stats.jsonl").write_text('{"stage": "g2", "step": 1, "alpha": 1, "beta": 0.5}\n{"stage": "g2", "st')
+    with pytest.raises(Mistake, match=r"stats.jsonl: not whole .* mended by --resume"):
+        weighting.course(tmp_path)
 
 
-def test_the_study_of_a_run_has_pytorchs_alpha_of_each_slice_and_its_lesion_share(made):
+def test_the_study_of_a_run_has_pytorchs_alpha_of_each_slice_and_its_lesion_share(made, monkeypatch):
     run, results = made.args.out / "covidgan_paper_0", made.args.out / "weighting"
     argv = [str(run), "--data", str(made.data), "--side", "test", "--results", str(results)]
     weighting.main([*argv, "--out", str(results / "alpha.png")])
@@ -481,3 +484,10 @@ def test_the_study_of_a_run_has_pytorchs_alpha_of_each_slice_and_its_lesion_shar
     assert one["slices"]["lesion"] == pytest.approx(shares)
     assert [*one["settled"]["alpha"]] == ["joint"] and [*one["settled"]["beta"]] == ["g2", "joint"]
     assert (results / "alpha.png").stat().st_size > 1000
+    for kind in ("svg", "pdf"):  # which matplotlib dates, and gives random names within
+        pictures = [results / f"{n}" / f"alpha.{kind}" for n in (1, 2)]
+        with monkeypatch.context() as patch:
+            for k, path in enumerate(pictures):
+                patch.setenv("SOURCE_DATE_EPOCH", str(10**9 + k))
+                weighting.draw([one], path)
+        assert pictures[0].read_bytes() == pictures[1].read_bytes()

@@ -12,6 +12,7 @@ import http.server
 import os
 import re
 import shutil
+import struct
 import threading
 import zlib
 from pathlib import Path
@@ -607,6 +608,30 @@ def test_a_small_map_that_unpacks_to_a_giant_one_is_refused(page, tmp_path):
     bomb = (b"IDAT", zlib.compress(bytes(2**28), 1))
     (tmp_path / "bomb.png").write_bytes(readers.png_of([head, bomb, (b"IEND", b"")]))
     refuses(page, "map", tmp_path / "bomb.png", "it holds more than its header says")
+
+
+def test_a_map_whose_header_claims_more_than_any_has_is_refused_before_it_is_unpacked(page, tmp_path):
+    head = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 0, 0, 0, 0)
+    parts = [(b"IHDR", head), (b"IDAT", b"no stream at all"), (b"IEND", b"")]
+    (tmp_path / "giant.png").write_bytes(readers.png_of(parts))
+    refuses(page, "map", tmp_path / "giant.png", "not 1 to 1024 pixels a side")
+
+
+@pytest.mark.parametrize("kind", ["tensors elsewhere", "operators of someone"])
+def test_a_generator_that_wants_other_files_or_other_operators_is_refused(page, generator, tmp_path, kind):
+    model = onnx.load(generator)
+    if kind == "tensors elsewhere":
+        tensor = max(model.graph.initializer, key=lambda one: len(one.raw_data))
+        tensor.ClearField("raw_data")
+        tensor.data_location = onnx.TensorProto.EXTERNAL
+        tensor.external_data.add(key="location", value="../../../../etc/passwd")
+    else:
+        model.graph.node[0].domain, model.graph.node[0].op_type = "of.someone", "Run"
+        model.opset_import.append(onnx.helper.make_opsetid("of.someone", 1))
+    onnx.save(model, tmp_path / "a.onnx")
+    before = len(page.requests)
+    refuses(page, "generator", tmp_path / "a.onnx", "a.onnx")
+    assert not any("passwd" in request.url for request in page.requests[before:])
 
 
 def test_a_palette_of_more_colours_than_bytes_is_refused(page, tmp_path):

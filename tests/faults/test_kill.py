@@ -147,6 +147,7 @@ def test_volumes_are_synthesized_whole_and_none_is_missing(survives, tmp_path):
 
 def test_a_row_of_a_table_is_made_to_the_same_end(survives, table_command, tmp_path):
     """Killed alone, paper/tables.py leaves its scripts running: the next command waits for them."""
-    arguments = table_command("2", "<!-- table 2 -->\n<!-- end of table 2 -->\n", "--samples", "64")
-    arguments[arguments.index("--out") + 1] = tmp_path / "out"
-    survives("paper.tables", ["-m", "paper.tables", *arguments, "--rows", "covidgan"], 0, 10)
+    arguments = table_command("2", "", "--samples", "64", "--rows", "covidgan")
+    for option, place in (("--out", "out"), ("--results", "out/results")):
+        arguments[arguments.index(option) + 1] = tmp_path / place
+    survives("paper.tables", ["-m", "paper.tables", *arguments], 0, 10)
