@@ -1931,7 +1931,7 @@ def exit_on_mistake(program: Callable[[list[str]], None]) -> None:
         leave(2, f"error: out of memory ({first_line(error)}): less --batch, --size or --ngf needs less")
     except (Stopped, KeyboardInterrupt) as stop:
         sys.unraisablehook = lambda _: None  # objects interrupted while being made complain when deleted
-        leave(130, f"\n{stop or 'stopped'}")
+        leave(130, f"\n{str(stop) or 'stopped'}")
 
 
 def leave(status: int, line: str) -> None:

@@ -157,6 +157,58 @@ def test_results_that_a_full_disk_cannot_hold_are_one_line_and_made_when_there_i
     assert check_whole(out) > 1
 
 
+@pytest.mark.parametrize("writer", RESULTS)
+def test_results_into_a_folder_that_has_turned_read_only_are_one_line_and_back_again_made(
+    writer, results, tmp_path, immutable, cli, count, tries
+):
+    if writer != "eval.py":
+        with_long_alone(tries)
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "of_before.json").write_text("{}")
+    immutable(out, True)
+    told = error_of(cli(*results[writer], script=None))
+    assert str(out) in told and "not permitted" in told
+    count(f"read-only folder: {writer}")
+    immutable(out, False)
+    assert [path.name for path in out.iterdir()] == ["of_before.json"]
+    done = cli(*results[writer], script=None, timeout=600)
+    assert done.status == 0, done.stderr
+    assert check_whole(out) > 1
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+@pytest.mark.parametrize("writer", ["eval.py", "export.py"])
+def test_asked_to_stop_what_writes_results_says_so_and_leaves_none_in_part(
+    writer, signum, results, tmp_path, cli, count, tries
+):
+    if (writer, signum) != ("export.py", signal.SIGINT):
+        with_long_alone(tries)
+    out, rng, stopped = tmp_path / "out", random.Random(writer), 0
+    out.mkdir()
+    began = time.monotonic()
+    assert cli(*results[writer], script=None).status == 0
+    took = time.monotonic() - began
+    for _ in range(20):
+        shutil.rmtree(out)
+        out.mkdir()
+        process = cli.start(*results[writer], script=None)
+        time.sleep(took * rng.uniform(0.5, 0.95))  # past the imports
+        process.send_signal(signum)
+        _, stderr = process.communicate(timeout=300)
+        if process.returncode == 0:  # it was done before
+            continue
+        assert process.returncode == 130 and "Traceback" not in stderr, stderr
+        assert "stopped" in stderr.replace("\r", "\n").splitlines()[-1]
+        count(f"{signum.name}: {writer}")
+        check_whole(out)
+        assert leftovers(out) == []
+        stopped += 1
+        if stopped == tries(1, 5):
+            break
+    assert stopped == tries(1, 5)  # else it was too quick to be stopped
+
+
 def wait_for(process, folder, files):
     """Wait until a run has written so many files of data."""
     until = time.monotonic() + 300
