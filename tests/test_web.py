@@ -634,6 +634,14 @@ def test_a_generator_that_wants_other_files_or_other_operators_is_refused(page, 
     assert not any("passwd" in request.url for request in page.requests[before:])
 
 
+def test_a_part_whose_name_is_no_name_is_refused_in_one_line(page, tmp_path):
+    head = struct.pack(">IIBBBBB", 4, 4, 8, 0, 0, 0, 0)
+    content = bytearray(readers.png_of([(b"IHDR", head), (b"\r*\x1a\n", b"1234"), (b"IEND", b"")]))
+    content[-13] ^= 1  # the sum of that part
+    (tmp_path / "a.png").write_bytes(content)
+    refuses(page, "map", tmp_path / "a.png", "its part of no known kind is damaged")
+
+
 def test_a_palette_of_more_colours_than_bytes_is_refused(page, tmp_path):
     parts = [(b"IHDR", bytes([0, 0, 0, 1, 0, 0, 0, 1, 8, 3, 0, 0, 0])), (b"PLTE", bytes(3 * 300))]
     (tmp_path / "a.png").write_bytes(readers.png_of([*parts, (b"IDAT", zlib.compress(bytes(2))), (b"IEND", b"")]))

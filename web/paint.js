@@ -310,7 +310,8 @@ async function readPng(bytes) {
     if (at + 12 + length > bytes.length) throw new Error("it is cut short");
     const whole = bytes.subarray(at + 4, at + 8 + length), content = whole.subarray(4);
     const type = String.fromCharCode(...whole.subarray(0, 4));
-    if (crc32(whole) !== view.getUint32(at + 8 + length)) throw new Error(`its ${type} is damaged`);
+    const told = /^[A-Za-z]{4}$/.test(type) ? type : "part of no known kind";
+    if (crc32(whole) !== view.getUint32(at + 8 + length)) throw new Error(`its ${told} is damaged`);
     if (type === "IDAT") found.IDAT.push(content);
     else found[type] = content;
   }
