@@ -634,6 +634,17 @@ def test_a_generator_that_wants_other_files_or_other_operators_is_refused(page, 
     assert not any("passwd" in request.url for request in page.requests[before:])
 
 
+@pytest.mark.parametrize("place", ["before", "after"])
+def test_a_second_palette_of_opacities_which_readers_take_differently_is_refused(page, tmp_path, place):
+    head = struct.pack(">IIBBBBB", 4, 4, 8, 3, 0, 0, 0)
+    clear = (b"tRNS", b"\x00")
+    pixels = [(b"IDAT", zlib.compress(bytes(4 * 5))), (b"IDAT", b"")]
+    pixels.insert({"before": 0, "after": 1}[place], (b"tRNS", b"\xff\x00"))
+    parts = [(b"IHDR", head), (b"PLTE", bytes(12)), clear, *pixels, (b"IEND", b"")]
+    (tmp_path / "a.png").write_bytes(readers.png_of(parts))
+    refuses(page, "map", tmp_path / "a.png", "its tRNS stands where none may")
+
+
 def test_a_part_whose_name_is_no_name_is_refused_in_one_line(page, tmp_path):
     head = struct.pack(">IIBBBBB", 4, 4, 8, 0, 0, 0, 0)
     content = bytearray(readers.png_of([(b"IHDR", head), (b"\r*\x1a\n", b"1234"), (b"IEND", b"")]))

@@ -312,6 +312,8 @@ async function readPng(bytes) {
     const type = String.fromCharCode(...whole.subarray(0, 4));
     const told = /^[A-Za-z]{4}$/.test(type) ? type : "part of no known kind";
     if (crc32(whole) !== view.getUint32(at + 8 + length)) throw new Error(`its ${told} is damaged`);
+    const twice = found[type] || found.IDAT.length; // of two, readers differ in which they take
+    if (["IHDR", "PLTE", "tRNS"].includes(type) && twice) throw new Error(`its ${type} stands where none may`);
     if (type === "IDAT") found.IDAT.push(content);
     else found[type] = content;
   }
