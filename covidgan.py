@@ -930,9 +930,11 @@ class Trainer:
             for name, optimizer in self.optimizers.items():
                 optimizer.load_state_dict(checkpoint["optimizers"][name])
             self.step_done = checkpoint["step"]
+            if not all(isinstance(checkpoint[name], int) for name in ("step", "steps")):
+                raise TypeError("steps are whole numbers")
             if self.stage in self.stages:
                 self.check_length(path, checkpoint["steps"])
-        except (KeyError, RuntimeError, ValueError, TypeError) as error:
+        except (AttributeError, KeyError, RuntimeError, ValueError, TypeError) as error:
             raise Mistake(f"{path}: its tensors do not fit its config ({type(error).__name__}): train anew") from error
         if self.rank == 0:
             self.cut_stats()

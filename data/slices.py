@@ -303,6 +303,8 @@ def held(folder: Path, name: str = ".lock", wait: bool = False) -> Iterator[None
             until_the_end.enter_context(locked(path, wait))
         except BlockingIOError as error:
             raise Mistake(f"{folder}: another run is writing to it: wait for its end, or give another --out") from error
+        except UnicodeEncodeError as error:
+            raise Mistake(f"{folder}: no name that files can have: give another") from error
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 told = "written to" if folder.is_dir() else "made a folder"

@@ -135,7 +135,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     option("--list", action="store_true", help="show the rows and what they try")
     args = parser.parse_args(argv)
     if unknown := [row for row in args.rows if row not in ROWS]:
-        raise Mistake(f"--rows {unknown[0]}: give of {', '.join(ROWS)}")
+        raise Mistake(f"--rows {unknown[0][:80]}: give of {', '.join(ROWS)}")
     if min(args.seeds) < 0:
         raise Mistake(f"--seeds {min(args.seeds)}: give 0 or more")
     return args

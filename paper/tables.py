@@ -63,7 +63,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     rows = TABLES[args.table].rows
     args.rows = list(rows) if args.rows is None else args.rows
     if unknown := [row for row in args.rows if row not in rows]:
-        raise Mistake(f"--rows {unknown[0]}: give of {', '.join(rows)}")
+        raise Mistake(f"--rows {unknown[0][:80]}: give of {', '.join(rows)}")
     if min(args.seeds) < 0:
         raise Mistake(f"--seeds {min(args.seeds)}: give 0 or more")
     least = 2 * generators.KEPT * args.batch  # each of two stages sees half

@@ -361,7 +361,7 @@ def resumed(path: Path) -> None:
 
     import covidgan
 
-    c = covidgan.parse_config(["--resume", "--out", str(path.parent)])
+    c = covidgan.parse_config(["--resume", "--out", str(path.parent), "--data", str(path.parent)])
     none = covidgan.Slices([], torch.zeros(0), torch.zeros(0))
     with patch.multiple(covidgan, read_split=lambda *_: {"train": [], "test": []}, load_slices=lambda *_, **__: none):
         covidgan.Trainer(covidgan.Covidgan, c).load(path)

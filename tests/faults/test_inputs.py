@@ -548,3 +548,21 @@ def test_an_option_that_is_no_finite_number_is_named(tiny, name, value):
 def test_a_number_that_no_machine_has_memory_for_is_one_line(option):
     with pytest.raises(covidgan.Mistake, match=f"--{option}"):
         covidgan.parse_config(["--preset", "tiny", f"--{option}", str(2**80)])
+
+
+SPOILT_CHECKPOINT = {
+    "optimizers": [3, {"state": [], "param_groups": []}, "adam", None],  # each player's
+    "average": [None, 7, [1]],
+    "steps": [math.inf, 1e308, "20"],
+    "step": [3.5, None],
+}
+
+
+@pytest.mark.parametrize(("key", "value"), [(key, value) for key, odd in SPOILT_CHECKPOINT.items() for value in odd])
+def test_a_checkpoint_whose_parts_are_of_another_kind_is_refused_by_resume(tmp_path, key, value):
+    seeds = readers.READERS["checkpoint_resumed"].seeds()
+    checkpoints = [torch.load(io.BytesIO(content), weights_only=True) for content in seeds]
+    checkpoint = next(one for one in checkpoints if one["average"] and one["optimizers"])
+    spoilt = dict.fromkeys(checkpoint["optimizers"], value) if key == "optimizers" else value
+    torch.save(checkpoint | {key: spoilt}, tmp_path / "ckpt.pt")
+    refused(readers.resumed, tmp_path / "ckpt.pt", "do not fit")
