@@ -786,7 +786,7 @@ class Trainer:
         self.average = {name: weight.clone() for name, weight in weights.items()}
         self.players = {name: player for name, player in self.method.players(stage).items() if player.parameters}
         self.optimizers = {
-            name: torch.optim.Adam(player.parameters, lr=player.lr, betas=player.betas, fused=True)
+            name: torch.optim.Adam(player.parameters, lr=player.lr, betas=(*map(float, player.betas),), fused=True)
             for name, player in self.players.items()
         }
 
