@@ -165,7 +165,7 @@ def make(experiment: Experiment, name: str, seed: int, args: argparse.Namespace)
 
 def options_of(mix: Mix) -> str:
     """How a mix's generator is trained; "" where it has no synthetic slices."""
-    return " ".join(generators.row_of(mix.generator).options) if mix.replaced or mix.added else ""
+    return measures.options_of(mix.generator) if mix.replaced or mix.added else ""
 
 
 # ------------------------------------------------------------------------------------------------ figures
