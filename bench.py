@@ -75,7 +75,7 @@ SIZES = {  # option -> full, quick; sizes in pixels per side, widths as --ngf an
 }
 OPENVINO = "onnxruntime-openvino==1.24.1"
 HINDRANCES = ("ATEN_", "BLIS_", "DNNL_", "GOMP_", "GOTO_", "KMP_", "MKL_", "NVPL_", "OMP_", "ONEDNN_", "OPENBLAS_")
-MATRICES = (1024, 2048)  # rows and columns of the ceilings' products
+MATRICES = {"cpu": (1024, 2048), "cuda": (2048, 8192)}  # rows and columns of the ceilings' products
 BLOCKS = ((512, 32), (512, 64), (64, 256))  # channels and side of residual blocks: G1's, also at 1024 pixels, and G2's
 CEILING_SECONDS = 0.5  # per run of a ceiling
 PAUSE = 0.2  # seconds between runs: threads of the previous one spin for a moment, and would get in the way
@@ -228,7 +228,7 @@ def onnx_product(x: np.ndarray, w: np.ndarray) -> Work:
 
 def products(library: str, dtype: str, device: str) -> Iterator[tuple[str, int, Work]]:
     """Candidates for what a library is fastest at: name, floating-point operations, work."""
-    shapes = {f"matrices of {n}": ((n, n), (n, n), 2 * n**3) for n in MATRICES}
+    shapes = {f"matrices of {n}": ((n, n), (n, n), 2 * n**3) for n in MATRICES[device]}
     for c, side in BLOCKS if library != "numpy" else ():
         flop = 2 * 9 * (c * side) ** 2
         shapes[f"conv {c} x {side} x {side}"] = ((1, c, side + 2, side + 2), (c, c, 3, 3), flop)
@@ -413,6 +413,7 @@ def make_torch(dtype: str, checkpoint: Path, maps: np.ndarray, device: str) -> t
     """The generator in PyTorch, labels in and HU out."""
     if bf16 := dtype == "bfloat16":
         need_bf16(device)
+    torch.backends.cudnn.allow_tf32 = False  # which has three digits: what others are compared with has seven
     weights = covidgan.read_weights(checkpoint)
     method = export.load_method(weights, export.method_of(weights, checkpoint))
     generator = covidgan.on_device(method, torch.device(device), bf16).generator()

@@ -113,6 +113,7 @@ def train(name: str, optimiser: str, seed: int, args: argparse.Namespace) -> Pat
     stage = round(args.samples / full_size(row.kind, covidgan.parse_config([*row.options], row.kind)))  # samples of one
     scale = {"ngf": args.ngf, "ndf": args.ngf, "batch": args.batch, "epochs": 2, "epoch-len": stage // 2}
     given = {"data": args.data, "size": size, "seed": seed, **scale, "interval": stage // args.batch // KEPT}
+    given["dtype"] = args.dtype
     options = [*row.options, *itertools.chain(*[(f"--{key}", str(value)) for key, value in given.items()])]
     options += ["--optimiser", optimiser] if row.method in METHODS else []
     runs.train(row.program, options, out, keep=name in ROWS and seed == FIRST_SEED)

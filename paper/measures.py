@@ -149,7 +149,8 @@ def cost_of(name: str, seed: int, run: Path) -> dict[str, Any]:
     return {
         "method": name,
         "seed": seed,
-        "seconds": runs.seconds(run),
+        "seconds": seconds_of(run),
+        "dtype": "bfloat16" if covidgan.uses_bf16(c, covidgan.pick_device(c)) else "float32",
         "samples": round(generators.full_size(method, c) * c.epochs * c.epoch_len),
         "parameters": sum(p.numel() for p in trained.generator().parameters()),
         "synthesis": synthesis_seconds(runs.export(run), c.size),
@@ -160,12 +161,19 @@ def cost_of(name: str, seed: int, run: Path) -> dict[str, Any]:
 
 
 def machine() -> str:
-    """The processor and how PyTorch uses it: by it seconds can be compared, and it decides whether bfloat16 is used."""
+    """The processor and how PyTorch uses it, or the GPU: by it seconds can be compared."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
     info = Path("/proc/cpuinfo")  # of Linux
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     name = names[0] if names else platform.processor() or platform.machine()
     return f"{name}, {torch.backends.cpu.get_cpu_capability()}, threads: {torch.get_num_threads()}"
+
+
+def seconds_of(run: Path) -> float | None:
+    """CPU seconds that a run's training took; None where a GPU did the work, or a kill has lost the count."""
+    return None if torch.cuda.is_available() else runs.seconds(run)
 
 
 def loss_of_d(run: Path) -> float:

@@ -188,7 +188,7 @@ def train(mix: Mix, seed: int, args: argparse.Namespace) -> Path:
         return out
     size, length = runs.size_of(args.reference), args.unet_samples
     given = {"data": dataset(mix, seed, args), "size": size, "channels": args.channels, "seed": seed}
-    given |= {"batch": args.batch, "epochs": 2, "epoch-len": length // 2}
+    given |= {"batch": args.batch, "epochs": 2, "epoch-len": length // 2, "dtype": args.dtype}
     given["interval"] = length // args.batch // generators.KEPT
     options = ["--preset", "paper", "--unchecked"]  # real slices were checked with the generator's data
     options += itertools.chain(*[(f"--{key}", str(value)) for key, value in given.items()])

@@ -179,14 +179,15 @@ def quality(records: list[dict[str, Any]], region: str) -> list[str]:
 
 
 def costs(runs_of: list[dict[str, Any]]) -> list[str]:
-    """What the methods cost, as Markdown: means over the seeds."""
+    """What the methods cost, as Markdown: means over the seeds, of seconds over those on the first seed's machine."""
     lines = []
     for name, group in itertools.groupby(runs_of, key=lambda cost: cost["method"]):
-        several = [*group]
+        every = [*group]
+        several = [cost for cost in every if cost["machine"] == every[0]["machine"]]
         known = [cost["seconds"] for cost in several if cost["seconds"] is not None]
         seconds = f"{np.mean(known):,.0f}" if known else "-"
         counts = [f"{several[0][key]:,}" for key in ("samples", "parameters")]
-        synthesis, d = (np.mean([cost[key] for cost in several]) for key in ("synthesis", "d_at_end"))
+        synthesis, d = np.mean([cost["synthesis"] for cost in several]), np.mean([cost["d_at_end"] for cost in every])
         lines.append([name, seconds, *counts, f"{synthesis:.3f}", f"{d:.2f}"])
     heads = ["method", "CPU seconds of training", "samples at full size", "parameters of G", "CPU seconds a slice"]
     return grid([*heads, "D's loss at the end"], lines)

@@ -152,7 +152,7 @@ def make(experiment: Experiment, name: str, seed: int, args: argparse.Namespace)
     told = {
         "options of generator": options_of(mix),
         "parameters": json.loads((out / "results.json").read_text())["parameters"],
-        "seconds": runs.seconds(out),
+        "seconds": measures.seconds_of(out),
         "commit": runs.commit_of(out),
         "commit of generator": generators.commit_of(mix.generator, seed, args) if options_of(mix) else None,
         "slices": mixes.composition(mix, seed, args),
@@ -342,7 +342,7 @@ def setting(kept: dict[str, Kept], sides: list[str], args: argparse.Namespace) -
         "generators": {"ngf, ndf": args.ngf, "samples at full size": args.samples},
         "batch": args.batch,
         "features": runs.FEATURES,
-        "CPU seconds of a U-Net": averaged([one["seconds"] for one in unets]),
+        "CPU seconds of a U-Net": averaged([one["seconds"] for one in unets if one["seconds"] is not None]),
         "commits": sorted({one["commit"] for one in unets}),
         "commits of generators": sorted({one["commit of generator"] for one in unets} - {None}),
         "slices without": {side: next((one["sides"][side]["slices without"] for one in unets), {}) for side in sides},

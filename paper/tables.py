@@ -58,6 +58,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         default=runs.ROOT / "paper" / "results",
         help="folder of the tables and of what runs measured",
     )
+    option("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of training, as in covidgan.py")
     option("--list", action="store_true", help="show the rows and what they are")
     args = parser.parse_args(argv)
     rows = TABLES[args.table].rows
