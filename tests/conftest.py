@@ -38,6 +38,17 @@ def pytest_configure(config):
     config.stash[COUNTS] = collections.Counter()
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error):
+    """Add up what the processes of pytest-xdist have counted; without it there is one process."""
+    node.config.stash[COUNTS].update(getattr(node, "workeroutput", {}).get("counts", {}))
+
+
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["counts"] = dict(session.config.stash[COUNTS])
+
+
 def pytest_terminal_summary(terminalreporter, config):
     """Tell what the tests of tests/faults tried."""
     for what, n in sorted(config.stash[COUNTS].items()):
