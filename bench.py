@@ -21,7 +21,8 @@ the ceiling: --target cpu does less (Winograd), and what OpenVINO does is not kn
 the ceiling is not one: that is an error, in the JSON too, and exit status 1. fraction_of_fp32_peak is generator.onnx's,
 fraction_of_bf16_peak the last stage's training step's, where it computes in bfloat16.
 
---device cuda is timed by CUDA events, and memory is PyTorch's only. No GPU was at hand: that path was never run.
+--device cuda is timed by CUDA events, and memory is PyTorch's only. Of it ceilings and train were run on an H100, see
+docs/speed.md; synth and infer never ran on a GPU.
 """
 
 import argparse

@@ -330,7 +330,8 @@ def to_onnx(
 ) -> onnx.ModelProto:
     """Trace a module of one input [N, H, W] into an ONNX model without this machine's paths.
 
-    N is free, and so are H and W as multiples of `multiple`; the example has two or more of each.
+    N is free, and so are H and W as multiples of `multiple`; the example has two or more of each. Raises Mistake where
+    this PyTorch cannot trace it.
     """
     dim = torch.export.Dim
     axes = {0: dim.DYNAMIC, 1: multiple * dim("h"), 2: multiple * dim("w")}
@@ -341,17 +342,21 @@ def to_onnx(
         contextlib.redirect_stderr(io.StringIO()),
     ):
         warnings.simplefilter("ignore")  # the exporter warns of its own deprecations
-        program = torch.onnx.export(
-            module.eval(),
-            (example,),
-            input_names=inputs,
-            output_names=outputs,
-            dynamic_shapes=(axes,),
-            opset_version=OPSET,
-            dynamo=True,
-            external_data=False,
-            verbose=False,
-        )
+        try:
+            program = torch.onnx.export(
+                module.eval(),
+                (example,),
+                input_names=inputs,
+                output_names=outputs,
+                dynamic_shapes=(axes,),
+                opset_version=OPSET,
+                dynamo=True,
+                external_data=False,
+                verbose=False,
+            )
+        except torch.onnx.OnnxExporterError as error:  # seen with torch 2.11 on Python 3.12
+            mend = "pip install the torch that requirements.txt names"
+            raise Mistake(f"torch {torch.__version__}: cannot trace this network: {mend}") from error
     model = program.model_proto
     for node in model.graph.node:  # the exporter writes a stack trace with absolute paths into every node
         del node.metadata_props[:]

@@ -922,3 +922,14 @@ def test_a_download_of_the_right_contents_is_taken(inception, tmp_path, monkeypa
 def test_the_pinned_hash_is_the_one_in_the_files_name():
     stem = features.INCEPTION_URL.rpartition("-")[2].removesuffix(".pth")
     assert features.FEATURES["inception"].sha256.startswith(stem) and len(features.FEATURES["inception"].sha256) == 64
+
+
+def test_a_pytorch_that_cannot_trace_a_network_is_told_in_one_line(monkeypatch):
+    def refuse(*_, **__):
+        raise torch.onnx.OnnxExporterError("could not guard\nand a page of more")
+
+    monkeypatch.setattr(torch.onnx, "export", refuse)
+    with pytest.raises(
+        Mistake, match=r"^torch \S+: cannot trace this network: pip install the torch that .*\.txt names$"
+    ):
+        export.to_onnx(torch.nn.Identity(), torch.zeros(2, 32, 48), ["map"], ["ct"])
