@@ -274,12 +274,3 @@ def test_an_export_that_cannot_be_written_is_refused_before_its_work(checkpoint,
     monkeypatch.setattr(Path, "touch", refuse)
     with pytest.raises(Mistake, match=r"g\.onnx: cannot be written \(Read-only file system\)"):
         export.main([str(checkpoint), "-o", str(tmp_path / "g.onnx")])
-
-
-def test_a_full_disk_stops_an_export_in_one_line_and_leaves_nothing(checkpoint, cli, tmp_path):
-    command = [checkpoint, "-o", tmp_path / "g.onnx"]
-    limit = dict(script=ROOT / "export.py", preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000,) * 2))
-    done = cli(*command, **limit)
-    assert done.status == 2 and done.stderr.count("\n") == 1, done.stderr
-    assert f"{tmp_path}/g.onnx: cannot be written" in done.stderr
-    assert os.listdir(tmp_path) == []

@@ -65,7 +65,9 @@ def test_a_training_and_its_pictures(whole_run, toy, small_run, here, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["pix2pix", "SEAN", "U-Net"])
-def test_a_rivals_training_and_a_unets_and_what_is_exported_of_them(name, twice, toy, monkeypatch):
+def test_a_rivals_training_and_a_unets_and_what_is_exported_of_them(name, twice, toy, monkeypatch, tries):
+    if name == "SEAN":
+        with_long_alone(tries)
     monkeypatch.setattr(covidgan.signal, "signal", lambda *_: None)  # the loop takes over its process's
     program = segment.main if name == "U-Net" else lambda argv: rivals.main([name, *argv])
     small = ["--preset", "tiny", "--data", str(toy.folder), "--epoch-len", "8", "--device", "cpu", "--overwrite"]
@@ -80,7 +82,7 @@ def test_a_rivals_training_and_a_unets_and_what_is_exported_of_them(name, twice,
 
 @pytest.mark.parametrize("options", [[], ["--fp16"], ["--target", "cpu"], ["--pack"]])
 def test_an_exported_generator_whatever_seed_python_hashes_by(whole_run, twice, cli, tries, options):
-    if options and options != ["--pack"]:
+    if options:
         with_long_alone(tries)
 
     def run(out, turn):
