@@ -3,7 +3,6 @@
 import codecs
 import errno
 import json
-import os
 import resource
 import subprocess
 import sys
@@ -12,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from PIL import Image
 
 import covidgan
