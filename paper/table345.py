@@ -238,21 +238,33 @@ def lesion_record(row: str, lesion: str, metric: str, side: str, found: Kept) ->
 def difference(row: str, other: str, side: str, ours: Kept, theirs: Kept) -> Record | None:
     """By how much the headline of a row is above another's, in %, patient by patient, for the seeds that both have.
 
-    Clear: beyond the 95 % interval over patients, and beyond that over seeds. None where they share no seed.
+    Clear: beyond the 95 % interval over patients, and beyond that over seeds. Over folds it is known of seeds too of
+    which patients' scores were not kept. None where they share no seed.
     """
-    seeds = sorted(ours.keys() & theirs.keys())
-    if not seeds:
+    shared = sorted(ours.keys() & theirs.keys())
+    if not shared:
         return None
-    pairs = [(ours[seed]["sides"][side], theirs[seed]["sides"][side]) for seed in seeds]
-    patients = np.array([np.subtract(*(one[f"{HEADLINE} of patients"] for one in pair)) for pair in pairs])
+    both = {seed: (ours[seed]["sides"][side], theirs[seed]["sides"][side]) for seed in shared}
+    folds = [np.subtract(*(one["figures"][HEADLINE]["mean"] for one in pair)).item() for pair in both.values()]
+    told = {"row": row, "against": other, "side": side, "metric": HEADLINE}
+    told |= {"over folds": float(np.mean(folds)), "seeds over folds": shared, "of seeds over folds": folds}
+    told |= {"ci95_seeds over folds": evaluation.interval(folds)[1]}
+    key = f"{HEADLINE} of patients"
+    kept = {seed: pair for seed, pair in both.items() if all(key in one for one in pair)}
+    return told | over_the_same_patients([[one[key] for one in pair] for pair in kept.values()]) | {"seeds": [*kept]}
+
+
+def over_the_same_patients(pairs: list[list[list[float]]]) -> Record:
+    """A difference over patients of each seed's pair of U-Nets, [seeds][2][patients]; None where there is no seed."""
+    if not pairs:
+        return {"difference": None, "ci95_patients": None, "ci95_seeds": None, "of seeds": [], "clear": False}
+    patients = np.array([np.subtract(*pair) for pair in pairs])
     means = patients.mean(1).tolist()
     mean, half, _ = evaluation.interval(patients.mean(0).tolist())
     half_seeds = evaluation.interval(means)[1]
     clear = half is not None and half_seeds is not None and abs(mean) > max(half, half_seeds)
-    folds = [a["figures"][HEADLINE]["mean"] - b["figures"][HEADLINE]["mean"] for a, b in pairs]
-    told = {"row": row, "against": other, "side": side, "metric": HEADLINE, "difference": mean, "ci95_patients": half}
-    told |= {"ci95_seeds": half_seeds, "over folds": float(np.mean(folds))}
-    return told | {"seeds": seeds, "of seeds": means, "clear": bool(clear)}
+    told = {"difference": mean, "ci95_patients": half, "ci95_seeds": half_seeds}
+    return told | {"of seeds": means, "clear": bool(clear)}
 
 
 def image_differences(records: list[Record], against: Callable[[str], list[str]]) -> list[Record]:
@@ -371,9 +383,10 @@ def of_rows(records: list[Record], side: str | None, heads: list[str]) -> list[l
     held = {(one["row"], f"{one['class']} {one['metric']}"): one for one in records if side in (None, one.get("side"))}
     lines = []
     for row in dict.fromkeys(row for row, _ in held):
-        seeds = next((len(held[row, head]["seeds"]) for head in heads if "seeds" in held.get((row, head), {})), "-")
+        seeds = next((held[row, head]["seeds"] for head in heads if "seeds" in held.get((row, head), {})), ["-"])
         digits = [(IMAGES | {"FID": 4}).get(head.partition(" ")[2], 2) for head in heads]  # FID: the paper's
-        lines.append([row, seeds, *[cell(held.get((row, head)), d) for head, d in zip(heads, digits, strict=True)]])
+        cells = [cell(held.get((row, head)), d) for head, d in zip(heads, digits, strict=True)]
+        lines.append([row, ", ".join(map(str, seeds)), *cells])
     return lines
 
 
@@ -409,12 +422,18 @@ def images_apart(differences: list[Record]) -> list[str]:
 
 def told_apart(one: Record) -> str:
     """A line about a difference."""
+    folds = f"over folds {one['over folds']:+.2f}"
+    if len(over := one["seeds over folds"]) > max(1, len(one["seeds"])):
+        each = ", ".join(f"{mean:+.2f}" for mean in one["of seeds over folds"])
+        folds += f" ± {one['ci95_seeds over folds']:.2f} over seeds {', '.join(map(str, over))}: {each}"
+    head = f"- {one['row']} against {one['against']}:"
+    if one["difference"] is None:
+        return f"{head} {folds}; over patients not known"
     half = f" ± {one['ci95_patients']:.2f}" if one["ci95_patients"] is not None else ""
     each = ", ".join(f"{mean:+.2f}" for mean in one["of seeds"])
     several = f"seeds {each}, ± {one['ci95_seeds']:.2f}" if len(one["seeds"]) > 1 else "one seed, no verdict"
     verdict = ": clear" if one["clear"] else ": cannot be told from noise" if len(one["seeds"]) > 1 else ""
-    folds = f"over folds {one['over folds']:+.2f}"
-    return f"- {one['row']} against {one['against']}: {one['difference']:+.2f}{half} ({folds}; {several}){verdict}"
+    return f"{head} {one['difference']:+.2f}{half} ({folds}; {several}){verdict}"
 
 
 def markdown(experiment: Experiment, table: dict[str, Any]) -> str:

@@ -283,7 +283,7 @@ def test_the_markdown_gives_both_intervals_the_verdict_and_the_papers_row():
     ]
     differing = {"row": "50%", "against": "0%", "side": "train", "metric": "infection Dice", "difference": -1.5}
     differing |= {"ci95_patients": 2.0, "ci95_seeds": 6.35, "over folds": -1.25, "of seeds": [-1.0, -2.0]}
-    differing |= {"seeds": [0, 1], "clear": False}
+    differing |= {"seeds": [0, 1], "seeds over folds": [0, 1], "clear": False}
     counts = {"real": 49, "replaced": 49, "added": 0, "augmented": 0}
     text = table345.markdown(
         study,
@@ -295,7 +295,7 @@ def test_the_markdown_gives_both_intervals_the_verdict_and_the_papers_row():
         }
         | {"paper": table345.paper_records(study)},
     )
-    assert "| 50% | 49 real + 49 synthetic | 2 | 70.50 ± 0.50 (68.50 ± 4.25) [1.00] |" in text
+    assert "| 50% | 49 real + 49 synthetic | 0, 1 | 70.50 ± 0.50 (68.50 ± 4.25) [1.00] |" in text
     assert "Slices 18 without consolidation: their Dice is 100 where none is found, else 0." in text
     told = "-1.50 ± 2.00 (over folds -1.25; seeds -1.00, -2.00, ± 6.35): cannot be told from noise"
     assert f"- 50% against 0%: {told}" in text
@@ -388,7 +388,7 @@ def test_the_tables_figures_are_those_of_the_exported_unet_on_real_slices_of_bot
     assert table["setting"]["U-Net"]["parameters"] == [
         json.loads((made.unet / "results.json").read_text())["parameters"]
     ]
-    assert "| mixed | 3 real + 5 synthetic | 1 |" in (made.args.results.parent / "README.md").read_text()
+    assert "| mixed | 3 real + 5 synthetic | 0 |" in (made.args.results.parent / "README.md").read_text()
 
 
 def test_the_same_command_goes_on_without_training_anything_again(made, monkeypatch):
@@ -491,3 +491,15 @@ def test_the_study_of_a_run_has_pytorchs_alpha_of_each_slice_and_its_lesion_shar
                 patch.setenv("SOURCE_DATE_EPOCH", str(10**9 + k))
                 weighting.draw([one], path)
         assert pictures[0].read_bytes() == pictures[1].read_bytes()
+
+
+def test_a_difference_is_of_the_seeds_whose_patients_are_kept():
+    ours, theirs = scores(0.05), scores(0.0)
+    del theirs[0]["sides"]["train"]["infection Dice of patients"]
+    told = table345.difference("a", "b", "train", ours, theirs)
+    assert told["seeds"] == [1] and told["difference"] == pytest.approx(5, abs=0.3)
+    assert told["seeds over folds"] == [0, 1] and told["of seeds over folds"] == pytest.approx([5, 5], abs=0.3)
+    del ours[1]["sides"]["train"]["infection Dice of patients"]
+    told = table345.difference("a", "b", "train", ours, theirs)
+    assert told["difference"] is None and not told["clear"] and told["over folds"] == pytest.approx(5, abs=0.3)
+    assert table345.told_apart(told).endswith("over patients not known")
