@@ -173,7 +173,7 @@ def test_a_fraction_above_1_is_an_error_and_no_figure(monkeypatch, tmp_path, cap
 
 @pytest.mark.parametrize("library", ["numpy", "torch", "onnxruntime"])
 def test_products_do_the_arithmetic_that_is_counted(monkeypatch, library):
-    monkeypatch.setattr(bench, "MATRICES", (48,))
+    monkeypatch.setattr(bench, "MATRICES", {"cpu": (48,)})
     monkeypatch.setattr(bench, "BLOCKS", ((16, 12),))
     found = {name: (flop, work()) for name, flop, work in bench.products(library, "float32", "cpu")}
     assert len(found) == {"numpy": 1, "torch": 3, "onnxruntime": 2}[library]

@@ -180,9 +180,10 @@ def test_the_markdown_has_every_method_with_its_spread_and_the_papers_rows():
         r for metric in table2.BETTER for region in table2.REGIONS for r in records("SPADE", [1, 2], metric, region)
     ]
     cost = {"method": "SPADE", "seed": 0, "seconds": 1200.4, "samples": 12000, "parameters": 92088385}
-    cost |= {"synthesis": 0.5, "d_at_end": 1.616}
+    cost |= {"synthesis": 0.5, "d_at_end": 1.516, "machine": "a CPU"}
+    elsewhere = cost | {"seed": 1, "seconds": None, "synthesis": 0.1, "d_at_end": 1.716, "machine": "a GPU"}
     text = table2.markdown(
-        {"setting": {"size": 128}, "records": found, "costs": [cost], "progress": {}}
+        {"setting": {"size": 128}, "records": found, "costs": [cost, elsewhere], "progress": {}}
         | {"comparisons": [table2.comparison(found, "covidgan", "")]}
     )
     assert "| SPADE | 2 | 1.50 +- 0.71 | 1.5000 +- 0.7071 |" in text
