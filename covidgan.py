@@ -1939,9 +1939,7 @@ def exit_on_mistake(program: Callable[[list[str]], None]) -> None:
 def leave(status: int, line: str) -> None:
     """End the process with a line that says why, unless another process has said it already."""
     if world_size() > 1:
-        signal.signal(
-            signal.SIGTERM, signal.SIG_IGN
-        )  # torchrun's, which has seen one die: there is more to say  # torchrun's, once it sees that one has died: there is more to say
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, which has seen one die: not before the line
     if first_to_tell():
         print(line, file=sys.stderr)
     sys.exit(status)
