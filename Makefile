@@ -1,4 +1,4 @@
-# make demo   phantom data, training, export, synthesis, evaluation: nine minutes on two CPU cores
+# make demo   phantom data, training, export, synthesis, evaluation: nine minutes on two CPU cores with bfloat16
 # make test   lint and tests
 # make web    paint a map in the browser and see the CT: http://localhost:8000/web/
 PYTHON ?= python3
