@@ -94,6 +94,17 @@ def draw_toy(rng, lesions=True):
     return hu + rng.normal(0, 25, hu.shape), labels
 
 
+def draw_map(height=64, width=64, shift=0):
+    """Two lungs with a lesion of either kind, uint8 [H, W]."""
+    y, x = np.mgrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j]
+    labels = np.zeros((height, width), np.uint8)
+    for side in (-0.45, 0.45):
+        labels[((x - side) / 0.4) ** 2 + (y - shift / 50) ** 2 < 0.6] = 1
+    labels[(x - 0.45) ** 2 + (y - 0.2) ** 2 < 0.06] = 2
+    labels[(x + 0.45) ** 2 + (y + 0.2) ** 2 < 0.03] = 3
+    return labels
+
+
 @dataclass
 class Toy:
     """A dataset on disk, and what was written into it."""

@@ -6,7 +6,7 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, draw_map
 from torch import nn
 
 import covidgan
@@ -19,17 +19,6 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA d
 needs_provider = pytest.mark.skipif(
     "CUDAExecutionProvider" not in ort.get_available_providers(), reason="ONNX Runtime without CUDA"
 )
-
-
-def draw_map(height, width, shift=0):
-    """Two lungs with a lesion of either kind, uint8 [H, W]."""
-    y, x = np.mgrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j]
-    labels = np.zeros((height, width), np.uint8)
-    for side in (-0.45, 0.45):
-        labels[((x - side) / 0.4) ** 2 + (y - shift / 50) ** 2 < 0.6] = 1
-    labels[(x - 0.45) ** 2 + (y - 0.2) ** 2 < 0.06] = 2
-    labels[(x + 0.45) ** 2 + (y + 0.2) ** 2 < 0.03] = 3
-    return labels
 
 
 ALL = {"covidgan": covidgan.Covidgan, **METHODS, "unet": segment.Segmentation}

@@ -19,6 +19,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+from conftest import draw_map
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
@@ -91,17 +92,6 @@ def build_generator(path, shape=("N", "H", "W"), metadata=METADATA, work=0, ct=T
     onnx.checker.check_model(model)
     onnx.save(model, path)
     return path
-
-
-def draw_map(height=64, width=64, shift=0):
-    """Two lungs with a lesion of either kind, uint8 [H, W]."""
-    y, x = np.mgrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j]
-    labels = np.zeros((height, width), np.uint8)
-    for side in (-0.45, 0.45):
-        labels[((x - side) / 0.4) ** 2 + (y - shift / 50) ** 2 < 0.6] = 1
-    labels[(x - 0.45) ** 2 + (y - 0.2) ** 2 < 0.06] = 2
-    labels[(x + 0.45) ** 2 + (y + 0.2) ** 2 < 0.03] = 3
-    return labels
 
 
 def draw_slice(height=64, width=64, seed=0):
