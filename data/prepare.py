@@ -439,7 +439,7 @@ def three_counts(text: str) -> list[int]:
     """Parse "300,73,73", or raise Mistake; the last may be 0."""
     parts = text.split(",")
     if len(parts) != 3 or not all(part.isdecimal() for part in parts) or 0 in map(int, parts[:2]):
-        raise Mistake(f"--split {text}: give three counts like 300,73,73, of which only the last may be 0")
+        raise Mistake(f"--split {text:.80}: give three counts like 300,73,73, of which only the last may be 0")
     return [int(part) for part in parts]
 
 
