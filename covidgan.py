@@ -1332,8 +1332,9 @@ class Mistake(Exception):
     """A mistake of the user's: one line that names the file or option and the remedy; exit status 2."""
 
     def __str__(self) -> str:
-        """On one line: a name's line breaks and control characters are escaped."""
-        return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in super().__str__())
+        """On one line of readable length: a name's line breaks and control characters are escaped."""
+        text = "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in super().__str__())
+        return text if len(text) <= 900 else f"{text[:500]} ... {text[-300:]}"
 
 
 def list_pngs(folder: Path) -> dict[str, Path]:

@@ -53,8 +53,9 @@ class Mistake(Exception):
     """A mistake of the user's: its text is one line that names the file and the remedy; exit status 2."""
 
     def __str__(self) -> str:
-        """On one line, whatever a name holds."""
-        return printable(super().__str__())
+        """On one line of readable length, whatever a name holds."""
+        text = printable(super().__str__())
+        return text if len(text) <= 900 else f"{text[:500]} ... {text[-300:]}"
 
 
 def printable(text: str) -> str:

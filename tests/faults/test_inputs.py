@@ -85,6 +85,14 @@ def test_a_name_that_a_terminal_would_obey_is_told_with_escapes(mistake):
     assert str(mistake("a\nb\x1b[2J\u202eé.png: not there")) == "a\\nb\\x1b[2J\\u202eé.png: not there"
 
 
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_complaint_about_a_long_word_still_begins_and_ends_as_written(mistake):
+    told = str(mistake(f"--out {'x' * 100_000}: not there: give another --out"))
+    assert len(told) < 1000
+    assert told.startswith("--out xxx")
+    assert told.endswith("xxx: not there: give another --out")
+
+
 # ------------------------------------------------------------------------------------------------ pictures
 
 
