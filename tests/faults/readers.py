@@ -41,7 +41,8 @@ COMMAND = "command.json"  # which no complaint names, since no user has it
 ODD_NUMBERS = (0, -1, 1, 2**31 - 1, 2**31, 2**63, -(2**63), 10**12, 10**30, 1e308, math.nan, math.inf, -math.inf, 0.5)
 ODD_VALUES = (*ODD_NUMBERS, True, None, "", "../../x", "/etc/passwd", "C:\\x", "a\0b", "a\nb", "x" * 10**5, [], {})
 ODD_VALUES += ([[]], {"a": 1}, [1, 2], "nan", "\ud800", "\x1b[2J")
-TYPED = tuple("\udc80" if value == "\ud800" else value for value in ODD_VALUES)  # a byte of no UTF-8, as shells pass it
+UNTYPED = {"\ud800": "\udc80", "a\0b": "a b"}  # no shell passes these; a byte of no UTF-8 it does
+TYPED = tuple(UNTYPED.get(value, value) if isinstance(value, str) else value for value in ODD_VALUES)
 
 
 class Reader(NamedTuple):

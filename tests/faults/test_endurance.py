@@ -85,7 +85,7 @@ def test_synthesis_of_many_maps_holds_its_memory_files_and_threads(cli, toy, mod
 
 
 def test_training_of_many_steps_holds_its_memory_files_and_threads(cli, toy, log, tmp_path, tries, count):
-    steps = tries(1500, 20_000)
+    steps = tries(600, 20_000)
     interval = tries(steps, 200)  # drawing takes some twenty pictures to settle: too long for CI
     out, stats = tmp_path / "out", tmp_path / "out" / "stats.jsonl"
     size = "--preset tiny --device cpu --dtype float32 --ngf 4 --ndf 4 --n-blocks 1 --n-local-blocks 1 --batch 1"
