@@ -148,7 +148,8 @@ def patient_by(name: str, pattern: str) -> str:
     """The part of a name that identifies the patient: the pattern's first group, or all that it matches."""
     match = re.match(pattern, name)
     if not match or not match[0]:
-        raise Mistake(f"--patient {pattern:.80}: does not match {name}; give a pattern for the part that names the patient")
+        told = f"--patient {pattern:.80}: does not match {name}"
+        raise Mistake(f"{told}; give a pattern for the part that names the patient")
     return (match[1] if match.re.groups else None) or match[0]
 
 
