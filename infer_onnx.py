@@ -1056,7 +1056,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     option("--shard", default="1/1", metavar="I/N", help="make the I-th of N equal parts, I = 1..N")
     option("--dry-run", action="store_true", help="print what would be done")
     args = parser.parse_args(argv)
-    check_ranges(args, variants=(0, 9999), seed=(0, 2**63), batch=(1, 9999), threads=(1, 999))
+    most_threads = max(16, os.cpu_count() or 1)  # ONNX Runtime waits for ever where the system refuses it one
+    check_ranges(args, variants=(0, 9999), seed=(0, 2**63), batch=(1, 9999), threads=(1, most_threads))
     part, _, parts = args.shard.partition("/")
     if not (part.isdecimal() and parts.isdecimal() and 1 <= int(part) <= int(parts)):
         raise Mistake(f"--shard {args.shard:.80}: give I/N with I from 1 to N, like 1/4")

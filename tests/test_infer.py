@@ -828,6 +828,7 @@ def test_sides_that_are_no_multiple_of_16_are_padded_and_cropped(infer, cases, m
         (["MAPS", "--shard", "half"], "--shard half: give I/N"),
         (["MAPS", "--batch", "0"], "--batch 0: give 1 to 9999"),
         (["MAPS", "--seed", "-1"], "--seed -1: give 0 to"),
+        (["MAPS", "--threads", "10000"], "--threads 10000: give 1 to"),
         (["MAPS", "--format", "jpeg"], "argument --format: invalid choice"),
         (["MAPS", "--complement", "nowhere"], "nowhere: not there"),
         (["MAPS", "--frobnicate"], "unrecognized arguments: --frobnicate"),
