@@ -1060,7 +1060,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     check_ranges(args, variants=(0, 9999), seed=(0, 2**63), batch=(1, 9999), threads=(1, most_threads))
     part, _, parts = args.shard.partition("/")
     if not (part.isdecimal() and parts.isdecimal() and 1 <= int(part) <= int(parts)):
-        raise Mistake(f"--shard {args.shard:.80}: give I/N with I from 1 to N, like 1/4")
+        raise Mistake(f"--shard {args.shard}: give I/N with I from 1 to N, like 1/4")
     args.part, args.parts = int(part), int(parts)
     if args.complement and not args.complement.exists():
         raise Mistake(f"{args.complement}: not there: --complement wants the folder of the real slices")

@@ -148,8 +148,7 @@ def patient_by(name: str, pattern: str) -> str:
     """The part of a name that identifies the patient: the pattern's first group, or all that it matches."""
     match = re.match(pattern, name)
     if not match or not match[0]:
-        told = f"--patient {pattern:.80}: does not match {name}"
-        raise Mistake(f"{told}; give a pattern for the part that names the patient")
+        raise Mistake(f"--patient {pattern}: does not match {name}; give a pattern for the part that names the patient")
     return (match[1] if match.re.groups else None) or match[0]
 
 
@@ -440,7 +439,7 @@ def three_counts(text: str) -> list[int]:
     """Parse "300,73,73", or raise Mistake; the last may be 0."""
     parts = text.split(",")
     if len(parts) != 3 or not all(part.isdecimal() for part in parts) or 0 in map(int, parts[:2]):
-        raise Mistake(f"--split {text:.80}: give three counts like 300,73,73, of which only the last may be 0")
+        raise Mistake(f"--split {text}: give three counts like 300,73,73, of which only the last may be 0")
     return [int(part) for part in parts]
 
 
@@ -449,7 +448,7 @@ def regex(text: str) -> str:
     try:
         re.compile(text)
     except re.error as error:
-        raise Mistake(f"--patient {text:.80}: no regular expression ({error})") from error
+        raise Mistake(f"--patient {text}: no regular expression ({error})") from error
     return text
 
 
