@@ -561,11 +561,17 @@ PARTS = {"ceilings": bench_ceilings, "train": bench_train, "synth": bench_synth,
 PARTS["eval"] = bench_eval
 
 
+def processor() -> str:
+    """The processor's name."""
+    info = Path("/proc/cpuinfo")  # of Linux
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
 def machine(device: str) -> str:
     """The machine that this ran on."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    words = [next((line.split(": ")[1] for line in lines if "model name" in line), platform.processor())]
+    words = [processor()]
     words += [torch.cuda.get_device_name()] if device == "cuda" else []
     words += [torch.backends.cpu.get_cpu_capability(), f"{infer_onnx.usable_cores()} cores"]
     words += [f"{'with' if has_bf16(device) else 'without'} bfloat16", f"torch {torch.__version__}"]

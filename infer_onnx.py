@@ -227,10 +227,17 @@ def start(model: Path, name: str, options: dict[str, str], threads: int) -> ort.
                 Path(folder).mkdir(parents=True, exist_ok=True)
             if name in NVIDIA and hasattr(ort, "preload_dlls"):  # from 1.21 on
                 ort.preload_dlls()  # CUDA from NVIDIA's Python packages
-            # the path in UTF-8, as ONNX Runtime wants it, whatever the locale; as str, which it needs before 1.17
-            return ort.InferenceSession(os.fsencode(model).decode(errors="replace"), settings, providers=chain)
+            return ort.InferenceSession(readable(model), settings, providers=chain)
     finally:
         ort.set_default_logger_severity(2)
+
+
+def readable(model: Path) -> str | bytes:
+    """A model as ONNX Runtime opens it: by its path in UTF-8, whatever the locale; where it has none, its content."""
+    try:
+        return os.fsencode(model).decode()  # a str, which it needs before 1.17
+    except UnicodeDecodeError:
+        return model.read_bytes()
 
 
 def first_line(error: Exception) -> str:

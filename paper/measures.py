@@ -8,7 +8,6 @@ replaces its file.
 import argparse
 import itertools
 import json
-import platform
 import time
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import torch
 
 import covidgan
 import export
+from bench import processor
 from data.slices import Mistake, read_split, write_image
 from paper import generators, rivals, runs
 from paper.generators import REPORT
@@ -164,11 +164,7 @@ def machine() -> str:
     """The processor and how PyTorch uses it, or the GPU: by it seconds can be compared."""
     if torch.cuda.is_available():
         return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
-    info = Path("/proc/cpuinfo")  # of Linux
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    name = names[0] if names else platform.processor() or platform.machine()
-    return f"{name}, {torch.backends.cpu.get_cpu_capability()}, threads: {torch.get_num_threads()}"
+    return f"{processor()}, {torch.backends.cpu.get_cpu_capability()}, threads: {torch.get_num_threads()}"
 
 
 def seconds_of(run: Path) -> float | None:

@@ -1271,6 +1271,15 @@ def test_a_terminal_that_is_not_utf_8_and_names_that_are_change_nothing(infer, m
         assert files(out) == whole
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere every file's name is text")
+def test_a_model_whose_name_is_no_utf_8_is_opened(infer, maps, model, tmp_path):
+    whole = files(infer(maps)[1])
+    odd, out = model.rename(tmp_path / os.fsdecode(b"mod\xe8le.onnx")), tmp_path / "again"
+    done = script(maps, "--model", odd, "--out", out, "--provider", "cpu", "--threads", "1")
+    assert done.returncode == 0, done.stderr
+    assert files(out) == whole
+
+
 @pytest.mark.parametrize("home", [None, "/dev/null/nobody"])
 def test_auto_needs_no_home(maps, model, tmp_path, home):
     env = {key: value for key, value in os.environ.items() if key != "HOME"} | ({"HOME": home} if home else {})
