@@ -2,13 +2,13 @@
 
     python data/prepare.py DOWNLOAD --size 256 --out data/ct
     python data/prepare.py DOWNLOAD --size 128 --out data/ct128
-    python -m paper.fidelity --data data/ct --reference data/ct128 --rows base best-half --seeds 0 1 2
-    python -m paper.fidelity --epochs 1 --out out/screen      # all rows, half as long
+    python -m paper.fidelity --results out/results --rows base best-half --seeds 0 1 2
+    python -m paper.fidelity --results out/results --epochs 1 --out out/screen          # all rows, half as long
     python -m paper.fidelity --list
 
 Trains on the train side of --data at the size of --reference, chooses by the side "test" and also reports "seg_test",
 each row beside its cost. All that is complete under --out enters the table, whichever rows were asked for, and
---results/fidelity-EPOCHS.json. The same command resumes a stopped study.
+--results/fidelity-EPOCHS.json, which is refused where it would lose runs. The same command resumes a stopped study.
 """
 
 import argparse
@@ -141,6 +141,21 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return args
 
 
+def trained_seeds(row: str, args: argparse.Namespace) -> list[int]:
+    """Seeds of a row's runs under --out that are fully trained."""
+    return [seed for seed, out in runs.seeded(args.out, row).items() if (out / "results.json").exists()]
+
+
+def check_rows(path: Path, args: argparse.Namespace) -> None:
+    """Raise Mistake where the JSON would lose a run: one that is neither under --out nor made now."""
+    there = runs.read_measures(path).get("records", []) if path.exists() else []
+    found = {(record["row"], record["seed"]) for record in there}
+    found -= {(row, seed) for row in ROWS for seed in trained_seeds(row, args)}
+    if lost := sorted(found - {*itertools.product(args.rows, args.seeds)}):
+        told = ", ".join(f"{row} {seed}" for row, seed in lost)
+        raise Mistake(f"{path} has runs that {args.out} has not: {told}: make these too, or give another --results")
+
+
 def main(argv: list[str]) -> None:
     """Train and measure the rows asked for; print the table and write its JSON. Raises Mistake."""
     args = parse(argv)
@@ -148,15 +163,16 @@ def main(argv: list[str]) -> None:
         print("\n".join(f"{row:16} {about:60} {' '.join(options)}" for row, (about, options) in ROWS.items()))
         return
     runs.check_sides(args.data, args.reference)
+    check_rows(path := args.results / f"fidelity-{args.epochs}.json", args)
     runs.keep_setting(args.out, args.data, args.reference, {"epochs": args.epochs})
     size = runs.size_of(args.reference)
     for seed, row in itertools.product(args.seeds, args.rows):
         run(row, seed, args, size)
     measured = {}
     for row in ROWS:
-        seeds = [seed for seed, out in runs.seeded(args.out, row).items() if (out / "results.json").exists()]
+        seeds = trained_seeds(row, args)
         measured |= {row: {seed: run(row, seed, args, size) for seed in seeds}} if seeds else {}
-    with runs.making(path := args.results / f"fidelity-{args.epochs}.json"):
+    with runs.making(path):
         write_bytes(path, (json.dumps(as_json(measured, args), indent=1) + "\n").encode())
     print("\n".join(summary({row: [*seeds.values()] for row, seeds in measured.items()})))
 

@@ -117,6 +117,20 @@ def test_every_row_of_the_study_is_a_command_that_training_takes():
     assert {name: getattr(best, name) for name in covidgan.BEST} == covidgan.BEST and best.contrast == 4
 
 
+def test_a_study_that_would_lose_runs_of_its_json_is_refused_before_it_trains(three_sides, tmp_path):
+    records = [{"row": row, "seed": seed} for row, seed in (("joint", 0), ("flip", 1))]
+    (tmp_path / "fidelity-2.json").write_text(content := json.dumps({"records": records}))
+    there = tmp_path / "study" / "joint_0"
+    there.mkdir(parents=True)
+    (there / "results.json").write_text("{}")
+    argv = ["--data", three_sides, "--reference", three_sides, "--out", there.parent, "--results", tmp_path]
+    with pytest.raises(Mistake, match="fidelity-2.json has runs that .*study has not: flip 1: make these too, or give"):
+        fidelity.main([*map(str, argv), "--rows", "joint"])
+    assert (tmp_path / "fidelity-2.json").read_text() == content and not (there.parent / "setting.json").exists()
+    args = fidelity.parse([*map(str, argv), "--rows", "flip", "--seeds", "0", "1"])
+    fidelity.check_rows(tmp_path / "fidelity-2.json", args)  # nothing would be lost
+
+
 def test_the_table_gives_means_over_seeds_and_their_spread():
     values = [{column: k + 0.5 for column in fidelity.FIGURES} | {"seconds": 1000 + k} for k in range(3)]
     lines = fidelity.summary(
