@@ -124,7 +124,7 @@ def test_a_study_that_would_lose_runs_of_its_json_is_refused_before_it_trains(th
     there.mkdir(parents=True)
     (there / "results.json").write_text("{}")
     argv = ["--data", three_sides, "--reference", three_sides, "--out", there.parent, "--results", tmp_path]
-    with pytest.raises(Mistake, match="fidelity-2.json has runs that .*study has not: flip 1: make these too, or give"):
+    with pytest.raises(Mistake, match=r"fidelity-2.json has runs that .*study has not: flip 1: make these too, or give"):
         fidelity.main([*map(str, argv), "--rows", "joint"])
     assert (tmp_path / "fidelity-2.json").read_text() == content and not (there.parent / "setting.json").exists()
     args = fidelity.parse([*map(str, argv), "--rows", "flip", "--seeds", "0", "1"])
