@@ -1710,7 +1710,8 @@ class KnobParser(OneLineParser):
     """One --key value for each of a method's options, None if not given; -h shows their commented source."""
 
     def __init__(self, method: type[Method]) -> None:
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, usage="%(prog)s [--key value ...], say epoch_len below as --epoch-len 1900, resume as --resume")
+        usage = "%(prog)s [--key value ...], say epoch_len below as --epoch-len 1900, resume as --resume"
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, usage=usage)
         self.method = method
         for name, kind in get_type_hints(method.options).items():
             option = "--" + name.replace("_", "-")

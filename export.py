@@ -60,6 +60,7 @@ MAX_HU_FP16 = 15  # a hundredth of the default window
 MAX_HU_PACKED = 2
 SMALL = 30_000  # a weight tensor with fewer numbers is not worth packing
 LARGE = 100_000  # one with as many or more is worth packing to less than half
+DIGITS = {16: 2, 6: 3}  # base of a packed weight's lower digit -> digits that share a byte
 MAX_ALPHA = 0.02  # largest difference allowed in alpha
 MAX_RELATIVE = 1e-3  # the same, relative to a feature network's largest feature
 LICENCE = "Network: MIT. Weights: {}. Research only, not for diagnosis."
@@ -256,9 +257,11 @@ def packings(model: onnx.ModelProto) -> Iterator[onnx.ModelProto]:
     weights = [tensor for tensor in model.graph.initializer if tensor.data_type == TensorProto.FLOAT]
     largest = max(np.prod(tensor.dims) for tensor in weights)
     widest = [tensor.name for tensor in weights if np.prod(tensor.dims) == largest]
-    large = [tensor.name for tensor in weights if LARGE <= np.prod(tensor.dims) < largest]
+    large = [t.name for t in weights if LARGE <= np.prod(t.dims) < largest and np.prod(t.dims) % DIGITS[16] == 0]
     half = len(widest) // 2
     for base in (6, 16):  # base of the lower digits in the second half
+        if largest % DIGITS[base]:  # they do not fill whole bytes, such as kernels of 4 x 4
+            continue
         yield packed(model, dict.fromkeys([*widest[:half], *large], 16) | dict.fromkeys(widest[half:], base))
     yield packed(model, {})
 
@@ -286,12 +289,13 @@ def in_16_bits(name: str, values: np.ndarray) -> tuple[list[TensorProto], list[o
 
 
 def in_digits(name: str, kernels: np.ndarray, base: int) -> tuple[list[TensorProto], list[onnx.NodeProto]]:
-    """What to store for kernels [c_out, ...], integers of 12 or 10 2/3 bits, and the nodes that widen them to `name`.
+    """What to store for kernels [c, ...], integers of 12 or 10 2/3 bits, and the nodes that widen them to `name`.
 
     The upper 8 bits of an integer are a byte; its lower digit, to base 16 or 6, shares a byte with those of 1 or 2
-    others. Each output channel has a scale. DequantizeLinear only knows 8 bits, and ONNX Runtime does not fold it.
+    others. Each channel of the first axis has a scale. DequantizeLinear only knows 8 bits, and ONNX Runtime does not
+    fold it.
     """
-    digits = {16: 2, 6: 3}[base]
+    digits = DIGITS[base]
     peaks = np.abs(kernels).max(tuple(range(1, kernels.ndim)), keepdims=True)
     scales = (np.where(peaks > 0, peaks, 1) / (128 * base - 1)).astype(np.float32)
     upper, lower = np.divmod(np.rint(kernels / scales).astype(np.int64), base)

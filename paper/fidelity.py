@@ -72,7 +72,7 @@ def run(row: str, seed: int, args: argparse.Namespace, size: int) -> dict[str, d
     out = args.out / f"{row}_{seed}"
     length = ["--epochs", args.epochs, "--interval", 250 * args.epochs]
     options = ["--data", args.data, "--size", size, "--seed", seed, *length, *SCALE, *ROWS[row][1]]
-    runs.train(["-m", "paper.study"], [*map(str, options)], out)
+    runs.train(["-m", "paper.study"], [*map(str, options)], out, " ".join(ROWS[row][1]))
     features = runs.feature_network(args.out)
     measured = {}
     for side in SIDES:
@@ -111,7 +111,7 @@ def as_json(measured: dict[str, dict[int, dict[str, dict[str, Any]]]], args: arg
         "data": runs.sides_of(args.reference),
         "features": runs.FEATURES,
         "rows": {row: " ".join([*SCALE, *ROWS[row][1]]) for row in measured},
-        "commits": sorted({(out / "commit.txt").read_text() for out in outs}),
+        "commits": sorted({runs.begun(out)["commit"] for out in outs}),
     }
     records = [
         {"row": row, "seed": seed, "side": side, "metric": metric, "value": value}

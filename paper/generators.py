@@ -38,7 +38,9 @@ class Row:
     @property
     def program(self) -> list[str]:
         """The script that trains it."""
-        return ["-m", "paper.rivals", self.method] if self.method in METHODS else [str(runs.ROOT / "covidgan.py")]
+        if self.method == "covidgan":
+            return [str(runs.ROOT / "covidgan.py")]
+        return ["-m", self.kind.__module__, *[self.method] * (self.method in rivals.METHODS)]
 
 
 def rival(name: str, *options: str) -> Row:
@@ -94,6 +96,11 @@ def row_of(name: str) -> Row:
     return (ROWS | ABLATIONS | POLICIES)[name]
 
 
+def options_of(name: str) -> str:
+    """How a row's generator is trained, beside data and scale."""
+    return " ".join(row_of(name).options)
+
+
 def full_size(kind: type[covidgan.Method], c: covidgan.LoopConfig) -> float:
     """Total length of a method's stages at full size, as a multiple of --epochs: all but G1's own."""
     return sum(kind.length(c, stage) for stage in kind.stages(c) if stage != "g1")
@@ -114,9 +121,13 @@ def train(name: str, optimiser: str, seed: int, args: argparse.Namespace) -> Pat
     scale = {"ngf": args.ngf, "ndf": args.ngf, "batch": args.batch, "epochs": 2, "epoch-len": stage // 2}
     given = {"data": args.data, "size": size, "seed": seed, **scale, "interval": stage // args.batch // KEPT}
     given["dtype"] = args.dtype
+    if taken := [f"--{key}" for key in given if f"--{key}" in row.options]:
+        raise Mistake(f"row {name}: {', '.join(taken)} would be the table's own, the same for all rows: leave it out")
     options = [*row.options, *itertools.chain(*[(f"--{key}", str(value)) for key, value in given.items()])]
-    options += ["--optimiser", optimiser] if row.method in METHODS else []
-    runs.train(row.program, options, out, keep=name in ROWS and seed == FIRST_SEED)
+    options += ["--optimiser", optimiser] if row.method in rivals.METHODS else []
+    c = covidgan.parse_config(options, row.kind)
+    dtype = "bfloat16" if covidgan.uses_bf16(c, covidgan.pick_device(c)) else "float32"
+    runs.train(row.program, options, out, options_of(name), keep=name in ROWS and seed == FIRST_SEED, dtype=dtype)
     return out
 
 
@@ -127,7 +138,7 @@ def optimiser_of(name: str, args: argparse.Namespace) -> str:
     """
     if len(tried := row_of(name).optimisers) == 1:
         return tried[0]
-    published = name.removesuffix("-clean")
+    published = published_of(name)
 
     def kid(optimiser: str) -> float:
         out, features = train(published, optimiser, FIRST_SEED, args), runs.feature_network(args.out)
@@ -141,6 +152,11 @@ def optimiser_of(name: str, args: argparse.Namespace) -> str:
         kept = {KIDS: {optimiser: kid(optimiser) for optimiser in tried}}
         runs.keep_measures(args.results, choice, kept)
     return min(kept[KIDS], key=kept[KIDS].get)
+
+
+def published_of(name: str) -> str:
+    """The row as published of a clean row, where there is one; else the row itself."""
+    return published if (published := name.removesuffix("-clean")) in ROWS else name
 
 
 def tried_optimisers(args: argparse.Namespace) -> dict[str, dict[str, float]]:
@@ -157,7 +173,7 @@ def trained(name: str, seed: int, args: argparse.Namespace) -> Path:
 
 def commit_of(name: str, seed: int, args: argparse.Namespace) -> str:
     """The commit at which a row's generator was trained."""
-    return runs.commit_of(folder(name, optimiser_of(name, args), seed, args))
+    return runs.begun(folder(name, optimiser_of(name, args), seed, args))["commit"]
 
 
 def measured(run: Path, args: argparse.Namespace) -> dict[str, Any]:
@@ -170,7 +186,7 @@ def whole_runs(names: Iterable[str], args: argparse.Namespace) -> list[tuple[str
     found = []
     chosen = tried_optimisers(args)
     for name in names:
-        if len(row_of(name).optimisers) > 1 and name.removesuffix("-clean") not in chosen:
+        if len(row_of(name).optimisers) > 1 and published_of(name) not in chosen:
             continue
         runs_of = runs.seeded(args.out, f"{name}_{optimiser_of(name, args)}")
         found += [(name, seed, out) for seed, out in runs_of.items() if (out / "results.json").exists()]

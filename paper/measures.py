@@ -18,7 +18,6 @@ import torch
 
 import covidgan
 import export
-from bench import processor
 from data.slices import Mistake, read_split, write_image
 from paper import generators, rivals, runs
 from paper.generators import REPORT
@@ -112,23 +111,18 @@ def keep_floor(name: str, args: argparse.Namespace) -> Figures:
 def keep_generator(name: str, seed: int, args: argparse.Namespace) -> None:
     """Train a row's generator with a seed, measure it, and keep its measurements. Raises Mistake."""
     run, optimiser = generators.trained(name, seed, args), generators.optimiser_of(name, args)
-    told = {"optimiser": optimiser, "options": options_of(name), **cost_of(name, seed, run)}
+    told = {"optimiser": optimiser, "options": generators.options_of(name), **cost_of(name, seed, run)}
     told["figures"] = figures_of(generators.measured(run, args))
     if generators.row_of(name).method == "SEAN":
         told[IN_OWN_STYLE] = figures_of(measure_self(run, args))
     runs.keep_measures(args.results, f"{name}_{seed}", told | {"progress": progress_of(run, args)})
 
 
-def options_of(name: str) -> str:
-    """How a row's generator is trained, beside data and scale."""
-    return " ".join(generators.row_of(name).options)
-
-
 def kept_generators(name: str, args: argparse.Namespace) -> dict[int, dict[str, Any]]:
     """What a row's generators have measured, by seed. Raises Mistake for one that was trained otherwise."""
     kept = runs.kept_seeds(args.results, name)
     for seed, one in kept.items():
-        check_options(f"{name}_{seed}", one["options"], options_of(name), args)
+        check_options(f"{name}_{seed}", one["options"], generators.options_of(name), args)
     return kept
 
 
@@ -145,36 +139,26 @@ def cost_of(name: str, seed: int, run: Path) -> dict[str, Any]:
     """What a run cost and what its generator costs."""
     method = generators.row_of(name).kind
     trained = export.load_method(covidgan.read_checkpoint(run / "ckpt.pt", method), method)
-    c = trained.c
+    c, begun = trained.c, runs.begun(run)
     return {
         "method": name,
         "seed": seed,
-        "seconds": seconds_of(run),
-        "dtype": "bfloat16" if covidgan.uses_bf16(c, covidgan.pick_device(c)) else "float32",
+        "seconds": runs.seconds(run),
+        "dtype": begun["dtype"],
         "samples": round(generators.full_size(method, c) * c.epochs * c.epoch_len),
         "parameters": sum(p.numel() for p in trained.generator().parameters()),
         "synthesis": synthesis_seconds(runs.export(run), c.size),
         "d_at_end": loss_of_d(run),
-        "commit": runs.commit_of(run),
-        "machine": machine(),
+        "commit": begun["commit"],
+        "machine": begun["machine"],
     }
 
 
-def machine() -> str:
-    """The processor and how PyTorch uses it, or the GPU: by it seconds can be compared."""
-    if torch.cuda.is_available():
-        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
-    return f"{processor()}, {torch.backends.cpu.get_cpu_capability()}, threads: {torch.get_num_threads()}"
-
-
-def seconds_of(run: Path) -> float | None:
-    """CPU seconds that a run's training took; None where a GPU did the work, or a kill has lost the count."""
-    return None if torch.cuda.is_available() else runs.seconds(run)
-
-
-def loss_of_d(run: Path) -> float:
-    """D's loss at a run's end: the mean over the last tenth of the last stage's steps."""
+def loss_of_d(run: Path) -> float | None:
+    """D's loss at a run's end: the mean over the last tenth of the last stage's steps; None for a method without D."""
     steps = [json.loads(line) for line in (run / "stats.jsonl").read_text().splitlines()]
+    if "d" not in steps[-1]:
+        return None
     last = [step["d"] for step in steps if step["stage"] == steps[-1]["stage"]]
     return float(np.mean(last[-max(1, len(last) // 10) :]))
 

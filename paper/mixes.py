@@ -184,7 +184,8 @@ def make_dataset(out: Path, mix: Mix, seed: int, args: argparse.Namespace) -> No
 def train(mix: Mix, seed: int, args: argparse.Namespace) -> Path:
     """Train the U-Net of a mix, or go on with it; returns its folder. Raises Mistake."""
     out = folder(mix, seed, args)
-    if (out / "results.json").exists():
+    if (out / "results.json").exists():  # its generator need not be there any more
+        runs.check_row(out, options_of(mix))
         return out
     size, length = runs.size_of(args.reference), args.unet_samples
     given = {"data": dataset(mix, seed, args), "size": size, "channels": args.channels, "seed": seed}
@@ -192,8 +193,13 @@ def train(mix: Mix, seed: int, args: argparse.Namespace) -> Path:
     given["interval"] = length // args.batch // generators.KEPT
     options = ["--preset", "paper", "--unchecked"]  # real slices were checked with the generator's data
     options += itertools.chain(*[(f"--{key}", str(value)) for key, value in given.items()])
-    runs.train(["-m", "paper.segment"], options, out)
+    runs.train(["-m", "paper.segment"], options, out, options_of(mix))
     return out
+
+
+def options_of(mix: Mix) -> str:
+    """How a mix's generator is trained; "" where it has no synthetic slices."""
+    return generators.options_of(mix.generator) if mix.replaced or mix.added else ""
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
 """Runs of the paper's experiments: train, export, synthesize and evaluate, each by the script that a user would call.
 
-A run is a folder: what training leaves (ckpt.pt, results.json at its end, ...), generator.onnx, synthetic_SIDE/ and
-eval_SIDE/. What is complete is not made again, and a stopped training goes on, so that the command that began a study
-also resumes it. Two commands, on one machine or two, may need the same run: what is being made is locked, and whoever
-else wants it waits, and then finds it there.
+A run is a folder: what training leaves (ckpt.pt, results.json at its end, ...), begun.json with how, where and by which
+code it was begun, generator.onnx, synthetic_SIDE/ and eval_SIDE/. What is complete is not made again, and a stopped
+training goes on, so that the command that began a study also resumes it. Two commands, on one machine or two, may need
+the same run: what is being made is locked, and whoever else wants it waits, and then finds it there.
 """
 
 import contextlib
@@ -23,6 +23,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from bench import processor
 from data.slices import JSON_ERRORS, SIDES, Mistake, held, list_pngs, patient_of, read_image, read_split, write_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -133,34 +136,56 @@ def kept_seconds(out: Path) -> list[str]:
     return sorted(path.parent.name for path in out.glob("kept/*/ckpt.pt"))
 
 
-def train(program: list[str], options: list[str], out: Path, keep: bool = False) -> None:
-    """Train into a folder, or go on there; CPU seconds are added up in OUT/seconds.json.
+def train(
+    program: list[str], options: list[str], out: Path, row: str = "", keep: bool = False, **told: str | None
+) -> None:
+    """Train into a folder, or go on there; CPU seconds are added up in OUT/seconds.json, where no GPU does the work.
 
-    OUT/commit.txt is the repository's commit at the start; keep: see `keeping`. Raises Mistake.
+    row: the run's options without data and scale. These, the repository's commit, the machine and what else is told
+    are noted in OUT/begun.json at the start. keep: see `keeping`. Raises Mistake, also where the run was begun with
+    another row.
     """
     with making(out / "results.json", script=out / ".lock"):
+        check_row(out, row)
         if (out / "results.json").exists():
             return
         started, spent, before = (out / "ckpt.pt").exists(), seconds(out), cpu_seconds()
         if not started:
             spent = 0.0
-            write_bytes(out / "commit.txt", commit().encode())
+            note = {"row": row, "commit": commit(), "machine": machine(), **told}
+            write_bytes(out / "begun.json", (json.dumps(note, indent=1) + "\n").encode())
         (out / "seconds.json").unlink(missing_ok=True)  # until the end: a kill loses what was spent
         try:
             beside = partial(keeping, out) if keep else None
             call(*program, "--out", out, *(["--resume"] if started else options), beside=beside)
         finally:
-            if spent is not None:
+            if spent is not None and not torch.cuda.is_available():
                 write_bytes(out / "seconds.json", json.dumps(spent + cpu_seconds() - before).encode())
 
 
-def commit_of(out: Path) -> str:
-    """The commit at which a run was begun."""
-    return (out / "commit.txt").read_text()
+def begun(out: Path) -> dict[str, Any]:
+    """How a run was begun: "row", "commit", "machine" and what else was told of it. Raises Mistake."""
+    return read_measures(out / "begun.json")
+
+
+def check_row(out: Path, row: str) -> None:
+    """Raise Mistake where a run was begun with other options than its row has now: its figures would bear their name.
+
+    One that was begun by hand, without a note, is taken as it is.
+    """
+    if (out / "begun.json").exists() and (was := begun(out)["row"]) != row:
+        raise Mistake(f"{out}: trained with {was!r}, its row now has {row!r}: give the row another name, or delete it")
+
+
+def machine() -> str:
+    """The processor and how PyTorch uses it, or the GPU: by it seconds can be compared."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    return f"{processor()}, {torch.backends.cpu.get_cpu_capability()}, threads: {torch.get_num_threads()}"
 
 
 def seconds(out: Path) -> float | None:
-    """CPU seconds that a run's training took; None where a kill has lost the count."""
+    """CPU seconds that a run's training took; None where a GPU did the work, or a kill has lost the count."""
     path = out / "seconds.json"
     return json.loads(path.read_text()) if path.exists() else None
 
@@ -287,9 +312,11 @@ def export(out: Path) -> Path:
 
 
 def exported(file: Path, *what: str | Path) -> Path:
-    """A file from export.py, of what its command line names, made if it is not there yet."""
+    """A file from export.py, of what its command line names, made if it is not there yet, or older than that."""
     with making(file, script=file.with_name(f".{file.name}.lock")):
-        if not file.exists():
+        sources = [path for path in what if isinstance(path, Path) and path.exists()]
+        newest = max((path.stat().st_mtime_ns for path in sources), default=0)
+        if not file.exists() or file.stat().st_mtime_ns < newest:
             call(ROOT / "export.py", *what, "-o", file)
     return file
 

@@ -187,8 +187,9 @@ def costs(runs_of: list[dict[str, Any]]) -> list[str]:
         known = [cost["seconds"] for cost in several if cost["seconds"] is not None]
         seconds = f"{np.mean(known):,.0f}" if known else "-"
         counts = [f"{several[0][key]:,}" for key in ("samples", "parameters")]
-        synthesis, d = np.mean([cost["synthesis"] for cost in several]), np.mean([cost["d_at_end"] for cost in every])
-        lines.append([name, seconds, *counts, f"{synthesis:.3f}", f"{d:.2f}"])
+        synthesis = np.mean([cost["synthesis"] for cost in several])
+        ends = [cost["d_at_end"] for cost in every if cost["d_at_end"] is not None]
+        lines.append([name, seconds, *counts, f"{synthesis:.3f}", f"{np.mean(ends):.2f}" if ends else "-"])
     heads = ["method", "CPU seconds of training", "samples at full size", "parameters of G", "CPU seconds a slice"]
     return grid([*heads, "D's loss at the end"], lines)
 

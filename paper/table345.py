@@ -150,22 +150,17 @@ def make(experiment: Experiment, name: str, seed: int, args: argparse.Namespace)
     mix = experiment.rows[name]
     scores, out = mixes.score(mix, seed, args), mixes.folder(mix, seed, args)
     told = {
-        "options of generator": options_of(mix),
+        "options of generator": mixes.options_of(mix),
         "parameters": json.loads((out / "results.json").read_text())["parameters"],
-        "seconds": measures.seconds_of(out),
-        "commit": runs.commit_of(out),
-        "commit of generator": generators.commit_of(mix.generator, seed, args) if options_of(mix) else None,
+        "seconds": runs.seconds(out),
+        "commit": runs.begun(out)["commit"],
+        "commit of generator": generators.commit_of(mix.generator, seed, args) if mixes.options_of(mix) else None,
         "slices": mixes.composition(mix, seed, args),
         "sides": {side: summary(found) for side, found in scores.items()},
     }
     runs.keep_measures(args.results, f"{mixes.unet_of(mix)}_{seed}", told)
     if experiment.images:
         measures.keep_generator(mix.generator, seed, args)
-
-
-def options_of(mix: Mix) -> str:
-    """How a mix's generator is trained; "" where it has no synthetic slices."""
-    return measures.options_of(mix.generator) if mix.replaced or mix.added else ""
 
 
 # ------------------------------------------------------------------------------------------------ figures
@@ -314,7 +309,8 @@ def collect(experiment: Experiment, args: argparse.Namespace) -> dict[str, Any]:
     for row, found in kept.items():
         for seed, one in found.items():
             mix = experiment.rows[row]
-            measures.check_options(f"{mixes.unet_of(mix)}_{seed}", one["options of generator"], options_of(mix), args)
+            now = mixes.options_of(mix)
+            measures.check_options(f"{mixes.unet_of(mix)}_{seed}", one["options of generator"], now, args)
     sides = [side for side in mixes.tested_sides(mixes.split_of(args)) if side in experiment.sides]
     records, differences = [], []
     for side, (row, found) in itertools.product(sides, kept.items()):
@@ -473,7 +469,7 @@ def listed(experiment: Experiment) -> dict[str, str]:
 
 def listed_row(mix: Mix) -> str:
     """A mix's name and how its generator is trained."""
-    return f"{mix.name:36} {options_of(mix)}".rstrip()
+    return f"{mix.name:36} {mixes.options_of(mix)}".rstrip()
 
 
 def table(experiment: Experiment) -> Table:

@@ -1,12 +1,13 @@
 """What do the weighting networks learn? alpha of DESUM (Eq. 1) and beta of DFM (Eq. 4), along training and by slice.
 
     python -m paper.weighting out/tables/covidgan_paper_0 out/tables/covidgan_paper_1 --data data/ct128
-    python -m paper.weighting out/tables/beta-*_paper_0 --data data/ct128 --out out/policies.png
+    python -m paper.weighting out/tables/beta-*_paper_0 --data data/ct128 --results out/policies
 
 For each run, trained by covidgan.py: the course of both from stats.jsonl, and alpha of every slice of a side from its
 exported generator, beside the share of lesion in the slice's lung. The paper says that alpha adapts to the slice: its
 correlation with that share is given over all slices, and within patients, whose slices differ in lesion and little
-else. Written as --results/weighting.json, as Markdown between the marks of the README.md beside it, and drawn as --out.
+else. Written as --results/weighting.json, which is refused where it would lose runs, as Markdown between the marks of
+the README.md beside it, and drawn as --out.
 """
 
 import argparse
@@ -211,20 +212,31 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return args
 
 
+def check_runs(path: Path, args: argparse.Namespace) -> None:
+    """Raise Mistake where the JSON would lose a run, or two would bear one name."""
+    there = runs.read_measures(path).get("records", []) if path.exists() else []
+    names = [run.name for run in args.runs]
+    if lost := {one["run"] for one in there} - {*names}:
+        raise Mistake(f"{path} has runs that are not named: {', '.join(sorted(lost))}: name them, or another --results")
+    if len({*names}) < len(names):
+        raise Mistake(f"{', '.join(names)}: give runs of different names, by which they are told apart")
+
+
 def main(argv: list[str]) -> None:
     """Study the runs and write what is found. Raises Mistake."""
     args = parse(argv)
+    check_runs(path := args.results / "weighting.json", args)
     studies = [of_run(run, args.data, args.side) for run in args.runs]
     text = markdown(studies)
     print(text)
     setting = {
         "data": f"side {args.side}, {len(studies[0]['slices']['alpha'])} slices, {runs.size_of(args.data)} pixels",
-        "commits": {run.name: (run / "commit.txt").read_text() for run in args.runs if (run / "commit.txt").exists()},
+        "commits": {run.name: runs.begun(run)["commit"] for run in args.runs if (run / "begun.json").exists()},
     }
     args.results.mkdir(parents=True, exist_ok=True)
     content = (json.dumps({"setting": setting, "records": studies, "paper": PAPER}) + "\n").encode()
     with runs.making(readme := args.results.parent / "README.md"):
-        write_bytes(args.results / "weighting.json", content)
+        write_bytes(path, content)
         draw(studies, args.out)
         write_readme(readme, "weighting", text)
 

@@ -509,6 +509,18 @@ def test_bits_hold_each_output_channel_to_half_a_step_of_its_own(base, bits):
     assert 0.49 < np.abs(off).max() < 0.501 and (off[3] == 0).all()
 
 
+@pytest.mark.parametrize(("dims", "bits"), [((64, 128, 4, 4), 12), ((65, 225, 3, 3), 16)])
+def test_kernels_that_fill_no_whole_bytes_of_three_digits_or_two_are_packed_in_more_bits(dims, bits):
+    values = np.random.default_rng(0).normal(0, 0.02, dims).astype(np.float32)
+    node = onnx.helper.make_node("Identity", ["w"], ["y"])
+    output = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, dims)
+    graph = onnx.helper.make_graph([node], "g", [], [output], [onnx.numpy_helper.from_array(values, "w")])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=8)
+    packed = next(export.packings(model))
+    assert packed.ByteSize() == pytest.approx(values.size * bits / 8, abs=3000)
+    assert export.session_of(packed).run(["y"], {})[0] == pytest.approx(values, abs=np.abs(values).max() / 1000)
+
+
 def test_16_bits_hold_three_digits():
     values = np.random.default_rng(0).normal(0, 0.02, (40, 30, 3, 3)).astype(np.float32)
     stored, nodes = export.in_16_bits("w", values)

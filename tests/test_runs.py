@@ -1,6 +1,7 @@
 """Runs of the experiments: trained once, gone on with where they stopped, measured by eval.py."""
 
 import json
+import os
 import subprocess
 import types
 
@@ -42,6 +43,51 @@ def test_a_run_that_stopped_goes_on_and_one_that_is_whole_is_left_alone(program,
     runs.train(program, ["--seed", "3", "--fail"], out)
     assert (out / "calls.txt").read_text().splitlines() == [f"--out {out} --seed 3 --fail", f"--out {out} --resume"]
     assert 0 < first < second == json.loads((out / "seconds.json").read_text())
+
+
+def test_a_run_that_was_begun_by_another_row_is_not_taken_for_this_ones(program, tmp_path):
+    out = tmp_path / "run"
+    with pytest.raises(Mistake, match="status 130"):
+        runs.train(program, ["--fail"], out, "--gan lsgan", dtype="float32")
+    for _ in range(2):  # where it was stopped, and where it is whole
+        with pytest.raises(Mistake, match=f"{out}: trained with '--gan lsgan', its row now has '--gan hinge'"):
+            runs.train(program, [], out, "--gan hinge")
+        runs.train(program, [], out, "--gan lsgan")
+    assert len((out / "calls.txt").read_text().splitlines()) == 2
+    (out / "begun.json").unlink()  # begun by hand
+    runs.train(program, [], out, "--gan hinge")
+
+
+def test_what_is_noted_of_a_run_is_of_where_it_began_and_a_gpu_has_no_cpu_seconds(program, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    monkeypatch.setattr(runs, "machine", lambda: "the first machine")
+    with pytest.raises(Mistake, match="status 130"):
+        runs.train(program, ["--fail"], out, "--row", dtype="bfloat16")
+    assert runs.seconds(out) > 0
+    monkeypatch.setattr(runs, "machine", lambda: "the second machine")
+    monkeypatch.setattr(runs.torch.cuda, "is_available", lambda: True)
+    runs.train(program, [], out, "--row", dtype="float32")
+    told = runs.begun(out)
+    assert (told["row"], told["machine"], told["dtype"]) == ("--row", "the first machine", "bfloat16")
+    assert told["commit"] == runs.commit() and runs.seconds(out) is None
+
+
+def test_what_is_older_than_its_checkpoint_is_exported_anew(tmp_path, monkeypatch):
+    called = []
+
+    def export(script, source, option, file):
+        called.append(source)
+        file.write_bytes(source.read_bytes())
+
+    monkeypatch.setattr(runs, "call", export)
+    checkpoint, file = tmp_path / "ckpt.pt", tmp_path / "generator.onnx"
+    checkpoint.write_bytes(b"half trained")
+    assert runs.export(tmp_path) == runs.export(tmp_path) == file and called == [checkpoint]
+    checkpoint.write_bytes(b"whole")
+    os.utime(checkpoint, ns=(later := file.stat().st_mtime_ns + 1, later))
+    assert runs.export(tmp_path).read_bytes() == b"whole" and len(called) == 2
+    checkpoint.unlink()  # put away to save room
+    assert runs.export(tmp_path) == file and len(called) == 2
 
 
 def test_what_a_run_cost_is_its_cpu_time_and_not_that_of_others(program, tmp_path):
@@ -124,7 +170,7 @@ def test_a_study_that_would_lose_runs_of_its_json_is_refused_before_it_trains(th
     there.mkdir(parents=True)
     (there / "results.json").write_text("{}")
     argv = ["--data", three_sides, "--reference", three_sides, "--out", there.parent, "--results", tmp_path]
-    with pytest.raises(Mistake, match=r"fidelity-2.json has runs that .*study has not: flip 1: make these too, or give"):
+    with pytest.raises(Mistake, match=r"fidelity-2.json has runs that .*study has not: flip 1: make these too"):
         fidelity.main([*map(str, argv), "--rows", "joint"])
     assert (tmp_path / "fidelity-2.json").read_text() == content and not (there.parent / "setting.json").exists()
     args = fidelity.parse([*map(str, argv), "--rows", "flip", "--seeds", "0", "1"])

@@ -34,6 +34,29 @@ def test_every_row_of_table_2_is_a_command_that_its_training_takes():
     assert {row.method for row in generators.ROWS.values()} == {"covidgan", *rivals.METHODS}
 
 
+def test_a_row_is_trained_by_the_script_of_its_method():
+    program = {name: generators.Row(name, ()).program for name in ("covidgan", "SPADE", "covidgan-study")}
+    assert program["covidgan"] == [str(runs.ROOT / "covidgan.py")]
+    assert program["SPADE"] == ["-m", "paper.rivals", "SPADE"]
+    assert program["covidgan-study"] == ["-m", "paper.study"]
+
+
+def test_a_row_may_not_set_what_the_table_sets_for_all_rows_alike(tmp_path, monkeypatch, three_sides):
+    wide = generators.Row("covidgan", ("--preset", "best", "--ngf", "32", "--batch", "8", "--lr", "1e-3"))
+    monkeypatch.setitem(generators.ROWS, "mine", wide)
+    monkeypatch.setattr(runs, "call", None)  # whatever is called breaks
+    args = tables.parse(["2", "--data", str(three_sides), "--reference", str(three_sides), "--out", str(tmp_path)])
+    with pytest.raises(Mistake, match="row mine: --ngf, --batch would be the table's own, the same for all rows"):
+        generators.train("mine", "paper", 0, args)
+    assert not (tmp_path / "mine_paper_0").exists()
+
+
+def test_a_clean_row_takes_the_optimiser_of_its_row_as_published_where_there_is_one(monkeypatch):
+    monkeypatch.setitem(generators.ROWS, "lone-clean", generators.ROWS["SPADE-clean"])
+    assert [generators.published_of(name) for name in ("SPADE", "SPADE-clean")] == ["SPADE", "SPADE"]
+    assert generators.published_of("lone-clean") == "lone-clean"
+
+
 def test_both_optimisers_are_tried_where_authors_and_paper_differ_and_only_there():
     tried = {name: row.optimisers for name, row in generators.ROWS.items()}
     assert tried["SPADE"] == tried["SEAN"] == tried["SEAN-clean"] == ("own", "paper")
@@ -195,6 +218,13 @@ def test_ds_loss_at_the_end_is_of_the_last_tenth_of_the_last_stage(tmp_path):
     steps = [("g2", 9.0)] * 5 + [("joint", 3.0)] * 18 + [("joint", 1.0), ("joint", 2.0)]
     (tmp_path / "stats.jsonl").write_text("".join(json.dumps({"stage": s, "d": d}) + "\n" for s, d in steps))
     assert measures.loss_of_d(tmp_path) == 1.5
+
+
+def test_a_method_without_a_discriminator_has_no_loss_of_d(tmp_path):
+    (tmp_path / "stats.jsonl").write_text('{"stage": "whole", "l1": 0.5}\n')
+    assert measures.loss_of_d(tmp_path) is None
+    cost = {"method": "mine", "machine": "", "seconds": None, "samples": 1, "parameters": 2, "synthesis": 0.1}
+    assert table2.costs([cost | {"d_at_end": None}])[2] == "| mine | - | 1 | 2 | 0.100 | - |"
 
 
 def test_checkpoints_are_kept_as_they_come_with_the_cpu_seconds_behind_them(tmp_path):

@@ -484,6 +484,12 @@ def test_the_study_of_a_run_has_pytorchs_alpha_of_each_slice_and_its_lesion_shar
     assert one["slices"]["lesion"] == pytest.approx(shares)
     assert [*one["settled"]["alpha"]] == ["joint"] and [*one["settled"]["beta"]] == ["g2", "joint"]
     assert (results / "alpha.png").stat().st_size > 1000
+    run.with_name("other").symlink_to(run)
+    with pytest.raises(Mistake, match=r"weighting.json has runs that are not named: covidgan_paper_0: name them, or"):
+        weighting.main([str(run.with_name("other")), *argv[1:]])
+    with pytest.raises(Mistake, match="give runs of different names"):
+        weighting.main([str(run), *argv])
+    run.with_name("other").unlink()
     for kind in ("svg", "pdf"):  # which matplotlib dates, and gives random names within
         pictures = [results / f"{n}" / f"alpha.{kind}" for n in (1, 2)]
         with monkeypatch.context() as patch:
