@@ -509,7 +509,7 @@ def test_bits_hold_each_output_channel_to_half_a_step_of_its_own(base, bits):
     assert 0.49 < np.abs(off).max() < 0.501 and (off[3] == 0).all()
 
 
-@pytest.mark.parametrize(("dims", "bits"), [((64, 128, 4, 4), 12), ((65, 225, 3, 3), 16)])
+@pytest.mark.parametrize(("dims", "bits"), [((64, 128, 4, 4), 12), ((65, 77, 5, 5), 16)])
 def test_kernels_that_fill_no_whole_bytes_of_three_digits_or_two_are_packed_in_more_bits(dims, bits):
     values = np.random.default_rng(0).normal(0, 0.02, dims).astype(np.float32)
     node = onnx.helper.make_node("Identity", ["w"], ["y"])
@@ -518,7 +518,7 @@ def test_kernels_that_fill_no_whole_bytes_of_three_digits_or_two_are_packed_in_m
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=8)
     packed = next(export.packings(model))
     assert packed.ByteSize() == pytest.approx(values.size * bits / 8, abs=3000)
-    assert export.session_of(packed).run(["y"], {})[0] == pytest.approx(values, abs=np.abs(values).max() / 1000)
+    assert np.abs(export.session_of(packed).run(["y"], {})[0] - values).max() < np.abs(values).max() / 1000
 
 
 def test_16_bits_hold_three_digits():
