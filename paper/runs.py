@@ -81,9 +81,9 @@ def cpu_seconds_of(pid: int) -> float | None:
 def commit() -> str:
     """The repository's commit, with -dirty where code differs from it; "unknown" outside git.
 
-    What the tables themselves write is no code.
+    What the tables themselves write is no code: JSON, Markdown and pictures.
     """
-    git, written = ["git", "-C", str(ROOT)], [":!paper/results", ":!paper/README.md"]
+    git, written = ["git", "-C", str(ROOT)], [":!*.json", ":!*.md", ":!*.png"]
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         told = partial(subprocess.run, capture_output=True, check=True, text=True)
         name = told([*git, "rev-parse", "--short=12", "HEAD"]).stdout.strip()
