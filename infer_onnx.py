@@ -331,7 +331,8 @@ def provider_options(
         if shapes and not any(info["fixed"]):
             shapes = [(n, *canvas(height, width, info)) for n, height, width in shapes]
             axes = list(zip(*shapes, strict=True))
-            profile = {"min": map(min, axes), "opt": Counter(shapes).most_common(1)[0][0], "max": map(max, axes)}
+            least = (1, *map(min, axes[1:]))  # maps without lung leave their batch, and a shard's last one is smaller
+            profile = {"min": least, "opt": Counter(shapes).most_common(1)[0][0], "max": map(max, axes)}
             options |= {f"trt_profile_{k}_shapes": f"map:{'x'.join(map(str, v))}" for k, v in profile.items()}
         return options
     if name == "openvino":  # a CPU without bfloat16 silently computes in fp32 whatever is asked
@@ -765,7 +766,7 @@ def sources(path: Path, name: str, reals: dict[str, Path] | None) -> list[Path]:
 
 def outdated(made: list[Path], of: list[Path]) -> list[Path]:
     """The files `made` that exist but are older than one of those they were made of."""
-    newest = max(path.stat().st_mtime_ns for path in of)
+    newest = max((path.stat().st_mtime_ns for path in of if path.exists()), default=0)  # dangling: told when it is read
     return [path for path in made if path.exists() and path.stat().st_mtime_ns < newest]
 
 
@@ -797,6 +798,8 @@ def claimed(args: argparse.Namespace, info: dict[str, Any], kinds: Sequence[str]
     Raises Mistake where the shard is being made already, or OUT in another number of shards or with other settings.
     """
     made_with = {"checkpoint_sha256": info["checkpoint_sha256"], "precision": info["precision"], "format": args.format}
+    if args.precision != "model":  # tens of HU from what the file itself gives
+        made_with["precision"] += f" in {args.precision}"
     made_with |= {"completed": bool(args.complement), "seed": args.seed if args.variants else None}
     before = dict(made_with)  # what records held before they had sources
     made_with["sources"] = place
@@ -849,7 +852,10 @@ def whence(out: Path, maps: dict[str, Path], reals: dict[str, Path] | None) -> s
     """A digest of where maps and real slices lie relative to OUT: those of another set may have the same names."""
     places = []
     for files in filter(None, (maps, reals)):
-        folder = next(iter(files.values())).parent.resolve()
+        name, path = next(iter(files.items()))
+        folder = path.parent.resolve()
+        if path.name.removeprefix(name).lower() not in (".png", *NIFTI):  # one real file, given beside one map
+            folder /= path.name
         try:
             places.append(os.path.relpath(folder, out.resolve()))
         except ValueError:  # on another Windows drive
@@ -963,7 +969,7 @@ def fill_volume(path: Path, labels: np.ndarray, generator: Generator, n: int) ->
 
     Raises Mistake that names `path`, as the generator does.
     """
-    floor = round(generator.info["level"] - generator.info["width"] / 2)
+    floor = int(np.clip(round(generator.info["level"] - generator.info["width"] / 2), *HELD))
     hu = np.full(labels.shape, floor, np.int16)
     with_lung = np.flatnonzero(labels.any((1, 2)))
     try:

@@ -6,6 +6,7 @@ import sys
 import imageio.v3 as iio
 import numpy as np
 import pytest
+import scipy.linalg
 import scipy.ndimage
 import scipy.stats
 from onnx import TensorProto, helper
@@ -139,10 +140,27 @@ def test_the_table_of_features_has_all_figures_their_floors_and_fid_over_its_flo
         values = [row[key] for row in (complete, lung) for key in ("value", "floor_value")]
         assert printed(f"{figure}, 4 dimensions") == pytest.approx([14, *values], rel=1e-3)
     complete, lung = (rows[f"{region} FID 4"] for region in ("complete", "lung"))
-    for row in (complete, lung):
-        assert row["relative"] == pytest.approx(row["value"] / row["floor_value"])
+    crossed = fid_of(means["real"][first], means["fake"][second])
+    assert lung["relative"] == pytest.approx(crossed / fid_of(means["real"][first], means["real"][second]), rel=1e-3)
     assert printed("relative FID ") == pytest.approx([14, complete["relative"], 1, lung["relative"], 1], rel=1e-3)
     assert "relative" not in rows["lung KID 4"]
+
+
+def fid_of(x, y):
+    """Frechet distance as its definition has it, with a root of a product."""
+    (mu_x, s_x), (mu_y, s_y) = ((of.mean(0), np.cov(of, rowvar=False)) for of in (x, y))
+    return ((mu_x - mu_y) ** 2).sum() + np.trace(s_x + s_y - 2 * scipy.linalg.sqrtm(s_x @ s_y).real)
+
+
+def test_relative_fid_of_slices_as_real_as_the_real_ones_is_1_however_few_they_are(tmp_path, rng):
+    model, ratios = save_features(tmp_path / "f.onnx"), []
+    for k in range(6):
+        labels = [lungs()] * 24
+        real, fake = ([HU_OF_LABEL[labels[0]] + noise(rng, (96, 96), 2) for _ in labels] for _ in range(2))
+        (tmp_path / str(k)).mkdir()
+        rows = evaluate(tmp_path / str(k), real, fake, labels, "--features", model)["features"]
+        ratios.append(rows["lung FID 4"]["relative"])
+    assert 0.75 < np.exp(np.mean(np.log(ratios))) < 1.33
 
 
 def test_where_slices_are_few_there_is_no_relative_fid_and_no_manifold_and_it_is_told(tmp_path, rng, capsys):

@@ -454,6 +454,34 @@ def test_slices_of_two_kinds_do_not_mix_in_one_folder(infer, maps, images, tmp_p
     assert told.startswith(f"error: {out}: its slices were made otherwise")
 
 
+def test_two_real_slices_given_in_turn_for_one_map_do_not_mix_in_one_folder(infer, maps, tmp_path):
+    for k, name in enumerate(("soft", "sharp")):
+        write_image(tmp_path / f"{name}.png", draw_slice(64, 64, seed=k))
+    map_of_one = maps / "P00_S000.png"
+    assert infer(map_of_one, "--complement", tmp_path / "soft.png")[0] == 0
+    status, out, told = infer(map_of_one, "--complement", tmp_path / "sharp.png")
+    assert status == 2 and told.startswith(f"error: {out}: its slices were made otherwise")
+    assert infer(map_of_one, "--complement", tmp_path / "soft.png")[0] == 0
+
+
+def test_slices_in_bfloat16_are_not_taken_for_those_of_the_file_s_own_precision(tmp_path):
+    args = infer_onnx.parse([str(tmp_path), "--out", str(tmp_path / "out"), "--provider", "openvino"])
+    info = {"checkpoint_sha256": "1", "precision": "float32"}
+    with infer_onnx.claimed(args, info, ["images"], "here"):
+        (tmp_path / "out/images/a.png").touch()
+    args.precision = "bf16"
+    with pytest.raises(Mistake, match="its slices were made otherwise"), infer_onnx.claimed(args, info, [], "here"):
+        pass
+
+
+def test_a_link_to_a_map_that_is_gone_is_left_out_as_faulty_and_the_others_are_made(infer, maps, tmp_path):
+    (maps / "P00_S000.png").rename(tmp_path / "away.png")
+    (maps / "P00_S000.png").symlink_to(tmp_path / "gone.png")
+    status, out, told = infer(maps)
+    assert status == 2 and f"error: {maps / 'P00_S000.png'}: " in told and "left out as faulty: 1" in told
+    assert len(list((out / "images").iterdir())) == 4
+
+
 def test_what_a_failed_start_left_is_gone_on_with_and_slices_of_others_are_not_taken_for_finished(infer, maps):
     _, out, _ = infer(maps)
     images = files(out / "images")
@@ -1120,6 +1148,8 @@ def test_tensorrt_gets_a_cache_half_precision_and_a_profile_of_the_shapes_to_com
     assert options["trt_profile_min_shapes"] == "map:1x144x512"
     assert options["trt_profile_opt_shapes"] == "map:8x512x512"
     assert options["trt_profile_max_shapes"] == "map:8x512x704"
+    full = infer_onnx.provider_options("tensorrt", INFO, [(8, 512, 512)])  # a map without lung leaves a batch of 7
+    assert full["trt_profile_min_shapes"] == "map:1x512x512"
 
 
 def test_tensorrt_needs_no_profile_for_a_fixed_size_and_no_half_precision_for_float32():

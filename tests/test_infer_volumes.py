@@ -2,6 +2,7 @@
 
 import os
 import sys
+import types
 
 import nibabel as nib
 import numpy as np
@@ -22,6 +23,13 @@ def draw_labels(height=50, width=70, lungless=(0, 3)):
     labels[:, :9, :] = 0
     labels[list(lungless)] = 0
     return labels
+
+
+def test_a_window_whose_floor_no_int16_holds_is_clipped_as_the_format_is(tmp_path):
+    info = {"level": -600.0, "width": 70000.0}
+    lungless = np.zeros((2, 16, 16), np.uint8)
+    hu = infer_onnx.fill_volume(tmp_path / "a.nii", lungless, types.SimpleNamespace(info=info), 1)
+    assert hu.dtype == np.int16 and (hu == FLOOR).all()
 
 
 def draw_ct(labels, seed=0):
