@@ -33,6 +33,7 @@ from data.slices import (
     exit_on_mistake,
     held,
     held_split,
+    listed,
     make_room,
     patient_of,
     slice_name,
@@ -517,13 +518,15 @@ def main(argv: list[str] | None = None) -> None:
         "patients": args.patients, "slices": args.slices,
     }  # fmt: skip
     there = held_split(args.out)
-    if there.get("drawn") == drawn:
+    files = [args.out / part / f"{name}.png" for part in ("images", "maps") for name in listed(there)]
+    same = there.get("drawn") == drawn
+    if same and not args.overwrite and all(path.exists() for path in files):
         sides = {side: names for side, names in there.items() if side in SIDES}
         counts = [f"{side} {len({*map(patient_of, names)})}, {len(names)}" for side, names in sides.items()]
         print(f"{args.out} already holds this set, whole (patients, slices: {'; '.join(counts)}); nothing to do")
         return
     with held(args.out):
-        make_room(args.out, args.overwrite)
+        make_room(args.out, args.overwrite, same)
         make_set(args, drawn)
 
 

@@ -129,6 +129,8 @@ def find_files(where: str) -> dict[str, Path]:
     if "*" not in pattern:
         return list_volumes(Path(where))
     before, _, after = pattern.partition("*")
+    if "*" in after:
+        raise Mistake(f"{where}: more than one star; give the one that stands for the name")
     files = {
         path.name[len(before) : len(path.name) - len(after)]: path
         for path in sorted(folder.glob(pattern))
@@ -181,6 +183,8 @@ def read_scan(
         lung = auto_lungs(scan.ct, hu, lesion, volume.millimetres, args.stacked, note)
     if not args.unchecked:
         check_hu(scan, hu, lung, lesion)
+    if not args.stacked:
+        note_turn(scan, hu, lesion, note)
     hu = np.clip(hu, *HELD)  # before resizing, which would mix padding of -3024 into neighbours
     if args.binary:
         lesion = part_by_density(hu, lesion, volume.millimetres, args.consolidation_above)
@@ -276,6 +280,29 @@ def check_turn(scan: Scan, hu: np.ndarray, lung: np.ndarray) -> None:
         )
 
 
+def note_turn(scan: Scan, hu: np.ndarray, lesion: np.ndarray, note: Callable[[str], None]) -> None:
+    """Note where a lesion mask, uint8 [Z, H, W], fits its CT better when it is reversed: it seems turned.
+
+    What is aerated of a lesion is denser than the lung around it. On 14 volumes, a mask that lies right loses 28 HU or
+    more when it is reversed, and one that lies wrong gains as much.
+    """
+    step = max(1, hu.shape[2] // 128)
+    hu, diseased = hu[:, ::step, ::step], np.isin(lesion[:, ::step, ::step], (1, 2))  # an effusion is beside the lung
+    aerated = (hu > -1000) & (hu < -300)
+    own = hu[diseased & aerated]
+    if own.size < 300:  # too few to tell
+        return
+    found = {}
+    for axes in (axes for count in (1, 2, 3) for axes in itertools.combinations(range(3), count)):
+        inside = hu[np.flip(diseased, axes) & aerated]
+        found[axes] = inside.mean() if inside.size > own.size / 2 else -math.inf
+    best = max(found, key=found.get)
+    if found[best] > own.mean() + 20:
+        turn = " and ".join(("slices", "rows", "columns")[axis] for axis in best)
+        figures = f"{own.mean():+.0f} HU, with {turn} reversed {found[best]:+.0f}"
+        note(f"{scan.lesion}: the lesions' aerated part has {figures}: turned against its CT? see contact_sheet.png")
+
+
 # ---- lungs found in the CT
 
 
@@ -299,10 +326,11 @@ def auto_lungs(
 def fit(pixels: np.ndarray, millimetres: np.ndarray, size: int, fill: int) -> np.ndarray:
     """Bring one slice [H, W] to [size, size] of the same type.
 
-    Proportions in mm are kept (unequal pixel sides become equal): the longer side fills the square, and
-    what the shorter leaves is `fill`. Labels uint8 take the nearest pixel. HU float32 go through Pillow's
-    bicubic filter, which widens when downsampling (anti-aliasing), clipped to the slice's own range, since
-    it overshoots at edges; a bilinear one would blur what counts as real.
+    Proportions in mm are kept (unequal pixel sides become equal): the longer side fills the square, and what the
+    shorter leaves is `fill`. Labels uint8 take the nearest pixel, which at even factors is half a source pixel
+    above and left of the middle, by Pillow's rounding; no label is mixed, and none appears that was not there. HU
+    float32 go through Pillow's bicubic filter, which widens when downsampling (anti-aliasing), clipped to the
+    slice's own range, since it overshoots at edges; a bilinear one would blur what counts as real.
     """
     extent = pixels.shape * millimetres  # height, width in mm
     height, width = np.maximum(1, np.rint(size * extent / extent.max())).astype(int).tolist()
@@ -514,14 +542,22 @@ def provenance(args: argparse.Namespace, places: dict[Slice, tuple[Scan, int]], 
     for (patient, _), (scan, z) in places.items():
         patients.setdefault(str(patient), {})[f"{scan.name}[{z}]" if args.stacked else scan.name] = None
     return {
-        "source": Path(args.src or args.images).resolve().name,
+        "source": told(args.src or args.images),
         "patients": {patient: [*names] for patient, names in patients.items()},
         "excluded": sorted(set(args.exclude_patient)),
         "grey_volumes": grey,
-        "lungs": AUTO if args.lungs == AUTO else "masks",
+        "lungs": AUTO if args.lungs == AUTO else told(args.lungs),
+        "lesions": told(args.lesions),
         "consolidation_above": args.consolidation_above if args.binary else None,
-        **{key: vars(args)[key] for key in ("grey_window", "by", "split", "size", "all_slices", "unchecked", "seed")},
+        "by": "slice" if args.stacked else args.by,
+        **{key: vars(args)[key] for key in ("grey_window", "split", "size", "all_slices", "unchecked", "seed")},
     }
+
+
+def told(where: str) -> str:
+    """A folder or file as split.json names it, without the folders above; a pattern with its own folder."""
+    path = Path(where).resolve()
+    return f"{path.parent.name}/{path.name}" if "*" in path.name else path.name
 
 
 def remarks(args: argparse.Namespace, drawn: dict) -> list[str]:
@@ -538,7 +574,9 @@ def remarks(args: argparse.Namespace, drawn: dict) -> list[str]:
         lines.append(f"lesions parted by density: consolidation where, smoothed by 1 mm, it is above {threshold}")
     if any([number] != names for number, names in drawn["patients"].items()):
         lines.append("patients are numbered in the order of their names; split.json lists them")
-    return [*lines, f"split by {args.by}; slices asked for: {', '.join(map(str, args.split))}"]
+    if args.stacked:
+        lines.append("each slice is counted as a patient: slices of one person may be on two sides")
+    return [*lines, f"split by {drawn['by']}; slices asked for: {', '.join(map(str, args.split))}"]
 
 
 def main(argv: list[str] | None = None) -> None:

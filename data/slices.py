@@ -17,6 +17,7 @@ import io
 import itertools
 import json
 import os
+import re
 import signal
 import struct
 import sys
@@ -391,16 +392,23 @@ def held_split(out: Path) -> dict:
     return held if isinstance(held, dict) else {}
 
 
+def listed(held: dict) -> set[str]:
+    """Names of the slices that a split.json lists on any side; those of a damaged one as far as they are lists."""
+    return {str(name) for side in SIDES if isinstance(held.get(side), list) for name in held[side]}
+
+
 def make_room(out: Path, overwrite: bool, same: bool = False) -> None:
     """Make the empty folders of a dataset. Raises Mistake for a folder that holds anything else.
 
-    Existing slices, split and contact sheet give way with `overwrite`, if they are the `same` set's, and if an
-    unfinished run left them, as UNFINISHED shows. No other file is ever removed.
+    Split, contact sheet and files named like slices give way with `overwrite`, and if an unfinished run left them, as
+    UNFINISHED shows; of the `same` set those that its split lists. No other file is ever removed.
     """
     folders = out / "images", out / "maps"
-    slices = {path for folder in folders for path in folder.glob("P*_S*.png")}
-    ours = slices | {out / "contact_sheet.png", out / "split.json"}
+    slices = {path for folder in folders for path in folder.glob("*.png") if re.fullmatch(r"P\d+_S\d+", path.stem)}
     unfinished = (out / UNFINISHED).exists() and not (out / "split.json").exists()
+    known = listed(held_split(out))
+    ours = {path for path in slices if unfinished or path.stem in known}
+    ours |= {out / "contact_sheet.png", out / "split.json"}
     for path in sorted(out.rglob("*")):
         replaceable = path.name.startswith(".") or (path in ours and (same or unfinished))
         if path.is_file() and not replaceable and not overwrite:

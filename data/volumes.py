@@ -246,7 +246,8 @@ def placed(path: Path, header: nib.Nifti1Header, stored: np.ndarray, note: Calla
     volume = Volume(stored, header)
     if not is_usable(volume.affine):
         raise Mistake(f"{path}: no usable affine; save it again with a program that knows the scan's geometry")
-    if not has_affine(header) or np.array_equal(volume.affine, np.eye(4)):
+    spacing_alone = np.array_equal(volume.affine, np.diag(np.abs(volume.affine.diagonal())))  # of no scanner: no origin
+    if not has_affine(header) or spacing_alone:
         axes = "".join(nib.aff2axcodes(volume.affine))
         note(f"{path}: does not say how the patient lies; taken as {axes}: see that the spine comes out at the bottom")
     return volume._replace(voxels=to_display(stored, volume))
