@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -285,6 +286,17 @@ def test_a_complete_set_is_left_alone(folder):
     assert done.returncode == 0 and len(done.stdout.splitlines()) == 1 and str(folder) in done.stdout
     assert "train 2, 12; test 1, 6; seg_test 1, 6" in done.stdout
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+@pytest.mark.parametrize("options", [[], ["--overwrite"]])
+def test_what_is_gone_from_a_set_or_was_changed_in_it_is_drawn_again(folder, tmp_path, options):
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    if options:
+        (tmp_path / "maps" / "P01_S001.png").write_bytes(b"by hand")
+    else:
+        shutil.rmtree(tmp_path / "images")
+    phantom.main(["--out", str(tmp_path), "--size", "64", "--patients", "4", "--slices", "6", *options])
+    assert contents(tmp_path) == contents(folder)
 
 
 def test_another_set_is_refused_and_kept(folder):

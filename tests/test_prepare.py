@@ -4,6 +4,7 @@ import gzip
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -370,6 +371,20 @@ def test_the_same_slices_drawn_otherwise_are_refused(src, out):
         run(src, out, "--all-slices")
 
 
+def test_other_masks_of_the_same_volumes_are_another_set(tmp_path, out):
+    put_named(tmp_path, ["a", "b", "c"])
+    shutil.copytree(tmp_path / "lung", tmp_path / "lung2")
+    masks = [f"--images={tmp_path / 'ct'}", f"--lesions={tmp_path / 'lesion'}", "--out", str(out), "--size", str(SIZE)]
+    prepare.main([*masks, f"--lungs={tmp_path / 'lung'}"])
+    before = files(out)
+    with pytest.raises(Mistake, match="of another set"):
+        prepare.main([*masks, f"--lungs={tmp_path / 'lung2'}"])
+    assert files(out) == before
+    drawn = json.loads((out / "split.json").read_text())["drawn"]
+    assert (drawn["source"], drawn["lungs"], drawn["lesions"]) == ("ct", "lung", "lesion")
+    assert prepare.told(f"{tmp_path}/Train/*_ct.nii.gz") == "Train/*_ct.nii.gz"
+
+
 def test_a_file_that_is_not_of_the_set_is_refused_and_never_removed(src, out):
     out.mkdir()
     (out / "notes.txt").write_text("mine")
@@ -691,6 +706,37 @@ def test_a_star_stands_for_the_name_where_files_are_called_otherwise(tmp_path, o
     }  # fmt: skip
 
 
+def test_a_pattern_of_two_stars_is_refused_rather_than_read_wrong(tmp_path):
+    for name in ("study1_ct_a.nii.gz", "study10_ct_b.nii.gz"):
+        (tmp_path / name).touch()
+    with pytest.raises(Mistake, match="more than one star"):
+        prepare.find_files(f"{tmp_path}/study*_ct*.nii.gz")
+
+
+def turned_body():
+    """HU and lesions [Z, H, W], the lesion in one corner of one of two lungs; nothing in it is symmetric."""
+    hu = np.random.default_rng(0).normal(0, 20, (12, 60, 60))
+    hu[:, 5:55, 5:27] += -850
+    hu[:, 5:55, 33:55] += -850
+    lesion = np.zeros(hu.shape, np.uint8)
+    lesion[1:6, 8:20, 7:17] = 1
+    hu[lesion == 1] += 300
+    return hu, lesion
+
+
+def test_a_lesion_mask_that_is_turned_against_its_ct_is_told(tmp_path):
+    (hu, lesion), scan = turned_body(), prepare.Scan("a", 1, tmp_path / "ct.nii", None, tmp_path / "lesion.nii")
+    found = []
+    prepare.note_turn(scan, hu, lesion, found.append)
+    assert found == []
+    for axes, words in {(0,): "slices", (1, 2): "rows and columns", (0, 1, 2): "slices and rows and columns"}.items():
+        prepare.note_turn(scan, hu, np.flip(lesion, axes), found.append)
+        assert str(scan.lesion) in found[-1] and f"-850 HU, with {words} reversed -549" in found[-1]
+    assert len(found) == 3
+    prepare.note_turn(scan, hu, np.flip(lesion, 0) * (np.indices(hu.shape).sum(0) % 4 == 0), found.append)  # 150 voxels
+    assert len(found) == 3
+
+
 def test_the_first_name_without_a_partner_is_told_with_the_mend(tmp_path, out):
     put_named(tmp_path, ["a", "b"])
     (tmp_path / "lesion" / "b.nii.gz").unlink()
@@ -731,8 +777,10 @@ def test_in_a_stack_each_slice_is_a_patient_of_its_own(tmp_path, out, capsys):
     with pytest.raises(Mistake, match="--exclude-patient"):
         prepare.main(["--stacked", *files_, "--exclude-patient", "3"])
     np.testing.assert_array_equal(hu_of(out, "P03_S002"), body(depth=10)[0][2].clip(-1024))
-    rows = {line.split()[0]: line.split()[1:3] for line in capsys.readouterr().out.splitlines()}
+    told = capsys.readouterr().out
+    rows = {line.split()[0]: line.split()[1:3] for line in told.splitlines()}
     assert rows["train"] == ["6", "6"]
+    assert split["drawn"]["by"] == "slice" and "split by slice" in told and "one person may be on two sides" in told
 
 
 def binary(seed):

@@ -244,6 +244,15 @@ def test_a_users_own_file_is_never_removed(tmp_path, unfinished, own):
     assert (tmp_path / own).read_text() == "mine"
 
 
+@pytest.mark.parametrize("own", ["maps/P77_S001.png", "images/P77_Smine.png"])
+def test_slices_that_a_user_has_added_to_a_set_are_not_removed_with_it(tmp_path, own):
+    make_set(tmp_path, unfinished=False)
+    (tmp_path / own).write_text("mine")
+    with pytest.raises(Mistake, match=rf"{own}: of another set"):
+        slices.make_room(tmp_path, overwrite=False, same=True)
+    assert names(tmp_path) == sorted(["maps/P01_S001.png", own, "split.json"])
+
+
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(Mistake, match=rf"^{tmp_path}/file: cannot be made a folder"):

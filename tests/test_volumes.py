@@ -159,10 +159,10 @@ def test_a_volume_without_a_usable_affine_is_refused(tmp_path, spoil):
         volumes.read_volume(path)
 
 
-@pytest.mark.parametrize("affine", [np.eye(4), None])
+@pytest.mark.parametrize("affine", [np.eye(4), np.diag([0.7, 0.7, 5, 1]), None])
 def test_a_volume_that_does_not_say_how_the_patient_lies_is_warned_of(tmp_path, capsys, affine):
     array = stored_as(numbered(), "LPS")[0]
-    save(tmp_path / "1.nii.gz", array, np.eye(4), sform=0 if affine is None else 1)
+    save(tmp_path / "1.nii.gz", array, np.eye(4) if affine is None else affine, sform=0 if affine is None else 1)
     volumes.read_volume(tmp_path / "1.nii.gz")
     warning = capsys.readouterr().err
     assert "1.nii.gz" in warning and "how the patient lies" in warning and warning.count("\n") == 1
