@@ -112,7 +112,7 @@ class LoopConfig:
     # system
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 autocast where supported natively
-    compile: bool = False  # torch.compile the networks: minutes to start, faster steps
+    compile: bool = False  # torch.compile the networks: minutes to start; meant for GPUs, never timed there
 
 
 @dataclass(frozen=True)
@@ -929,6 +929,8 @@ class Trainer:
                 self.average[name].copy_(mean)
             for name, optimizer in self.optimizers.items():
                 optimizer.load_state_dict(checkpoint["optimizers"][name])
+                for group in optimizer.param_groups:  # replaced as well, but this start's options count
+                    group["betas"] = optimizer.defaults["betas"]
             self.step_done = checkpoint["step"]
             if not all(isinstance(checkpoint[name], int) for name in ("step", "steps")):
                 raise TypeError("steps are whole numbers")
@@ -1769,11 +1771,13 @@ def read_place(path: Path) -> str:
 def check_config(c: LoopConfig, method: type[Method]) -> None:
     """Raise Mistake, before any work, where the values cannot work together, or cannot on this machine."""
     check_values(c, method)
+    number, gpus = pick_device(c).index or 0, torch.cuda.device_count()
     checks = [
         (not method.alone or world_size() == 1, f"torchrun: {method.name} trains in one process, start it without"),
         (c.batch % world_size() == 0, f"--batch {c.batch}: give a multiple of the {world_size()} processes"),
         (c.device != "cuda" or torch.cuda.is_available(), "--device cuda: no CUDA device here, leave it out"),
         (c.device != "mps" or torch.backends.mps.is_available(), "--device mps: no Metal device here, leave it out"),
+        (number < max(1, gpus), f"torchrun: {gpus} GPUs here, one for each process: give --nproc_per_node {gpus}"),
     ]
     insist(checks)
 

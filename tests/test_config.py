@@ -258,3 +258,13 @@ def test_a_checkpoint_of_a_config_with_a_missing_knob_is_named(tmp_path):
     torch.save({"config": config}, tmp_path / "ckpt.pt")
     with pytest.raises(covidgan.Mistake, match="seed"):
         covidgan.read_checkpoint(tmp_path / "ckpt.pt", covidgan.Covidgan)
+
+
+def test_more_processes_than_gpus_are_one_line(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert covidgan.parse_config(["--device", "cuda"]).device == "cuda"
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(covidgan.Mistake, match="torchrun: 2 GPUs here, one for each process: give --nproc_per_node 2"):
+        covidgan.parse_config([])

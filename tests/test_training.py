@@ -449,6 +449,15 @@ def test_resume_takes_its_options_from_the_checkpoint(whole_run, here, copy):
     assert differing(torch.load(out / "ckpt.pt"), torch.load(whole_run[0] / "ckpt.pt")) == []
 
 
+def test_adams_betas_given_on_resume_count_at_once(tiny, tmp_path, whole_run, copy):
+    out = copy(whole_run[0])
+    trainer = covidgan.Trainer(Covidgan, tiny(out=str(out), resume=True, adam_beta1=0.25))
+    trainer.load(out / "ckpt.pt")
+    assert {group["betas"] for optimizer in trainer.optimizers.values() for group in optimizer.param_groups} == {
+        (0.25, covidgan.Config.adam_beta2)
+    }
+
+
 def test_stats_beyond_the_checkpoint_and_cut_lines_are_dropped_on_resume(tiny, tmp_path, whole_run, copy):
     out = copy(whole_run[0])
     with open(out / "stats.jsonl", "a") as stats:

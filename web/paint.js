@@ -626,7 +626,7 @@ async function openGenerator(name, content) {
   }
   const { size, licence } = state.generator;
   $("about").textContent = `${name}, trained at ${size} x ${size} pixels. ${licence}`;
-  if (!state.past.length && !state.future.length) state.map = drawLungs(size); // nobody has touched it
+  if (!state.past.length && !state.future.length && !stroke) state.map = drawLungs(size); // nobody has touched it
   resetWindow();
   mapChanged();
   say("Paint on the map: the slice follows. Everything runs in this browser, and nothing is uploaded.");
