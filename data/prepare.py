@@ -69,6 +69,12 @@ AUTO = "auto"
 # A public case of Radiopaedia is a patient, with one or more studies and scans: radiopaedia_CASE_STUDY_SCAN.
 PATIENT = r"radiopaedia_\d+(?=_)|.+"
 WAYS = 40_000_000  # of distributing patients are followed, over the square of their number: all for 14 of 600 slices
+# Axes along which a mask [Z, H, W] may be reversed against its CT -> what they are
+REVERSALS = {
+    axes: " and ".join(("slices", "rows", "columns")[axis] for axis in axes)
+    for count in (1, 2, 3)
+    for axes in itertools.combinations(range(3), count)
+}
 SHEET = 60  # pictures at most on a contact sheet
 
 Slice = tuple[int, int]  # (patient, position), counted upwards from the feet
@@ -269,14 +275,12 @@ def check_turn(scan: Scan, hu: np.ndarray, lung: np.ndarray) -> None:
     hu, lung = hu[bounds][:, ::step, ::step], lung[bounds][:, ::step, ::step]
     if not lung.any():
         return
-    axes = [axes for count in (1, 2, 3) for axes in itertools.combinations(range(3), count)]
-    mean, flips = hu[lung].mean(), {each: hu[np.flip(lung, each)].mean() for each in axes}
+    mean, flips = hu[lung].mean(), {axes: hu[np.flip(lung, axes)].mean() for axes in REVERSALS}
     best = min(flips, key=flips.get)
     if flips[best] < mean - 20:
-        turn = " and ".join(("slices", "rows", "columns")[axis] for axis in best)
         raise Mistake(
-            f"{scan.lung}: lies on {mean:+.0f} HU, with {turn} reversed on {flips[best]:+.0f}: it is turned against"
-            " its CT; save both on one grid, or give --unchecked"
+            f"{scan.lung}: lies on {mean:+.0f} HU, with {REVERSALS[best]} reversed on {flips[best]:+.0f}: it is turned"
+            " against its CT; save both on one grid, or give --unchecked"
         )
 
 
@@ -293,13 +297,12 @@ def note_turn(scan: Scan, hu: np.ndarray, lesion: np.ndarray, note: Callable[[st
     if own.size < 300:  # too few to tell
         return
     found = {}
-    for axes in (axes for count in (1, 2, 3) for axes in itertools.combinations(range(3), count)):
+    for axes in REVERSALS:
         inside = hu[np.flip(diseased, axes) & aerated]
         found[axes] = inside.mean() if inside.size > own.size / 2 else -math.inf
     best = max(found, key=found.get)
     if found[best] > own.mean() + 20:
-        turn = " and ".join(("slices", "rows", "columns")[axis] for axis in best)
-        figures = f"{own.mean():+.0f} HU, with {turn} reversed {found[best]:+.0f}"
+        figures = f"{own.mean():+.0f} HU, with {REVERSALS[best]} reversed {found[best]:+.0f}"
         note(f"{scan.lesion}: the lesions' aerated part has {figures}: turned against its CT? see contact_sheet.png")
 
 
