@@ -16,6 +16,8 @@ import os
 import signal
 import sys
 import threading
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -28,6 +30,7 @@ from data.slices import (
     LABELS,
     LARGEST,
     SIDES,
+    Mistake,
     OneLineParser,
     check_ranges,
     exit_on_mistake,
@@ -36,6 +39,8 @@ from data.slices import (
     listed,
     make_room,
     patient_of,
+    read_image,
+    read_map,
     slice_name,
     write_contact_sheet,
     write_image,
@@ -465,17 +470,16 @@ def scan(hu: np.ndarray, pixel: float, noise: float, rng: np.random.Generator) -
 # ---- the data set
 
 
-def make_patient(number: int, seed: int, size: int, count: int, out: Path) -> tuple[np.ndarray, tuple]:
-    """Write a patient's slices; return pixels per label [count, 4] and one (HU, labels) pair for the sheet."""
+def make_patient(number: int, seed: int, size: int, count: int, out: Path) -> np.ndarray:
+    """Write a patient's slices; return their pixels per label [4]."""
     patient = draw_patient(seed, number)
-    pixels, pairs = [], []
+    pixels = np.zeros(len(LABELS), int)
     for position, level in enumerate(np.linspace(0.96, 0.06, count), start=1):  # from the feet upwards
         hu, labels = draw_slice(patient, float(level), size)
         write_image(out / "images" / f"{slice_name(number, position)}.png", hu)
         write_map(out / "maps" / f"{slice_name(number, position)}.png", labels)
-        pixels.append(np.bincount(labels.ravel(), minlength=len(LABELS)))
-        pairs.append((hu, labels))
-    return np.array(pixels), pairs[number * 5 % count]  # 5: the sheet shows all levels in turn
+        pixels += np.bincount(labels.ravel(), minlength=len(LABELS))
+    return pixels
 
 
 def split_patients(patients: int, seed: int) -> dict[str, list[int]]:
@@ -486,12 +490,12 @@ def split_patients(patients: int, seed: int) -> dict[str, list[int]]:
     return {side: sorted(part) for side, part in zip(SIDES, parts, strict=True)}
 
 
-def summary(sides: dict[str, list[int]], pixels: dict[int, np.ndarray]) -> str:
-    """Table of each side's patients, slices and pixels of each label."""
+def summary(sides: dict[str, list[int]], pixels: dict[int, np.ndarray], count: int) -> str:
+    """Table of each side's patients, slices (`count` of each) and pixels of each label, from those of each patient."""
     lines = [f"{'':9}{'patients':>9}{'slices':>8}" + "".join(f"{label:>22}" for label in LABELS)]
     for side, numbers in sides.items():
-        counts = np.concatenate([pixels[number] for number in numbers])  # [slices, 4]
-        lines.append(f"{side:9}{len(numbers):9}{len(counts):8}" + "".join(f"{n:22}" for n in counts.sum(0)))
+        counts = sum(pixels[number] for number in numbers)  # [4]
+        lines.append(f"{side:9}{len(numbers):9}{len(numbers) * count:8}" + "".join(f"{n:22}" for n in counts))
     return "\n".join(lines)
 
 
@@ -546,18 +550,26 @@ def make_set(args: argparse.Namespace, drawn: dict) -> None:
     """Draw the patients into OUT and print a summary; `drawn` is for split.json."""
     numbers = range(1, args.patients + 1)
     make = partial(make_patient, seed=args.seed, size=args.size, count=args.slices, out=args.out)
-    try:
-        with multiprocessing.Pool(min(args.workers, args.patients), end_with_parent) as pool:
-            made = list(tqdm(pool.imap(make, numbers), total=args.patients, unit="patient", disable=None))
-    finally:
-        for cut in args.out.rglob(".*.png.tmp"):  # leaving a pool ends its workers, possibly while they write
-            cut.unlink()
-    pixels = {number: counts for number, (counts, _) in zip(numbers, made, strict=True)}
+    with ProcessPoolExecutor(min(args.workers, args.patients), initializer=end_with_parent) as pool:
+        try:
+            made = list(tqdm(pool.map(make, numbers), total=args.patients, unit="patient", disable=None))
+        except BrokenProcessPool as error:
+            raise Mistake(f"{args.out}: a worker was killed (out of memory?): give fewer --workers") from error
+        except BaseException:
+            for worker in multiprocessing.active_children():
+                worker.terminate()  # in the middle of a patient; the pool notices
+            raise
+        finally:
+            pool.shutdown()
+            for cut in args.out.rglob(".*.png.tmp"):  # what a worker was writing when it ended
+                cut.unlink()
     sides = split_patients(args.patients, args.seed)
     names = {s: [slice_name(n, k + 1) for n in sides[s] for k in range(args.slices)] for s in SIDES}
-    write_contact_sheet(args.out / "contact_sheet.png", [pair for _, pair in made[:24]])
+    shown = [f"{slice_name(n, n * 5 % args.slices + 1)}.png" for n in numbers[:24]]  # 5: all levels in turn
+    pairs = [(read_image(args.out / "images" / name), read_map(args.out / "maps" / name)) for name in shown]
+    write_contact_sheet(args.out / "contact_sheet.png", pairs)
     write_split(args.out / "split.json", **names, drawn=drawn)  # last: it marks the set as complete
-    print(summary(sides, pixels))
+    print(summary(sides, dict(zip(numbers, made, strict=True)), args.slices))
 
 
 if __name__ == "__main__":

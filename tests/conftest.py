@@ -200,7 +200,7 @@ class Done:
 def start(*arguments, script=ROOT / "covidgan.py", **more):
     """Start a script with this Python from the repository's root, on one core."""
     command = [sys.executable, *map(str, [script] if script else []), *map(str, arguments)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", **more.pop("env", {})}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1", **more.pop("env", {})}
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     return subprocess.Popen(command, cwd=ROOT, env=env, **(pipes | more))
 
@@ -214,8 +214,9 @@ def cli():
         try:
             stdout, stderr = process.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
-            process.kill()
-            raise
+            process.send_signal(signal.SIGABRT)  # it says where it hangs
+            _, stderr = process.communicate(timeout=timeout)
+            pytest.fail(f"{process.args} did not end in {timeout} s:\n{stderr}")
         return Done(process.returncode, stdout, stderr)
 
     run.start = start

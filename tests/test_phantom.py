@@ -4,8 +4,10 @@ import errno
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -336,6 +338,20 @@ def test_a_full_disk_is_one_line_that_names_the_file(tmp_path, monkeypatch):
         with pytest.raises(Mistake, match=r"P01_S001\.png: cannot be written \(No space left on device\)"):
             phantom.make_patient(1, seed=0, size=64, count=2, out=tmp_path)
     assert contents(tmp_path) == {}
+
+
+def test_a_worker_that_is_killed_ends_the_run_in_one_line(tmp_path, cli):
+    options = ["--out", tmp_path, "--size", 64, "--patients", 3, "--slices", 400, "--workers", 2]
+    process = cli.start(*options, script=DATA / "phantom.py")
+    while not any(tmp_path.glob("images/*.png")):
+        assert process.poll() is None
+        time.sleep(0.02)
+    worker = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[0]
+    os.kill(int(worker), signal.SIGKILL)  # as the kernel does for want of memory
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert told == f"error: {tmp_path}: a worker was killed (out of memory?): give fewer --workers\n"
+    assert [*tmp_path.rglob("*.tmp")] == []
 
 
 def test_overwrite_replaces_the_set_and_leaves_no_old_slice(folder, tmp_path):
