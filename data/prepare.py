@@ -101,12 +101,13 @@ def find_scans(args: argparse.Namespace) -> list[Scan]:
         ct = Path(args.images)
         return [Scan(volume_name(ct), 0, ct, Path(lungs) if lungs else None, Path(args.lesions))]
     images, masks = find_files(args.images), {each: find_files(each) for each in (lungs, args.lesions) if each}
+    there = {*images}  # of which --masked-only leaves some out, as --exclude-patient may too
     if args.masked_only:
         masked = {name: path for name, path in images.items() if all(name in files for files in masks.values())}
         print(f"{len(masked)} of {len(images)} volumes have masks")
         images = masked or images  # if none have, the first is reported below
     patients = {name: patient_by(name, args.patient) for name in images}
-    for absent in sorted(set(args.exclude_patient) - {*patients, *patients.values()}):
+    for absent in sorted(set(args.exclude_patient) - there - {*patients.values()}):
         raise Mistake(f"{missing(args.images, absent)}: not there, so patient {absent} cannot be excluded")
     excluded = {name for name in images if {name, patients[name]} & set(args.exclude_patient)}
     for where, files in masks.items():

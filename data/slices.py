@@ -1,7 +1,7 @@
 """The on-disk format of a slice dataset, in one place; no torch.
 
     NAME/images/P03_S041.png   16-bit grey PNG, value = HU + 1024, clipped to 0..4095
-    NAME/maps/P03_S041.png     8-bit palette PNG, value = label, palette = the paper's colours (Fig. 1)
+    NAME/maps/P03_S041.png     palette PNG, value = label, palette = the paper's colours (Fig. 1)
     NAME/split.json            {"train": [...], "test": [...], "seg_test": [...]} and how it was drawn
     NAME/contact_sheet.png     an overview
     NAME/.unfinished           while it is being written, and after a run that was cut off

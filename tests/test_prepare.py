@@ -753,6 +753,10 @@ def test_volumes_without_masks_can_be_left_out_with_a_word(tmp_path, out, capsys
     split = run_named(tmp_path, out, "--masked-only")
     assert [*split["drawn"]["patients"].values()] == [["a"], ["c"], ["d"]]
     assert "3 of 4 volumes have masks" in capsys.readouterr().out
+    assert (
+        run_named(tmp_path, tmp_path / "without_b", "--masked-only", "--exclude-patient", "b")["train"]
+        == split["train"]
+    )
 
 
 def test_what_is_left_out_of_the_command_is_named(tmp_path, out):
