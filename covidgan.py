@@ -14,7 +14,7 @@ With the paper in hand, from top to bottom:
     Fig. 4  G2                          LocalGenerator          Eq. 2   objective       Covidgan.losses
     Eq. 1   DESUM, alpha                Desum                   Fig. 2  three stages    Covidgan.players
     Fig. 2  G                           Generator               Table I augmentation    augment
-    Fig. 5  D1, D2                      PatchGAN, Discriminators
+    Fig. 5  D1, D2, a PatchGAN each     Discriminators          Fig. 2  completion      evaluate, write_panel
 Then come the loop, which trains any Method; pictures and figures; hardware-specific speed-ups; files; command line.
 """
 
@@ -35,6 +35,7 @@ import struct
 import subprocess
 import sys
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -75,7 +76,8 @@ PHANTOM = "data/phantom"  # the built-in data; a missing folder whose name begin
 class LoopConfig:
     """How a method is trained: the loop's knobs, whatever the method.
 
-    Defaults are the paper's settings (§IV-A), except for noise, contrast and ema: preset paper has those as published.
+    Defaults are the paper's settings (§IV-A), except for noise, contrast and ema: preset paper has those as published,
+    noise at a strength of our choice.
     """
 
     # run
@@ -224,7 +226,7 @@ class LocalGenerator(nn.Module):
         super().__init__()
         self.down = nn.Sequential(*stem(n_labels, ngf), *down(ngf))
         self.up = nn.Sequential(*[ResidualBlock(2 * ngf) for _ in range(n_blocks)], *up(2 * ngf, upsample))
-        self.head = head(ngf)
+        self.head = head(ngf)  # of the finest alone it is used
 
 
 class WeightingNet(nn.Module):
@@ -379,12 +381,12 @@ class Dfm(nn.Module):
     With t_k the L1 distance between the real and the synthetic pair in scale k's first three feature maps,
         L_DFM = (1 - beta) t_1 + beta t_2,
     where beta is one number per image, computed from D1's third feature map of the real pair ("d2": from D2's,
-    "fixed": --beta); in stage g1 with three discriminators, D2 is the finest in play and takes D1's place. With more
-    than two scales, the coarser ones share beta evenly; a single scale has weight 1.
+    "fixed": --beta); in stage g1 with three discriminators D2, the finest in play, takes D1's place, and D3 takes D2's.
+    With more than two scales, the coarser ones share beta evenly; a single scale has weight 1.
 
     The paper does not say who moves beta. Eq. 2 puts L_DFM under min_G, but plain minimisation just moves all weight
     to the discriminator that is easier to match. --beta-policy: "clamp" minimises within [margin, 1 - margin], with a
-    scaled sigmoid instead of a hard clamp, so that beta never loses its gradient; "entropy" minimises with a bonus
+    scaled sigmoid instead of a hard clamp, whose gradient beyond its ends is 0; "entropy" minimises with a bonus
     for staying undecided; "min" and "max" (as if D moved it) do without either.
     """
 
@@ -410,7 +412,8 @@ class Dfm(nn.Module):
         loss_g = weighted_distance(distances, beta.detach())
         loss_beta = weighted_distance(distances.detach(), beta)
         if self.policy == "entropy":
-            loss_beta = loss_beta + self.bonus * (torch.xlogy(beta, beta) + torch.xlogy(1 - beta, 1 - beta)).mean()
+            b = beta.clamp(1e-6, 1 - 1e-6)  # at 0 and 1 the logarithm's slope is infinite
+            loss_beta = loss_beta + self.bonus * (b * b.log() + (1 - b) * (1 - b).log()).mean()
         return loss_g, -loss_beta if self.policy == "max" else loss_beta, beta
 
 
@@ -501,7 +504,8 @@ class Method(nn.Module):
         Within the lung an image varies by 0.2, within the parenchyma by a few hundredths, while the map's channels are
         0 or 1 and the pleura is a step of almost 1: next to these an early D is all but blind to texture, and G paints
         none. Parenchyma becomes 0, and so does all outside the lung, so that neither D nor G need care about what
-        synthesis cuts off anyway. Note that a downsampled target has a seam of lung outside its downsampled map.
+        synthesis cuts off anyway. In stage g1, though, target and map are made smaller first: at their border the real
+        lung is mixed with the floor outside, and some of it lies outside the smaller map.
         """
         if not self.c.contrast:
             return image
@@ -571,8 +575,9 @@ class Covidgan(Method):
             (0 <= c.beta_margin < 0.5, f"--beta-margin {c.beta_margin:g}: give 0 to below 0.5"),
             (min(c.lambda_dfm, c.beta_entropy) >= 0, "--lambda-dfm, --beta-entropy: give 0 or more"),
             (
-                c.beta_policy == "clamp" or c.dfm in ("learned", "d2"),
-                f"--beta-policy {c.beta_policy}: nothing moves beta with --dfm {c.dfm}, give --dfm learned",
+                c.beta_policy == "clamp" or (c.dfm in ("learned", "d2") and c.n_dis > 1),
+                f"--beta-policy {c.beta_policy}: nothing moves beta with --dfm {c.dfm} --n-dis {c.n_dis}: give --dfm"
+                " learned and 2 discriminators or more",
             ),
             (0 <= c.fix_global < c.epochs, f"--fix-global {c.fix_global}: give 0 to below --epochs {c.epochs}"),
             (c.fix_global == 0 or c.n_gen > 1, f"--fix-global {c.fix_global}: with --n-gen 1 G1 is all of G, give 0"),
@@ -815,7 +820,7 @@ class Trainer:
         rates = self.set_learning_rates()
         target, labels, names = self.batch()
         autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
-        with seeded(self.step_seed(self.rank), self.device), autocast:
+        with seeded(self.step_seed(1 + self.rank), self.device), autocast:  # not from 0, which seeds as nothing does
             losses = self.method.losses(one_hot(labels, self.c.n_labels), target, self.stage)
         figures = self.share(dict(zip(losses, torch.stack([*losses.values()]).tolist(), strict=True)))
         if not all(map(math.isfinite, figures.values())):
@@ -931,6 +936,9 @@ class Trainer:
                 optimizer.load_state_dict(checkpoint["optimizers"][name])
                 for group in optimizer.param_groups:  # replaced as well, but this start's options count
                     group["betas"] = optimizer.defaults["betas"]
+                for weight, moments in optimizer.state.items():
+                    for key in ("exp_avg", "exp_avg_sq"):  # fused, Adam wants them to lie in memory as the weight does
+                        moments[key] = torch.empty_like(weight).copy_(moments[key])  # not as on another device
             self.step_done = checkpoint["step"]
             if not all(isinstance(checkpoint[name], int) for name in ("step", "steps")):
                 raise TypeError("steps are whole numbers")
@@ -959,8 +967,10 @@ class Trainer:
     def check_stage(self, path: Path, checkpoint: dict[str, Any]) -> None:
         """Raise Mistake where --stage would train a stage again, or leave one unfinished; note where it skips one."""
         stage, wanted = checkpoint["stage"], self.stages[-1]
-        if stage not in self.all_stages:
-            raise Mistake(f"{path}: in stage {stage}, which these options have not: leave them out")
+        before = self.method.stages(type(self.c)(**checkpoint["config"]))
+        if before != self.all_stages:
+            told = f"trained in {' '.join(before)}, with these options in {' '.join(self.all_stages)}"
+            raise Mistake(f"{path}: {told}: leave them out")
         ahead = self.all_stages.index(wanted) - self.all_stages.index(stage)
         if ahead < 0:
             raise Mistake(f"{path}: in stage {stage}, and {wanted} lies behind it: leave --stage out")
@@ -1071,6 +1081,10 @@ class Trainer:
         self.method.train()
         return torch.cat(images)
 
+    def stage_size(self) -> int:
+        """Pixels per side of what the stage synthesizes: in g1 G1's reduced size."""
+        return self.synthesize(self.test.labels[:1]).shape[-1]
+
     def draw(self) -> None:
         """Write the panel of fixed held-out cases and the curves."""
         cases = choose_cases(self.test)
@@ -1097,11 +1111,12 @@ class Trainer:
         """Print the table of results on the test side and write it as OUT/results.json."""
         c, results, test = self.c, evaluate(self), self.test.with_lung()
         n, without_lung = len(test.names), len(self.test.names) - len(test.names)
-        head = {"stage": self.stage, "n": n, "without_lung": without_lung, "size": c.size}
+        size = self.stage_size()
+        head = {"stage": self.stage, "n": n, "without_lung": without_lung, "size": size}
         text = json.dumps({**head, **results}, indent=1)
         write_atomically(self.out / "results.json", lambda path: path.write_text(text + "\n"))
         left_out = f" ({without_lung} without lung left out)" if without_lung else ""
-        print(f"\n{n} test slices of {c.data}{left_out}:\n{table(results)}\n")
+        print(f"\n{n} test slices of {c.data}{left_out}, at {size} x {size} pixels:\n{table(results)}\n")
         print(f"wrote {c.out}/: ckpt.pt, results.json, stats.jsonl, curves.png and panels")
 
 
@@ -1229,13 +1244,12 @@ def nearest_copy(train: Slices, labels: Tensor, c: LoopConfig) -> Tensor:
 def evaluate(trainer: Trainer) -> dict[str, dict[str, dict[str, float]]]:
     """Quality of our images and of the two floors on the test side, each complete and lung-only (Table II's columns).
 
-    Slices without lung, where there is nothing to synthesize, are left out. In stage g1 everything is measured at G1's
-    reduced size.
+    Slices without lung, where there is nothing to synthesize, are left out. All is measured at the stage's size.
     """
     c, test, train = trainer.c, trainer.test.with_lung(), trainer.train
     ours = trainer.method.name
     images = {ours: trainer.synthesize(test.labels)}
-    shrink = c.size // images[ours].shape[-1]
+    shrink = c.size // trainer.stage_size()
     images["mean HU per label"] = mean_paint(train, test.labels, c)[..., ::shrink, ::shrink]
     images["nearest training case"] = nearest_copy(train, test.labels, c)[..., ::shrink, ::shrink]
     labels, real = test.labels[..., ::shrink, ::shrink], F.avg_pool2d(window(test.hu, c), shrink)
@@ -1429,11 +1443,17 @@ def patient_of(name: str) -> str:
 
 
 def names_of(side: Any) -> list[str]:
-    """The names in a list, without .png. Raises ValueError for anything else, and for a name that leaves its folder."""
+    """The names in a list, without .png.
+
+    Raises ValueError for anything else, for a name that leaves its folder, and for one that is listed twice.
+    """
     names = [re.sub(r"(?i)\.png$", "", name) for name in side] if isinstance(side, list) else [""]
     for name in names:
         if PureWindowsPath(name).name != name or name[:1] in ("", ".") or min(name) < " " or len(name) > 255:
             raise ValueError(f"{name!r:.80} is no name")
+    for name, times in Counter(names).most_common(1):
+        if times > 1:
+            raise ValueError(f"{name!r:.80} is listed {times} times")
     return names
 
 
@@ -1833,12 +1853,13 @@ def prepare_out(c: LoopConfig) -> None:
         raise Mistake(f"{out}: holds the slices of another set: give another --out")
     if running and not (c.resume or c.overwrite):
         raise Mistake(f"{out}: holds another run: give --resume to go on, --overwrite to discard it, or another --out")
-    for unfinished in out.glob(".*.tmp"):  # left by a killed run
-        unfinished.unlink()
+    results = ("ckpt.pt", "unet.pt", "results.json", "curves.png", "panel_*.png")  # unet.pt: of paper/segment.py
+    for name in (*results, "stats.jsonl", "split.json", "data.txt"):
+        for unfinished in out.glob(f".{name}.tmp"):  # left by a killed run
+            unfinished.unlink()
     if c.overwrite:
-        names = ("ckpt.pt", "unet.pt", "results.json", "curves.png")  # unet.pt: of paper/segment.py
-        for old in [*out.glob("panel_*.png"), *(out / name for name in names)]:
-            old.unlink(missing_ok=True)
+        for old in [path for name in results for path in out.glob(name)]:
+            old.unlink()
     if not all((out / name).exists() for name in ("ckpt.pt", "stats.jsonl")):
         write_atomically(out / "stats.jsonl", lambda path: path.write_text(""))
 

@@ -21,6 +21,7 @@ import re
 import signal
 import struct
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path, PureWindowsPath
 
@@ -266,7 +267,8 @@ def check_hu(path: Path, hu: np.ndarray, labels: np.ndarray | None = None) -> No
 def read_split(path: Path) -> dict[str, list[str]]:
     """Names of each side (train, test, seg_test) of a split.json; names may end in .png, in any case.
 
-    Raises Mistake where it is not JSON with lists of names, and for a name that would lead out of the folder.
+    Raises Mistake where it is not JSON with lists of names, for a name that would lead out of the folder, and for one
+    that a list has twice.
     """
     try:
         split = json.loads(read_small(path).decode("utf-8-sig"))  # a byte order mark is allowed
@@ -278,7 +280,12 @@ def read_split(path: Path) -> dict[str, list[str]]:
     for name in itertools.chain(*sides.values()):
         if not isinstance(name, str) or not is_name(stem(name)):
             raise Mistake(f"{path}: {name!r:.80} is no name of a slice: give names without folders")
-    return {side: [stem(name) for name in names] for side, names in sides.items()}
+    split = {side: [stem(name) for name in names] for side, names in sides.items()}
+    for side, names in split.items():
+        for name, times in Counter(names).most_common(1):
+            if times > 1:
+                raise Mistake(f"{path}: {name} is listed {times} times under {side}: take it out of the list")
+    return split
 
 
 def is_name(name: str) -> bool:

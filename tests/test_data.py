@@ -377,6 +377,15 @@ def test_a_name_on_both_sides_of_a_split_is_refused(own_toy):
         covidgan.read_split(own_toy.folder, 0)
 
 
+def test_a_name_that_a_split_lists_twice_is_refused(own_toy):
+    path = own_toy.folder / "split.json"
+    slices.write_split(path, [*own_toy.train, f"{own_toy.train[0]}.png"], own_toy.test, [], {})
+    with pytest.raises(covidgan.Mistake, match=rf"split\.json: .*{own_toy.train[0]}' is listed 2 times"):
+        covidgan.read_split(own_toy.folder, 0)
+    with pytest.raises(slices.Mistake, match=rf"split\.json: {own_toy.train[0]} is listed 2 times under train"):
+        slices.read_split(path)
+
+
 def test_hu_are_checked_as_the_files_have_them_whatever_the_window(own_toy, tiny):
     read = covidgan.load_slices(own_toy.folder, own_toy.train, tiny(size=64, level=40.0, width=400.0))
     assert read.hu.min() == -160 and read.hu.max() <= 240

@@ -210,6 +210,14 @@ def test_entropy_pulls_beta_back_from_the_ends_where_distances_are_equal(extreme
     assert abs(after - 0.5) < abs(before - 0.5) - 1e-5
 
 
+@pytest.mark.parametrize("logit", [-200.0, -90.0, 20.0, 200.0])
+def test_entropy_has_a_gradient_where_beta_rounds_to_an_end(logit):
+    dfm = make_dfm(beta_policy="entropy")
+    torch.nn.init.constant_(dfm.net.fc[-1].bias, logit)
+    dfm(features(ZERO, ZERO), features(NEAR, FAR))[1].backward()
+    assert all(parameter.grad.isfinite().all() for parameter in dfm.parameters())
+
+
 def test_entropy_bonus_is_the_entropy_of_beta():
     with_bonus, without = make_dfm(beta_policy="entropy", beta_entropy=0.3), make_dfm(beta_policy="min")
     for dfm in (with_bonus, without):

@@ -212,7 +212,7 @@ def test_a_stage_that_is_not_at_its_end_is_not_left_behind(toy, small_run, here,
     done = here("--resume", "--out", tmp_path, "--stage", "g2")
     assert done.status == 2 and "stage g1 is at step 5 of 10: end it first" in done.stderr
     done = here("--resume", "--out", tmp_path, "--individual", 0)
-    assert done.status == 2 and "in stage g1, which these options have not" in done.stderr
+    assert done.status == 2 and "trained in g1 g2 joint, with these options in joint" in done.stderr
 
 
 def test_a_stage_left_out_on_resume_is_told(toy, small_run, here, tmp_path):
@@ -456,6 +456,54 @@ def test_adams_betas_given_on_resume_count_at_once(tiny, tmp_path, whole_run, co
     assert {group["betas"] for optimizer in trainer.optimizers.values() for group in optimizer.param_groups} == {
         (0.25, covidgan.Config.adam_beta2)
     }
+
+
+def test_other_stages_on_resume_are_refused_before_the_stats_of_the_old_ones_go(whole_run, here, copy):
+    out = copy(whole_run[0])
+    done = here("--resume", "--out", out, "--individual", 0)
+    assert done.status == 2 and "trained in g1 g2 joint, with these options in joint: leave them out" in done.stderr
+    assert steps_of(out) == EVERY_STEP
+
+
+def test_where_weights_lie_otherwise_in_memory_a_resumed_run_takes_adams_steps(tiny, tmp_path):
+    trainer = covidgan.Trainer(Covidgan, tiny(batch=2, dtype="bfloat16", out=str(tmp_path)))  # channels last
+    trainer.write_split()
+    for _ in range(3):
+        trainer.step()
+    trainer.save()
+    trainer = covidgan.Trainer(Covidgan, tiny(batch=2, dtype="float32", out=str(tmp_path), resume=True))
+    trainer.load(tmp_path / "ckpt.pt")
+    moments = {name: o.state_dict()["state"] for name, o in trainer.optimizers.items()}
+    before = [
+        (name, p, p.detach().clone(), *(moments[name][i][key].clone() for key in ("exp_avg", "exp_avg_sq")))
+        for name in trainer.optimizers
+        for i, p in enumerate(trainer.players[name].parameters)
+        if i in moments[name]
+    ]
+    trainer.step()
+    (b1, b2), lr = (0.5, 0.999), trainer.c.lr
+    for name, p, weight, mean, square in before:  # Adam (Kingma and Ba), element by element
+        after = trainer.optimizers[name].state[p]
+        gradient = (after["exp_avg"] - b1 * mean) / (1 - b1)
+        assert torch.allclose(after["exp_avg_sq"], b2 * square + (1 - b2) * gradient**2, rtol=1e-3, atol=1e-12)
+        step = lr * after["exp_avg"] / (1 - b1**4) / ((after["exp_avg_sq"] / (1 - b2**4)).sqrt() + 1e-8)
+        assert torch.allclose(p, weight - step, rtol=1e-5, atol=lr / 1000)
+    assert len(before) > 20
+
+
+def test_figures_of_g1_alone_tell_the_size_they_were_measured_at(toy, small_run, here, tmp_path):
+    done = here("--stage", "g1", "--data", toy.folder, "--out", tmp_path, *small_run)
+    assert done.status == 0, done.stderr
+    assert "at 32 x 32 pixels" in done.stdout and json.loads((tmp_path / "results.json").read_text())["size"] == 32
+
+
+def test_a_start_clears_what_a_killed_run_left_and_no_other_hidden_file(whole_run, here, copy):
+    out = copy(whole_run[0])
+    left = [out / f".{name}.tmp" for name in ("ckpt.pt", "stats.jsonl", "panel_g1_000004.png")]
+    for path in [*left, out / ".mine.tmp"]:
+        path.write_text("")
+    assert here("--resume", "--out", out).status == 0
+    assert [path.name for path in out.glob(".*.tmp")] == [".mine.tmp"]
 
 
 def test_stats_beyond_the_checkpoint_and_cut_lines_are_dropped_on_resume(tiny, tmp_path, whole_run, copy):
