@@ -15,11 +15,12 @@ Each contender runs in a process of its own, with its own threads, allocator and
 the machine's speed drifts, it drifts for all. A ratio is taken round by round: its median, then its least and greatest
 value. Memory is the process's peak less what it held before any network was built.
 
-The ceiling is the fastest round of the fastest library, in the same precision and taking turns with what is compared
-with it. Arithmetic is what FlopCounterMode counts in PyTorch, and only what really does that much gets a fraction of
-the ceiling: --target cpu does less (Winograd), and what OpenVINO does is not known. A fraction above 1 would mean that
-the ceiling is not one: that is an error, in the JSON too, and exit status 1. fraction_of_fp32_peak is generator.onnx's,
-fraction_of_bf16_peak the last stage's training step's, where it computes in bfloat16.
+The ceiling is the fastest round of the fastest library, in the same precision (on a GPU fp32 has PyTorch's default,
+TF32 in convolutions) and taking turns with what is compared with it. Arithmetic is what FlopCounterMode counts in
+PyTorch, and only what really does that much gets a fraction of the ceiling: --target cpu does less (Winograd), and
+what OpenVINO does is not known. A fraction above 1 would mean that the ceiling is not one: that is an error, in the
+JSON too, and exit status 1. fraction_of_fp32_peak is generator.onnx's, fraction_of_bf16_peak the last stage's training
+step's, where it computes in bfloat16.
 
 --device cuda is timed by CUDA events, and memory is PyTorch's only. Of it ceilings and train were run on an H100, see
 docs/speed.md; synth and infer never ran on a GPU.
@@ -660,12 +661,12 @@ def main(argv: list[str]) -> None:
             parts[part] = PARTS[part](args, Path(folder))
             figures |= parts[part]["figures"]
             print(report(part, parts[part]), flush=True)
-    rows = [named for found in parts.values() for table in found["tables"].values() for named in table.values()]
-    results |= {"figures": figures, "errors": [row["error"] for row in rows if "error" in row]}
-    if args.json:
-        flat = {key: value["median"] if isinstance(value, dict) else value for key, value in figures.items()}
-        text = json.dumps({**flat, **results}, indent=1) + "\n"
-        covidgan.write_atomically(args.json, lambda path: path.write_text(text))
+            rows = [named for found in parts.values() for table in found["tables"].values() for named in table.values()]
+            results |= {"figures": figures, "errors": [row["error"] for row in rows if "error" in row]}
+            if args.json:  # after each part, lest a later one's fault lose it
+                flat = {key: value["median"] if isinstance(value, dict) else value for key, value in figures.items()}
+                text = json.dumps({**flat, **results}, indent=1) + "\n"
+                covidgan.write_atomically(args.json, lambda path, text=text: path.write_text(text))
     if results["errors"]:
         sys.exit(f"error: {'; '.join(results['errors'])}")
 

@@ -822,10 +822,12 @@ class Memorisation:
         """Tables "memorisation" and "suspects".
 
         ratio: the synthetic lungs' median over the real ones'. share: of the synthetic lungs, those nearer than the
-        5th percentile of the real ones. Real lungs that are training lungs themselves are counted, not measured.
+        5th percentile of the real ones. Pairs of which the real one is a training lung itself are counted, not
+        measured: what is made of a training map is near its lung by the outline alone.
         """
         fake, real = (np.concatenate(self.distance[side]).astype(np.float64) for side in SIDES)
         unseen = real[real > 1e-6]
+        fake = fake[real > 1e-6] if len(unseen) else fake
         rows: Rows = {
             "training": {"lungs": len(self.lungs), "without_lung": self.without_lung},
             "fake": {"lungs": len(fake), "median": np.median(fake), "minimum": fake.min()},
@@ -974,7 +976,8 @@ def memories(rows: Rows) -> str:
         share = f"{100 * fake['share']:.3g} % nearer than the real 5th percentile (by chance 5 %)"
         notes.append(f"synthetic: median {fake['ratio']:.3g} of the real, {share}")
     if "real, in training" in rows:
-        notes.append(f"{rows['real, in training']['lungs']} real lungs are training lungs themselves: not measured")
+        trained = f"{rows['real, in training']['lungs']} real lungs are training lungs themselves"
+        notes.append(f"{trained}: {'they and their synthetic ones are' if 'ratio' in fake else ''} not measured")
     return aligned(grid, *notes)
 
 
@@ -1089,13 +1092,15 @@ def make_meters(args: argparse.Namespace, with_maps: bool) -> dict[str, Meter]:
     return meters
 
 
-def measure(pairs: list[Pair], meters: Iterable[Meter], n: int) -> tuple[list[Pair], float | None]:
-    """Show every meter all pairs with lung, n at a time; returns these, and the mean HU of real healthy lung, if any.
+def measure(pairs: list[Pair], meters: Iterable[Meter], n: int) -> tuple[list[Pair], float | None, int]:
+    """Show every meter all pairs with lung, n at a time.
+
+    Returns these, the mean HU of real healthy lung, if any, and the highest HU of a synthetic lung.
 
     Raises Mistake where no map has lung, and where memory runs out.
     """
     kept: list[Pair] = []
-    lung = np.zeros(2)  # sum of real HU, and pixels
+    lung, highest = np.zeros(2), -HU_OFFSET  # sum of real HU, and pixels
     try:
         for members, batch in batches(pairs, n):
             for meter in meters:
@@ -1103,11 +1108,12 @@ def measure(pairs: list[Pair], meters: Iterable[Meter], n: int) -> tuple[list[Pa
             kept += members
             healthy = batch.real[batch.labels == 1]
             lung += healthy.sum(dtype=float), healthy.size
+            highest = max(highest, int(batch.fake[batch.labels > 0].max()))
     except MemoryError as error:
         raise Mistake(f"out of memory ({error}): give a smaller --batch") from error
     if not kept:
         raise Mistake(f"{pairs[0].labels} and all other maps of the {len(pairs)} pairs: no lung in them: give others")
-    return kept, lung[0] / lung[1] if lung[1] else None
+    return kept, lung[0] / lung[1] if lung[1] else None, highest
 
 
 def write_pictures(
@@ -1135,9 +1141,12 @@ def main(argv: list[str]) -> None:
     with_maps = pairs[0].labels is not None
     check_targets(args, with_maps)
     meters = make_meters(args, with_maps)
-    kept, lung_mean = measure(pairs, meters.values(), args.batch)
+    kept, lung_mean, highest = measure(pairs, meters.values(), args.batch)
     if with_maps and lung_mean is not None and (told := no_lungs_mean(lung_mean, "their healthy lung")):
         print(f"note: {args.real}: {told}: are these HU + {HU_OFFSET}, and the maps theirs?", file=sys.stderr)
+    if highest <= 255 - HU_OFFSET:
+        told = f"no value above 255 in any lung: if these are grey levels, not HU + {HU_OFFSET}, no figure holds"
+        print(f"warning: {args.fake}: {told}", file=sys.stderr)
 
     names, ssim = [pair.name for pair in kept], meters["pixels"].of_pairs("complete SSIM")
     counts = {"measured": len(kept), "without_lung": len(pairs) - len(kept), "patients": len({*map(patient_of, names)})}

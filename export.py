@@ -50,7 +50,7 @@ from torch.nn.utils import parametrize
 
 import covidgan
 from covidgan import Mistake, replace
-from features import FEATURES, FEATURES_LICENCE, FeatureNet, find_weights, load_features
+from features import FEATURES, FEATURES_LICENCE, OTHER_WEIGHTS_LICENCE, FeatureNet, find_weights, load_features
 
 CONTRACT = "1"  # incremented when clients would have to change
 OPSET = 18  # the lowest that the exporter supports, for the widest reach
@@ -394,6 +394,15 @@ def example_map(n: int, height: int, width: int, n_labels: int) -> np.ndarray:
     return maps
 
 
+def check_finite(path: Path, network: nn.Module) -> None:
+    """Raise Mistake for weights that are no numbers: as HU on either side they would agree."""
+    for name, tensor in network.state_dict().items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise Mistake(
+                f"{path}: not written: {name} in the checkpoint is not finite: take an earlier one, or train anew"
+            )
+
+
 def session_of(model: onnx.ModelProto) -> ort.InferenceSession:
     """Open a model on the CPU."""
     return ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
@@ -494,6 +503,7 @@ def export_generator(
         traced, reference = (load_method(checkpoint, kind) for _ in range(2))  # one to trace, one to compare with
     except (KeyError, RuntimeError, TypeError) as error:
         raise Mistake(f"{path}: not written: the checkpoint's tensors do not fit its config, train anew") from error
+    check_finite(path, reference.generator())
     c, multiple = reference.c, kind.multiple(reference.c)
     example = torch.from_numpy(example_map(2, 2 * multiple, 3 * multiple, c.n_labels))
     deployed = DeployedGenerator(rewrite(traced.generator(), fp16, target), c)
@@ -540,6 +550,7 @@ def export_unet(checkpoint: dict, digest: str, path: Path, terms: str = TERMS) -
             raise ValueError("no window")
     except (AttributeError, KeyError, OverflowError, RuntimeError, TypeError, ValueError) as error:
         raise Mistake(f"{path}: not written: the U-Net's checkpoint is not whole ({type(error).__name__})") from error
+    check_finite(path, unet)
     model = to_onnx(deployed, torch.zeros(2, 64, 96, dtype=torch.int16), ["ct"], ["map"], multiple=16)
     differ = unet_difference(model, deployed, multiple=16)
     if differ > 1e-3:
@@ -559,9 +570,11 @@ def export_features(kind: str, source: Path, path: Path) -> str:
     differ = features_difference(model, network)
     if not differ <= MAX_RELATIVE:
         raise Mistake(f"{path}: not written: ONNX Runtime differs from PyTorch by {differ:.1e}, limit {MAX_RELATIVE}")
-    name = weights.name if digest == weights.sha256 else f"{kind}, other weights {digest[:8]}"  # scores name it
+    known = digest == weights.sha256
+    name = weights.name if known else f"{kind}, other weights {digest[:8]}"  # scores name it
+    terms = FEATURES_LICENCE if known else OTHER_WEIGHTS_LICENCE
     metadata = {"kind": "features", "contract": CONTRACT, "name": name, "dims": json.dumps(network.dims)}
-    save_checked(model, path, {**metadata, "weights_sha256": digest, "licence": FEATURES_LICENCE})
+    save_checked(model, path, {**metadata, "weights_sha256": digest, "licence": terms})
     return f"{name}, at most {differ:.1e} of the largest feature from PyTorch, batch 1 and 3, two sizes"
 
 

@@ -248,6 +248,7 @@ INCEPTION_URL = (
     "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
 )
 FEATURES_LICENCE = "Network: MIT. Weights: Apache-2.0, of their authors. Research only, not for diagnosis."
+OTHER_WEIGHTS_LICENCE = "Network: MIT. Weights: on their authors' terms. Research only, not for diagnosis."
 
 
 def load_features(path: Path, weights: Weights) -> FeatureNet:

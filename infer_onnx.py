@@ -23,7 +23,8 @@ slice by slice in radiological display, as data/prepare.py writes slices. With -
 grid, and every voxel outside the lung is the CT's own, to the HU; fractions of a HU are rounded, with a note. Maps and
 volumes without lung are left out and counted; slices without lung within a volume are background, or the real slice.
 The same command resumes a stopped run: finished files are skipped, unless a map or a real slice is newer. HU below
--1024, which the format cannot hold, are written as -1024. What is outside a lung and not pasted is the window's floor.
+-1024, which the 16-bit format cannot hold, are written as -1024 in all. What is outside a lung and not pasted is the
+window's floor, or -1024 where that is higher.
 Without --model, generator.onnx is taken if it exists, else the trained models/covid-ct-256.onnx beside this file; where
 there is no folder maps/, data/phantom/maps takes its place, else models/examples beside this file. Research only, not
 for diagnosis.
@@ -766,8 +767,13 @@ def sources(path: Path, name: str, reals: dict[str, Path] | None) -> list[Path]:
 
 def outdated(made: list[Path], of: list[Path]) -> list[Path]:
     """The files `made` that exist but are older than one of those they were made of."""
-    newest = max((path.stat().st_mtime_ns for path in of if path.exists()), default=0)  # dangling: told when it is read
-    return [path for path in made if path.exists() and path.stat().st_mtime_ns < newest]
+    newest = max((came(path) for path in of if path.exists()), default=0)  # dangling: told when it is read
+    return [path for path in made if path.exists() and came(path) < newest]
+
+
+def came(path: Path) -> int:
+    """When a file came to its place or was changed there, in ns; archives and `cp -p` give it the date of another."""
+    return max(path.stat().st_mtime_ns, path.stat().st_ctime_ns, path.lstat().st_ctime_ns)
 
 
 def is_made(made: list[Path], of: list[Path]) -> bool:
@@ -950,14 +956,17 @@ def load_volume(
 def whole_hu(path: Path, voxels: np.ndarray, labels: np.ndarray, unchecked: bool) -> np.ndarray:
     """The voxels of a CT as HU int16, fractions rounded. Raises Mistake where they cannot be HU.
 
-    unchecked: accept any mean of its lung.
+    unchecked: accept any mean of its lung, and volumes without air, which is about -1000 HU.
     """
     low, high, limits = voxels.min(), voxels.max(), np.iinfo(np.int16)
+    told = f"values {low:g} to {high:g} are no HU"
     if not (limits.min <= low and high <= limits.max):  # nan fails both
-        raise Mistake(f"{path}: values {low:g} to {high:g} are no HU: write them as HU again")
+        raise Mistake(f"{path}: {told}: write them as HU again")
     lung = voxels[labels == 1]
-    if not unchecked and lung.size and (told := no_lungs_mean(lung.mean(dtype=float))):
-        raise Mistake(f"{path}: {told}: convert it to HU")
+    if not unchecked and lung.size and (wrong := no_lungs_mean(lung.mean(dtype=float))):
+        raise Mistake(f"{path}: {wrong}: convert it to HU")
+    if not unchecked and low > -800:
+        raise Mistake(f"{path}: {told}, in which air is about -1000: convert it, or overrule by --unchecked")
     hu = voxels.astype(np.int16) if voxels.dtype.kind in "iu" else np.rint(voxels).astype(np.int16)
     if (hu != voxels).any():
         print(f"note: {path}: fractions of a HU are rounded", file=sys.stderr)

@@ -101,13 +101,13 @@ def find_scans(args: argparse.Namespace) -> list[Scan]:
         ct = Path(args.images)
         return [Scan(volume_name(ct), 0, ct, Path(lungs) if lungs else None, Path(args.lesions))]
     images, masks = find_files(args.images), {each: find_files(each) for each in (lungs, args.lesions) if each}
-    there = {*images}  # of which --masked-only leaves some out, as --exclude-patient may too
+    there = {*images, *(patient_by(name, args.patient) for name in images if re.match(args.patient, name))}
     if args.masked_only:
         masked = {name: path for name, path in images.items() if all(name in files for files in masks.values())}
         print(f"{len(masked)} of {len(images)} volumes have masks")
         images = masked or images  # if none have, the first is reported below
     patients = {name: patient_by(name, args.patient) for name in images}
-    for absent in sorted(set(args.exclude_patient) - there - {*patients.values()}):
+    for absent in sorted(set(args.exclude_patient) - there):
         raise Mistake(f"{missing(args.images, absent)}: not there, so patient {absent} cannot be excluded")
     excluded = {name for name in images if {name, patients[name]} & set(args.exclude_patient)}
     for where, files in masks.items():
@@ -332,7 +332,7 @@ def fit(pixels: np.ndarray, millimetres: np.ndarray, size: int, fill: int) -> np
 
     Proportions in mm are kept (unequal pixel sides become equal): the longer side fills the square, and what the
     shorter leaves is `fill`. Labels uint8 take the nearest pixel, which at even factors is half a source pixel
-    above and left of the middle, by Pillow's rounding; no label is mixed, and none appears that was not there. HU
+    below and right of the middle, by Pillow's rounding; no label is mixed, and none appears that was not there. HU
     float32 go through Pillow's bicubic filter, which widens when downsampling (anti-aliasing), clipped to the
     slice's own range, since it overshoots at edges; a bilinear one would blur what counts as real.
     """

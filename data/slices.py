@@ -1,7 +1,7 @@
 """The on-disk format of a slice dataset, in one place; no torch.
 
     NAME/images/P03_S041.png   16-bit grey PNG, value = HU + 1024, clipped to 0..4095
-    NAME/maps/P03_S041.png     palette PNG, value = label, palette = the paper's colours (Fig. 1)
+    NAME/maps/P03_S041.png     8-bit palette PNG, value = label, palette = the paper's colours (Fig. 1)
     NAME/split.json            {"train": [...], "test": [...], "seg_test": [...]} and how it was drawn
     NAME/contact_sheet.png     an overview
     NAME/.unfinished           while it is being written, and after a run that was cut off
@@ -24,6 +24,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path, PureWindowsPath
+from types import FrameType
 
 import imageio.v3 as iio
 import numpy as np
@@ -97,7 +98,9 @@ def exit_on_mistake(program: Callable[[list[str]], int | None], stopped: str = "
     A mistake of the user's, a full disk and the like print one line and exit with 2; Ctrl-C and SIGTERM print the line
     `stopped` and exit with 130.
     """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C: nothing half-written is left
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(signum) != signal.SIG_IGN:  # as in the background
+            signal.signal(signum, stop_once)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # a character that the terminal lacks is no reason to stop
     try:
@@ -112,6 +115,13 @@ def exit_on_mistake(program: Callable[[list[str]], int | None], stopped: str = "
         print(stopped, file=sys.stderr)
         sys.unraisablehook = lambda _: None  # objects interrupted while being made complain when deleted
         sys.exit(130)
+
+
+def stop_once(signum: int, frame: FrameType | None) -> None:
+    """Handle Ctrl-C and SIGTERM: clear away what is half-written, and let no second signal stop that."""
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def slice_name(patient: int, position: int) -> str:
@@ -374,7 +384,8 @@ def write_image(path: Path, hu: np.ndarray) -> None:
 def write_map(path: Path, labels: np.ndarray) -> None:
     """Write labels uint8 [H, W], values 0..3, as the palette PNG of the format."""
     picture = Image.fromarray(labels.astype(np.uint8))
-    picture.putpalette(bytes(channel for colour in COLOURS for channel in colour))  # turns "L" into "P"
+    colours = bytes(channel for colour in COLOURS for channel in colour)
+    picture.putpalette(colours.ljust(3 * 256, b"\0"))  # turns "L" into "P"; with fewer colours pixels would take 2 bits
     buffer = io.BytesIO()
     picture.save(buffer, format="PNG")
     write_bytes(path, buffer.getvalue())

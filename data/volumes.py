@@ -139,7 +139,7 @@ def read_labels(path: Path, allowed: tuple[int, ...], like: Volume, note: Callab
 def write_volume(path: Path, like: Volume, hu: np.ndarray) -> None:
     """Write HU int16 [Z, H, W] in display on the grid, and in the storage order, of `like`, as .nii or .nii.gz.
 
-    The file is whole or absent. Raises Mistake for another suffix, OSError where it cannot be written.
+    The file is whole or absent. Raises Mistake for another suffix, and where it cannot be written.
     """
     if not path.name.lower().endswith(NIFTI):
         raise Mistake(f"{path}: volumes are written as .nii or .nii.gz")

@@ -171,6 +171,17 @@ def test_a_fraction_above_1_is_an_error_and_no_figure(monkeypatch, tmp_path, cap
     assert "2.01" not in capsys.readouterr().out
 
 
+def test_figures_of_a_part_outlive_the_fault_of_a_later_one(monkeypatch, tmp_path):
+    def broken(args, folder):
+        raise bench.Mistake("no scikit-image")
+
+    found = {"about": "", "tables": {"": {"product": row(100, 1.0)}}, "figures": {"train_step_ratio": 0.5}}
+    monkeypatch.setattr(bench, "PARTS", {"train": lambda args, folder: found, "eval": broken})
+    with pytest.raises(bench.Mistake):
+        bench.main(["--json", str(tmp_path / "b.json")])
+    assert json.loads((tmp_path / "b.json").read_text())["train_step_ratio"] == 0.5
+
+
 @pytest.mark.parametrize("library", ["numpy", "torch", "onnxruntime"])
 def test_products_do_the_arithmetic_that_is_counted(monkeypatch, library):
     monkeypatch.setattr(bench, "MATRICES", {"cpu": (48,)})

@@ -371,11 +371,16 @@ def test_a_planted_copy_is_the_first_suspect(sets):
 
 def test_ratio_and_share_of_near_lungs_are_those_by_hand(sets):
     memory = evaluation.Memorisation(sets / "train", evaluation.Window())
-    memory.nearest["fake"] = [np.zeros(4, int)]
+    names = [f"P{k:02d}_S000" for k in range(22)]
+    memory.nearest["fake"] = [np.zeros(22, int)]
     real = np.array([0.0, *np.linspace(0.2, 1.0, 21)])  # one was trained on; of the others 0.24 is the 5th percentile
-    memory.distance |= {"fake": [np.array([0.1, 0.2, 0.3, 0.6])], "real": [real]}
-    rows = memory.result(["a", "b", "c", "d"])["memorisation"]
-    assert (rows["fake"]["ratio"], rows["fake"]["share"]) == pytest.approx((0.25 / 0.6, 0.5))
+    fake = np.array([0.01, 0.1, 0.2, 0.23, *[0.3] * 9, *[0.7] * 9])  # the first is of the lung that was trained on
+    memory.distance |= {"fake": [fake], "real": [real]}
+    found = memory.result(names)
+    rows = found["memorisation"]
+    assert (rows["fake"]["ratio"], rows["fake"]["share"]) == pytest.approx((0.3 / 0.6, 3 / 21))
+    assert (rows["fake"]["lungs"], rows["fake"]["minimum"]) == (21, 0.1)
+    assert next(iter(found["suspects"])) == names[0]
 
 
 def test_the_distance_is_the_rms_of_the_windowed_difference(tmp_path):
@@ -447,6 +452,16 @@ def test_real_slices_whose_lungs_have_no_lungs_hu_are_told(sets, capsys):
         iio.imwrite(path, np.full((HEIGHT, WIDTH), 900, np.uint16))
     evaluate(sets)
     assert f"note: {sets / 'real'}: mean -124 in their healthy lung" in capsys.readouterr().err
+
+
+def test_synthetic_grey_levels_are_told(sets, capsys):
+    for path in (sets / "fake").rglob("P*.png"):
+        hu = read_image(path).astype(float)
+        iio.imwrite(path, (np.clip((hu + 1350) / 1500, 0, 1) * 255).astype(np.uint16))
+    evaluate(sets)
+    assert f"warning: {sets / 'fake'}: no value above 255 in any lung" in capsys.readouterr().err
+    evaluate(sets, fake="real")
+    assert "warning" not in capsys.readouterr().err
 
 
 def test_pictures_of_an_evaluation_before_do_not_stand_beside_this_ones(sets):

@@ -825,7 +825,23 @@ def test_features_file_is_valid_private_and_without_ballast(kind, request):
     assert e.path.stat().st_size < 4 * weights + 100_000
 
 
-def test_only_the_known_weights_get_the_standard_name(inception, lite0):
+@pytest.mark.parametrize("kind", ["generator", "U-Net"])
+def test_weights_that_are_no_numbers_are_refused(tmp_path, kind, unet):
+    if kind == "generator":  # without alpha, in which a nan would show
+        checkpoint = checkpoint_of(n_gen=1, desum="fixed")[0]
+        weights = checkpoint["networks"]
+    else:
+        checkpoint = torch.load(unet.source)
+        weights = checkpoint["unet"]
+    next(iter(weights.values()))[:] = torch.nan
+    torch.save(checkpoint, tmp_path / "ckpt.pt")
+    with pytest.raises(covidgan.Mistake, match=r"not written: .* is not finite"):
+        export.main([str(tmp_path / "ckpt.pt"), "-o", str(tmp_path / "file.onnx")])
+    assert not (tmp_path / "file.onnx").exists()
+
+
+def test_only_the_known_weights_get_the_standard_name_and_licence(inception, lite0):
+    assert "Apache" in lite0.metadata["licence"] and "Apache" not in inception.metadata["licence"]
     digest = hashlib.sha256(inception.source.read_bytes()).hexdigest()
     assert inception.metadata["name"] == f"inception, other weights {digest[:8]}"
     assert lite0.metadata["name"] == "efficientnet-lite0 (ImageNet)"

@@ -516,6 +516,16 @@ def test_a_map_that_has_changed_is_made_anew_and_one_that_lost_its_lung_takes_it
     assert {name for name in after if after[name] != before[name]} == {"images/P00_S000.png", "maps/P00_S000.png"}
 
 
+def test_a_map_that_comes_with_an_older_date_is_made_anew(infer, maps, model, tmp_path):
+    _, out, _ = infer(maps)
+    other = tmp_path / "other.png"
+    write_map(other, draw_map(shift=20))
+    os.utime(other, (10**9, 10**9))
+    shutil.copy2(other, maps / "P00_S000.png")  # keeps the date, as archives and rsync do
+    infer(maps)
+    assert np.array_equal(read_image(out / "images/P00_S000.png"), direct(model, draw_map(shift=20)))
+
+
 def test_a_real_slice_that_has_changed_is_pasted_into_anew(infer, maps, images):
     _, out, _ = infer(maps, "--complement", images)
     write_image(images / "P00_S000.png", draw_slice(seed=77))

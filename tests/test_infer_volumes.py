@@ -281,6 +281,17 @@ def test_a_ct_that_does_not_fit_is_one_line_and_nothing_is_written(infer, tmp_pa
     assert not list(volumes.iterdir())
 
 
+@pytest.mark.parametrize("change", [lambda hu: hu + 1024, lambda hu: np.clip((hu + 1350) / 1500, 0, 1) * 255])
+def test_where_no_healthy_lung_tells_a_ct_without_air_is_refused_until_overruled(infer, tmp_path, change):
+    labels = draw_labels()
+    lesions = np.where(labels > 1, labels, 0).astype(np.uint8)
+    mask = save(tmp_path / "mask.nii.gz", lesions)
+    real = save(tmp_path / "ct.nii.gz", np.rint(change(draw_ct(labels).clip(-1024).astype(np.float64))))
+    status, volumes, _, told = infer(mask, "--complement", real)
+    assert status == 2 and "in which air is about -1000" in told and not list(volumes.iterdir())
+    assert infer(mask, "--complement", real, "--unchecked")[0] == 0
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX")
 def test_a_full_disk_stops_the_run_with_one_line_and_the_next_goes_on(infer, folder, tmp_path):
     import resource

@@ -4,10 +4,14 @@ import errno
 import itertools
 import json
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from PIL import Image
 
 from data import slices
@@ -257,3 +261,37 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(Mistake, match=rf"^{tmp_path}/file: cannot be made a folder"):
         slices.make_room(tmp_path / "file", overwrite=False)
+
+
+def test_a_map_is_an_8_bit_palette_png(tmp_path):
+    slices.write_map(tmp_path / "map.png", np.eye(40, dtype=np.uint8) * 3)
+    header = (tmp_path / "map.png").read_bytes()[16:33]  # width, height, bits, colour type
+    assert (int.from_bytes(header[:4]), header[8], header[9]) == (40, 8, 3)
+
+
+STOPPED_TWICE = """
+import sys, time
+from pathlib import Path
+from data.slices import exit_on_mistake
+def program(argv):
+    try:
+        print("ready", flush=True)
+        time.sleep(60)
+    finally:
+        print("clearing", flush=True)
+        time.sleep(0.5)
+        print("cleared", flush=True)
+exit_on_mistake(program)
+"""
+
+
+def test_a_second_signal_does_not_stop_what_clears_up_after_the_first():
+    pipe = subprocess.PIPE
+    process = subprocess.Popen([sys.executable, "-c", STOPPED_TWICE], cwd=ROOT, stdout=pipe, stderr=pipe, text=True)
+    assert process.stdout.readline() == "ready\n"
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        process.send_signal(signum)
+        if signum == signal.SIGTERM:
+            assert process.stdout.readline() == "clearing\n"
+    out, told = process.communicate(timeout=30)
+    assert (out, told, process.returncode) == ("cleared\n", "stopped\n", 130)
