@@ -84,7 +84,7 @@ def test_every_split_of_names_is_read_as_it_was_written(many, tmp_path):
         expected = dict(zip(slices.SIDES, sides, strict=True))
         assert slices.read_split(tmp_path / "split.json") == expected
 
-    many(st.tuples(*[st.lists(names.map(lambda name: name[:80]), max_size=4)] * 3), check)
+    many(st.tuples(*[st.lists(names.map(lambda name: name[:80]), max_size=4, unique=True)] * 3), check)
 
 
 def test_every_volume_lies_where_its_model_lay_whatever_its_affine_and_type(many, tmp_path):
