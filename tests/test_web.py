@@ -296,6 +296,75 @@ def test_while_a_slice_is_made_the_newest_map_waits_and_older_ones_are_dropped(p
     assert np.array_equal(shown, page.save("map")) and page.tab.evaluate("asked.length") == 2
 
 
+def test_the_line_below_tells_of_the_map_and_the_slice_as_they_are(page):
+    page.with_slice()
+    told = page.tab.locator("#readout")
+    hu = page.save("ct")
+    page.tab.locator("#map").focus()
+    page.tab.keyboard.press("3")
+    page.tab.keyboard.press("ArrowRight")
+    row, column = map(int, re.findall(r"\d+", told.inner_text())[:2])
+    assert told.inner_text().endswith(f", {hu[row, column]} HU")
+    page.tab.locator("#inside").uncheck()
+    page.tab.locator("#map").focus()
+    page.tab.keyboard.press(" ")
+    page.with_slice()
+    hu = page.save("ct")
+    assert told.inner_text() == f"Row {row}, column {column}: consolidation, {hu[row, column]} HU"
+    page.tab.locator("#undo").click()
+    page.with_slice()
+    assert "consolidation" not in told.inner_text()
+
+
+def test_a_file_that_comes_late_gives_way_to_the_one_asked_for_last(page, generator):
+    page.with_slice()
+    before = page.tab.evaluate("state.generator.name")
+    late = """async (bytes) => {
+        let come;
+        const slow = openMap("slow.png", new Promise((resolve) => { come = resolve; }));
+        await openMap("fast.png", mapPng(drawLungs(64)).then((file) => file.arrayBuffer()));
+        come(await (await mapPng(drawLungs(32))).arrayBuffer());
+        await slow;
+        let load;
+        const shipped = openGenerator("slow.onnx", new Promise((resolve) => { load = resolve; }));
+        const own = new Uint8Array(bytes);
+        await openGenerator("fast.onnx", own.slice().buffer);
+        load(own.slice().buffer);
+        await shipped;
+        return [state.map.name, state.map.width, state.generator.name];
+    }"""
+    assert page.tab.evaluate(late, [*generator.read_bytes()]) == ["fast", 64, "fast.onnx"]
+    assert before != "fast.onnx"
+
+
+def test_a_map_that_comes_in_the_middle_of_a_stroke_is_another_step(page):
+    page.with_slice()
+    drawn = page.tab.evaluate(
+        """() => {
+            const lungs = state.map, steps = state.past.length;
+            stroke = { before: lungs, x: 1.5, y: 1.5 };
+            state.map = { ...lungs, labels: lungs.labels.slice() };
+            state.map.labels[0] = 1;
+            replaceMap({ ...drawLungs(32), name: "new" });
+            finishStroke();
+            const [before, painted] = state.past.slice(-2);
+            return [state.map.name, state.past.length - steps, before === lungs, painted.labels[0], stroke];
+        }"""
+    )
+    assert drawn == ["new", 2, True, 1, None]
+
+
+def test_a_window_beyond_the_sliders_is_shown_as_it_is(page):
+    page.with_slice()
+    shown = """([level, width]) => {
+        Object.assign(state.generator, { level, width });
+        resetWindow();
+        return [Number($("level").value), Number($("width").value)];
+    }"""
+    for window in ([-625, 4000], [900.5, 7.25], [-600, 1500]):
+        assert page.tab.evaluate(shown, window) == window
+
+
 # ------------------------------------------------------------------------------------------------ painting
 
 

@@ -55,6 +55,9 @@ function generatorWorker() {
   const LONGEST = 1000; // letters of a metadata's key and value
   let ort, session, info;
 
+  /** An error in the page's own words, whatever a file's name in them says of memory. */
+  class Told extends Error {}
+
   const tasks = {
     /** Load ONNX Runtime from the first place that has it, whole. */
     async load({ places, files }) {
@@ -70,7 +73,7 @@ function generatorWorker() {
     async open({ name, bytes }) {
       const metadata = readMetadata(name, new Uint8Array(bytes));
       if ((metadata.kind ?? "generator") !== "generator") {
-        throw new Error(`${name}: is a ${short(metadata.kind)}, not a generator: give the other file`);
+        throw new Told(`${name}: is a ${short(metadata.kind)}, not a generator: give the other file`);
       }
       const opened = await start(name, bytes);
       try {
@@ -87,7 +90,7 @@ function generatorWorker() {
     /** HU int16 [height * width] of labels uint8: padded with background right and below, and cropped back. */
     async synthesize({ width, height, labels }) {
       const unknown = labels.find((label) => label >= info.labels.length);
-      if (unknown !== undefined) throw new Error(`${info.name} knows only ${info.labels.join(", ")}: erase the rest`);
+      if (unknown !== undefined) throw new Told(`${info.name} knows only ${info.labels.join(", ")}: erase the rest`);
       const [h, w] = canvas(height, width);
       const padded = new Uint8Array(h * w);
       for (let y = 0; y < height; y++) padded.set(labels.subarray(y * width, (y + 1) * width), y * w);
@@ -108,7 +111,7 @@ function generatorWorker() {
         if (reply.ok) return await reply.arrayBuffer();
       } catch { /* not there, or not what was pinned: the next place may do */ }
     }
-    throw new Error(`${name} of ONNX Runtime cannot be had: is there a network? make web fetches it once and for all`);
+    throw new Told(`${name} of ONNX Runtime cannot be had: is there a network? make web fetches it once and for all`);
   }
 
   /** A session of a model's bytes. */
@@ -117,7 +120,7 @@ function generatorWorker() {
       return await ort.InferenceSession.create(bytes, { executionProviders: ["wasm"], logSeverityLevel: 4 });
     } catch (error) {
       if (isMemory(error)) throw error;
-      throw new Error(`${name}: not a usable ONNX file (${firstLine(error)}): export it again`);
+      throw new Told(`${name}: not a usable ONNX file (${firstLine(error)}): export it again`);
     }
   }
 
@@ -125,7 +128,7 @@ function generatorWorker() {
   function check(name, metadata, opened) {
     for (const [key, value] of Object.entries(metadata)) {
       if (/[\p{C}\p{Z}]/u.test((key + value).replaceAll(" ", "")) || (key + value).length > LONGEST) {
-        throw new Error(`${name}: metadata ${short(key)} is no plain line: export it again`);
+        throw new Told(`${name}: metadata ${short(key)} is no plain line: export it again`);
       }
     }
     const tensors = {};
@@ -135,14 +138,15 @@ function generatorWorker() {
       ...["kind", "contract", ...Object.keys(PARSED)].filter((key) => !(key in metadata)).map((key) => `metadata ${key}`),
       ...Object.keys(TENSORS).filter((key) => tensors[key] !== TENSORS[key]).map((key) => `${key}, ${TENSORS[key]}`),
     ];
-    if (lacks.length) throw new Error(`${name}: not a generator that export.py wrote: it lacks ${lacks.join("; ")}`);
+    const foreign = `${name}: not a generator that export.py wrote`;
+    if (lacks.length) throw new Told(`${foreign}: it lacks ${lacks.join("; ")}`);
     if (metadata.contract !== CONTRACT) {
-      throw new Error(`${name}: contract ${short(metadata.contract)}, this page speaks ${CONTRACT}: export it again`);
+      throw new Told(`${name}: contract ${short(metadata.contract)}, this page speaks ${CONTRACT}: export it again`);
     }
     const parsed = Object.fromEntries(Object.keys(PARSED).map((key) => [key, parse(name, key, metadata[key])]));
     const fixed = opened.inputMetadata[0].shape.map((side) => (typeof side === "number" ? side : null));
     if (fixed.length !== 3 || fixed.some((side) => side !== null && !isSide(side))) {
-      throw new Error(`${name}: its map is of shape ${fixed}, not [N, H, W]: export it again`);
+      throw new Told(`${name}: its map is of shape ${fixed}, not [N, H, W]: export it again`);
     }
     return { name, licence: "", ...metadata, ...parsed, fixed };
   }
@@ -154,7 +158,7 @@ function generatorWorker() {
       value = JSON.parse(text);
     } catch { /* no JSON: nothing */ }
     if (!PARSED[key](value)) {
-      throw new Error(`${name}: metadata ${key} is ${JSON.stringify(text.slice(0, 80))}: export it again`);
+      throw new Told(`${name}: metadata ${key} is ${JSON.stringify(text.slice(0, 80))}: export it again`);
     }
     return value;
   }
@@ -163,7 +167,7 @@ function generatorWorker() {
   function canvas(height, width) {
     return [height, width].map((side, i) => {
       const taken = info.fixed[i + 1] ?? Math.max(2, Math.ceil(side / info.multiple)) * info.multiple;
-      if (side > taken) throw new Error(`${height} x ${width} pixels are more than ${info.name} takes: shrink the map`);
+      if (side > taken) throw new Told(`${height} x ${width} pixels are more than ${info.name} takes: shrink the map`);
       return taken;
     });
   }
@@ -178,7 +182,7 @@ function generatorWorker() {
         metadata[key] = value;
       }
     } catch {
-      throw new Error(`${name}: not a usable ONNX file: give the generator.onnx that export.py wrote`);
+      throw new Told(`${name}: not a usable ONNX file: give the generator.onnx that export.py wrote`);
     }
     return metadata;
   }
@@ -195,7 +199,7 @@ function generatorWorker() {
     while (at < bytes.length) {
       const tag = varint();
       const length = { 0: () => (varint(), 0), 1: () => 8, 2: varint, 5: () => 4 }[tag % 8]();
-      if (at + length > bytes.length) throw new Error("cut short");
+      if (at + length > bytes.length) throw new Told("cut short");
       if (tag % 8 === 2) yield [Math.floor(tag / 8), bytes.subarray(at, at + length)];
       at += length;
     }
@@ -203,7 +207,7 @@ function generatorWorker() {
 
   const short = (text) => text.slice(0, 80).replace(/\p{C}/gu, "?"); // a file's own word, fit to be shown
   const firstLine = (error) => String(error?.message ?? error).split("\n")[0].slice(0, 500);
-  const isMemory = (error) => /memory|bad_alloc|allocat|Aborted/i.test(firstLine(error));
+  const isMemory = (error) => !(error instanceof Told) && /memory|bad_alloc|allocat|Aborted/i.test(firstLine(error));
 
   async function answer({ id, task, ...given }) {
     try {
@@ -450,6 +454,7 @@ function drawLungs(size) {
 
 /** Put another map in the place of the present one, as a step that can be undone. */
 function replaceMap(map) {
+  finishStroke();
   state.past.push(state.map);
   Object.assign(state, { map, future: [] });
   state.past.splice(0, state.past.length - STEPS);
@@ -458,6 +463,7 @@ function replaceMap(map) {
 
 /** Change labels in a copy of the map; the step counts only where it changes something. */
 function step(edit) {
+  finishStroke();
   const before = state.map;
   state.map = { ...before, labels: before.labels.slice() };
   edit();
@@ -556,7 +562,12 @@ function moveStroke(event) {
 }
 
 function endStroke(event) {
-  if (!stroke || !event.isPrimary) return;
+  if (event.isPrimary) finishStroke();
+}
+
+/** Enter the stroke that is being painted, if any, as a step of its own. */
+function finishStroke() {
+  if (!stroke) return;
   const { before } = stroke;
   stroke = null;
   keepStep(before);
@@ -567,7 +578,7 @@ const MOVES = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowD
 
 /** Move the brush by an arrow key, and paint by the space bar. */
 function paintByKey(event) {
-  if (!(event.key in MOVES) || event.ctrlKey || event.metaKey) return;
+  if (!(event.key in MOVES) || event.ctrlKey || event.metaKey || event.altKey) return;
   event.preventDefault();
   const { width, height } = state.map, pixels = event.shiftKey ? 10 : 1, [dx, dy] = MOVES[event.key];
   const x = clamp(ring.x + pixels * dx, 0.5, width - 0.5), y = clamp(ring.y + pixels * dy, 0.5, height - 0.5);
@@ -579,6 +590,7 @@ function paintByKey(event) {
 // ---------------------------------------------------------------------------------------------- synthesis
 
 let worker = null;
+const turns = { map: 0, generator: 0, opened: 0 }; // how often a file was asked for, and which generator it then was
 
 /** Ask for the slice of the map as it is. While one is being made the newest map waits; those between are dropped. */
 async function synthesize() {
@@ -615,13 +627,19 @@ function failed(error, size) {
   worker = startWorker();
 }
 
-/** Open a generator from a promise of its bytes. The one before stays where the file is refused. */
+/** Open a generator from a promise of its bytes. The one before stays where the file is refused, and a later one where
+    this comes late. */
 async function openGenerator(name, content) {
+  const turn = ++turns.generator, before = turns.opened;
   say(`Loading ${name} …`);
   try {
     const [bytes] = await Promise.all([content, worker.ready]);
+    if (turns.opened > turn) return;
+    turns.opened = turn;
     state.generator = await worker.ask("open", { name, bytes }, [bytes]);
   } catch (error) {
+    if (turns.opened > turn) return;
+    turns.opened = before;
     return void complain(error.memory ? `${name}: not enough memory to load it: ${error.message}` : error.message);
   }
   const { size, licence } = state.generator;
@@ -643,8 +661,8 @@ async function shippedGenerator() {
 
 /** The bytes of a file of the repository. */
 async function get(path, mend) {
-  const reply = await fetch(path);
-  if (!reply.ok) throw new Error(`There is no ${path.replace("../", "")} here: ${mend}`);
+  const reply = await fetch(path).catch(() => null); // no server, or opened from disk
+  if (!reply?.ok) throw new Error(`There is no ${path.replace("../", "")} here: ${mend}`);
   return reply.arrayBuffer();
 }
 
@@ -657,29 +675,32 @@ async function openFile(file) {
   else await openGenerator(file.name, file.arrayBuffer());
 }
 
-/** Open a label map from a promise of its bytes, with a word where it has not the size that the generator knows. */
+/** Open a label map from a promise of its bytes, with a word where it has not the size that the generator knows. One
+    that comes late gives way to the one asked for last. */
 async function openMap(file, content) {
+  const turn = ++turns.map;
   try {
     const map = await readMap(file, new Uint8Array(await content));
+    if (turn < turns.map) return;
     replaceMap({ name: file.replace(/\.[^.]*$/, ""), ...map });
     const { width, height } = map, size = state.generator?.size ?? width;
     const note = width === size && height === size ? "" : ` The generator was trained at ${size} x ${size}.`;
     say(`${file}: ${width} x ${height} pixels.${note}`);
   } catch (error) {
-    complain(error.message);
+    if (turn === turns.map) complain(error.message);
   }
 }
 
 /** Start from the built-in map, "", or an example. */
 async function startFrom(name) {
-  if (!name) replaceMap(drawLungs(state.generator?.size ?? SIZE));
-  else await openMap(`${name}.png`, get(`../models/examples/${name}.png`, "take another"));
+  if (!name && ++turns.map) replaceMap(drawLungs(state.generator?.size ?? SIZE));
+  else await openMap(`${name}.png`, get(`../models/examples/${name}.png`, "press \"Open a map\" instead"));
 }
 
-/** Hand a file to the user. */
-function save(blob, name) {
+/** Hand a file to the user, from a promise of it: by then the map may be another, and so its name. */
+async function saveAs(content, name) {
   const link = document.createElement("a");
-  link.href = URL.createObjectURL(blob);
+  link.href = URL.createObjectURL(await content);
   link.download = name;
   link.click();
   setTimeout(() => URL.revokeObjectURL(link.href), 60_000);
@@ -688,6 +709,7 @@ function save(blob, name) {
 // ---------------------------------------------------------------------------------------------- the page
 
 let ring = { x: 0.5, y: 0.5 }; // where the brush is
+let pointed = null; // what the line below the pictures tells of
 
 function say(line) {
   $("message").textContent = line;
@@ -735,8 +757,12 @@ function drawCt() {
 /** Set the sliders to the generator's own window. */
 function resetWindow() {
   const { level, width } = state.generator ?? WINDOW;
-  $("level").value = level;
-  $("width").value = width;
+  for (const [id, value] of [["level", level], ["width", width]]) { // a slider would round it, or stop at its end
+    const slider = $(id);
+    Object.assign(slider, { min: Math.min(slider.min, value), max: Math.max(slider.max, value) });
+    slider.step = (value - slider.min) % 10 ? "any" : 10;
+    slider.value = value;
+  }
   showSliders();
   drawCt();
 }
@@ -752,6 +778,7 @@ function showButtons() {
   $("undo").disabled = !state.past.length;
   $("redo").disabled = !state.future.length;
   $("save-ct").disabled = state.stale || state.busy || !state.ct;
+  showReadout();
 }
 
 /** Show the brush: a circle of its size on the map. */
@@ -762,10 +789,15 @@ function showRing(point) {
   Object.assign($("ring").style, { width: `${(100 * size) / width}%`, height: `${(100 * size) / height}%` });
 }
 
-function showReadout({ x, y }) {
-  const { map, ct } = state, row = Math.floor(y), column = Math.floor(x), at = row * map.width + column;
-  const hu = ct?.width === map.width && ct?.height === map.height ? `, ${ct.hu[at]} HU` : "";
-  $("readout").textContent = `Row ${row}, column ${column}: ${LABELS[map.labels[at]] ?? "outside the map"}${hu}`;
+/** Say what is at a point, or at the one before: its label and, of the slice of this very map, its HU. */
+function showReadout(point = pointed) {
+  if (!point) return;
+  pointed = point;
+  const { map, ct, stale, busy } = state, row = Math.floor(point.y), column = Math.floor(point.x);
+  const at = row * map.width + column, inside = row < map.height && column < map.width;
+  const hu = inside && ct && !stale && !busy ? `, ${clamp(ct.hu[at], -HU_OFFSET, 4095 - HU_OFFSET)} HU` : "";
+  const label = inside ? LABELS[map.labels[at]] : "outside the map";
+  $("readout").textContent = `Row ${row}, column ${column}: ${label}${hu}`; // HU as they are saved
 }
 
 const choose = (name, value) => { document.querySelector(`[name=${name}][value="${value}"]`).checked = true; };
@@ -804,8 +836,8 @@ function wire() {
   on($("undo"), "click", undo);
   on($("redo"), "click", redo);
   on($("clear"), "click", () => step(() => state.map.labels.fill(0)));
-  on($("save-map"), "click", async () => save(await mapPng(state.map), `${state.map.name}_map.png`));
-  on($("save-ct"), "click", async () => save(await ctPng(state.ct), `${state.map.name}_ct.png`));
+  on($("save-map"), "click", () => saveAs(mapPng(state.map), `${state.map.name}_map.png`));
+  on($("save-ct"), "click", () => saveAs(ctPng(state.ct), `${state.map.name}_ct.png`));
   on($("start"), "change", () => {
     startFrom($("start").value);
     $("start").selectedIndex = 0; // a menu: what was chosen may be chosen again
