@@ -305,7 +305,7 @@ class Pix2pix(Rival):
         return [*super().checks(c), (cls.levels(c) >= 4, f"--size {c.size}: give a multiple of 32, best a power of 2")]
 
     def losses(self, onehot: Tensor, target: Tensor, stage: str) -> dict[str, Tensor]:
-        """D: half of real and fake; G: the log loss and 100 L1."""
+        """D: half of real and fake; G: log loss and 100 L1 of what D sees, with --contrast the lung alone."""
         image, target = (self.shown(x, onehot) for x in (self.g(onehot)[0], target))
         d, gan = gan_losses(self.d(onehot, target), self.d(onehot, image), "bce")
         l1 = F.l1_loss(image, target) / (self.c.contrast or 1)
@@ -374,7 +374,10 @@ class Matching(Rival):
 
 
 class Pix2pixHD(Matching):
-    """pix2pixHD: global generator against two scales of covidgan's own PatchGAN; LSGAN and feature matching."""
+    """pix2pixHD: global generator against two scales of covidgan's own PatchGAN; LSGAN and feature matching.
+
+    Biases start at 0, its authors' at PyTorch's draw; most of them stand before an instance norm, which removes them.
+    """
 
     name, options = "pix2pixHD", Pix2pixHDConfig
     own: ClassVar = dict.fromkeys("dg", (2e-4, (0.5, 0.999)))
@@ -413,7 +416,7 @@ def conv3(c_in: int, c_out: int, **more: Any) -> nn.Conv2d:
 
 
 class SpectralNorm(nn.Module):
-    """A weight over its largest singular value (Miyato et al., ICLR 2018), by one power iteration per training step.
+    """A weight over its largest singular value (Miyato et al., ICLR 2018), by one power iteration per pass in training.
 
     PyTorch's own keeps both singular vectors in the state dict and trusts them. In an average of weights (--ema) they
     are averages too, no longer of unit length nor of that weight, and the norm is off by up to a half (measured). This

@@ -171,8 +171,12 @@ def begun(out: Path) -> dict[str, Any]:
 def check_row(out: Path, row: str) -> None:
     """Raise Mistake where a run was begun with other options than its row has now: its figures would bear their name.
 
-    One that was begun by hand, without a note, is taken as it is.
+    Nor is one that has lost its note taken, before it trains on.
     """
+    if (out / "ckpt.pt").exists() and not (out / "begun.json").exists():
+        raise Mistake(
+            f"{out}: its begun.json, which tells its row and its machine, is gone: restore it, or delete the run"
+        )
     if (out / "begun.json").exists() and (was := begun(out)["row"]) != row:
         raise Mistake(f"{out}: trained with {was!r}, its row now has {row!r}: give the row another name, or delete it")
 

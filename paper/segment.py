@@ -25,8 +25,9 @@ from data.slices import coloured, png, windowed
 
 
 class UNet(nn.Module):
-    """The segmentation U-Net of §IV-B.2 (ref [55]): four halvings, channels 64 to 1024, batch norm, concatenated skips.
+    """The segmentation U-Net of §IV-B.2 (ref [55]): four halvings, channels 64 to 1024, concatenated skips.
 
+    Batch norm, and padding that keeps the size, are ours: the original has neither, and the paper names neither.
     From 1 to 4 channels, it has 31,036,676 parameters.
     """
 

@@ -162,8 +162,10 @@ def time_to(progress: dict[str, dict[str, Any]], block: str) -> dict[str, float 
     if not reference:
         return {}
     goal, names = reference["course"][-1]["KID"], [f"{name}{block}" for name in ("covidgan", *RIVALS)]
+    if goal is None:  # of too few slices
+        return {}
     return {
-        name: next((point["seconds"] for point in progress[name]["course"] if point["KID"] <= goal), None)
+        name: next((p["seconds"] for p in progress[name]["course"] if p["KID"] is not None and p["KID"] <= goal), None)
         for name in [*names, "covidgan-best"]
         if name in progress and progress[name]["machine"] == reference["machine"]
     }

@@ -4,7 +4,8 @@ Table III swaps a share of a U-Net's real slices for synthetic ones of the same 
 augmented maps. Table V changes one part of the method at a time: FID and PSNR of its images, and infection Dice of a
 U-Net with half of its slices swapped, which is what the paper's Table V repeats from its Table III (89.19). Beyond the
 paper, "few" asks whether synthetic slices help where real ones are few, and more than the same augmentations of the
-real slices do; "beta" is Table V for who moves beta, which the paper does not say.
+real slices do; the generators are Table II's, which have seen the whole training side. "beta" is Table V for who moves
+beta, which the paper does not say.
 
 Figures are mean +- 95 % interval as in the paper, over ten folds of the test slices, and beside it the interval over
 patients, which is the one to go by, as slices of a patient are alike; it is about the mean of the patients' means. Both
@@ -154,6 +155,7 @@ def make(experiment: Experiment, name: str, seed: int, args: argparse.Namespace)
         "parameters": json.loads((out / "results.json").read_text())["parameters"],
         "seconds": runs.seconds(out),
         "commit": runs.begun(out)["commit"],
+        "machine": runs.begun(out)["machine"],
         "commit of generator": generators.commit_of(mix.generator, seed, args) if mixes.options_of(mix) else None,
         "slices": mixes.composition(mix, seed, args),
         "sides": {side: summary(found) for side, found in scores.items()},
@@ -263,15 +265,15 @@ def over_the_same_patients(pairs: list[list[list[float]]]) -> Record:
 
 
 def image_differences(records: list[Record], against: Callable[[str], list[str]]) -> list[Record]:
-    """By how much each image figure of a row is above another's, over the seeds, by Welch's t."""
-    of = {(one["row"], one["metric"]): one["of seeds"] for one in records if one["class"] == "complete"}
+    """By how much each image figure of a row is above another's, over all seeds of each, by Welch's t."""
+    of = {(one["row"], one["metric"]): one for one in records if one["class"] == "complete"}
     found = []
     for (row, metric), ours in of.items():
-        for other in against(row):
-            if None not in [*ours, *of.get((other, metric), [None])]:
-                difference, ci95 = apart(ours, of[other, metric])
-                told = {"row": row, "against": other, "metric": metric, "difference": difference, "ci95": ci95}
-                found.append(told)
+        for theirs in (of[other, metric] for other in against(row) if (other, metric) in of):
+            if None not in [*ours["of seeds"], *theirs["of seeds"]]:
+                difference, ci95 = apart(ours["of seeds"], theirs["of seeds"])
+                told = {"row": row, "against": theirs["row"], "metric": metric, "difference": difference, "ci95": ci95}
+                found.append(told | {"seeds": ours["seeds"], "seeds of other": theirs["seeds"]})
     return found
 
 
@@ -352,6 +354,7 @@ def setting(kept: dict[str, Kept], sides: list[str], args: argparse.Namespace) -
         "features": runs.FEATURES,
         "CPU seconds of a U-Net": averaged([one["seconds"] for one in unets if one["seconds"] is not None]),
         "commits": sorted({one["commit"] for one in unets}),
+        "machines of U-Nets, as far as kept": sorted({one["machine"] for one in unets if "machine" in one}),
         "commits of generators": sorted({one["commit of generator"] for one in unets} - {None}),
         "slices without": {side: next((one["sides"][side]["slices without"] for one in unets), {}) for side in sides},
     }
@@ -412,7 +415,8 @@ def images_apart(differences: list[Record]) -> list[str]:
             verdict = " clear" if half is not None and abs(one["difference"]) > half else ""
             spread = f" ± {half:.{digits}f}{verdict}" if half is not None else ", one seed, no verdict"
             told.append(f"{one['metric']} {one['difference']:+.{digits}f}{spread}")
-        lines.append(f"- {row} against {other}: {'; '.join(told)}")
+        seeds, theirs = (", ".join(map(str, one[key])) for key in ("seeds", "seeds of other"))
+        lines.append(f"- {row} (seeds {seeds}) against {other} ({theirs}): {'; '.join(told)}")
     return lines
 
 

@@ -54,8 +54,9 @@ def test_a_run_that_was_begun_by_another_row_is_not_taken_for_this_ones(program,
             runs.train(program, [], out, "--gan hinge")
         runs.train(program, [], out, "--gan lsgan")
     assert len((out / "calls.txt").read_text().splitlines()) == 2
-    (out / "begun.json").unlink()  # begun by hand
-    runs.train(program, [], out, "--gan hinge")
+    (out / "begun.json").unlink()
+    with pytest.raises(Mistake, match=r"begun\.json, which tells its row and its machine, is gone"):
+        runs.train(program, [], out, "--gan hinge")
 
 
 def test_what_is_noted_of_a_run_is_of_where_it_began_and_a_gpu_has_no_cpu_seconds(program, tmp_path, monkeypatch):

@@ -264,13 +264,16 @@ def test_a_rivals_row_is_compared_with_ours_that_swap_as_much():
 def test_figures_of_images_are_told_apart_by_welchs_t_over_the_seeds():
     values = {("ours", "FID 24"): [1.1, 1.2, 1.3], ("a", "FID 24"): [1.5, 1.6, 1.9], ("b", "FID 24"): [1.0]}
     values |= {("ours", "PSNR"): [None], ("a", "PSNR"): [25.0]}
-    of = [{"row": row, "metric": m, "class": "complete", "of seeds": v} for (row, m), v in values.items()]
+    told = {"class": "complete"}
+    of = [told | {"row": row, "metric": m, "of seeds": v, "seeds": [*range(len(v))]} for (row, m), v in values.items()]
     found = table345.image_differences(of, lambda row: [] if row == "ours" else ["ours"])
     assert [(one["row"], one["metric"]) for one in found] == [("a", "FID 24"), ("b", "FID 24")]  # refused: no PSNR
     assert found[0]["difference"] == pytest.approx(7 / 15)
     assert found[0]["ci95"] == pytest.approx(welch([1.5, 1.6, 1.9], [1.1, 1.2, 1.3]), rel=1e-6)
-    told = ["- a against ours: FID 24 +0.4667 ± 0.4348 clear", "- b against ours: FID 24 -0.2000, one seed, no verdict"]
-    assert table345.images_apart(found) == told
+    assert table345.images_apart(found) == [
+        "- a (seeds 0, 1, 2) against ours (0, 1, 2): FID 24 +0.4667 ± 0.4348 clear",
+        "- b (seeds 0) against ours (0, 1, 2): FID 24 -0.2000, one seed, no verdict",
+    ]
 
 
 def test_the_markdown_gives_both_intervals_the_verdict_and_the_papers_row():
