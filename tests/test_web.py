@@ -316,10 +316,10 @@ def test_the_line_below_tells_of_the_map_and_the_slice_as_they_are(page):
     assert "consolidation" not in told.inner_text()
 
 
-def test_a_file_that_comes_late_gives_way_to_the_one_asked_for_last(page, generator):
+def test_a_file_that_comes_late_gives_way_to_the_one_asked_for_last(page):
     page.with_slice()
     before = page.tab.evaluate("state.generator.name")
-    late = """async (bytes) => {
+    late = """async () => {
         let come;
         const slow = openMap("slow.png", new Promise((resolve) => { come = resolve; }));
         await openMap("fast.png", mapPng(drawLungs(64)).then((file) => file.arrayBuffer()));
@@ -327,13 +327,12 @@ def test_a_file_that_comes_late_gives_way_to_the_one_asked_for_last(page, genera
         await slow;
         let load;
         const shipped = openGenerator("slow.onnx", new Promise((resolve) => { load = resolve; }));
-        const own = new Uint8Array(bytes);
-        await openGenerator("fast.onnx", own.slice().buffer);
-        load(own.slice().buffer);
+        await openGenerator("fast.onnx", get(GENERATOR, ""));
+        load(await get(GENERATOR, ""));
         await shipped;
         return [state.map.name, state.map.width, state.generator.name];
     }"""
-    assert page.tab.evaluate(late, [*generator.read_bytes()]) == ["fast", 64, "fast.onnx"]
+    assert page.tab.evaluate(late) == ["fast", 64, "fast.onnx"]
     assert before != "fast.onnx"
 
 

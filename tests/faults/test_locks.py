@@ -256,6 +256,7 @@ def test_what_a_kill_took_along_of_the_cost_is_not_made_up(tmp_path):
     out = tmp_path / "run"
     out.mkdir()
     (tmp_path / "train.py").write_text(PROGRAM)
+    (out / "begun.json").write_text('{"row": ""}')
     (out / "ckpt.pt").touch()  # and no seconds.json, which is written when a training ends
     runs.train([str(tmp_path / "train.py")], [], out)
     assert (out / "results.json").exists() and runs.seconds(out) is None
