@@ -650,6 +650,20 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return args
 
 
+def errors_of(parts: dict[str, Any]) -> list[str]:
+    """What is wrong with the parts' ceilings."""
+    rows = [named for found in parts.values() for table in found["tables"].values() for named in table.values()]
+    return [row["error"] for row in rows if "error" in row]
+
+
+def write_json(path: Path, results: dict[str, Any]) -> None:
+    """Write the results, with every figure's median at the top."""
+    figures = results["figures"]
+    flat = {key: value["median"] if isinstance(value, dict) else value for key, value in figures.items()}
+    text = json.dumps({**flat, **results}, indent=1) + "\n"
+    covidgan.write_atomically(path, lambda unfinished: unfinished.write_text(text))
+
+
 def main(argv: list[str]) -> None:
     """Run the parts, print the tables, write the JSON; exit status 1 where a ceiling turned out not to be one."""
     args = parse(argv)
@@ -661,12 +675,9 @@ def main(argv: list[str]) -> None:
             parts[part] = PARTS[part](args, Path(folder))
             figures |= parts[part]["figures"]
             print(report(part, parts[part]), flush=True)
-            rows = [named for found in parts.values() for table in found["tables"].values() for named in table.values()]
-            results |= {"figures": figures, "errors": [row["error"] for row in rows if "error" in row]}
+            results |= {"figures": figures, "errors": errors_of(parts)}
             if args.json:  # after each part, lest a later one's fault lose it
-                flat = {key: value["median"] if isinstance(value, dict) else value for key, value in figures.items()}
-                text = json.dumps({**flat, **results}, indent=1) + "\n"
-                covidgan.write_atomically(args.json, lambda path, text=text: path.write_text(text))
+                write_json(args.json, results)
     if results["errors"]:
         sys.exit(f"error: {'; '.join(results['errors'])}")
 

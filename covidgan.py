@@ -226,7 +226,7 @@ class LocalGenerator(nn.Module):
         super().__init__()
         self.down = nn.Sequential(*stem(n_labels, ngf), *down(ngf))
         self.up = nn.Sequential(*[ResidualBlock(2 * ngf) for _ in range(n_blocks)], *up(2 * ngf, upsample))
-        self.head = head(ngf)  # of the finest alone it is used
+        self.head = head(ngf)  # used of the finest local generator alone
 
 
 class WeightingNet(nn.Module):
@@ -820,7 +820,8 @@ class Trainer:
         rates = self.set_learning_rates()
         target, labels, names = self.batch()
         autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
-        with seeded(self.step_seed(1 + self.rank), self.device), autocast:  # not from 0, which seeds as nothing does
+        # from 1: a 0 at its end changes no seed, and the draws would be the augmentation's
+        with seeded(self.step_seed(1 + self.rank), self.device), autocast:
             losses = self.method.losses(one_hot(labels, self.c.n_labels), target, self.stage)
         figures = self.share(dict(zip(losses, torch.stack([*losses.values()]).tolist(), strict=True)))
         if not all(map(math.isfinite, figures.values())):
@@ -936,9 +937,10 @@ class Trainer:
                 optimizer.load_state_dict(checkpoint["optimizers"][name])
                 for group in optimizer.param_groups:  # replaced as well, but this start's options count
                     group["betas"] = optimizer.defaults["betas"]
+                # Fused, Adam walks through memory: moments must lie there as their weight does on this device.
                 for weight, moments in optimizer.state.items():
-                    for key in ("exp_avg", "exp_avg_sq"):  # fused, Adam wants them to lie in memory as the weight does
-                        moments[key] = torch.empty_like(weight).copy_(moments[key])  # not as on another device
+                    for key in ("exp_avg", "exp_avg_sq"):
+                        moments[key] = torch.empty_like(weight).copy_(moments[key])
             self.step_done = checkpoint["step"]
             if not all(isinstance(checkpoint[name], int) for name in ("step", "steps")):
                 raise TypeError("steps are whole numbers")
@@ -1081,10 +1083,6 @@ class Trainer:
         self.method.train()
         return torch.cat(images)
 
-    def stage_size(self) -> int:
-        """Pixels per side of what the stage synthesizes: in g1 G1's reduced size."""
-        return self.synthesize(self.test.labels[:1]).shape[-1]
-
     def draw(self) -> None:
         """Write the panel of fixed held-out cases and the curves."""
         cases = choose_cases(self.test)
@@ -1111,7 +1109,7 @@ class Trainer:
         """Print the table of results on the test side and write it as OUT/results.json."""
         c, results, test = self.c, evaluate(self), self.test.with_lung()
         n, without_lung = len(test.names), len(self.test.names) - len(test.names)
-        size = self.stage_size()
+        size = self.synthesize(test.labels[:1]).shape[-1]  # the stage's: in g1 G1's reduced one
         head = {"stage": self.stage, "n": n, "without_lung": without_lung, "size": size}
         text = json.dumps({**head, **results}, indent=1)
         write_atomically(self.out / "results.json", lambda path: path.write_text(text + "\n"))
@@ -1249,7 +1247,7 @@ def evaluate(trainer: Trainer) -> dict[str, dict[str, dict[str, float]]]:
     c, test, train = trainer.c, trainer.test.with_lung(), trainer.train
     ours = trainer.method.name
     images = {ours: trainer.synthesize(test.labels)}
-    shrink = c.size // trainer.stage_size()
+    shrink = c.size // images[ours].shape[-1]
     images["mean HU per label"] = mean_paint(train, test.labels, c)[..., ::shrink, ::shrink]
     images["nearest training case"] = nearest_copy(train, test.labels, c)[..., ::shrink, ::shrink]
     labels, real = test.labels[..., ::shrink, ::shrink], F.avg_pool2d(window(test.hu, c), shrink)

@@ -56,6 +56,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from data.slices import (
+    AIR_HU,
     COLOURS,
     HELD,
     HU_OFFSET,
@@ -773,7 +774,8 @@ def outdated(made: list[Path], of: list[Path]) -> list[Path]:
 
 def came(path: Path) -> int:
     """When a file came to its place or was changed there, in ns; archives and `cp -p` give it the date of another."""
-    return max(path.stat().st_mtime_ns, path.stat().st_ctime_ns, path.lstat().st_ctime_ns)
+    content = path.stat()
+    return max(content.st_mtime_ns, content.st_ctime_ns, path.lstat().st_ctime_ns)  # the last of a link itself
 
 
 def is_made(made: list[Path], of: list[Path]) -> bool:
@@ -965,7 +967,7 @@ def whole_hu(path: Path, voxels: np.ndarray, labels: np.ndarray, unchecked: bool
     lung = voxels[labels == 1]
     if not unchecked and lung.size and (wrong := no_lungs_mean(lung.mean(dtype=float))):
         raise Mistake(f"{path}: {wrong}: convert it to HU")
-    if not unchecked and low > -800:
+    if not unchecked and low > AIR_HU:
         raise Mistake(f"{path}: {told}, in which air is about -1000: convert it, or overrule by --unchecked")
     hu = voxels.astype(np.int16) if voxels.dtype.kind in "iu" else np.rint(voxels).astype(np.int16)
     if (hu != voxels).any():

@@ -550,19 +550,19 @@ def make_set(args: argparse.Namespace, drawn: dict) -> None:
     """Draw the patients into OUT and print a summary; `drawn` is for split.json."""
     numbers = range(1, args.patients + 1)
     make = partial(make_patient, seed=args.seed, size=args.size, count=args.slices, out=args.out)
-    with ProcessPoolExecutor(min(args.workers, args.patients), initializer=end_with_parent) as pool:
-        try:
-            made = list(tqdm(pool.map(make, numbers), total=args.patients, unit="patient", disable=None))
-        except BrokenProcessPool as error:
-            raise Mistake(f"{args.out}: a worker was killed (out of memory?): give fewer --workers") from error
-        except BaseException:
-            for worker in multiprocessing.active_children():
-                worker.terminate()  # in the middle of a patient; the pool notices
-            raise
-        finally:
-            pool.shutdown()
-            for cut in args.out.rglob(".*.png.tmp"):  # what a worker was writing when it ended
-                cut.unlink()
+    try:
+        with ProcessPoolExecutor(min(args.workers, args.patients), initializer=end_with_parent) as pool:
+            try:
+                made = list(tqdm(pool.map(make, numbers), total=args.patients, unit="patient", disable=None))
+            except BaseException:
+                for worker in multiprocessing.active_children():
+                    worker.terminate()  # in the middle of a patient; the pool notices
+                raise
+    except BrokenProcessPool as error:
+        raise Mistake(f"{args.out}: a worker was killed (out of memory?): give fewer --workers") from error
+    finally:
+        for cut in args.out.rglob(".*.png.tmp"):  # what a worker was writing when it ended
+            cut.unlink()
     sides = split_patients(args.patients, args.seed)
     names = {s: [slice_name(n, k + 1) for n in sides[s] for k in range(args.slices)] for s in SIDES}
     shown = [f"{slice_name(n, n * 5 % args.slices + 1)}.png" for n in numbers[:24]]  # 5: all levels in turn

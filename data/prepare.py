@@ -43,6 +43,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, only data/ itself is on it
 from data.lungs import find_lungs
 from data.slices import (
+    AIR_HU,
     HELD,
     LABELS,
     LARGEST,
@@ -228,7 +229,7 @@ def to_hu(path: Path, voxels: np.ndarray, args: argparse.Namespace) -> tuple[np.
     if low >= -64 and 1 < high <= 320:  # spline resampling goes a little beyond 0 and 255
         bottom, top = args.grey_window
         return bottom + np.clip(voxels, 0, 255).astype(np.float32) * ((top - bottom) / 255), True
-    if np.isinf([low, high]).any() or (low > -800 and not args.unchecked):
+    if np.isinf([low, high]).any() or (low > AIR_HU and not args.unchecked):
         raise Mistake(f"{path}: values {low:g} to {high:g} are neither HU nor grey levels 0..255; convert it to HU")
     return voxels.astype(np.promote_types(voxels.dtype, np.int16)), False  # a copy, which may be corrected
 

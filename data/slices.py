@@ -39,6 +39,7 @@ except ImportError:  # Windows
 LABELS = ("background", "lung", "ground-glass opacity", "consolidation")
 COLOURS = ((0, 0, 0), (255, 0, 0), (0, 0, 255), (0, 255, 0))  # Fig. 1: lung red, GGO blue, consolidation green
 SIDES = ("train", "test", "seg_test")  # of a split
+AIR_HU = -800  # some voxel of any CT volume of a chest lies below
 LUNG_HU = (-1000, -300)  # a mean over a slice's healthy lung outside these is not HU; it varies more than a patient's
 UNFINISHED = ".unfinished"  # marks a folder whose set is being written, or whose run was cut off
 HU_OFFSET = 1024  # stored value = HU + 1024: air is 24, water 1024
