@@ -1,7 +1,8 @@
 # make demo   phantom data, training, export, synthesis, evaluation: nine minutes on two CPU cores with bfloat16
 # make test   lint and tests
-# make web    paint a map in the browser and see the CT: http://localhost:8000/web/
+# make web    paint a map in the browser and see the CT: http://localhost:8000/web/, or make web PORT=8001
 PYTHON ?= python3
+PORT ?= 8000
 BIN := .venv/bin
 ORT_WEB = $(shell grep -om1 'onnxruntime-web@[0-9.]*' web/paint.js)
 
@@ -21,8 +22,10 @@ test: $(BIN)/ready
 
 web:
 	@$(MAKE) --silent runtime || echo "no npm package: the page takes ONNX Runtime Web from its public copy"
-	@echo "http://localhost:8000/web/   (Ctrl-C stops it)"
-	@$(PYTHON) -m http.server 8000 --bind 127.0.0.1
+	@$(PYTHON) -c 'import socket; socket.create_server(("127.0.0.1", $(PORT)))' 2> /dev/null || \
+		(echo "error: port $(PORT) is not free: make web PORT=8001" >&2; exit 2)
+	@echo "http://localhost:$(PORT)/web/   (Ctrl-C stops it)"
+	@$(PYTHON) -m http.server $(PORT) --bind 127.0.0.1
 
 # of ONNX Runtime Web what the page needs, from npm: two files of 14 MB; the page itself holds them to their hashes
 runtime: web/vendor/$(ORT_WEB)

@@ -25,6 +25,7 @@ import dataclasses
 import errno
 import inspect
 import io
+import itertools
 import json
 import math
 import os
@@ -58,15 +59,9 @@ from tqdm import tqdm
 LABELS = ("background", "lung", "ground-glass opacity", "consolidation")
 COLOURS = ((0, 0, 0), (255, 0, 0), (0, 0, 255), (0, 255, 0))  # Fig. 1: lung red, GGO blue, consolidation green
 HU_OFFSET = 1024  # a stored pixel is HU + 1024, 0..4095
-LARGEST = 4096  # pixels per side of a slice: a header that claims more is refused before memory is allocated
-LARGEST_FILE = 2**28  # bytes of a slice, map or split
 PARENCHYMA = -860  # HU of healthy lung between the vessels
-LUNG_HU = (-1000, -400)  # must contain a patient's mean HU over lung without lesions
-PNG_ERRORS = (OSError, SyntaxError, ValueError, LookupError, TypeError, EOFError, struct.error)  # from Pillow
-PICKLED = r"collections OrderedDict|torch\._utils _rebuild_(tensor|tensor_v2|parameter)|torch \w+Storage"  # of tensors
 STAGES = ("g1", "g2", "joint")  # §III-A, in order
-HERE = {"data": "", "out": "", "resume": False, "overwrite": False}  # of one machine or start: not in checkpoints
-NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # errors of a filesystem without locks
+LOCAL = {"data": "", "out": "", "device": "auto", "resume": False, "overwrite": False}  # of one machine or start
 PHANTOM = "data/phantom"  # the built-in data; a missing folder whose name begins like this is generated
 
 # -------------------------------------------------------------------------------------------------------- configuration
@@ -91,8 +86,8 @@ class LoopConfig:
     interval: int = 250  # steps between checkpoints, panels and curves
     # data
     size: int = 512  # pixels per side of a slice; slices are resampled to it
-    level: float = -600.0  # window level, HU
-    width: float = 1500.0  # window width, HU: [-1350, 150] HU <-> [-1, 1]
+    level: float = -600.0  # window level, HU: §IV-A's "[-600, 1500]" read as level and width, since as a range
+    width: float = 1500.0  # it would make all healthy lung black. [-1350, 150] HU <-> [-1, 1]
     n_labels: int = 4  # labels in a map, including background
     unchecked: bool = False  # accept images whose lungs do not have the HU of lung
     # augmentation (Table I names the kinds; the ranges are ours); lengths in pixels of a 512-pixel slice
@@ -122,11 +117,11 @@ class Config(LoopConfig):
     """The paper's method: its own knobs on top of the loop's. Presets override groups of both."""
 
     # networks
-    ngf: int = 64  # channels of G1's first layer (Fig. 3); G2 has half
+    ngf: int = 64  # channels of G1's first layer (Fig. 3), twice as many with --n-gen 3; G2 has half
     ndf: int = 64  # channels of a discriminator's first layer
     n_blocks: int = 9  # residual blocks of G1
     n_local_blocks: int = 3  # residual blocks of G2
-    n_gen: int = 2  # generators: 1 = G1 at full size, 2 = G1 and G2, 3 = one more enhancer (Table V)
+    n_gen: int = 2  # generators: 1 = G1 at full size, 2 = G1 and G2, 3 = one more between (Table V)
     n_dis: int = 2  # discriminators: D1 at full size, D2 at half, D3 at a quarter (Table V)
     upsample: Literal["deconv", "resize"] = "deconv"  # transposed convolution, or nearest resize and convolution
     desum: Literal["learned", "global", "fixed", "sum"] = "learned"  # alpha from F_local | from F_global | 0.5 | F + F
@@ -220,13 +215,16 @@ class GlobalGenerator(nn.Module):
 
 
 class LocalGenerator(nn.Module):
-    """Local-details generator G2 (§III-A.2, Fig. 4). DESUM sits between its downsampling and its residual blocks."""
+    """Local-details generator G2 (§III-A.2, Fig. 4). DESUM sits between its downsampling and its residual blocks.
+
+    It halves the size once, as in Fig. 4, and G1's features come in there (§III-A.3); the text says "maintains".
+    """
 
     def __init__(self, n_labels: int, ngf: int, n_blocks: int, upsample: str) -> None:
         super().__init__()
         self.down = nn.Sequential(*stem(n_labels, ngf), *down(ngf))
         self.up = nn.Sequential(*[ResidualBlock(2 * ngf) for _ in range(n_blocks)], *up(2 * ngf, upsample))
-        self.head = head(ngf)  # used of the finest local generator alone
+        self.head = head(ngf)  # only the finest local generator's is used
 
 
 class WeightingNet(nn.Module):
@@ -311,15 +309,19 @@ class Generator(nn.Module):
 
 
 class PatchGAN(nn.Module):
-    """Discriminator with a 70 x 70 receptive field per decision (§III-B): 4x4 convolutions, strides 2, 2, 2, 1, 1."""
+    """Discriminator with a 70 x 70 receptive field per decision (§III-B): 4x4 convolutions, strides 2, 2, 2, 1, 1.
+
+    Padding of 2, and instance norm from the second on, are pix2pixHD's: the paper names neither.
+    """
 
     def __init__(self, c_in: int, ndf: int) -> None:
         super().__init__()
         blocks, channels = [], [c_in, ndf, 2 * ndf, 4 * ndf, 8 * ndf]
         for i, (a, b) in enumerate(pairwise(channels)):
+            conv = nn.Conv2d(a, b, 4, stride=2 if i < 3 else 1, padding=2)
             norm = [nn.InstanceNorm2d(b)] if i else []
-            blocks.append(nn.Sequential(nn.Conv2d(a, b, 4, 2 if i < 3 else 1, 2), *norm, nn.LeakyReLU(0.2)))
-        self.blocks = nn.ModuleList([*blocks, nn.Conv2d(8 * ndf, 1, 4, 1, 2)])
+            blocks.append(nn.Sequential(conv, *norm, nn.LeakyReLU(0.2)))
+        self.blocks = nn.ModuleList([*blocks, nn.Conv2d(8 * ndf, 1, 4, padding=2)])
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Every block's output; the last, [B, 1, h, w], is the matrix of decisions, as logits."""
@@ -340,7 +342,8 @@ class Discriminators(nn.Module):
     def forward(self, onehot: Tensor, image: Tensor, first: int = 0) -> list[list[Tensor]]:
         """Features of each scale from `first` on, for image [B, 1, H, W] and its map [B, n_labels, H, W].
 
-        The first of these sees both as they are, each further one at half the size of the one before (Fig. 5).
+        The first of these sees both as they are, each further one at half the size of the one before (Fig. 5): the
+        image averaged, of the map every second pixel, so that it stays a map.
         """
         judged = []
         for scale in self.scales[first:]:
@@ -359,14 +362,14 @@ def gan_loss_d(real: Tensor, fake: Tensor, kind: str) -> Tensor:
         return (F.softplus(-real).mean() + F.softplus(fake).mean()) / 2  # -log D(m, x) - log(1 - D(m, G(m)))
     if kind == "lsgan":
         return ((real - 1).square().mean() + fake.square().mean()) / 2
-    return (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
+    return (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2  # hinge
 
 
 def gan_loss_g(fake: Tensor, kind: str) -> Tensor:
     """The generator's side of L_cGAN (Eq. 3), non-saturating, from logits."""
     if kind == "bce":
         return F.softplus(-fake).mean()  # -log D(m, G(m))
-    return (fake - 1).square().mean() if kind == "lsgan" else -fake.mean()
+    return (fake - 1).square().mean() if kind == "lsgan" else -fake.mean()  # hinge
 
 
 def gan_losses(real: list[list[Tensor]], fake: list[list[Tensor]], kind: str) -> tuple[Tensor, Tensor]:
@@ -381,13 +384,16 @@ class Dfm(nn.Module):
     With t_k the L1 distance between the real and the synthetic pair in scale k's first three feature maps,
         L_DFM = (1 - beta) t_1 + beta t_2,
     where beta is one number per image, computed from D1's third feature map of the real pair ("d2": from D2's,
-    "fixed": --beta); in stage g1 with three discriminators D2, the finest in play, takes D1's place, and D3 takes D2's.
-    With more than two scales, the coarser ones share beta evenly; a single scale has weight 1.
+    "fixed": --beta). With more than two scales, the coarser ones share beta evenly; a single scale has weight 1. Stage
+    g1 has the coarser discriminators alone: of three D2 takes D1's place there, and D3 takes D2's. "off" leaves L_DFM
+    out of G's loss, and the figures of it are only to look at.
+
+    It moves G, and beta's own network, but not D: Eq. 2 has it under min_G, although §III-B speaks of D's update.
 
     The paper does not say who moves beta. Eq. 2 puts L_DFM under min_G, but plain minimisation just moves all weight
     to the discriminator that is easier to match. --beta-policy: "clamp" minimises within [margin, 1 - margin], with a
     scaled sigmoid instead of a hard clamp, whose gradient beyond its ends is 0; "entropy" minimises with a bonus
-    for staying undecided; "min" and "max" (as if D moved it) do without either.
+    for staying undecided; "min" and "max" (as if D moved it) do without either, and min is clamp with a margin of 0.
     """
 
     def __init__(self, c: Config) -> None:
@@ -406,7 +412,7 @@ class Dfm(nn.Module):
         if self.net is None:
             beta = distances.new_full((n,), self.fixed)
         else:
-            beta = self.net(real[1 if self.kind == "d2" else 0][2].detach())
+            beta = self.net(real[1 if self.kind == "d2" else 0][2].detach())  # D is not to learn what beta needs
             if self.policy == "clamp":
                 beta = self.margin + (1 - 2 * self.margin) * beta
         loss_g = weighted_distance(distances, beta.detach())
@@ -486,6 +492,11 @@ class Method(nn.Module):
         """Checks of its own options: whether each holds, and the complaint where it does not."""
         return []
 
+    @classmethod
+    def idle(cls, c: LoopConfig) -> dict[str, str]:
+        """Options without effect, and what makes each idle: a command line that gives one is refused."""
+        return {} if c.elastic else {"elastic_cell": "--elastic 0"}
+
     def players(self, stage: str) -> dict[str, Player]:
         """Who moves in a stage. Their losses may share a graph: it is freed after the last one's backward pass."""
         raise NotImplementedError
@@ -509,7 +520,7 @@ class Method(nn.Module):
         """
         if not self.c.contrast:
             return image
-        parenchyma = min(max((PARENCHYMA - self.c.level) * 2 / self.c.width, -1.0), 1.0)  # as `window` maps it
+        parenchyma = window(torch.tensor(PARENCHYMA), self.c).item()
         return torch.where(onehot[:, :1] > 0, 0.0, self.c.contrast * (image - parenchyma))
 
     def generator(self) -> nn.Module:
@@ -574,14 +585,26 @@ class Covidgan(Method):
             (0 <= c.beta <= 1, f"--beta {c.beta:g}: give 0 to 1"),
             (0 <= c.beta_margin < 0.5, f"--beta-margin {c.beta_margin:g}: give 0 to below 0.5"),
             (min(c.lambda_dfm, c.beta_entropy) >= 0, "--lambda-dfm, --beta-entropy: give 0 or more"),
-            (
-                c.beta_policy == "clamp" or (c.dfm in ("learned", "d2") and c.n_dis > 1),
-                f"--beta-policy {c.beta_policy}: nothing moves beta with --dfm {c.dfm} --n-dis {c.n_dis}: give --dfm"
-                " learned and 2 discriminators or more",
-            ),
             (0 <= c.fix_global < c.epochs, f"--fix-global {c.fix_global}: give 0 to below --epochs {c.epochs}"),
-            (c.fix_global == 0 or c.n_gen > 1, f"--fix-global {c.fix_global}: with --n-gen 1 G1 is all of G, give 0"),
         ]
+
+    @classmethod
+    def idle(cls, c: Config) -> dict[str, str]:
+        """Options of parts that are left out."""
+        idle, dfm = super().idle(c), f"--dfm {c.dfm} --n-dis {c.n_dis}"
+        moved = c.dfm in ("learned", "d2") and c.n_dis > 1  # whether anything moves beta
+        if c.dfm == "off":
+            idle["lambda_dfm"] = dfm
+        if c.dfm != "fixed" or c.n_dis == 1:
+            idle["beta"] = dfm
+        for name, policy in {"beta_margin": "clamp", "beta_entropy": "entropy"}.items():
+            if c.beta_policy != policy:
+                idle[name] = f"--beta-policy {c.beta_policy}"
+        if not moved:
+            idle |= dict.fromkeys(("beta_policy", "beta_margin", "beta_entropy"), dfm)
+        if c.n_gen == 1:
+            idle |= dict.fromkeys(("desum", "n_local_blocks", "individual", "fix_global"), "--n-gen 1")
+        return idle
 
     def first_scale(self, stage: str) -> int:
         """Index of a stage's finest discriminator: in g1 the one at G1's reduced size (the paper's D2), or the last."""
@@ -590,7 +613,7 @@ class Covidgan(Method):
     def at_stage_size(self, onehot: Tensor, target: Tensor, stage: str) -> tuple[Tensor, Tensor]:
         """Map and target at the size of a stage: g1 works at G1's reduced size."""
         shrink = 2 ** (self.c.n_gen - 1) if stage == "g1" else 1
-        return onehot[..., ::shrink, ::shrink], F.avg_pool2d(target, shrink)  # nearest, as in Generator.forward
+        return onehot[..., ::shrink, ::shrink], F.avg_pool2d(target, shrink)  # as G1 and D2 take them elsewhere
 
     def players(self, stage: str) -> dict[str, Player]:
         """D, beta's network, and what the stage trains of G: G1 (g1), the local generators (g2), all (joint)."""
@@ -610,6 +633,7 @@ class Covidgan(Method):
     def losses(self, onehot: Tensor, target: Tensor, stage: str) -> dict[str, Tensor]:
         """All losses of a step (Eq. 2), from one pass through G and one through D each for the real and synthetic pair.
 
+        Eq. 2 sums L_DFM over D1 and D2, which Eq. 4 has done already: it counts once here.
         onehot [B, n_labels, H, W], target [B, 1, H, W] at full size. The players' losses share the graph: each is
         backpropagated with `inputs=` its own players' parameters, and reaches no others (see Trainer.backward).
         """
@@ -734,15 +758,17 @@ def augment(
     zoom, angle = uniform(1, c.resize), torch.deg2rad(uniform(-c.rotate, c.rotate))
     room = 1 - 1 / zoom  # how far the crop can move before it leaves the slice
     cos, sin = angle.cos() / zoom, angle.sin() / zoom
-    theta = torch.stack([cos, -sin, uniform(-1, 1) * room, sin, cos, uniform(-1, 1) * room], 1).view(n, 2, 3)
+    shift_x, shift_y = uniform(-1, 1) * room, uniform(-1, 1) * room
+    theta = torch.stack([cos, -sin, shift_x, sin, cos, shift_y], 1).view(n, 2, 3)  # from a place in the output
     grid = F.affine_grid(theta, [n, 1, height, width], align_corners=False)  # [B, H, W, 2], -1..1
     cells = math.ceil(512 / c.elastic_cell)
-    coarse = torch.randn(n, 2, cells, cells, generator=rng, device=device) * (2 * c.elastic / 512)
+    spread = 2 * c.elastic / 512  # in the grid's units, of which a slice is 2 wide
+    coarse = torch.randn(n, 2, cells, cells, generator=rng, device=device) * spread
     grid = grid + F.interpolate(coarse, (height, width), mode="bicubic").permute(0, 2, 3, 1)
     image = F.grid_sample(window(hu, c), grid, mode="bicubic", padding_mode="border", align_corners=False)
     labels = F.grid_sample(labels.float(), grid, mode="nearest", align_corners=False).byte()
     image, labels = resample(image, labels, size or height)
-    image = image + 2 * c.noise * torch.randn(image.shape, generator=rng, device=device)
+    image = image + 2 * c.noise * torch.randn(image.shape, generator=rng, device=device)  # the window is 2 wide
     return image.clamp(-1, 1), labels
 
 
@@ -791,7 +817,7 @@ class Trainer:
         self.average = {name: weight.clone() for name, weight in weights.items()}
         self.players = {name: player for name, player in self.method.players(stage).items() if player.parameters}
         self.optimizers = {
-            name: torch.optim.Adam(player.parameters, lr=player.lr, betas=(*map(float, player.betas),), fused=True)
+            name: torch.optim.Adam(player.parameters, player.lr, tuple(map(float, player.betas)), fused=True)
             for name, player in self.players.items()
         }
 
@@ -823,7 +849,8 @@ class Trainer:
         # from 1: a 0 at its end changes no seed, and the draws would be the augmentation's
         with seeded(self.step_seed(1 + self.rank), self.device), autocast:
             losses = self.method.losses(one_hot(labels, self.c.n_labels), target, self.stage)
-        figures = self.share(dict(zip(losses, torch.stack([*losses.values()]).tolist(), strict=True)))
+        values = torch.stack([*losses.values()]).tolist()  # one transfer from the device for all
+        figures = self.share(dict(zip(losses, values, strict=True)))
         if not all(map(math.isfinite, figures.values())):
             bad = ", ".join(f"{name} {value}" for name, value in figures.items() if not math.isfinite(value))
             where = f"stage {self.stage}, step {self.step_done + 1}"
@@ -908,7 +935,7 @@ class Trainer:
         """The checkpoint: plain numbers and tensors, enough to go on bit for bit; no path, so that it can be shared."""
         return {
             "method": self.method.name,
-            "config": {**dataclasses.asdict(self.c), **HERE},
+            "config": {**dataclasses.asdict(self.c), **LOCAL},
             "stage": self.stage,
             "step": self.step_done,
             "steps": self.steps,
@@ -931,8 +958,9 @@ class Trainer:
             self.check_stage(path, checkpoint)
             self.method.load_state_dict(checkpoint["networks"])
             self.begin(checkpoint["stage"])
-            for name, mean in checkpoint["average"].items() if self.average else ():  # none with --ema 0
-                self.average[name].copy_(mean)
+            if self.average:  # none with --ema 0
+                for name, mean in checkpoint["average"].items():
+                    self.average[name].copy_(mean)
             for name, optimizer in self.optimizers.items():
                 optimizer.load_state_dict(checkpoint["optimizers"][name])
                 for group in optimizer.param_groups:  # replaced as well, but this start's options count
@@ -1055,7 +1083,8 @@ class Trainer:
                 figures = self.step()
                 stats.write(json.dumps({"stage": self.stage, "step": self.step_done, **figures}) + "\n")
                 bar.update(self.c.batch)
-                bar.set_postfix({k: f"{figures[k]:.3f}" for k in sum(self.method.curves, ())}, refresh=False)
+                watched = itertools.chain(*self.method.curves)
+                bar.set_postfix({name: f"{figures[name]:.3f}" for name in watched}, refresh=False)
                 stop = self.stopping()
                 if stop or self.at_interval():
                     stats.flush()
@@ -1107,9 +1136,8 @@ class Trainer:
 
     def report(self) -> None:
         """Print the table of results on the test side and write it as OUT/results.json."""
-        c, results, test = self.c, evaluate(self), self.test.with_lung()
-        n, without_lung = len(test.names), len(self.test.names) - len(test.names)
-        size = self.synthesize(test.labels[:1]).shape[-1]  # the stage's: in g1 G1's reduced one
+        c, n = self.c, len(self.test.with_lung().names)
+        without_lung, (size, results) = len(self.test.names) - n, evaluate(self)
         head = {"stage": self.stage, "n": n, "without_lung": without_lung, "size": size}
         text = json.dumps({**head, **results}, indent=1)
         write_atomically(self.out / "results.json", lambda path: path.write_text(text + "\n"))
@@ -1133,12 +1161,16 @@ def rank() -> int:
 
 def choose_cases(side: Slices, n: int = 4) -> list[int]:
     """Indices of up to n telling slices: from each patient in turn, the one with most of the scarcer lesion."""
-    pixels = [(side.labels == label).sum((1, 2, 3)) for label in (2, 3)]
-    worth = torch.minimum(*pixels) + 1e-3 * sum(pixels)
-    ranked = sorted(range(len(side.names)), key=lambda i: (-worth[i].item(), i))
-    patients = [patient_of(side.names[i]) for i in ranked]
-    turn = [patients[:k].count(patient) for k, patient in enumerate(patients)]  # 0 for each patient's best
-    return [i for _, i in sorted(zip(turn, ranked, strict=True), key=lambda pair: pair[0])][:n]
+    ggo, consolidation = ((side.labels == label).sum((1, 2, 3)) for label in (2, 3))  # [N]
+    worth = (torch.minimum(ggo, consolidation) + 1e-3 * (ggo + consolidation)).tolist()
+    ranked = sorted(range(len(side.names)), key=lambda i: -worth[i])
+    seen: Counter[str] = Counter()
+    turn = {}  # 0 for each patient's best slice, 1 for the second, ...
+    for i in ranked:
+        patient = patient_of(side.names[i])
+        turn[i] = seen[patient]
+        seen[patient] += 1
+    return sorted(ranked, key=turn.get)[:n]
 
 
 def write_panel(path: Path, labels: Tensor, real: Tensor, lung: Tensor) -> None:
@@ -1149,9 +1181,9 @@ def write_panel(path: Path, labels: Tensor, real: Tensor, lung: Tensor) -> None:
     lung = F.interpolate(lung, labels.shape[-2:], mode="nearest")
     completed = torch.where(labels > 0, lung, real)
     greys = [lung_target(real, labels), lung, real, completed]
-    grey = ((torch.cat(greys, 3) + 1) * 127.5).round().byte()[:, 0, :, :, None].expand(-1, -1, -1, 3).numpy()
-    maps = np.array(COLOURS, np.uint8)[labels[:, 0].numpy()]
-    rows = np.concatenate([maps, grey], 2).reshape(-1, 5 * labels.shape[-1], 3)
+    grey = ((torch.cat(greys, 3) + 1) * 127.5).round().byte().numpy()[:, 0]  # [N, S, 4 S]
+    maps = np.array(COLOURS, np.uint8)[labels[:, 0].numpy()]  # [N, S, S, 3]
+    rows = np.concatenate([maps, np.stack([grey] * 3, -1)], 2).reshape(-1, 5 * labels.shape[-1], 3)
     enlarge = max(1, 256 // labels.shape[-1])
     titles = ("label map", "real lung", "synthetic lung", "real slice", "completed slice")
     picture = under_titles(rows.repeat(enlarge, 0).repeat(enlarge, 1), titles)
@@ -1170,7 +1202,7 @@ def write_curves(path: Path, stats: Path, curves: tuple[tuple[str, ...], ...]) -
     """Plot groups of figures against the step, one stage after the other, from stats.jsonl."""
     from matplotlib.figure import Figure  # slow to import, and only needed here
 
-    names = ("step", *sum(curves, ()))
+    names = ("step", *itertools.chain(*curves))
     with open(stats) as lines:  # one after the other, keeping only numbers: there may be a million
         steps = np.fromiter(([json.loads(line)[n] for n in names] for line in lines), np.dtype((float, len(names))))
     if not len(steps):  # someone has removed them
@@ -1229,29 +1261,31 @@ def nearest_copy(train: Slices, labels: Tensor, c: LoopConfig) -> Tensor:
 
     Overlap is the share of equal labels in the union of the two lungs, on maps of 64 pixels.
     """
-    small = [F.interpolate(x.float(), (64, 64), mode="nearest").flatten(1) for x in (labels, train.labels)]
-    (ours, theirs), best = small, []
+    ours, theirs = (F.interpolate(x.float(), (64, 64), mode="nearest").flatten(1) for x in (labels, train.labels))
+    nearest = []
     for one in ours:
         lung = (one > 0) | (theirs > 0)
         overlap = ((one == theirs) & lung).sum(1) / lung.sum(1).clamp_min(1)
-        best.append(int(overlap.argmax()))
-    image, theirs = resample(window(train.hu[best], c), train.labels[best], labels.shape[-1])
-    return lung_target(lung_target(image.clamp(-1, 1), theirs), labels)
+        nearest.append(int(overlap.argmax()))
+    image, own_labels = resample(window(train.hu[nearest], c), train.labels[nearest], labels.shape[-1])
+    return lung_target(lung_target(image.clamp(-1, 1), own_labels), labels)
 
 
-def evaluate(trainer: Trainer) -> dict[str, dict[str, dict[str, float]]]:
+def evaluate(trainer: Trainer) -> tuple[int, dict[str, dict[str, dict[str, float]]]]:
     """Quality of our images and of the two floors on the test side, each complete and lung-only (Table II's columns).
 
-    Slices without lung, where there is nothing to synthesize, are left out. All is measured at the stage's size.
+    Slices without lung, where there is nothing to synthesize, are left out. All is measured at the stage's size, in g1
+    G1's reduced one, which is returned before the figures.
     """
     c, test, train = trainer.c, trainer.test.with_lung(), trainer.train
     ours = trainer.method.name
     images = {ours: trainer.synthesize(test.labels)}
-    shrink = c.size // images[ours].shape[-1]
+    size = images[ours].shape[-1]
+    shrink = c.size // size
     images["mean HU per label"] = mean_paint(train, test.labels, c)[..., ::shrink, ::shrink]
     images["nearest training case"] = nearest_copy(train, test.labels, c)[..., ::shrink, ::shrink]
     labels, real = test.labels[..., ::shrink, ::shrink], F.avg_pool2d(window(test.hu, c), shrink)
-    return {
+    return size, {
         name: {
             "complete": quality(real, torch.where(labels > 0, image, real)),
             "lung only": quality(lung_target(real, labels), image),
@@ -1341,6 +1375,16 @@ def keep_freed_memory() -> None:
 
 # ----------------------------------------------------------------------------------------------------- files in and out
 
+LARGEST = 4096  # pixels per side of a slice: a header that claims more is refused before memory is allocated
+LARGEST_FILE = 2**28  # bytes of a slice, map or split
+LUNG_HU = (-1000, -400)  # must contain a patient's mean HU over lung without lesions
+TURNS = ("rows reversed", "columns reversed", "both reversed", "rows and columns exchanged")
+TURNED = 40  # HU that lungs gain by being turned, if they lie wrong: 14 patients' that lie right lose 103 or more
+NEARLY = 120  # of 442 from black to white: a colour as near as this to one of COLOURS means it
+PNG_ERRORS = (OSError, SyntaxError, ValueError, LookupError, TypeError, EOFError, struct.error)  # from Pillow
+PICKLED = r"collections OrderedDict|torch\._utils _rebuild_(tensor|tensor_v2|parameter)|torch \w+Storage"  # of tensors
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # errors of a filesystem without locks
+
 
 class Mistake(Exception):
     """A mistake of the user's: one line that names the file or option and the remedy; exit status 2."""
@@ -1410,15 +1454,15 @@ def read_map(path: Path, n_labels: int) -> np.ndarray:
     """Read a label map, uint8 [H, W]: grey PNG of label values, or RGB or palette in exactly the paper's COLOURS.
 
     Where a palette holds the paper's colours, colour decides: paint programs order palettes as they like. A palette
-    without them only decorates label values. Transparent pixels are background. Raises a Mistake that names the file,
-    the value or colour and the pixel.
+    without them only decorates label values, unless it nearly holds them. Transparent pixels are background. Raises a
+    Mistake that names the file, the value or colour and the pixel.
     """
     mode, pixels, palette = read_png(path)
     if mode not in ("P", "L", "RGB", "RGBA"):
         raise Mistake(f"{path}: a PNG of mode {mode} is no label map: give 8-bit palette, or RGB in {COLOURS}")
     if palette is not None:
         empty = np.ptp(pixels) == 0 and not palette[pixels[0, 0]].any()  # all black: no lung, whatever index black has
-        if empty or {*COLOURS[1:]} & {*map(tuple, palette.tolist())}:
+        if empty or {*COLOURS[1:]} & {*map(tuple, palette.tolist())} or contradicts(palette, pixels):
             pixels = palette[pixels]
     if mode == "RGBA":
         pixels = np.where(pixels[..., 3:] > 0, pixels, 0)  # an eraser leaves the colour underneath
@@ -1433,6 +1477,15 @@ def read_map(path: Path, n_labels: int) -> np.ndarray:
         y, x = np.argwhere(unknown)[0]
         raise Mistake(f"{path}: colour {pixels[y, x].tolist()} at row {y}, column {x} is none of {COLOURS[:n_labels]}")
     return np.argmax(matches, axis=0).astype(np.uint8)
+
+
+def contradicts(palette: np.ndarray, pixels: np.ndarray) -> bool:
+    """Whether the colours used are nearly the paper's, each its own, and mean other labels than their indices."""
+    used = np.unique(pixels)
+    distances = np.linalg.norm(palette[used][:, None] - np.array(COLOURS, float), axis=2)  # [colours, 4]
+    meant = distances.argmin(1)
+    apart = len({*meant.tolist()}) == len(used)
+    return apart and bool((distances.min(1) <= NEARLY).all() and (meant != used)[meant > 0].any())
 
 
 def patient_of(name: str) -> str:
@@ -1519,34 +1572,49 @@ def load_slices(folder: Path, names: list[str], c: LoopConfig, room: int = 1) ->
             raise Mistake(f"{image_path}: {hu.shape} is not square: crop or pad image and map")
         seen = torch.from_numpy(hu)[None, None].float().clamp(c.level - c.width / 2, c.level + c.width / 2)
         x, y = resample(seen, torch.from_numpy(labels.copy())[None, None], side)
-        lung = hu[labels == 1]
-        lung = lung if 100 * lung.size >= hu.size else lung[:0]  # fewer pixels tell nothing
-        return x.round().clamp(-HU_OFFSET, 4095 - HU_OFFSET).short(), y, lung, hu.max()
+        return x.round().clamp(-HU_OFFSET, 4095 - HU_OFFSET).short(), y, lung_sums(hu, labels == 1), hu.max()
 
     with ThreadPoolExecutor() as pool:
-        hu, labels, lungs, peaks = zip(*pool.map(load, names), strict=True)
+        hu, labels, sums, peaks = zip(*pool.map(load, names), strict=True)
     slices = Slices(names, torch.cat(hu), torch.cat(labels), stored)
     if not slices.labels.any():
         raise Mistake(f"{folder}/maps: no lung in any of {len(names)} maps, {names[0]}.png first: all is background")
     if not c.unchecked:
-        check_hu(folder / "images", names, lungs, max(peaks))
+        check_hu(folder / "images", names, np.array(sums), max(peaks))
     return slices
 
 
-def check_hu(folder: Path, names: Sequence[str], lungs: Sequence[np.ndarray], peak: int) -> None:
-    """Raise Mistake where slices hold grey levels 0..255, or a patient's lungs (HU of label 1) lack the HU of lung.
+def lung_sums(hu: np.ndarray, lung: np.ndarray) -> np.ndarray:
+    """Pixels of a healthy lung, bool [S, S], and the sums of HU below it: as it lies, and turned as TURNS says; [6].
 
-    peak: the largest HU of all. Both as in the files, not clipped to the window.
+    Lungs that lie right lose by every turn.
+    """
+    if 100 * np.count_nonzero(lung) < lung.size:  # too few to tell anything
+        return np.zeros(2 + len(TURNS))
+    turned = [hu, *(np.flip(hu, axes) for axes in (0, 1, (0, 1))), hu.T]
+    return np.array([np.count_nonzero(lung), *(one[lung].sum(dtype=float) for one in turned)])
+
+
+def check_hu(folder: Path, names: Sequence[str], sums: np.ndarray, peak: int) -> None:
+    """Raise Mistake where slices hold grey levels 0..255, or a patient's lungs lack the HU of lung, or are turned.
+
+    sums [N, 6] of each slice, see lung_sums; peak: the largest HU of all. As in the files, not clipped to the window.
     """
     if peak <= 255 - HU_OFFSET:
         raise Mistake(f"{folder}: no value above 255, so grey levels, not HU + {HU_OFFSET}: convert them first")
-    patients = [*map(patient_of, names)]
-    for patient in dict.fromkeys(patients):
-        lung = np.concatenate([hu for hu, one in zip(lungs, patients, strict=True) if one == patient])
-        if len(lung) and not LUNG_HU[0] <= (mean := lung.mean(dtype=float)) <= LUNG_HU[1]:
-            first = folder / f"{names[patients.index(patient)]}.png"
+    patients = np.array([*map(patient_of, names)])
+    for patient in dict.fromkeys(patients.tolist()):
+        pixels, *below = sums[patients == patient].sum(0)
+        if not pixels:
+            continue
+        first = folder / f"{names[patients.tolist().index(patient)]}.png"
+        mean, *means = (total / pixels for total in below)
+        if not LUNG_HU[0] <= mean <= LUNG_HU[1]:
             told = f"mean {mean:.0f} HU where the patient's maps say lung, which has {LUNG_HU[0]} to {LUNG_HU[1]}"
             raise Mistake(f"{first}: {told}: store HU + {HU_OFFSET}, mend the maps, or overrule by --unchecked")
+        if min(means) < mean - TURNED:
+            told = f"{mean:.0f} HU, with {TURNS[means.index(min(means))]} {min(means):.0f}: they are turned"
+            raise Mistake(f"{first}: the lungs of the patient's maps have {told}: mend them, or give --unchecked")
 
 
 def check_pickle(stream: io.BufferedReader) -> None:
@@ -1754,7 +1822,7 @@ class KnobParser(OneLineParser):
 def parse_config(argv: list[str], method: type[Method] = Covidgan) -> LoopConfig:
     """Command line to a method's options: defaults < preset < (on --resume) the checkpoint's < the options given.
 
-    Raises Mistake for an unknown option or value, and for a config that cannot work (see check_config).
+    Raises Mistake for an unknown option or value, one without effect, and a config that cannot work (see check_config).
     """
     options = vars(KnobParser(method).parse_args(argv))
     given = {name: value for name, value in options.items() if value is not None}
@@ -1768,9 +1836,8 @@ def parse_config(argv: list[str], method: type[Method] = Covidgan) -> LoopConfig
         checkpoint = Path(given.get("out", method.options.out)) / "ckpt.pt"
         if not checkpoint.exists():
             raise Mistake(f"{checkpoint}: not there, so nothing to go on from: mend --out, or leave --resume out")
-        base = read_checkpoint(checkpoint, method)["config"]
-        base |= {"out": str(checkpoint.parent), "device": method.options.device}  # this machine's, not that run's
-        base["data"] = read_place(checkpoint.with_name("data.txt")) or base["data"]
+        base = read_checkpoint(checkpoint, method)["config"] | LOCAL
+        base |= {"out": str(checkpoint.parent), "data": read_place(checkpoint.with_name("data.txt"))}
         if not (base["data"] or given.get("data")):
             raise Mistake(f"{checkpoint.parent}/data.txt: not there, and tells what was trained on: give --data")
         for name in ("preset", *method.architecture):  # a preset would have no effect
@@ -1778,6 +1845,9 @@ def parse_config(argv: list[str], method: type[Method] = Covidgan) -> LoopConfig
                 raise Mistake(f"{checkpoint} has {name} {base[name]}, not {given[name]}: leave the option out")
     config = method.options(**{**base, **given})
     check_config(config, method)
+    for name, why in method.idle(config).items():
+        if name in given:
+            raise Mistake(f"--{name.replace('_', '-')}: has no effect with {why}: leave it out")
     return config
 
 
@@ -1946,12 +2016,15 @@ def exit_on_mistake(program: Callable[[list[str]], None]) -> None:
     """Run a program on the command line's arguments; a mistake of the user's becomes one line and exit status 2."""
     if world_size() == 1:  # with several, one that waits for the others would not react
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C: nothing half-written is left
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # a character that the terminal lacks is no reason to stop
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started the program
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  to the end
+        getattr(sys, name).reconfigure(errors="backslashreplace")  # a character that the terminal lacks stops nothing
     try:
         program(sys.argv[1:])
+        sys.stdout.flush()  # here, where a full disk or a closed pipe can still be told
     except (Mistake, OSError) as mistake:
-        leave(2, f"error: {mistake}")
+        leave(2, f"error: {'standard output: ' * drop_output()}{mistake}")
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -1959,6 +2032,16 @@ def exit_on_mistake(program: Callable[[list[str]], None]) -> None:
     except (Stopped, KeyboardInterrupt) as stop:
         sys.unraisablehook = lambda _: None  # objects interrupted while being made complain when deleted
         leave(130, f"\n{str(stop) or 'stopped'}")
+
+
+def drop_output() -> bool:
+    """Whether standard output can't be written to; what is left for it is then dropped, or Python would complain."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def leave(status: int, line: str) -> None:

@@ -12,7 +12,8 @@
 The file is written only if it passes onnx.checker, and ONNX Runtime matches PyTorch at batch 1 and 3 and two sizes.
 
 The generator's contract, all that a client in any language needs:
-    input   map    uint8   [N, H, W]   labels 0..3; N, H, W are free, H and W multiples of the metadata's `multiple`
+    input   map    uint8   [N, H, W]   labels 0..3, others give no error but nonsense; N, H, W are free, H and W
+                                       multiples of the metadata's `multiple`, two of them or more
     output  ct     int16   [N, H, W]   HU; the window's floor outside the lung
     output  alpha  float32 [N]         DESUM's weight of G2's features (Eq. 1)
     metadata, strings: kind, contract, method, labels, colours, level, width, size, multiple, precision, target,

@@ -79,6 +79,7 @@ from data.slices import (
     read_image,
     read_map,
     read_split,
+    turned,
     windowed,
     write_bytes,
     write_map,
@@ -585,7 +586,8 @@ def find_reals(source: Path, maps: dict[str, Path]) -> dict[str, Path]:
     if len(kinds) > 1:
         raise Mistake(f"{source}: --complement wants volumes for label volumes, and PNG for PNG")
     if source.is_dir():
-        return found
+        numbered = {name: f"{name}_0000" for name in maps if name not in found}  # nnU-Net's names of images
+        return found | {name: found[other] for name, other in numbered.items() if other in found}
     if len(maps) > 1:
         raise Mistake(f"{source}: one file for {len(maps)} maps: --complement wants the folder of the real slices")
     return dict.fromkeys(maps, source)
@@ -783,6 +785,12 @@ def is_made(made: list[Path], of: list[Path]) -> bool:
     return all(path.exists() for path in made) and not outdated(made, of)
 
 
+def others_made(args: argparse.Namespace, jobs: list[Job]) -> int:
+    """Number of slices in OUT that are not of these jobs: of another side, more variants, or maps since removed."""
+    wanted = {targets(job, args)[1].name for job in jobs}
+    return len({path.name for path in (args.out / "images").glob("[!.]*")} - wanted)
+
+
 def write(made: tuple[list[Slice], np.ndarray], args: argparse.Namespace, info: dict[str, Any]) -> int:
     """Write slices with their synthetic lungs, HU int16 [N, H, W]; returns their number."""
     slices, lungs = made
@@ -871,13 +879,19 @@ def whence(out: Path, maps: dict[str, Path], reals: dict[str, Path] | None) -> s
     return hashlib.sha256(os.fsencode("\n".join(places))).hexdigest()[:16]
 
 
-def check_out(out: Path, inputs: Iterable[Path]) -> None:
-    """Raise Mistake where OUT cannot be written to, or holds the input itself."""
+def check_out(out: Path, inputs: Iterable[Path], sources: Iterable[Path]) -> None:
+    """Raise Mistake where OUT cannot be written to, or holds the input itself.
+
+    sources: the folders given. One with maps/ in it is taken for a dataset next time, so OUT is none of them.
+    """
     folders = [out / kind for kind in ("images", "maps", "panels", "volumes")]
     for folder in (out, *folders):
         if not writable(folder):
             raise Mistake(f"{folder}: cannot be written to: give another --out")
-    if {folder.resolve() for folder in {path.parent for path in inputs}} & {folder.resolve() for folder in folders}:
+    made = {folder.resolve() for folder in folders}
+    if out.resolve() in {source.resolve() for source in sources} or made & {
+        folder.resolve() for folder in {path.parent for path in inputs}
+    }:
         raise Mistake(f"{out}: the input stands in it: give another --out")
 
 
@@ -961,12 +975,17 @@ def whole_hu(path: Path, voxels: np.ndarray, labels: np.ndarray, unchecked: bool
     unchecked: accept any mean of its lung, and volumes without air, which is about -1000 HU.
     """
     low, high, limits = voxels.min(), voxels.max(), np.iinfo(np.int16)
+    if np.isnan(low):
+        raise Mistake(f"{path}: {np.isnan(voxels).sum():,} voxels are nan: write air as -1000 HU there")
     told = f"values {low:g} to {high:g} are no HU"
-    if not (limits.min <= low and high <= limits.max):  # nan fails both
+    if not (limits.min <= low and high <= limits.max):
         raise Mistake(f"{path}: {told}: write them as HU again")
-    lung = voxels[labels == 1]
-    if not unchecked and lung.size and (wrong := no_lungs_mean(lung.mean(dtype=float))):
+    lung = labels == 1
+    if not unchecked and lung.any() and (wrong := no_lungs_mean(voxels[lung].mean(dtype=float))):
         raise Mistake(f"{path}: {wrong}: convert it to HU")
+    step = max(1, voxels.shape[2] // 128)
+    if not unchecked and (wrong := turned(voxels[:, ::step, ::step], lung[:, ::step, ::step])):
+        raise Mistake(f"{path}: its map's lung {wrong}: turn one of them, or overrule by --unchecked")
     if not unchecked and low > AIR_HU:
         raise Mistake(f"{path}: {told}, in which air is about -1000: convert it, or overrule by --unchecked")
     hu = voxels.astype(np.int16) if voxels.dtype.kind in "iu" else np.rint(voxels).astype(np.int16)
@@ -1143,6 +1162,8 @@ def make_slices(args: argparse.Namespace, maps: dict[str, Path], reals: dict[str
     with claimed(args, info, ("images", "maps", *["panels"] * args.panel), whence(args.out, maps, reals)):
         todo = [job for job in mine if not is_made(targets(job, args), sources(job.path, job.path.stem, reals))]
         batches, finished = in_batches(todo, n), len(mine) - len(todo)
+        if more := others_made(args, jobs):
+            print(f"note: {args.out}/images: {more} slices in it are of no map given now", file=sys.stderr)
         print(
             f"{len(maps)} maps: {finished} slices finished, {len(todo)} to make in {len(batches)} batches of up to {n}"
         )
@@ -1203,7 +1224,8 @@ def main(argv: list[str]) -> int:
     args = parse(argv)
     maps = find_maps(args.maps, args.side)
     reals = find_reals(args.complement, maps) if args.complement else None
-    check_out(args.out, [*maps.values(), *(reals or {}).values()])
+    given = [source for source in (args.maps, args.complement) if source]
+    check_out(args.out, [*maps.values(), *(reals or {}).values()], given)
     make = make_volumes if is_volume(next(iter(maps.values()))) else make_slices
     try:
         return make(args, maps, reals)

@@ -116,6 +116,11 @@ class Segmentation(covidgan.Method):
             (c.dice >= 0, f"--dice {c.dice:g}: give 0 or more"),
         ]
 
+    @classmethod
+    def idle(cls, c: UNetConfig) -> dict[str, str]:
+        """Options of what it does not have."""
+        return super().idle(c) | {"contrast": "a U-Net, which has no D"}
+
     def players(self, stage: str) -> dict[str, covidgan.Player]:
         """A single player that moves all of it."""
         return {"unet": covidgan.Player.of(self.c, "loss", [self.unet])}
@@ -174,7 +179,7 @@ class SegmentationTrainer(covidgan.Trainer):
         covidgan.write_atomically(self.out / "unet.pt", lambda path: torch.save(self.checkpoint(), path))
         parameters = sum(p.numel() for p in self.method.parameters())
         results = {"parameters": parameters, "samples": self.steps * self.c.batch, "slices": len(self.train.names)}
-        text = json.dumps(results | {"config": {**dataclasses.asdict(self.c), **covidgan.HERE}}, indent=1)
+        text = json.dumps(results | {"config": {**dataclasses.asdict(self.c), **covidgan.LOCAL}}, indent=1)
         covidgan.write_atomically(self.out / "results.json", lambda path: path.write_text(text + "\n"))
         print(f"wrote {self.out}/: unet.pt, ckpt.pt, stats.jsonl, curves.png and panels")
 

@@ -105,6 +105,28 @@ def draw_map(height=64, width=64, shift=0):
     return labels
 
 
+def draw_chest(depth=6, size=64):
+    """HU int16 and labels uint8 [Z, H, W] of lungs that no turn maps on themselves: wide at the back, left smaller."""
+    y, x = np.mgrid[-1 : 1 : size * 1j, -1 : 1 : size * 1j]
+    labels = np.zeros((depth, size, size), np.uint8)
+    for z in range(depth):
+        width = (0.12 + 0.2 * (y + 0.5)) * (1 - 0.1 * z)
+        for side, part in ((-0.4, 1.0), (0.45, 0.6)):
+            labels[z][(np.abs(x - side) < part * width) & (np.abs(y) < 0.5)] = 1
+    hu = np.full(labels.shape, -1000, np.int16)
+    hu[:, (x / 0.9) ** 2 + (y / 0.75) ** 2 < 1] = 40
+    hu[labels == 1] = -850
+    return hu, labels
+
+
+TURNS = {
+    "rows reversed": lambda picture: picture[..., ::-1, :],
+    "columns reversed": lambda picture: picture[..., ::-1],
+    "rows and columns reversed": lambda picture: picture[..., ::-1, ::-1],
+    "rows and columns exchanged": lambda picture: picture.swapaxes(-1, -2),
+}
+
+
 @dataclass
 class Toy:
     """A dataset on disk, and what was written into it."""

@@ -129,7 +129,7 @@ def test_a_trainer_reads_larger_slices_at_twice_its_size_and_measures_at_its_own
     assert (trainer.train.hu.shape[-1], trainer.test.hu.shape[-1]) == (128, 64)
     target, labels, _ = trainer.batch()
     assert target.shape == labels.shape == (2, 1, 64, 64)
-    assert covidgan.evaluate(trainer)["nearest training case"]["complete"]["psnr"] > 10
+    assert covidgan.evaluate(trainer)[1]["nearest training case"]["complete"]["psnr"] > 10
 
 
 def test_an_image_that_is_not_moved_is_the_one_that_reading_gives(large, tiny):

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import covidgan
+from covidgan import Covidgan
 from data import slices
 
 
@@ -113,7 +114,8 @@ MISTAKES = {
     "learning rate no number": (["--lr", "nan"], "--lr"),
     "window": (["--width", 0], "--width"),
     "weight of feature matching": (["--lambda-dfm", -1], "--lambda-dfm"),
-    "beta that nothing moves": (["--dfm", "fixed", "--beta-policy", "max"], "--beta-policy max"),
+    "beta that nothing moves": (["--dfm", "fixed", "--beta-policy", "max"], "--beta-policy: has no effect with --dfm"),
+    "beta that moves": (["--dfm", "learned", "--beta", 0.3], "--beta: has no effect with --dfm learned --n-dis 2"),
     "G1 that never moves": (["--fix-global", 1], "--fix-global 1"),
     "interval": (["--interval", 0], "--interval"),
     "epochs": (["--epochs", 0], "--epochs"),
@@ -176,6 +178,39 @@ def test_out_that_is_a_file_is_named(here, toy, tmp_path):
     done = here("--preset", "tiny", "--data", toy.folder, "--out", tmp_path / "out")
     assert str(tmp_path / "out") in is_one_line(done)
     assert (tmp_path / "out").read_text() == "something of the user's"
+
+
+VALUES = {"beta": (0.2, 0.7), "lambda_dfm": (1.0, 5.0), "beta_margin": (0.1, 0.3), "beta_entropy": (0.1, 0.5)}
+VALUES |= {"beta_policy": ("min", "clamp"), "desum": ("learned", "sum"), "n_local_blocks": (1, 2)}
+SETTINGS = [dict(dfm=dfm, n_dis=n) for dfm in ("learned", "fixed", "off") for n in (1, 2)]
+SETTINGS += [dict(dfm="learned", beta_policy=policy) for policy in ("entropy", "min")]
+SETTINGS += [dict(n_gen=1, dfm=dfm) for dfm in ("learned", "fixed")]
+
+
+def what_moves(c):
+    """The gradients of a joint step, each loss's in one number."""
+    method = covidgan.build(covidgan.Covidgan, c)
+    for net in method.modules():
+        if isinstance(net, covidgan.WeightingNet):  # they start at 0.5, which a margin does not move
+            torch.nn.init.constant_(net.fc[-1].bias, 0.5)
+            torch.nn.init.constant_(net.fc[-1].weight, 0.01)
+    labels = (torch.arange(64 * 64) // 700 % 4).view(1, 1, 64, 64)
+    losses = method.losses(covidgan.one_hot(labels, 4), torch.linspace(-1, 1, 64 * 64).view(1, 1, 64, 64), "joint")
+    moved = {}
+    for player in method.players("joint").values():
+        if player.parameters and losses[player.loss].requires_grad:
+            gradients = torch.autograd.grad(losses[player.loss], player.parameters, retain_graph=True)
+            moved[player.loss] = moved.get(player.loss, 0.0) + sum(g.abs().sum().item() for g in gradients)
+    return moved
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: " ".join(f"{k}={v}" for k, v in setting.items()))
+def test_options_called_idle_move_nothing_and_all_others_something(tiny, setting):
+    idle = Covidgan.idle(tiny(**setting))
+    for name, values in VALUES.items():
+        if name not in setting:
+            one, other = (what_moves(tiny(**{**setting, name: value})) for value in values)
+            assert (one == other) == (name in idle), name
 
 
 # ---- files that are no checkpoint

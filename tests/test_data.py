@@ -7,6 +7,7 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
+from conftest import TURNS, draw_chest
 from PIL import Image
 
 import covidgan
@@ -32,7 +33,7 @@ def one_line(mistake):
 # ---- the format
 
 
-@pytest.mark.parametrize("fact", ["LABELS", "COLOURS", "HU_OFFSET"])
+@pytest.mark.parametrize("fact", ["LABELS", "COLOURS", "HU_OFFSET", "LARGEST", "LARGEST_FILE", "TURNED", "NEARLY"])
 def test_both_modules_state_the_same_facts_of_the_format(fact):
     assert getattr(covidgan, fact) == getattr(slices, fact)
 
@@ -290,6 +291,24 @@ def test_a_slice_that_does_not_fit_is_named(tiny, own_toy, spoil):
     assert named in one_line(mistake)
 
 
+@pytest.mark.parametrize("turn", TURNS)
+def test_a_patient_whose_maps_are_turned_against_the_slices_is_refused_unless_overruled(tiny, tmp_path, turn):
+    hu, labels = draw_chest()
+    names = [slices.slice_name(patient, z) for patient in (1, 2) for z in range(len(hu))]
+    for part in ("images", "maps"):
+        (tmp_path / part).mkdir()
+    for name, one, its_labels in zip(names, [*hu, *hu], [*labels, *labels], strict=True):
+        slices.write_image(tmp_path / "images" / f"{name}.png", one)
+        slices.write_map(tmp_path / "maps" / f"{name}.png", its_labels)
+    covidgan.load_slices(tmp_path, names, tiny())
+    for name, its_labels in zip(names[6:], labels, strict=True):
+        slices.write_map(tmp_path / "maps" / f"{name}.png", TURNS[turn](its_labels))
+    complaint = r"P02_S000\.png: .*(they are turned|-\d+ HU where the patient's maps say lung)"
+    with pytest.raises(covidgan.Mistake, match=complaint):
+        covidgan.load_slices(tmp_path, names, tiny())
+    covidgan.load_slices(tmp_path, names, tiny(unchecked=True))
+
+
 def test_a_whole_side_of_grey_levels_is_refused(tiny, own_toy):
     for name in own_toy.train:
         grey = slices.windowed(own_toy.hu[name]).astype(np.uint16)
@@ -350,7 +369,7 @@ def test_slices_without_lung_count_in_no_figure(own_toy, tiny):
 
     def figures():
         trainer = covidgan.Trainer(covidgan.Covidgan, tiny(data=str(own_toy.folder), batch=2))
-        return covidgan.evaluate(trainer)["mean HU per label"]
+        return covidgan.evaluate(trainer)[1]["mean HU per label"]
 
     among = figures()
     slices.write_split(own_toy.folder / "split.json", own_toy.train, own_toy.test[2:], [], {})

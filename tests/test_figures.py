@@ -88,7 +88,7 @@ def trainer(tiny):
 @pytest.mark.parametrize("stage", covidgan.STAGES)
 def test_complete_and_lung_only_errors_are_equal_by_construction(trainer, stage):
     trainer.begin(stage)
-    results = covidgan.evaluate(trainer)
+    _, results = covidgan.evaluate(trainer)
     assert set(results) == {"covidgan", "mean HU per label", "nearest training case"}
     for name, result in results.items():
         assert result["complete"]["psnr"] == pytest.approx(result["lung only"]["psnr"], rel=1e-5), name

@@ -19,7 +19,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from conftest import draw_map
+from conftest import TURNS, draw_chest, draw_map
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
@@ -589,6 +589,34 @@ def test_real_slices_that_hold_no_hu_are_left_out_as_faulty(infer, maps, images,
     assert not (out / "images/P00_S000.png").exists() and len(files(out / "images")) == 4
     status, out, told = infer(maps, "--complement", images, "--unchecked")
     assert status == 0 and (read_image(out / "images/P00_S000.png") == read_image(real))[labels == 0].all()
+
+
+@pytest.mark.parametrize("turn", TURNS)
+def test_a_real_slice_turned_against_its_map_is_left_out_as_faulty_unless_overruled(infer, maps, images, turn):
+    hu, labels = draw_chest(1)
+    write_map(maps / "P00_S000.png", labels[0])
+    write_image(images / "P00_S000.png", hu[0])
+    assert infer(maps, "--complement", images)[0] == 0
+    write_image(images / "P00_S000.png", TURNS[turn](hu[0]))
+    status, out, told = infer(maps, "--complement", images, out="turned")
+    assert status == 2 and ("it is turned against its CT" in told or "in healthy lung, which has HU" in told)
+    assert len(files(out / "images")) == 4
+    assert infer(maps, "--complement", images, "--unchecked", out="turned")[0] == 0
+
+
+def test_the_folder_of_the_maps_is_no_out_since_the_next_run_would_take_what_lies_in_it(infer, maps, images):
+    for options in ([maps], [maps.parent / "." / "maps"], [images, "--complement", maps]):
+        assert infer(*options, out="maps")[::2] == (2, f"error: {maps}: the input stands in it: give another --out")
+    assert not (maps / "maps").exists()
+
+
+def test_slices_in_out_that_are_of_no_map_given_are_told(infer, maps):
+    assert "of no map given" not in infer(maps, "--variants", 2)[2]
+    assert "of no map given" not in infer(maps, "--variants", 2, "--shard", "1/2")[2]
+    _, out, told = infer(maps, "--variants", 1)
+    assert f"note: {out}/images: 5 slices in it are of no map given now" in told
+    (maps / "P00_S000.png").unlink()
+    assert "2 slices in it are of no map given now" in infer(maps, "--variants", 2)[2]
 
 
 def test_a_set_whose_making_was_cut_off_is_refused(infer, maps):

@@ -7,6 +7,7 @@ import types
 import nibabel as nib
 import numpy as np
 import pytest
+from conftest import TURNS, draw_chest
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 from test_infer import METADATA, build_generator, draw_map, files, script
 
@@ -263,7 +264,7 @@ BAD_CTS = {
     "without intercept": (lambda hu: hu + 1024, RAS, "mean +224 in healthy lung"),
     "intercept twice": (lambda hu: hu - 1024, RAS, "mean -1824 in healthy lung"),
     "fractions of one": (lambda hu: hu / 4096, RAS, "mean -0 in healthy lung"),
-    "nan": (lambda hu: np.where(hu == hu.max(), np.nan, hu), RAS, "values nan to nan are no HU"),
+    "nan": (lambda hu: np.where(hu == hu.max(), np.nan, hu), RAS, " voxels are nan: write air as -1000 HU there"),
     "beyond int16": (lambda hu: hu * 4.0, RAS, "are no HU"),
     "another shape": (lambda hu: hu[:, :-1], RAS, "bring both to one grid"),
 }
@@ -279,6 +280,27 @@ def test_a_ct_that_does_not_fit_is_one_line_and_nothing_is_written(infer, tmp_pa
     assert status == 2
     assert complaint in told
     assert not list(volumes.iterdir())
+
+
+@pytest.mark.parametrize("turn", [*TURNS, "slices reversed"])
+def test_a_ct_turned_against_its_map_is_refused_unless_overruled(infer, tmp_path, turn):
+    hu, labels = draw_chest()
+    mask, real = save(tmp_path / "mask.nii.gz", labels), tmp_path / "ct.nii.gz"
+    save(real, hu)
+    assert infer(mask, "--complement", real)[0] == 0
+    save(real, hu[::-1] if turn == "slices reversed" else TURNS[turn](hu))
+    status, volumes, _, told = infer(mask, "--complement", real, out="turned")
+    assert status == 2 and ("it is turned against its CT" in told or "in healthy lung, which has HU" in told)
+    assert not list(volumes.iterdir())
+    assert infer(mask, "--complement", real, "--unchecked", out="turned")[0] == 0
+
+
+def test_images_with_nnunets_channel_number_are_found(infer, tmp_path):
+    labels = draw_labels()
+    save(tmp_path / "labels/case_001.nii.gz", labels)
+    save(tmp_path / "images/case_001_0000.nii.gz", draw_ct(labels))
+    status, volumes, _, _ = infer(tmp_path / "labels", "--complement", tmp_path / "images")
+    assert status == 0 and (display(volumes / "case_001.nii.gz") == draw_ct(labels))[labels == 0].all()
 
 
 @pytest.mark.parametrize("change", [lambda hu: hu + 1024, lambda hu: np.clip((hu + 1350) / 1500, 0, 1) * 255])

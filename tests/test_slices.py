@@ -14,6 +14,7 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
+import covidgan
 from data import slices
 from data.slices import Mistake
 
@@ -62,6 +63,21 @@ def test_a_slice_without_lung_is_empty_whatever_the_index_of_black(tmp_path):
 @pytest.mark.parametrize("palette", [[(i, i, i) for i in range(256)], [(0, 0, 0), (128, 0, 0), (0, 128, 0), (9, 9, 9)]])
 def test_a_palette_without_the_papers_colours_only_dresses_label_values_up(tmp_path, palette):
     np.testing.assert_array_equal(slices.read_map(indexed(tmp_path / "map.png", LABELS, palette)), LABELS)
+
+
+NEARLY_RED, NEARLY_BLUE, NEARLY_GREEN = (237, 28, 36), (63, 72, 204), (34, 177, 76)  # of a common paint program
+
+
+@pytest.mark.parametrize("order", [(3, 2, 1, 0), (0, 2, 1, 3), (1, 0, 2, 3)])
+def test_a_palette_of_nearly_the_papers_colours_in_another_order_is_refused(tmp_path, order):
+    nearly = [BLACK, NEARLY_RED, NEARLY_BLUE, NEARLY_GREEN]
+    path = indexed(tmp_path / "map.png", np.argsort(order)[LABELS], [nearly[label] for label in order])
+    for read in (slices.read_map, lambda path: covidgan.read_map(path, 4)):
+        with pytest.raises((Mistake, covidgan.Mistake), match=r"map\.png: colour \[\d+, \d+, \d+\] at row"):
+            read(path)
+    path = indexed(tmp_path / "map.png", LABELS, nearly)  # where both say the same
+    np.testing.assert_array_equal(slices.read_map(path), LABELS)
+    np.testing.assert_array_equal(covidgan.read_map(path, 4), LABELS)
 
 
 @pytest.mark.parametrize("save", ["grey", "RGB", "RGBA", "palette of a full colour picture"])
@@ -295,3 +311,32 @@ def test_a_second_signal_does_not_stop_what_clears_up_after_the_first():
             assert process.stdout.readline() == "clearing\n"
     out, told = process.communicate(timeout=30)
     assert (out, told, process.returncode) == ("cleared\n", "stopped\n", 130)
+
+
+# ---- what a program prints
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX")
+@pytest.mark.parametrize("module", ["covidgan", "data.slices"])
+@pytest.mark.parametrize(
+    ("streams", "status", "told"),
+    [
+        ("> /dev/full", 2, "error: standard output: [Errno 28] No space left on device\n"),
+        (">&-", 0, ""),
+        ("2>&- <&-", 0, ""),
+    ],
+    ids=["full", "closed", "stderr closed"],
+)
+def test_nobody_who_listens_is_no_traceback(module, streams, status, told):
+    program = f"from {module} import exit_on_mistake; exit_on_mistake(lambda argv: print('so far'))"
+    command = f'{sys.executable} -c "{program}" {streams}'
+    buffered = {**os.environ, "PYTHONUNBUFFERED": ""}
+    done = subprocess.run(command, shell=True, cwd=ROOT, env=buffered, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (status, told)
+
+
+def test_a_package_named_data_elsewhere_is_not_taken_for_ours(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/__init__.py").touch()
+    command, path = [sys.executable, ROOT / "infer_onnx.py", "-h"], {**os.environ, "PYTHONPATH": str(tmp_path)}
+    assert subprocess.run(command, env=path, capture_output=True, timeout=60).returncode == 0

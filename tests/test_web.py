@@ -521,10 +521,13 @@ def test_what_is_no_label_map_is_refused_in_one_line_and_the_map_stays(page, two
     (tmp_path / "cut.png").write_bytes(good.read_bytes()[:-40])
     (tmp_path / "none.png").write_bytes(b"no PNG")
     (tmp_path / "map.jpg").write_bytes(b"")
+    nearly = [63, 72, 204, 237, 28, 36, 0, 0, 0, 34, 177, 76]  # a paint program's own blue, red and green
+    with_palette(two_lungs, (2, 1, 0, 3), nearly).save(tmp_path / "nearly.png")
     before = page.save("map")
     for name, words in {
         "pink.png": "colour 255,0,255 at row 7, column 5",
         "five.png": "label 5 at row 7, column 5",
+        "nearly.png": "colour 237,28,36 at row",
         "ct.png": "16-bit grey PNG is no label map",
         "cut.png": "not a readable PNG",
         "none.png": "not a readable PNG",

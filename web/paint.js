@@ -11,6 +11,7 @@
 
 const LABELS = ["background", "lung", "ground-glass opacity", "consolidation"];
 const COLOURS = [[0, 0, 0], [255, 0, 0], [0, 0, 255], [0, 255, 0]]; // the paper's, Fig. 1, as in data/slices.py
+const NEARLY = 120; // of 442 from black to white: a colour as near as this to one of COLOURS means it
 const HU_OFFSET = 1024; // stored value = HU + 1024, clipped to 0..4095
 
 const GENERATOR = "../models/covid-ct-256.onnx"; // opened at the start, if it is there
@@ -391,7 +392,7 @@ async function readMap(name, bytes) {
   }
   const channels = CHANNELS[type], labels = new Uint8Array(width * height);
   const colours = Array.from({ length: 256 }, (_, i) => (opacities[i] === 0 ? COLOURS[0] : palette[i] ?? COLOURS[0]));
-  const byColour = type !== 0 && (type !== 3 || decides(colours, samples));
+  const byColour = type !== 0 && (type !== 3 || decides(colours, samples) || contradicts(colours, samples));
   for (let i = 0; i < labels.length; i++) {
     const sample = samples.subarray(i * channels, (i + 1) * channels);
     const colour = type === 3 ? colours[sample[0]] : sample[3] === 0 ? COLOURS[0] : sample;
@@ -417,6 +418,19 @@ function labelOf(colour) {
 function decides(palette, samples) {
   const empty = samples.every((sample) => sample === samples[0]) && sameColour(palette[samples[0]], COLOURS[0]);
   return empty || palette.some((colour) => labelOf(colour) % 255 > 0);
+}
+
+/** Whether the colours used are nearly the paper's, each its own, and mean other labels than their indices. */
+function contradicts(palette, samples) {
+  const used = [...new Set(samples)];
+  const nearest = used.map((sample) => {
+    const distances = COLOURS.map((known) => Math.hypot(...known.map((value, k) => value - palette[sample][k])));
+    const distance = Math.min(...distances);
+    return { sample, distance, meant: distances.indexOf(distance) };
+  });
+  const apart = new Set(nearest.map(({ meant }) => meant)).size === used.length;
+  return apart && nearest.every(({ distance }) => distance <= NEARLY)
+    && nearest.some(({ sample, meant }) => meant > 0 && meant !== sample);
 }
 
 const mapPng = ({ width, height, labels }) => writePng(width, height, 8, labels, COLOURS);
