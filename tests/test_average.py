@@ -132,6 +132,14 @@ def test_a_trainer_reads_larger_slices_at_twice_its_size_and_measures_at_its_own
     assert covidgan.evaluate(trainer)[1]["nearest training case"]["complete"]["psnr"] > 10
 
 
+@pytest.mark.parametrize(("size", "read"), [(128, 256), (112, 224), (144, 144)])
+def test_slices_of_twice_the_size_or_more_are_read_at_twice_the_size(large, tiny, size, read):
+    """Those of `large` have 256 pixels."""
+    names = ["P01_S000", "P01_S001"]
+    assert covidgan.load_slices(large, names, tiny(size=size), room=2).hu.shape[-1] == read
+    assert covidgan.load_slices(large, names, tiny(size=size)).hu.shape[-1] == size
+
+
 def test_an_image_that_is_not_moved_is_the_one_that_reading_gives(large, tiny):
     c = tiny(size=64, data=str(large), **STILL)
     names = [f"P01_S{k:03d}" for k in range(5)]

@@ -87,6 +87,15 @@ def test_on_resume_the_checkpoints_config_stands_behind_the_options_given(whole_
     assert (c.interval, c.resume) == (7, True)
 
 
+def test_a_device_is_of_one_machine_and_not_resumed(whole_run, tmp_path):
+    checkpoint = torch.load(whole_run[0] / "ckpt.pt", weights_only=True)
+    assert checkpoint["config"]["device"] == "auto"
+    checkpoint["config"]["device"] = "cuda"  # as earlier versions kept it
+    torch.save(checkpoint, tmp_path / "ckpt.pt")
+    (tmp_path / "data.txt").write_bytes((whole_run[0] / "data.txt").read_bytes())
+    assert covidgan.parse_config(["--resume", "--out", str(tmp_path)]).device == "auto"
+
+
 def test_what_a_checkpoint_depends_on_are_fields_of_the_config():
     assert set(covidgan.Covidgan.architecture) <= {knob.name for knob in dataclasses.fields(covidgan.Config)}
 

@@ -613,12 +613,15 @@ def test_resize_enlarges_up_to_its_range_and_crops_inside_the_slice(tiny):
 def test_elastic_displacement_has_its_stated_deviation(tiny):
     """A ramp shows the displacement: on a picture of 64 pixels, 16 of 512 are 2."""
     c = dataclasses.replace(tiny(**{**STILL, "elastic": 16.0}), level=0.0, width=2000.0)
-    ramp = (torch.arange(64) - 31.5) * 25
-    hu = ramp.expand(40, 1, 64, 64).round()
-    target, _ = covidgan.augment(hu, torch.ones(hu.shape, dtype=torch.uint8), c, rng())
-    moved = (target * 1000 - hu)[..., 16:48, 16:48] / 25
-    assert moved.mean().item() == pytest.approx(0, abs=0.1)
-    assert 0.6 * 2 < moved.std().item() < 1.1 * 2  # between the drawn points it is smoother
+    ramp = ((torch.arange(64) - 31.5) * 25).expand(40, 1, 64, 64).round()
+    moves = []
+    for hu in (ramp, ramp.mT):  # columns, rows
+        target, _ = covidgan.augment(hu, torch.ones(hu.shape, dtype=torch.uint8), c, rng())
+        moved = (target * 1000 - hu)[..., 16:48, 16:48] / 25
+        assert moved.mean().item() == pytest.approx(0, abs=0.1)
+        assert 0.6 * 2 < moved.std().item() < 1.1 * 2  # between the drawn points it is smoother
+        moves.append(moved.flatten())
+    assert abs(torch.corrcoef(torch.stack(moves))[0, 1].item()) < 0.1
 
 
 def test_augmentation_moves_a_small_picture_as_it_moves_a_large_one(tiny, toy):

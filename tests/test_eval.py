@@ -298,15 +298,18 @@ def test_features_see_the_window_and_the_lung_alone(sets, features):
     rows = evaluate(sets, "--features", features, "--dim", 2)["features"]
     figures = ("FID", "KID", "precision", "recall", "density", "coverage")
     assert set(rows) == {f"{region} {figure} 2" for region in ("complete", "lung") for figure in figures}
-    grey = {"real": [], "fake": []}
+    seen = {(region, side): [] for region in ("lung", "complete") for side in ("real", "fake")}
     for path in sorted((sets / "fake").iterdir()):
-        labels = read_map(sets / "real/maps" / path.name)
-        for side, image in (("real", sets / "real/images" / path.name), ("fake", path)):
-            lung = np.floor(((read_image(image) + 1350) / 1500).clip(0, 1) * 255 + 0.5) * (labels > 0)
-            grey[side].append([lung[:, :32].mean(), lung[:, 32:].mean()])
-    real, fake = np.array(grey["real"]), np.array(grey["fake"])
-    assert rows["lung FID 2"]["value"] == pytest.approx(evaluation.frechet(real, fake), rel=1e-3)
-    assert rows["lung KID 2"]["value"] == pytest.approx(reference_kid(real, fake), rel=1e-3)
+        labels, real = read_map(sets / "real/maps" / path.name), read_image(sets / "real/images" / path.name)
+        completed = np.where(labels > 0, read_image(path), real)
+        for side, hu in (("real", real), ("fake", completed)):
+            grey = np.floor(((hu + 1350) / 1500).clip(0, 1) * 255 + 0.5)
+            for region, picture in (("complete", grey), ("lung", grey * (labels > 0))):
+                seen[region, side].append([picture[:, :32].mean(), picture[:, 32:].mean()])
+    for region in ("lung", "complete"):
+        real, fake = (np.array(seen[region, side]) for side in ("real", "fake"))
+        assert rows[f"{region} FID 2"]["value"] == pytest.approx(evaluation.frechet(real, fake), rel=1e-2)
+        assert rows[f"{region} KID 2"]["value"] == pytest.approx(reference_kid(real, fake), rel=1e-3)
 
 
 def test_real_against_itself_has_distance_0(sets, features):

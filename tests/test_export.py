@@ -689,6 +689,19 @@ def test_unet_labels_windowed_hu_as_pytorch_does(unet, shape):
     assert (labels == logits.argmax(1).numpy()).mean() > 0.999
 
 
+def test_a_unet_of_another_window_and_licence_keeps_them(unet, tmp_path):
+    checkpoint = torch.load(unet.source, weights_only=True)
+    checkpoint["config"] |= {"level": 40.0, "window": 400.0}
+    torch.save(checkpoint, tmp_path / "unet.pt")
+    export_to(tmp_path / "unet.onnx", [tmp_path / "unet.pt", "--terms", "CC0, made up"])
+    made = Exported(tmp_path / "unet.onnx", tmp_path / "unet.pt", "")
+    ct = np.random.default_rng(1).integers(-200, 300, (1, 64, 64)).astype(np.int16)
+    with torch.no_grad():
+        wanted = unet.generator(((torch.from_numpy(ct)[:, None].float() - 40) / 200).clamp(-1, 1)).argmax(1).numpy()
+    assert (made.run(ct=ct)[0] == wanted).mean() > 0.999 and (unet.run(ct=ct)[0] == wanted).mean() < 0.99
+    assert "CC0, made up" in made.metadata["licence"] and export.TERMS in unet.metadata["licence"]
+
+
 def test_unets_contract_metadata_and_cleanness(unet):
     assert values_of(unet.model.graph.input) == {"ct": ("int16", ["N", "H", "W"])}
     assert values_of(unet.model.graph.output)["map"][0] == "uint8"

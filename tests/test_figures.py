@@ -96,6 +96,28 @@ def test_complete_and_lung_only_errors_are_equal_by_construction(trainer, stage)
         assert result["complete"]["nrmse"] < result["lung only"]["nrmse"], name
 
 
+@pytest.mark.parametrize("stage", ["g1", "joint"])
+def test_figures_compare_each_synthetic_slice_with_its_own_real_one(trainer, toy, monkeypatch, stage):
+    """Slice k is off by 0.01 (k + 1) of the window in its lung: all figures but SSIM follow by hand."""
+    shrink = 2 if stage == "g1" else 1
+    names = [name for name in toy.test if toy.labels[name].any()]
+    grey = ((np.stack([toy.hu[name] for name in names]).round().clip(-1024) + 1350) / 1500).clip(0, 1)
+    grey = grey.reshape(len(names), 64 // shrink, shrink, 64 // shrink, shrink).mean((2, 4))
+    lung = np.stack([toy.labels[name] for name in names])[:, ::shrink, ::shrink] > 0
+    off = 0.01 * (1 + np.arange(len(names)))[:, None, None]
+    fake = torch.from_numpy(np.where(lung, 2 * (grey + off) - 1, -1)[:, None]).float()
+    monkeypatch.setattr(trainer, "synthesize", lambda labels: fake)
+    trainer.begin(stage)
+    size, results = covidgan.evaluate(trainer)
+    assert size == 64 // shrink
+    rmse = np.sqrt((lung * off**2).mean((1, 2)))
+    rms = {"complete": np.sqrt((grey**2).mean((1, 2))), "lung only": np.sqrt((lung * grey**2).mean((1, 2)))}
+    for region, got in results["covidgan"].items():
+        assert got["rmse"] == pytest.approx(rmse.mean(), rel=1e-3)
+        assert got["psnr"] == pytest.approx((-20 * np.log10(rmse)).mean(), rel=1e-3)
+        assert got["nrmse"] == pytest.approx((rmse / rms[region]).mean(), rel=1e-3)
+
+
 def test_table_has_a_row_a_method_with_its_figures():
     figures = {"psnr": 26.89, "ssim": 0.8936, "rmse": 0.0813, "nrmse": 0.1813}
     lines = covidgan.table({"a": {"complete": figures, "lung only": {**figures, "psnr": 28.17}}}).splitlines()

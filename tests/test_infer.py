@@ -295,7 +295,7 @@ def test_variants_of_a_map_differ_from_one_another(infer, maps):
 
 
 def test_augmentation_stays_in_the_ranges_of_the_training():
-    centre, corner, angle, bent = [], [], [], []
+    centre, corner, angle, bent, swayed = [], [], [], [], []
     y, x = np.mgrid[:128, :128]
     plane = np.stack([y.ravel(), x.ravel(), np.ones(y.size)], 1)
     for k in range(200):
@@ -303,6 +303,8 @@ def test_augmentation_stays_in_the_ranges_of_the_training():
         centre.append((rows[60:68, 60:68].mean() - 63.5, columns[60:68, 60:68].mean() - 63.5))
         fitted = plane @ np.linalg.lstsq(plane, rows.ravel(), rcond=None)[0]  # what zoom, crop and rotation do
         bent.append((rows.ravel() - fitted).std())
+        along = columns.ravel() - plane @ np.linalg.lstsq(plane, columns.ravel(), rcond=None)[0]
+        swayed.append((along.std(), np.corrcoef(along, rows.ravel() - fitted)[0, 1]))
         corner.append(np.hypot(rows[0, 127] - rows[127, 0], columns[0, 127] - columns[127, 0]) / np.hypot(127, 127))
         angle.append(np.degrees(np.arctan2(rows[64, 127] - rows[64, 0], columns[64, 127] - columns[64, 0])))
     assert min(angle) < -8 < 8 < max(angle)
@@ -310,6 +312,8 @@ def test_augmentation_stays_in_the_ranges_of_the_training():
     elastic = 4 * 2 / 512 * 128
     assert 4 < np.abs(centre).max() < 128 * (1 - 1 / infer_onnx.RESIZE) / 2 + elastic
     assert 0.6 * elastic / 4 < np.mean(bent) < 1.1 * elastic / 4  # smoother between the points drawn
+    assert np.mean(swayed, 0) == pytest.approx([np.mean(bent), 0], abs=0.1 * elastic / 4)  # each axis by itself
+    assert abs(np.corrcoef(np.transpose(centre))[0, 1]) < 0.3
     assert 1 / infer_onnx.RESIZE - 0.03 < min(corner) < 0.93 < 0.97 < max(corner) < 1.03
 
 

@@ -356,6 +356,26 @@ def test_each_stage_is_judged_at_its_size_by_its_discriminators(trainer, monkeyp
     assert torch.equal(seen[0][1], seen[1][1])
 
 
+@pytest.mark.parametrize(
+    ("n_gen", "n_dis", "first", "side"), [(2, 1, 0, 32), (2, 2, 1, 32), (2, 3, 1, 32), (3, 2, 1, 16), (3, 3, 2, 16)]
+)
+def test_g1_alone_is_judged_by_the_scale_of_its_size_and_the_coarser_ones(tiny, monkeypatch, n_gen, n_dis, first, side):
+    """With fewer scales than generators, by the coarsest."""
+    method, seen = covidgan.build(Covidgan, tiny(n_gen=n_gen, n_dis=n_dis)), []
+    judge = covidgan.Discriminators.forward
+
+    def note(self, onehot, image, first=0):
+        seen.append((first, image.shape[-1]))
+        return judge(self, onehot, image, first)
+
+    monkeypatch.setattr(covidgan.Discriminators, "forward", note)
+    labels = (torch.arange(64 * 64) // 700 % 4).view(1, 1, 64, 64)
+    method.losses(covidgan.one_hot(labels, 4), torch.zeros(1, 1, 64, 64), "g1")
+    assert seen == [(first, side)] * 2
+    moved = {id(p) for p in method.players("g1")["d"].parameters}
+    assert moved == {id(p) for scale in method.d.scales[first:] for p in scale.parameters()}
+
+
 def test_half_size_scale_sees_block_means_of_the_image_and_every_second_label():
     seen = []
 

@@ -1,5 +1,6 @@
 """What a clone comes with: example maps, a trained generator, and what infer_onnx.py takes where nothing is named."""
 
+import hashlib
 import json
 import shutil
 import subprocess
@@ -139,7 +140,9 @@ def test_maps_are_the_users_else_the_phantoms_else_the_examples(tmp_path, monkey
 def test_the_trained_generator_is_small_and_draws_lesions_denser_than_lung():
     assert infer_onnx.SHIPPED_MODEL.stat().st_size < 12e6
     session, info = infer_onnx.open_session(infer_onnx.SHIPPED_MODEL, "cpu", threads=1)
-    assert info["size"] == 256 and "not for diagnosis" in info["licence"]
+    assert info["size"] == 256 and "not for diagnosis" in info["licence"] and "CC BY-NC-SA 4.0" in info["licence"]
+    digest = hashlib.sha256(infer_onnx.SHIPPED_MODEL.read_bytes()).hexdigest()
+    assert f"| SHA-256 | `{digest}` |" in (HERE / "models/README.md").read_text()
     maps = np.stack([read_map(path) for path in EXAMPLES])
     hu = infer_onnx.Generator(session, info)(maps)
     lung, glass, dense = (hu[maps == label].mean() for label in (1, 2, 3))

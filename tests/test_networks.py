@@ -329,3 +329,11 @@ def test_residual_block_adds_its_input():
             nn.init.zeros_(module.bias)
     x = torch.randn(1, 4, 8, 8)
     assert torch.equal(block(x), x)
+
+
+def test_a_third_generator_lies_between_with_twice_the_channels_of_g2(tiny):
+    g = covidgan.outline(Covidgan, covidgan.Config(n_gen=3)).g
+    assert [local.down[1].out_channels for local in g.locals] == [64, 32]
+    assert g.g1.trunk[1].out_channels == 128
+    two = covidgan.outline(Covidgan, covidgan.Config()).g
+    assert ([local.down[1].out_channels for local in two.locals], two.g1.trunk[1].out_channels) == ([32], 64)

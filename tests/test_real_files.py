@@ -1,6 +1,7 @@
 """Files as people really have them, through covidgan.py: the right slices, or one line that helps."""
 
 import codecs
+import contextlib
 import errno
 import json
 import resource
@@ -85,6 +86,15 @@ def test_a_side_without_any_lung_is_refused_before_any_work(own_toy, small_run, 
         slices.write_map(own_toy.folder / "maps" / f"{name}.png", np.zeros((64, 64), np.uint8))
     done = here("--data", own_toy.folder, "--out", tmp_path / "out", *small_run)
     assert done.status == 2 and "no lung in any of 6 maps" in done.stderr and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("mean", "fine"), [(-1001, False), (-999, True), (-401, True), (-399, False)])
+def test_the_mean_of_a_patients_lung_lies_between_minus_1000_and_minus_400_hu(own_toy, tiny, mean, fine):
+    for name in own_toy.train[:6]:
+        hu = np.where(own_toy.labels[name] == 1, mean, own_toy.hu[name])
+        slices.write_image(own_toy.folder / "images" / f"{name}.png", hu)
+    with contextlib.nullcontext() if fine else pytest.raises(Mistake, match=f"mean {mean} HU"):
+        covidgan.load_slices(own_toy.folder, own_toy.train, tiny())
 
 
 @pytest.mark.parametrize(("shift", "word"), [(1050, "mean 200 HU"), (-1024, "mean -1024 HU")])

@@ -79,6 +79,18 @@ def pair_of(trainer):
     return covidgan.one_hot(labels, 4), real
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_synthesizing_draws_nothing_at_random_and_moves_nothing(trainer, name):
+    """Dropout is off, and batch norm does not learn from the maps of the test side."""
+    run = trainer(name)
+    run.step()
+    before = {key: value.clone() for key, value in run.method.state_dict().items()}
+    labels = run.test.labels[:2]
+    assert torch.equal(run.synthesize(labels), run.synthesize(labels))
+    assert all(torch.equal(value, before[key]) for key, value in run.method.state_dict().items())
+    assert run.method.training
+
+
 # ---- published sizes
 
 HEAD_7, HEAD_3 = 2 * (49 * 64 + 1), 2 * (9 * 64 + 1)  # what three output channels have beyond our one
@@ -572,3 +584,39 @@ def test_every_rival_has_its_knobs_and_presets():
         assert (method.options().ngf, method.options().ndf) == (64, 64)
         for preset in method.presets:
             covidgan.check_config(method.options(**method.presets[preset]), method)
+
+
+# ---- SPADE's units by hand
+
+
+def by_hand(x, weight, bias=None, padding=1):
+    return F.conv2d(x, weight, bias, padding=padding)
+
+
+@pytest.mark.parametrize("c_out", [6, 10])
+def test_spades_block_by_hand(c_out):
+    """SPADE Eq. 1 and Fig. 4, in float64, from its weights alone."""
+    torch.manual_seed(0)
+    block = rivals.SpadeBlock(6, c_out, lambda c: rivals.SpadeNorm(c, 4, 3)).double().eval()
+    for module in block.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+    x = torch.randn(2, 6, 8, 8, dtype=torch.float64)
+    onehot = covidgan.one_hot(torch.randint(0, 4, (2, 1, 8, 8)), 4).double()
+
+    def norm(unit, x):
+        mean, variance = (stored.view(1, -1, 1, 1) for stored in (unit.norm.running_mean, unit.norm.running_var))
+        hidden = by_hand(onehot, unit.shared[0].weight, unit.shared[0].bias).clamp(min=0)
+        gamma, beta = (by_hand(hidden, conv.weight, conv.bias) for conv in (unit.gamma, unit.beta))
+        return (x - mean) / (variance + 1e-5).sqrt() * (1 + gamma) + beta
+
+    def leaky(x):
+        return torch.where(x > 0, x, 0.2 * x)
+
+    wanted = by_hand(norm(block.shortcut_norm, x), block.shortcut.weight, padding=0) if c_out != 6 else x
+    body = x
+    for unit, conv in zip(block.norms, block.convs, strict=True):
+        body = by_hand(leaky(norm(unit, body)), conv.weight, conv.bias)
+    with torch.no_grad():
+        assert (block(x, onehot, None) - (wanted + body)).abs().max() < 1e-9

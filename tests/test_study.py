@@ -32,6 +32,11 @@ def test_with_all_switches_off_it_is_the_papers_method(study, tiny, onehot):
     assert all(value.item() == theirs[name].item() for name, value in ours.losses(onehot, target, "joint").items())
 
 
+def test_d_may_have_a_rate_of_its_own(study):
+    rates = {name: player.lr for name, player in study(d_speed=4.0).players("joint").items()}
+    assert rates["d"] == 4 * rates["g1"] == 4 * rates["g2"] > 0
+
+
 def test_under_spectral_norm_no_convolution_of_d_stretches_more_than_1(study):
     made = study(spectral=True)
     with torch.no_grad():  # a weight that grew in training

@@ -1,5 +1,6 @@
 """The three stages: schedule, who moves when, checkpoints, stopping and going on, processes."""
 
+import itertools
 import json
 import os
 import random
@@ -40,6 +41,41 @@ def differing(a, b):
 
 def stats_of(out):
     return [json.loads(line) for line in (out / "stats.jsonl").read_text().splitlines()]
+
+
+def test_every_step_and_every_process_draws_its_own(tiny):
+    trainer = covidgan.Trainer(Covidgan, tiny(batch=2, epochs=1, epoch_len=48))
+    seeds, batches = [], []
+    for stage in covidgan.STAGES:
+        trainer.begin(stage)
+        for step in range(6):
+            trainer.step_done = step
+            seeds += [trainer.step_seed(*more) for more in ((), (1,), (2,))]
+            batches.append(trainer.batch()[0])
+    assert len({*seeds}) == len(seeds) == 3 * 6 * 3
+    trainer.train.names, trainer.train.hu, trainer.train.labels = (
+        part[:1] for part in (trainer.train.names, trainer.train.hu, trainer.train.labels)
+    )
+    alike = []  # one slice alone: only the draws differ
+    for step in range(4):
+        trainer.step_done = step
+        alike.append(trainer.batch()[1])
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(alike, 2))
+
+
+def test_every_epoch_and_every_stage_has_its_own_order(tiny):
+    trainer = covidgan.Trainer(Covidgan, tiny(batch=2, epochs=2, epoch_len=12))  # half of the 24 slices
+    orders = []
+    for stage in covidgan.STAGES:
+        trainer.begin(stage)
+        for epoch in range(2):
+            drawn = []
+            for step in range(6):
+                trainer.step_done = 6 * epoch + step
+                drawn += trainer.batch()[2]
+            assert len({*drawn}) == 12  # none twice before all have had a turn
+            orders.append(tuple(drawn))
+    assert len({*orders}) == 6
 
 
 EVERY_STEP = [(stage, step) for stage in covidgan.STAGES for step in range(1, 11)]
@@ -720,6 +756,11 @@ def test_two_processes_train_as_one_on_the_joined_batch(toy, small_run, cli, her
         assert one["step"] == two["step"]
         for name in ("d", "g", "dfm", "alpha", "beta"):
             assert one[name] == pytest.approx(two[name], rel=1e-3), name
+    moments = [  # Adam's steps do not tell the gradient's scale, its moments do
+        sum(w.norm().item() for path, w in tree.items() if path.endswith("/exp_avg"))
+        for tree in (leaves(single / "ckpt.pt"), flatten(ranks[0]))
+    ]
+    assert moments[1] == pytest.approx(moments[0], rel=0.05)
     start = flatten(covidgan.build(Covidgan, covidgan.Config(**ranks[0]["config"])).state_dict())
     one, two = leaves(single / "ckpt.pt"), flatten(ranks[0])
     for path, w in start.items():  # what was learnt, by the weights: Adam makes steps of rounding in idle biases
