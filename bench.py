@@ -61,7 +61,7 @@ import eval as evaluation
 import export
 import infer_onnx
 from covidgan import Mistake
-from data.slices import read_image, read_map
+from data.slices import LEVEL, WIDTH, read_image, read_map
 
 HERE = Path(__file__).resolve().parent
 GOALS = {"train_step_ratio": "at most 0.4", "train_memory_ratio": "at most 0.6", "synth_fp32_ratio": "at least 1.9"}
@@ -513,9 +513,8 @@ def bench_infer(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     }
     rows = interleave(makers, max(2, args.rounds // 2), "infer", warm=0)
     del rows["model alone"]["hu"]
-    rows["infer_onnx.py"]["net_bytes"] = rows["all finished"]["net_bytes"] = (
-        None  # their memory is not visible from here
-    )
+    for name in ("infer_onnx.py", "all finished"):
+        rows[name]["net_bytes"] = None  # of processes of their own, not visible from here
     alone, whole, start = (np.array(rows[name]["seconds"]) for name in makers)
     figures = {"infer_efficiency": spread(n * alone / (whole - start)), "infer_whole": spread(n * alone / whole)}
     about = f"{n} maps of {args.synth_size} x {args.synth_size}, widths of {args.synth_width}"
@@ -536,7 +535,7 @@ def judged(real: Path, fake: Path) -> np.ndarray:
         labels, a = read_map(fake / "maps" / path.name) > 0, read_image(path)
         b, figures = np.where(labels, read_image(fake / "images" / path.name), a), []
         for mask in (np.ones_like(labels), labels):
-            x, y = (np.where(mask, np.clip((hu + 600) / 1500 + 0.5, 0, 1), 0) for hu in (a, b))
+            x, y = (np.where(mask, np.clip((hu - LEVEL) / WIDTH + 0.5, 0, 1), 0) for hu in (a, b))
             figures += [metrics.peak_signal_noise_ratio(x, y, data_range=1), metrics.mean_squared_error(x, y) ** 0.5]
             gaussian = dict(data_range=1, gaussian_weights=True, sigma=1.5, use_sample_covariance=False)
             figures += [metrics.normalized_root_mse(x, y), metrics.structural_similarity(x, y, **gaussian)]
@@ -611,7 +610,7 @@ def report(part: str, found: dict[str, Any]) -> str:
     """A part's tables, then its figures beside their goals."""
     lines = ["", f"{part}: {found['about']}"]
     for title, rows in found["tables"].items():
-        lines += [*[title] * bool(title), *table(rows)]
+        lines += [title, *table(rows)] if title else table(rows)
     for key, value in found["figures"].items():
         goal, by = GOALS.get(key, ""), value.get("by", "") if isinstance(value, dict) else ""
         lines.append(f"{key:22} {shown(value):20} {goal:13} {by}".rstrip())

@@ -509,7 +509,7 @@ class Method(nn.Module):
         """Scalars of a step, players' losses and other figures, for onehot [B, n_labels, H, W], target [B, 1, H, W]."""
         raise NotImplementedError
 
-    def shown(self, image: Tensor, onehot: Tensor) -> Tensor:
+    def seen_by_d(self, image: Tensor, onehot: Tensor) -> Tensor:
         """What D sees of an image [B, 1, H, W] in [-1, 1]: with --contrast only its map's lung, magnified about 0.
 
         Within the lung an image varies by 0.2, within the parenchyma by a few hundredths, while the map's channels are
@@ -640,7 +640,7 @@ class Covidgan(Method):
         c, first = self.c, self.first_scale(stage)
         image, alpha = self.g(onehot, stage)
         onehot, target = self.at_stage_size(onehot, target, stage)
-        real, fake = (self.d(onehot, self.shown(x, onehot), first) for x in (target, image))
+        real, fake = (self.d(onehot, self.seen_by_d(x, onehot), first) for x in (target, image))
         loss_d, loss_gan = gan_losses(real, fake, c.gan)
         loss_dfm, loss_beta, beta = self.dfm(real, fake)
         return {
@@ -850,7 +850,7 @@ class Trainer:
         with seeded(self.step_seed(1 + self.rank), self.device), autocast:
             losses = self.method.losses(one_hot(labels, self.c.n_labels), target, self.stage)
         values = torch.stack([*losses.values()]).tolist()  # one transfer from the device for all
-        figures = self.share(dict(zip(losses, values, strict=True)))
+        figures = self.mean_over_processes(dict(zip(losses, values, strict=True)))
         if not all(map(math.isfinite, figures.values())):
             bad = ", ".join(f"{name} {value}" for name, value in figures.items() if not math.isfinite(value))
             where = f"stage {self.stage}, step {self.step_done + 1}"
@@ -908,7 +908,7 @@ class Trainer:
         finally:
             generator.load_state_dict(own)
 
-    def share(self, figures: dict[str, float]) -> dict[str, float]:
+    def mean_over_processes(self, figures: dict[str, float]) -> dict[str, float]:
         """Mean of each figure over the processes, which also agree here whether to stop after this step."""
         if self.world == 1:
             return figures

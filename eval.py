@@ -878,7 +878,8 @@ def tiles(pair: Pair, window: Window) -> list[np.ndarray]:
     one = read_pair(pair)
     real, fake = window(one.real[0]), window(one.fake[0])
     difference = np.abs(real.astype(np.int16) - fake).astype(np.uint8)
-    return [coloured(one.labels[0])] * bool(pair.labels) + [real, fake, difference]
+    maps = [coloured(one.labels[0])] if pair.labels else []
+    return [*maps, real, fake, difference]
 
 
 # ------------------------------------------------------------------------------------------------ printed report
@@ -1095,9 +1096,8 @@ def make_meters(args: argparse.Namespace, with_maps: bool) -> dict[str, Meter]:
 def measure(pairs: list[Pair], meters: Iterable[Meter], n: int) -> tuple[list[Pair], float | None, int]:
     """Show every meter all pairs with lung, n at a time.
 
-    Returns these, the mean HU of real healthy lung, if any, and the highest HU of a synthetic lung.
-
-    Raises Mistake where no map has lung, and where memory runs out.
+    Returns these, the mean HU of real healthy lung, if any, and the highest HU of a synthetic lung. Raises
+    Mistake where no map has lung, and where memory runs out.
     """
     kept: list[Pair] = []
     lung, highest = np.zeros(2), -HU_OFFSET  # sum of real HU, and pixels

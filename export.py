@@ -468,7 +468,7 @@ def method_of(checkpoint: dict, path: Path) -> type[covidgan.Method]:
     name = checkpoint.get("method", covidgan.Covidgan.name)
     if name == covidgan.Covidgan.name:
         return covidgan.Covidgan
-    from paper import METHODS
+    from paper.methods import METHODS
 
     if not isinstance(name, str) or name not in METHODS:
         raise Mistake(
@@ -597,8 +597,8 @@ def export_checkpoint(
     source = find_checkpoint(path)
     checkpoint, digest = covidgan.read_weights(source), hashlib.sha256(source.read_bytes()).hexdigest()
     if checkpoint.get("kind") == "unet":
-        options = {"--fp16": fp16, "--target": target != "any", "--pack": pack}
-        covidgan.insist([(not on, f"{source}: a U-Net has no {name}, leave it out") for name, on in options.items()])
+        options = for_generators(fp16, target, pack).items()
+        covidgan.insist([(not on, f"{source}: a U-Net has no {name}, leave it out") for name, on in options])
         with claimed(out := out or Path("unet.onnx")):
             return source, out, export_unet(checkpoint, digest, out, terms)
     kind = method_of(checkpoint, source)
@@ -608,6 +608,11 @@ def export_checkpoint(
         raise Mistake(f"{source}: stopped in stage {stage}, {last} makes G whole: --resume --stage all goes on")
     with claimed(out := out or Path("generator.onnx")):
         return source, out, export_generator(checkpoint, digest, out, fp16, target, pack, terms)
+
+
+def for_generators(fp16: bool, target: str, pack: bool) -> dict[str, bool]:
+    """Options for generators alone, and whether each is given."""
+    return {"--fp16": fp16, "--target": target != "any", "--pack": pack}
 
 
 @contextlib.contextmanager
@@ -641,9 +646,10 @@ def main(argv: list[str]) -> None:
         (args.checkpoint or args.features, "nothing to export: give a checkpoint, or --features"),
         (not (args.checkpoint and args.features), f"{args.checkpoint} and --features: give one of them"),
         (args.features or not (args.weights or args.download), "--weights, --download: they go with --features"),
-        (not (args.features and args.fp16), "--fp16: for generators alone, leave it out"),
-        (not (args.features and args.target != "any"), "--target: for generators alone, leave it out"),
-        (not (args.features and args.pack), "--pack: for generators alone, leave it out"),
+        *[
+            (not (args.features and given), f"{name}: for generators alone, leave it out")
+            for name, given in for_generators(args.fp16, args.target, args.pack).items()
+        ],
         (not args.features or args.terms is None, "--terms: features come with their own, leave it out"),
         (terms.isprintable() and terms.strip(), "--terms: give words, on one line"),
         ("location" not in terms, "--terms: readers take the word location for tensors elsewhere: find another"),

@@ -63,6 +63,7 @@ from data.slices import (
     LABELS,
     LARGEST,
     NIFTI,
+    SIDES,
     Mistake,
     OneLineParser,
     check_finished,
@@ -165,8 +166,8 @@ def open_session(
     check_file(model)
     threads = threads or usable_cores()
     try:
-        session = start(model, "cpu", {}, threads)  # reads and checks the file before anything is compiled for it
-        info = check_model(session, model, kind)
+        on_cpu = start(model, "cpu", {}, threads)  # reads and checks the file before anything is compiled for it
+        info = check_model(on_cpu, model, kind)
     except (*ORT_ERRORS, UnicodeDecodeError) as error:  # the last for names that are not text
         raise Mistake(f"{model}: {refusal(error)}") from error
     reasons: dict[str, list[str]] = {}  # why not -> which providers
@@ -174,13 +175,10 @@ def open_session(
         reason = obstacle(name)
         if not reason and provider == "auto" and name == "tensorrt":
             reason = "on request only, it builds an engine for minutes"
+        session = on_cpu
         if not reason and name != "cpu":
-            try:
-                session = start(model, name, provider_options(name, info, shapes, precision, graphs), threads)
-                if session.get_providers()[0] != PROVIDERS[name]:  # ONNX Runtime falls back silently
-                    reason = f"did not load{loader_error(name)}"
-            except (*ORT_ERRORS, OSError) as error:
-                reason = f"did not start ({first_line(error)})"
+            options = provider_options(name, info, shapes, precision, graphs)
+            session, reason = try_provider(model, name, options, threads)
         if not reason:
             how = f", threads: {threads}" if name == "cpu" else ""
             how += ", compiled anew in every run: no cache can be made" if name in CACHED and not cache_folder() else ""
@@ -190,6 +188,18 @@ def open_session(
             return session, info
         reasons.setdefault(reason, []).append(name)
     raise Mistake(f"--provider {provider}: {reason}: --provider auto takes the best there is")
+
+
+def try_provider(
+    model: Path, name: str, options: dict[str, Any], threads: int
+) -> tuple[ort.InferenceSession | None, str]:
+    """A session on a provider, or None and why there is none: ONNX Runtime falls back to the CPU without a word."""
+    try:
+        session = start(model, name, options, threads)
+    except (*ORT_ERRORS, OSError) as error:
+        return None, f"did not start ({first_line(error)})"
+    loaded = session.get_providers()[0] == PROVIDERS[name]
+    return (session, "") if loaded else (None, f"did not load{loader_error(name)}")
 
 
 def check_file(model: Path) -> None:
@@ -1082,7 +1092,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = OneLineParser(__doc__)
     option = parser.add_argument
     option("maps", type=Path, help="folder of label maps, or one: palette PNG, RGB in the paper's colours, or NIfTI")
-    option("--side", choices=("train", "test", "seg_test"), help="only that side of a dataset's split")
+    option("--side", choices=SIDES, help="only that side of a dataset's split")
     option("--model", type=Path, help="what export.py wrote (default: generator.onnx, else the one shipped)")
     option("--out", type=Path, default=Path("synthetic"), help="folder to write to")
     option("--format", choices=ENDINGS, help="file format of the slices (default: png16)")

@@ -25,7 +25,7 @@ from paper.report import grid, over_seeds
 
 HALF, WHOLE = ["--epoch-len", "2100"], ["--epoch-len", "4200"]  # for two epochs per stage, see --epochs
 BEST = ["--preset", "best"]
-CLEAN = ["--preset", "paper", "--noise", "0", "--ema", "0.998"]  # the paper's, with targets that a generator can match
+CLEAN_TARGETS = ["--preset", "paper", "--noise", "0", "--ema", "0.998"]  # that a generator can match
 SCALE = ["--ngf", "32", "--ndf", "32", "--n-blocks", "6", "--batch", "4"]
 SIDES = ("test", "seg_test")  # the one that chooses, and the one that does not
 FIGURES = {  # column -> table of eval.py's results, row, key, factor, decimals
@@ -39,12 +39,12 @@ FIGURES = {  # column -> table of eval.py's results, row, key, factor, decimals
 # name -> what it tries, its options. Half: 4,200 samples per stage, whole: 8,400
 ROWS: dict[str, tuple[str, list[str]]] = {
     "paper": ("preset paper as it is: noise on the target, no average", [*HALF, "--preset", "paper"]),
-    "base": ("the paper's losses and rate, clean targets, average", [*HALF, *CLEAN]),
-    "lung": ("D sees the lung alone, as it is", [*HALF, *CLEAN, "--contrast", "1"]),
-    "contrast": ("D sees the lung alone, four times enlarged", [*HALF, *CLEAN, "--contrast", "4"]),
+    "base": ("the paper's losses and rate, clean targets, average", [*HALF, *CLEAN_TARGETS]),
+    "lung": ("D sees the lung alone, as it is", [*HALF, *CLEAN_TARGETS, "--contrast", "1"]),
+    "contrast": ("D sees the lung alone, four times enlarged", [*HALF, *CLEAN_TARGETS, "--contrast", "4"]),
     "best-half": ("preset best: that, beta fixed at 0.1, lambda 3", [*HALF, *BEST]),
     "best": ("preset best, twice as long", [*WHOLE, *BEST]),
-    "base-whole": ("base, twice as long", [*WHOLE, *CLEAN]),
+    "base-whole": ("base, twice as long", [*WHOLE, *CLEAN_TARGETS]),
     # best-half with one thing changed
     "uncut": ("D sees whole images", [*HALF, *BEST, "--contrast", "0"]),
     "contrast-6": ("D sees the lung six times enlarged", [*HALF, *BEST, "--contrast", "6"]),

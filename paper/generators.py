@@ -13,7 +13,8 @@ from typing import Any
 
 import covidgan
 from data.slices import Mistake
-from paper import METHODS, rivals, runs
+from paper import rivals, runs
+from paper.methods import METHODS
 
 RIVALS = ("pix2pix", "pix2pixHD", "SPADE", "SEAN")
 CHOOSE, REPORT = "test", "seg_test"  # sides
@@ -53,7 +54,8 @@ def rival(name: str, *options: str) -> Row:
 
 # As published: noise on the target, D sees whole images, no average of the weights. Clean: what is part of no method
 # and helped ours, applied to all alike.
-CLEAN = ("--noise", "0", "--contrast", str(covidgan.LoopConfig.contrast), "--ema", "0.998")
+LOOP = covidgan.LoopConfig
+CLEAN = ("--noise", "0", "--contrast", str(LOOP.contrast), "--ema", str(LOOP.ema))
 ROWS: dict[str, Row] = {
     "covidgan": Row("covidgan", ("--preset", "paper")),
     "covidgan-best": Row("covidgan", ("--preset", "best")),

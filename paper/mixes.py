@@ -25,7 +25,8 @@ from paper import generators, runs
 
 SIDE = "test"  # its slices and maps train a U-Net
 TESTED = ("train", "seg_test")  # their real slices test it
-VARIANTS = 5  # augmentations of each map, one more than is used: a map without lung has none
+TIMES = 4  # at most as many synthetic slices are added per real one
+VARIANTS = TIMES + 1  # augmentations of each map, one more than is used: a map without lung has none
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ class Mix:
         """A name for its folder."""
         shares = {"replaced": self.replaced, "added": self.added, "augmented": self.augmented}
         parts = [f"{kind}{100 * share:.0f}" for kind, share in shares.items() if share]
-        return "-".join([f"real{self.real or ''}", *parts, *[self.generator] * bool(self.replaced or self.added)])
+        parts += [self.generator] if self.replaced or self.added else []
+        return "-".join([f"real{self.real or ''}", *parts])
 
 
 Members = dict[str, list[str]]  # names of a mix's slices: real, replaced, added, augmented

@@ -306,7 +306,7 @@ class Pix2pix(Rival):
 
     def losses(self, onehot: Tensor, target: Tensor, stage: str) -> dict[str, Tensor]:
         """D: half of real and fake; G: log loss and 100 L1 of what D sees, with --contrast the lung alone."""
-        image, target = (self.shown(x, onehot) for x in (self.g(onehot)[0], target))
+        image, target = (self.seen_by_d(x, onehot) for x in (self.g(onehot)[0], target))
         d, gan = gan_losses(self.d(onehot, target), self.d(onehot, image), "bce")
         l1 = F.l1_loss(image, target) / (self.c.contrast or 1)
         return {"d": d, "g": gan + self.c.lambda_l1 * l1, "gan": gan, "l1": l1}
@@ -402,7 +402,7 @@ class Pix2pixHD(Matching):
     def losses(self, onehot: Tensor, target: Tensor, stage: str) -> dict[str, Tensor]:
         """Least squares summed over the scales, D's halved; G's as `generator_losses` has it."""
         image = self.g(onehot)[0]
-        real, fake = (self.d(onehot, self.shown(x, onehot)) for x in (target, image))
+        real, fake = (self.d(onehot, self.seen_by_d(x, onehot)) for x in (target, image))
         d, gan = gan_losses(real, fake, "lsgan")
         return {"d": d, **self.generator_losses(gan, real, fake, image, target)}
 
@@ -558,7 +558,7 @@ class Spade(Matching):
     def losses(self, onehot: Tensor, target: Tensor, stage: str) -> dict[str, Tensor]:
         """Hinge averaged over the scales, D's not halved; G's as `generator_losses` has it."""
         image = self.image(onehot, target)
-        real, fake = (self.d(onehot, self.shown(x, onehot)) for x in (target, image))
+        real, fake = (self.d(onehot, self.seen_by_d(x, onehot)) for x in (target, image))
         d, gan = (loss / len(real) for loss in gan_losses(real, fake, "hinge"))
         return {"d": 2 * d, **self.generator_losses(gan, real, fake, image, target)}
 

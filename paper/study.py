@@ -85,7 +85,7 @@ class Study(covidgan.Covidgan):
     def slope(self, onehot: Tensor, target: Tensor, stage: str) -> Tensor:
         """Mean over the batch of the squared gradient of D's mean verdicts with respect to the real slice."""
         onehot, target = self.at_stage_size(onehot, target, stage)
-        real = self.shown(target, onehot).requires_grad_()
+        real = self.seen_by_d(target, onehot).requires_grad_()
         judged = self.d(onehot, real, self.first_scale(stage))
         verdicts = sum(features[-1].float().mean((1, 2, 3)).sum() for features in judged)
         (gradient,) = torch.autograd.grad(verdicts, real, create_graph=True)

@@ -34,7 +34,6 @@ METRICS = ("Dice", "sensitivity", "specificity")
 FIGURES = [f"{lesion} {metric}" for lesion in evaluation.LESIONS for metric in METRICS]  # as eval.py names them
 HEADLINE = "infection Dice"  # by which rows are compared
 IMAGES = {"FID 24": 4, "KID 1280": 4, "PSNR": 2}  # Table V's figures of complete images, and their decimals
-TIMES = 4  # "few": slices added per real one
 FEW = {"20": 20, "50": 50, "all": 0}  # real slices; all: about 100 of the public set of 14 patients
 TOLD = {
     "train": "slices that the generators have trained on, as the paper's text has it",
@@ -106,8 +105,8 @@ def few_rows() -> dict[str, Mix]:
     rows = {}
     for told, n in FEW.items():
         rows[f"{told} real"] = Mix(n)
-        rows[f"{told} + augmented"] = Mix(n, augmented=TIMES)
-        rows |= {f"{told} + {name}": Mix(n, added=TIMES, generator=name) for name in OURS}
+        rows[f"{told} + augmented"] = Mix(n, augmented=mixes.TIMES)
+        rows |= {f"{told} + {name}": Mix(n, added=mixes.TIMES, generator=name) for name in OURS}
     return rows
 
 

@@ -24,6 +24,7 @@ import eval as evaluation
 import infer_onnx
 from data.slices import (
     JSON_ERRORS,
+    SIDES,
     Mistake,
     OneLineParser,
     exit_on_mistake,
@@ -202,7 +203,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     option = parser.add_argument
     option("runs", type=Path, nargs="+", metavar="RUN", help="folders of runs of covidgan.py")
     option("--data", type=Path, default=Path("data/ct128"), help="dataset whose maps are used, of the runs' size")
-    option("--side", choices=("train", "test", "seg_test"), default="seg_test", help="side of its split")
+    option("--side", choices=SIDES, default="seg_test", help="side of its split")
     option("--results", type=Path, default=runs.ROOT / "paper" / "results", help="folder of weighting.json")
     option("--out", type=Path, help="picture (default: weighting.png in --results)")
     args = parser.parse_args(argv)

@@ -13,7 +13,8 @@ import covidgan
 import export
 import infer_onnx
 from data.slices import read_image, write_map
-from paper import METHODS, segment
+from paper import segment
+from paper.methods import METHODS
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 needs_provider = pytest.mark.skipif(

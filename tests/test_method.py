@@ -16,7 +16,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 import covidgan
 import export
-import paper
+from paper.methods import METHODS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +147,7 @@ def test_stopped_it_goes_on_bit_for_bit_its_dropout_and_power_iteration_too(smal
 def test_its_checkpoint_exports_through_the_same_contract(small, tmp_path, monkeypatch, capsys):
     arguments, out = small
     covidgan.main(arguments, Small)
-    monkeypatch.setitem(paper.METHODS, "small", Small)
+    monkeypatch.setitem(METHODS, "small", Small)
     export.main([str(out / "ckpt.pt"), "-o", str(tmp_path / "small.onnx")])
     assert "at most" in capsys.readouterr().out
     session = ort.InferenceSession(tmp_path / "small.onnx", providers=["CPUExecutionProvider"])

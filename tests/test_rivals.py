@@ -12,8 +12,8 @@ from torch import nn
 
 import covidgan
 import export
-import paper
 from paper import rivals
+from paper.methods import METHODS
 
 NAMES = ("pix2pix", "pix2pixHD", "SPADE", "SEAN")
 TINY = dict(size=64, ngf=4, ndf=4, batch=2, epochs=1, epoch_len=48, device="cpu", dtype="float32", seed=1)
@@ -27,7 +27,7 @@ def count(*modules):
 def published(name, n_labels=4):
     """A rival at its published widths and the paper's size, without memory."""
     with torch.device("meta"):
-        return covidgan.build(paper.METHODS[name], paper.METHODS[name].options(n_labels=n_labels))
+        return covidgan.build(METHODS[name], METHODS[name].options(n_labels=n_labels))
 
 
 def shapes_of(module, layers, *inputs):
@@ -49,7 +49,7 @@ def trainer(toy, tmp_path_factory):
     """Make a trainer of a tiny rival on the toy data: trainer("SPADE", dtype="bfloat16")."""
 
     def make(name, **options):
-        method = paper.METHODS[name]
+        method = METHODS[name]
         small = {**TINY, "data": str(toy.folder), "out": str(tmp_path_factory.mktemp(name)), **options}
         return covidgan.Trainer(method, method.options(**small, **({"n_blocks": 1} if name == "pix2pixHD" else {})))
 
@@ -160,7 +160,7 @@ def test_spades_and_seans_features_have_the_published_shapes(name, fine):
 @pytest.mark.parametrize(("name", "side"), [("pix2pix", 70), ("SPADE", 70), ("SEAN", 46)])
 def test_one_decision_sees_its_patch(name, side):
     torch.manual_seed(0)
-    method = covidgan.build(paper.METHODS[name], paper.METHODS[name].options(ngf=4, ndf=4))
+    method = covidgan.build(METHODS[name], METHODS[name].options(ngf=4, ndf=4))
     scale = method.d.scales[0].double()
     covidgan.replace(scale, nn.InstanceNorm2d, lambda _: nn.Identity())  # which sees the whole image
     x = torch.randn(1, 5, 160, 160, dtype=torch.float64, requires_grad=True)
@@ -312,12 +312,12 @@ def test_without_vggs_weights_it_is_said_where_they_belong(trainer, tmp_path, mo
 def test_batch_norm_trains_in_one_process(name, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(covidgan.Mistake, match=f"torchrun: {name} trains in one process"):
-        covidgan.parse_config(["--preset", "tiny"], paper.METHODS[name])
+        covidgan.parse_config(["--preset", "tiny"], METHODS[name])
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_adam_is_set_as_its_authors_do_or_as_the_paper_does(name):
-    method = paper.METHODS[name]
+    method = METHODS[name]
     rates = {"SPADE": (4e-4, 1e-4, (0.0, 0.9)), "SEAN": (4e-4, 1e-4, (0.0, 0.9))}
     d, g, betas = rates.get(name, (2e-4, 2e-4, (0.5, 0.999)))
     players = {
@@ -513,7 +513,7 @@ def test_pix2pix_draws_its_dropout_in_training_alone(trained):
 def test_its_file_agrees_with_pytorch_at_two_sizes(trained, tmp_path, name):
     run = trained(name)
     checkpoint = torch.load(run.out / "ckpt.pt", weights_only=True)
-    method = export.load_method(checkpoint, paper.METHODS[name])
+    method = export.load_method(checkpoint, METHODS[name])
     rng = torch.Generator().manual_seed(0)
     for key, p in method.g.named_parameters():  # off their start, where a comparison sees nothing
         if p.ndim == 4:
@@ -579,7 +579,7 @@ def test_options_are_checked_against_the_rivals_own(argv, word):
 def test_every_rival_has_its_knobs_and_presets():
     assert (*rivals.METHODS,) == NAMES
     for name, method in rivals.METHODS.items():
-        assert paper.METHODS[name] is method
+        assert METHODS[name] is method
         assert issubclass(method.options, covidgan.LoopConfig) and dataclasses.is_dataclass(method.options)
         assert (method.options().ngf, method.options().ndf) == (64, 64)
         for preset in method.presets:

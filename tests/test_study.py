@@ -59,7 +59,7 @@ def test_r1_is_the_squared_gradient_at_real_slices_in_its_turn_alone(study, oneh
     ]
     assert extra[:-1] == [0] * (R1_EVERY - 1)
     # the directional derivative along the gradient, by finite differences, is its length
-    x = made.shown(target, onehot).double().requires_grad_()
+    x = made.seen_by_d(target, onehot).double().requires_grad_()
     made.double()
     verdict = lambda image: sum(f[-1].mean((1, 2, 3)) for f in made.d(onehot.double(), image))  # noqa: E731
     (gradient,) = torch.autograd.grad(verdict(x).sum(), x)

@@ -462,7 +462,7 @@ def model(path: Path) -> None:
 def methods() -> dict[str, type]:
     """Every method that the loop trains, by name."""
     from covidgan import Covidgan
-    from paper import METHODS
+    from paper.methods import METHODS
     from paper.segment import Segmentation
 
     return {method.name: method for method in (Covidgan, *METHODS.values(), Segmentation)}
