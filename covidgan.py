@@ -89,7 +89,7 @@ class LoopConfig:
     level: float = -600.0  # window level, HU: §IV-A's "[-600, 1500]" read as level and width, since as a range
     width: float = 1500.0  # it would make all healthy lung black. [-1350, 150] HU <-> [-1, 1]
     n_labels: int = 4  # labels in a map, including background
-    unchecked: bool = False  # accept images whose lungs do not have the HU of lung
+    unchecked: bool = False  # accept images whose lungs do not have the HU of lung, or lie turned
     # augmentation (Table I names the kinds; the ranges are ours); lengths in pixels of a 512-pixel slice
     resize: float = 1.117  # random resize by a factor of 1 to this, then random crop
     rotate: float = 10.0  # random rotation, +- degrees
@@ -217,7 +217,8 @@ class GlobalGenerator(nn.Module):
 class LocalGenerator(nn.Module):
     """Local-details generator G2 (§III-A.2, Fig. 4). DESUM sits between its downsampling and its residual blocks.
 
-    It halves the size once, as in Fig. 4, and G1's features come in there (§III-A.3); the text says "maintains".
+    It halves the size once, as Fig. 4 shows, and G1's features come in there (§III-A.3), although §III-A.2 has it that
+    the size is maintained throughout.
     """
 
     def __init__(self, n_labels: int, ngf: int, n_blocks: int, upsample: str) -> None:
@@ -384,9 +385,9 @@ class Dfm(nn.Module):
     With t_k the L1 distance between the real and the synthetic pair in scale k's first three feature maps,
         L_DFM = (1 - beta) t_1 + beta t_2,
     where beta is one number per image, computed from D1's third feature map of the real pair ("d2": from D2's,
-    "fixed": --beta). With more than two scales, the coarser ones share beta evenly; a single scale has weight 1. Stage
-    g1 has the coarser discriminators alone: of three D2 takes D1's place there, and D3 takes D2's. "off" leaves L_DFM
-    out of G's loss, and the figures of it are only to look at.
+    "fixed": --beta). With more than two scales, the coarser ones share beta evenly; a single scale has weight 1. In
+    stage g1, where two generators have three discriminators, D2 takes D1's place, and D3 takes D2's. "off" leaves L_DFM
+    out of G's loss, and its figures are only to look at.
 
     It moves G, and beta's own network, but not D: Eq. 2 has it under min_G, although §III-B speaks of D's update.
 

@@ -367,6 +367,18 @@ def test_a_window_beyond_the_sliders_is_shown_as_it_is(page):
 # ------------------------------------------------------------------------------------------------ painting
 
 
+def test_leaving_asks_first_where_a_drawing_would_be_lost(page):
+    asked = []
+    page.tab.on("dialog", lambda dialog: (asked.append(dialog.type), dialog.accept()))
+    page.stroke((15, 30), (20, 40))
+    page.save("map")
+    page.tab.reload()
+    assert asked == []  # it was saved
+    page.with_slice().stroke((15, 30), (20, 40))
+    page.tab.reload()
+    assert asked == ["beforeunload"]
+
+
 def test_undo_redo_and_clear_go_through_the_steps(page):
     maps = [page.save("map")]
     page.choose("Consolidation")

@@ -447,6 +447,7 @@ function ctPng({ width, height, hu }) {
 const state = {
   map: null, // {name, width, height, labels uint8}; a step begins with a copy, so that those before can be kept
   past: [], future: [], // maps
+  kept: null, // the map that was saved last
   generator: null, // the metadata of the one that is open
   ct: null, // {width, height, hu int16, seconds} of a map
   stale: true, // the map has changed since the slice was asked for
@@ -850,7 +851,13 @@ function wire() {
   on($("undo"), "click", undo);
   on($("redo"), "click", redo);
   on($("clear"), "click", () => step(() => state.map.labels.fill(0)));
-  on($("save-map"), "click", () => saveAs(mapPng(state.map), `${state.map.name}_map.png`));
+  on($("save-map"), "click", () => {
+    saveAs(mapPng(state.map), `${state.map.name}_map.png`);
+    state.kept = state.map;
+  });
+  on(window, "beforeunload", (event) => { // the browser asks, else the drawing would be lost
+    if (state.past.length && state.kept !== state.map) event.preventDefault();
+  });
   on($("save-ct"), "click", () => saveAs(ctPng(state.ct), `${state.map.name}_ct.png`));
   on($("start"), "change", () => {
     startFrom($("start").value);
