@@ -33,7 +33,9 @@ def one_line(mistake):
 # ---- the format
 
 
-@pytest.mark.parametrize("fact", ["LABELS", "COLOURS", "HU_OFFSET", "LARGEST", "LARGEST_FILE", "TURNED", "NEARLY"])
+@pytest.mark.parametrize(
+    "fact", ["LABELS", "COLOURS", "HU_OFFSET", "LARGEST", "LARGEST_FILE", "TURNED", "PURE_AIR", "NEARLY"]
+)
 def test_both_modules_state_the_same_facts_of_the_format(fact):
     assert getattr(covidgan, fact) == getattr(slices, fact)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, draw_chest
 from PIL import Image
 
 import covidgan
@@ -311,6 +311,25 @@ def test_a_second_signal_does_not_stop_what_clears_up_after_the_first():
             assert process.stdout.readline() == "clearing\n"
     out, told = process.communicate(timeout=30)
     assert (out, told, process.returncode) == ("cleared\n", "stopped\n", 130)
+
+
+# ---- maps turned against their slices
+
+
+@pytest.mark.parametrize("shift", [-11, -6, 0, 6, 11])
+@pytest.mark.parametrize("noise", [0, 30])
+def test_a_body_beside_the_middle_of_its_slice_is_not_called_turned(shift, noise):
+    """Where half of what its lungs would be turned onto is the air around it."""
+    hu, labels = draw_chest(6)
+    small = [
+        np.pad(picture[:, ::2, ::2], ((0, 0), (16, 16), (16, 16)), constant_values=air)
+        for picture, air in ((hu, -1000), (labels, 0))
+    ]
+    hu, labels = (np.roll(picture, shift, 1) for picture in small)
+    hu = hu + np.random.default_rng(0).normal(0, noise, hu.shape)
+    assert slices.turned(hu, labels == 1) is None
+    assert slices.turned(hu[0], labels[0] == 1) is None
+    assert shift or "turned" in slices.turned(hu, labels[:, ::-1] == 1)
 
 
 # ---- what a program prints
