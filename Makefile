@@ -1,6 +1,6 @@
 # make demo   phantom data, training, export, synthesis, evaluation: nine minutes on two CPU cores with bfloat16
 # make test   lint and tests
-# make web    paint a map in the browser and see the CT: http://localhost:8000/web/, or make web PORT=8001
+# make web    paint a map in the browser and see the CT: http://localhost:8000/web/, or make web PORT=8642
 PYTHON ?= python3
 PORT ?= 8000
 BIN := .venv/bin
@@ -22,8 +22,8 @@ test: $(BIN)/ready
 
 web:
 	@$(MAKE) --silent runtime || echo "no npm package: the page takes ONNX Runtime Web from its public copy"
-	@$(PYTHON) -c 'import socket; socket.create_server(("127.0.0.1", $(PORT)))' 2> /dev/null || \
-		(echo "error: port $(PORT) is not free: make web PORT=8001" >&2; exit 2)
+	@told=$$($(PYTHON) -c 'import socket; socket.create_server(("127.0.0.1", int("$(PORT)")))' 2>&1 | tail -n 1); \
+		[ -z "$$told" ] || { echo "error: port $(PORT): $$told: give another, as in make web PORT=8642" >&2; exit 2; }
 	@echo "http://localhost:$(PORT)/web/   (Ctrl-C stops it)"
 	@$(PYTHON) -m http.server $(PORT) --bind 127.0.0.1
 

@@ -324,7 +324,7 @@ class PlainStep:
         c, judge = self.c, partial(self.method.d, first=self.method.first_scale(self.stage))
         image, _ = self.method.g(onehot, self.stage)
         onehot, target = self.method.at_stage_size(onehot, target, self.stage)
-        image, target = (self.method.shown(x, onehot) for x in (image, target))
+        image, target = (self.method.seen_by_d(x, onehot) for x in (image, target))
         apart, real, fake = judge(onehot, image.detach()), judge(onehot, target), judge(onehot, image)
         loss_d = sum(covidgan.gan_loss_d(r[-1], f[-1], c.gan) for r, f in zip(real, apart, strict=True))
         loss_dfm, loss_beta, _ = self.method.dfm(real, fake)

@@ -596,6 +596,8 @@ class Covidgan(Method):
         moved = c.dfm in ("learned", "d2") and c.n_dis > 1  # whether anything moves beta
         if c.dfm == "off":
             idle["lambda_dfm"] = dfm
+        elif c.n_dis == 1:  # nothing to weigh
+            idle["dfm"] = "--n-dis 1"
         if c.dfm != "fixed" or c.n_dis == 1:
             idle["beta"] = dfm
         for name, policy in {"beta_margin": "clamp", "beta_entropy": "entropy"}.items():
@@ -1379,9 +1381,9 @@ def keep_freed_memory() -> None:
 LARGEST = 4096  # pixels per side of a slice: a header that claims more is refused before memory is allocated
 LARGEST_FILE = 2**28  # bytes of a slice, map or split
 LUNG_HU = (-1000, -400)  # must contain a patient's mean HU over lung without lesions
-PURE_AIR = -990  # HU: lower is the air around the body, and little else
+AERATED = -500  # HU: what is lower is lung or air, what is higher is tissue
 TURNS = ("as they lie", "rows reversed", "columns reversed", "both reversed", "rows and columns exchanged")
-TURNED = 40  # HU that lungs gain by being turned, if they lie wrong: 14 patients' that lie right lose 104 or more
+TURNED = 40  # HU of tissue that turning takes from lungs that lie wrong: 54 or more of 14 patients', 22 if right
 NEARLY = 120  # of 442 from black to white: a colour as near as this to one of COLOURS means it
 PNG_ERRORS = (OSError, SyntaxError, ValueError, LookupError, TypeError, EOFError, struct.error)  # from Pillow
 PICKLED = r"collections OrderedDict|torch\._utils _rebuild_(tensor|tensor_v2|parameter)|torch \w+Storage"  # of tensors
@@ -1589,11 +1591,12 @@ def load_slices(folder: Path, names: list[str], c: LoopConfig, room: int = 1) ->
 def lung_sums(hu: np.ndarray, lung: np.ndarray) -> np.ndarray:
     """Pixels of a healthy lung, bool [S, S], the sum of HU below it, and such sums turned as TURNS says; [7].
 
-    Lungs that lie right are denser by every turn. In these sums air counts as water, since all around the body is air.
+    Turned, lungs that lie right reach more tissue. In these sums all that is aerated counts alike, as much as the air
+    around the body: no turn can take more from such lungs than their vessels.
     """
     if 100 * np.count_nonzero(lung) < lung.size:  # too few to tell anything
         return np.zeros(2 + len(TURNS))
-    body = np.where(hu < PURE_AIR, 0, hu)
+    body = hu.clip(AERATED, 0)
     turned = [body, *(np.flip(body, axes) for axes in (0, 1, (0, 1))), body.T]
     return np.array([np.count_nonzero(lung), *(one[lung].sum(dtype=float) for one in (hu, *turned))])
 
@@ -1616,8 +1619,8 @@ def check_hu(folder: Path, names: Sequence[str], sums: np.ndarray, peak: int) ->
             told = f"mean {mean:.0f} HU where the patient's maps say lung, which has {LUNG_HU[0]} to {LUNG_HU[1]}"
             raise Mistake(f"{first}: {told}: store HU + {HU_OFFSET}, mend the maps, or overrule by --unchecked")
         if min(means) < means[0] - TURNED:
-            told = f"{means[0]:.0f} HU, with {TURNS[means.index(min(means))]} {min(means):.0f}: they are turned"
-            raise Mistake(f"{first}: the lungs of the patient's maps have {told}: mend them, or give --unchecked")
+            told = f"lie on more tissue than with {TURNS[means.index(min(means))]}: they are turned"
+            raise Mistake(f"{first}: the lungs of the patient's maps {told}: mend them, or give --unchecked")
 
 
 def check_pickle(stream: io.BufferedReader) -> None:
@@ -1825,7 +1828,8 @@ class KnobParser(OneLineParser):
 def parse_config(argv: list[str], method: type[Method] = Covidgan) -> LoopConfig:
     """Command line to a method's options: defaults < preset < (on --resume) the checkpoint's < the options given.
 
-    Raises Mistake for an unknown option or value, one without effect, and a config that cannot work (see check_config).
+    Raises Mistake for an unknown option or value, for the option of a part that is left out, and for a config that
+    cannot work (see check_config).
     """
     options = vars(KnobParser(method).parse_args(argv))
     given = {name: value for name, value in options.items() if value is not None}
@@ -1849,7 +1853,7 @@ def parse_config(argv: list[str], method: type[Method] = Covidgan) -> LoopConfig
     config = method.options(**{**base, **given})
     check_config(config, method)
     for name, why in method.idle(config).items():
-        if name in given:
+        if name in given and given[name] != getattr(method.options, name):  # a default spelled out changes nothing
             raise Mistake(f"--{name.replace('_', '-')}: has no effect with {why}: leave it out")
     return config
 
@@ -2027,7 +2031,8 @@ def exit_on_mistake(program: Callable[[list[str]], None]) -> None:
         program(sys.argv[1:])
         sys.stdout.flush()  # here, where a full disk or a closed pipe can still be told
     except (Mistake, OSError) as mistake:
-        leave(2, f"error: {'standard output: ' * drop_output()}{mistake}")
+        of_output = isinstance(mistake, OSError) and not mistake.filename and drop_output()
+        leave(2, f"error: {'standard output: ' if of_output else ''}{mistake}")
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -2035,6 +2040,8 @@ def exit_on_mistake(program: Callable[[list[str]], None]) -> None:
     except (Stopped, KeyboardInterrupt) as stop:
         sys.unraisablehook = lambda _: None  # objects interrupted while being made complain when deleted
         leave(130, f"\n{str(stop) or 'stopped'}")
+    finally:
+        drop_output()
 
 
 def drop_output() -> bool:

@@ -892,7 +892,7 @@ def whence(out: Path, maps: dict[str, Path], reals: dict[str, Path] | None) -> s
 def check_out(out: Path, inputs: Iterable[Path], sources: Iterable[Path]) -> None:
     """Raise Mistake where OUT cannot be written to, or holds the input itself.
 
-    sources: the folders given. One with maps/ in it is taken for a dataset next time, so OUT is none of them.
+    sources: the folders of slices given. One with maps/ in it is taken for a dataset next time: OUT is none of them.
     """
     folders = [out / kind for kind in ("images", "maps", "panels", "volumes")]
     for folder in (out, *folders):
@@ -1234,9 +1234,10 @@ def main(argv: list[str]) -> int:
     args = parse(argv)
     maps = find_maps(args.maps, args.side)
     reals = find_reals(args.complement, maps) if args.complement else None
-    given = [source for source in (args.maps, args.complement) if source]
-    check_out(args.out, [*maps.values(), *(reals or {}).values()], given)
-    make = make_volumes if is_volume(next(iter(maps.values()))) else make_slices
+    volumes = is_volume(next(iter(maps.values())))
+    folders = [] if volumes else [folder for folder in (args.maps, args.complement) if folder]
+    check_out(args.out, [*maps.values(), *(reals or {}).values()], folders)
+    make = make_volumes if volumes else make_slices
     try:
         return make(args, maps, reals)
     except MemoryError as error:

@@ -213,6 +213,11 @@ def what_moves(c):
     return moved
 
 
+def test_a_default_spelled_out_is_no_mistake():
+    spelled = ["--dfm", "fixed", "--beta-policy", "clamp", "--n-gen", "1", "--fix-global", "0"]
+    assert covidgan.parse_config(spelled) == covidgan.parse_config(["--dfm", "fixed", "--n-gen", "1"])
+
+
 @pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: " ".join(f"{k}={v}" for k, v in setting.items()))
 def test_options_called_idle_move_nothing_and_all_others_something(tiny, setting):
     idle = Covidgan.idle(tiny(**setting))

@@ -34,7 +34,7 @@ def one_line(mistake):
 
 
 @pytest.mark.parametrize(
-    "fact", ["LABELS", "COLOURS", "HU_OFFSET", "LARGEST", "LARGEST_FILE", "TURNED", "PURE_AIR", "NEARLY"]
+    "fact", ["LABELS", "COLOURS", "HU_OFFSET", "LARGEST", "LARGEST_FILE", "TURNED", "AERATED", "NEARLY"]
 )
 def test_both_modules_state_the_same_facts_of_the_format(fact):
     assert getattr(covidgan, fact) == getattr(slices, fact)

@@ -332,6 +332,13 @@ def test_a_body_beside_the_middle_of_its_slice_is_not_called_turned(shift, noise
     assert shift or "turned" in slices.turned(hu, labels[:, ::-1] == 1)
 
 
+def test_one_lung_alone_that_is_denser_than_the_other_is_not_called_turned():
+    hu, labels = draw_chest()
+    right = (labels == 1) & (np.arange(64) < 32)
+    hu[right] = -600
+    assert slices.turned(hu, right) is None
+
+
 # ---- what a program prints
 
 
@@ -343,11 +350,17 @@ def test_a_body_beside_the_middle_of_its_slice_is_not_called_turned(shift, noise
         ("> /dev/full", 2, "error: standard output: [Errno 28] No space left on device\n"),
         (">&-", 0, ""),
         ("2>&- <&-", 0, ""),
+        ("maps > /dev/full", 2, "error: maps: not there\n"),
     ],
-    ids=["full", "closed", "stderr closed"],
+    ids=["full", "closed", "stderr closed", "full, and another mistake"],
 )
 def test_nobody_who_listens_is_no_traceback(module, streams, status, told):
-    program = f"from {module} import exit_on_mistake; exit_on_mistake(lambda argv: print('so far'))"
+    program = f"""from {module} import Mistake, exit_on_mistake
+def main(argv):
+    print('so far')
+    if argv:
+        raise Mistake(argv[0] + ': not there')
+exit_on_mistake(main)"""
     command = f'{sys.executable} -c "{program}" {streams}'
     buffered = {**os.environ, "PYTHONUNBUFFERED": ""}
     done = subprocess.run(command, shell=True, cwd=ROOT, env=buffered, capture_output=True, text=True, timeout=60)

@@ -374,6 +374,9 @@ def test_leaving_asks_first_where_a_drawing_would_be_lost(page):
     page.save("map")
     page.tab.reload()
     assert asked == []  # it was saved
+    page.with_slice().tab.select_option("#start", label="Two lungs")
+    page.tab.reload()
+    assert asked == []  # nothing was drawn
     page.with_slice().stroke((15, 30), (20, 40))
     page.tab.reload()
     assert asked == ["beforeunload"]

@@ -447,7 +447,7 @@ function ctPng({ width, height, hu }) {
 const state = {
   map: null, // {name, width, height, labels uint8}; a step begins with a copy, so that those before can be kept
   past: [], future: [], // maps
-  kept: null, // the map that was saved last
+  kept: null, // the map that was saved, opened or started from last
   generator: null, // the metadata of the one that is open
   ct: null, // {width, height, hu int16, seconds} of a map
   stale: true, // the map has changed since the slice was asked for
@@ -698,6 +698,7 @@ async function openMap(file, content) {
     const map = await readMap(file, new Uint8Array(await content));
     if (turn < turns.map) return;
     replaceMap({ name: file.replace(/\.[^.]*$/, ""), ...map });
+    state.kept = state.map;
     const { width, height } = map, size = state.generator?.size ?? width;
     const note = width === size && height === size ? "" : ` The generator was trained at ${size} x ${size}.`;
     say(`${file}: ${width} x ${height} pixels.${note}`);
@@ -708,8 +709,10 @@ async function openMap(file, content) {
 
 /** Start from the built-in map, "", or an example. */
 async function startFrom(name) {
-  if (!name && ++turns.map) replaceMap(drawLungs(state.generator?.size ?? SIZE));
-  else await openMap(`${name}.png`, get(`../models/examples/${name}.png`, "press \"Open a map\" instead"));
+  if (!name && ++turns.map) {
+    replaceMap(drawLungs(state.generator?.size ?? SIZE));
+    state.kept = state.map;
+  } else await openMap(`${name}.png`, get(`../models/examples/${name}.png`, "press \"Open a map\" instead"));
 }
 
 /** Hand a file to the user, from a promise of it: by then the map may be another, and so its name. */
@@ -856,7 +859,7 @@ function wire() {
     state.kept = state.map;
   });
   on(window, "beforeunload", (event) => { // the browser asks, else the drawing would be lost
-    if (state.past.length && state.kept !== state.map) event.preventDefault();
+    if (state.past.length && state.kept !== state.map) event.returnValue = true; // older browsers want this way
   });
   on($("save-ct"), "click", () => saveAs(ctPng(state.ct), `${state.map.name}_ct.png`));
   on($("start"), "change", () => {
