@@ -993,8 +993,7 @@ def whole_hu(path: Path, voxels: np.ndarray, labels: np.ndarray, unchecked: bool
     lung = labels == 1
     if not unchecked and lung.any() and (wrong := no_lungs_mean(voxels[lung].mean(dtype=float))):
         raise Mistake(f"{path}: {wrong}: convert it to HU")
-    step = max(1, voxels.shape[2] // 128)
-    if not unchecked and (wrong := turned(voxels[:, ::step, ::step], lung[:, ::step, ::step])):
+    if not unchecked and (wrong := turned(voxels, lung)):
         raise Mistake(f"{path}: its map's lung {wrong}: turn one of them, or overrule by --unchecked")
     if not unchecked and low > AIR_HU:
         raise Mistake(f"{path}: {told}, in which air is about -1000: convert it, or overrule by --unchecked")
@@ -1099,7 +1098,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     option("--complement", type=Path, metavar="IMAGES", help="folder of the real slices, or CT volumes, to paste into")
     option("--variants", type=int, default=0, metavar="K", help="make K augmentations of each map instead of it")
     option("--seed", type=int, default=0, help="seed of the variants")
-    option("--unchecked", action="store_true", help="accept real slices and CTs whose lung lacks the HU of lung")
+    option(
+        "--unchecked",
+        action="store_true",
+        help="accept real slices and CTs whose lung lacks the HU of lung, or is turned",
+    )
     option("--panel", action="store_true", help="write pictures of map, synthesis and completion")
     option("--batch", type=int, metavar="N", help="slices at a time; by default 8 on NVIDIA GPUs, else 1")
     option("--provider", choices=("auto", *PROVIDERS), default="auto", help="what the model runs on")

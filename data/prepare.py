@@ -54,6 +54,7 @@ from data.slices import (
     held,
     held_split,
     make_room,
+    reversals,
     slice_name,
     turned,
     write_contact_sheet,
@@ -71,12 +72,7 @@ AUTO = "auto"
 # A public case of Radiopaedia is a patient, with one or more studies and scans: radiopaedia_CASE_STUDY_SCAN.
 PATIENT = r"radiopaedia_\d+(?=_)|.+"
 WAYS = 40_000_000  # of distributing patients are followed, over the square of their number: all for 14 of 600 slices
-# Axes along which a mask [Z, H, W] may be reversed against its CT -> what they are
-REVERSALS = {
-    axes: " and ".join(("slices", "rows", "columns")[axis] for axis in axes)
-    for count in (1, 2, 3)
-    for axes in itertools.combinations(range(3), count)
-}
+REVERSALS = reversals(3)
 SHEET = 60  # pictures at most on a contact sheet
 
 Slice = tuple[int, int]  # (patient, position), counted upwards from the feet
@@ -269,8 +265,7 @@ def check_hu(scan: Scan, hu: np.ndarray, lung: np.ndarray, lesion: np.ndarray) -
 
 def check_turn(scan: Scan, hu: np.ndarray, lung: np.ndarray) -> None:
     """Raise Mistake where a lung mask, bool [Z, H, W], is turned against its CT. No affine is consulted."""
-    step = max(1, hu.shape[2] // 128)
-    if told := turned(hu[:, ::step, ::step], lung[:, ::step, ::step]):
+    if told := turned(hu, lung):
         raise Mistake(f"{scan.lung}: {told}; save both on one grid, or give --unchecked")
 
 
