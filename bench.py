@@ -22,8 +22,8 @@ what OpenVINO does is not known. A fraction above 1 would mean that the ceiling 
 JSON too, and exit status 1. fraction_of_fp32_peak is generator.onnx's, fraction_of_bf16_peak the last stage's training
 step's, where it computes in bfloat16.
 
---device cuda is timed by CUDA events, and memory is PyTorch's only. Of it ceilings and train were run on an H100, see
-docs/speed.md; synth and infer never ran on a GPU.
+--device cuda is timed by CUDA events, and memory is PyTorch's only. Of it ceilings, train and infer were run on an
+H100, see docs/speed.md; synth never ran to its end on a GPU.
 """
 
 import argparse

@@ -109,7 +109,7 @@ class LoopConfig:
     # system
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 autocast where supported natively
-    compile: bool = False  # torch.compile the networks: minutes to start; meant for GPUs, never timed there
+    compile: bool = False  # torch.compile the networks: a minute or more to start; meant for GPUs, never timed there
 
 
 @dataclass(frozen=True)

@@ -330,7 +330,8 @@ def provider_options(
 
     precision: "bf16" lets OpenVINO compute in bfloat16, with "model" it computes in fp32.
     graphs: capture CUDA graphs, see DeviceBinding; only for CUDA.
-    Written from the providers' documents. OpenVINO was run, on a CPU without bfloat16; no GPU or CoreML was at hand.
+    Written from the providers' documents. CUDA was run on an H100, OpenVINO on a CPU
+    without bfloat16, the others never.
     """
     half = str(int(info.get("precision") == "float16"))
     if name == "cuda":  # an exhaustive search would start anew for every size; tf32 would cost three digits
