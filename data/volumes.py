@@ -27,6 +27,7 @@ HEADER = 540  # bytes of the longer header, NIfTI-2's
 MOST = 2**31  # bytes of a volume: 1,000 slices of 512 x 512 in float64
 PIECE = SPARE = 2**20  # bytes unpacked at a time; and bytes that may follow the voxels, unused
 PACKED, MOST_EMPTY = 2**16, 100  # bytes read at a time; and empty streams allowed in a file
+UNEQUAL, TILT = 1.5, 35  # sides of a pixel, as a ratio, and degrees, beyond which slices are hardly axial ones
 # The fields of a header that say where the voxels lie. The rest is not passed on: free text may name a patient.
 GRID_FIELDS = (
     "pixdim", "xyzt_units", "qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d",
@@ -95,8 +96,8 @@ def volume_name(path: Path) -> str:
 def read_volume(path: Path, note: Callable[[str], None] = warn) -> Volume:
     """Read a volume of any real type, whatever its storage order; a last axis of one is dropped.
 
-    A header that does not say how the patient lies gets a `note`. Raises Mistake for a file that is missing, not
-    NIfTI, damaged, not a 3-D volume or without a usable affine.
+    A header that does not say how the patient lies gets a `note`, and so do slices unlike axial ones. Raises Mistake
+    for a file that is missing, not NIfTI, damaged, not a 3-D volume or without a usable affine.
     """
     header, stored = read_stored(path)
     return placed(path, header, stored, note)
@@ -250,7 +251,24 @@ def placed(path: Path, header: nib.Nifti1Header, stored: np.ndarray, note: Calla
     if not has_affine(header) or spacing_alone:
         axes = "".join(nib.aff2axcodes(volume.affine))
         note(f"{path}: does not say how the patient lies; taken as {axes}: see that the spine comes out at the bottom")
+    if unlike := unlike_axial(volume):
+        note(f"{path}: {unlike}: networks here see axial slices of square pixels; resample it to such, or look closely")
     return volume._replace(voxels=to_display(stored, volume))
+
+
+def unlike_axial(volume: Volume) -> str:
+    """In words, by what a volume's slices are not axial ones of square pixels, such as coronal ones; "" where they are.
+
+    A gantry is tilted by up to 30 degrees, and pixels of axial slices are square.
+    """
+    directions = volume.affine[:3, :3] / nib.affines.voxel_sizes(volume.affine)
+    along_rows, along_columns = directions[:, np.argsort(volume.turn[:, 0])[:2]].T
+    normal = np.cross(along_rows, along_columns)
+    tilt = math.degrees(math.acos(min(1, abs(normal[2]) / np.linalg.norm(normal))))
+    height, width = volume.millimetres
+    if max(height, width) > UNEQUAL * min(height, width):
+        return f"pixels of {height:.3g} x {width:.3g} mm"
+    return f"slices tilted by {tilt:.0f} degrees" if tilt > TILT else ""
 
 
 def has_affine(header: nib.Nifti1Header) -> bool:

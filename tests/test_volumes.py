@@ -6,6 +6,7 @@ import itertools
 import nibabel as nib
 import numpy as np
 import pytest
+from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 
 from data import volumes
 from data.slices import Mistake
@@ -166,6 +167,30 @@ def test_a_volume_that_does_not_say_how_the_patient_lies_is_warned_of(tmp_path, 
     volumes.read_volume(tmp_path / "1.nii.gz")
     warning = capsys.readouterr().err
     assert "1.nii.gz" in warning and "how the patient lies" in warning and warning.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("sizes", "tilt", "told"),
+    [
+        ((0.7, 0.7, 5), 0, ""),
+        ((0.7, 0.7, 0.7), 30, ""),  # a gantry's
+        ((0.7, 5, 0.7), 0, "pixels of 5 x 0.7 mm"),  # coronal slices
+        ((5, 0.7, 0.7), 0, "pixels of 0.7 x 5 mm"),  # sagittal ones
+        ((0.7, 0.7, 5), 40, "slices tilted by 40 degrees"),
+    ],
+)
+@pytest.mark.parametrize("codes", ["LPS", "SRA"])
+def test_slices_unlike_axial_ones_are_told(tmp_path, capsys, sizes, tilt, told, codes):
+    turn = np.deg2rad(tilt)
+    about_x = np.array([[1, 0, 0], [0, np.cos(turn), -np.sin(turn)], [0, np.sin(turn), np.cos(turn)]])
+    affine = np.eye(4)
+    affine[:3, :3], affine[:3, 3] = about_x @ np.diag(sizes), (-90, -80, -300)
+    image = nib.Nifti1Image(numbered(), affine)
+    path = tmp_path / "scan.nii.gz"
+    nib.save(image.as_reoriented(ornt_transform(io_orientation(affine), axcodes2ornt(codes))), path)
+    volumes.read_volume(path)
+    said = capsys.readouterr().err
+    assert said.startswith(f"warning: {path}: {told}") if told else said == ""
 
 
 # Masks
