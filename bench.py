@@ -48,7 +48,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 import torch
 import torch.nn.functional as F
 from onnx import TensorProto, helper, numpy_helper
@@ -61,6 +60,7 @@ import eval as evaluation
 import export
 import infer_onnx
 from covidgan import Mistake
+from data.runtime import ort
 from data.slices import LEVEL, WIDTH, read_image, read_map
 
 HERE = Path(__file__).resolve().parent

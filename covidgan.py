@@ -1893,8 +1893,11 @@ def check_values(c: LoopConfig, method: type[Method]) -> None:
     checks = [
         *method.checks(c),
         (c.stage in stages, f"--stage {c.stage!r:.80}: give one of {', '.join(stages)}"),
-        (abs(c.level) <= 1e5, f"--level {c.level:g}: give HU"),
-        (0.1 <= c.width <= 1e5, f"--width {c.width:g}: give a window width of 0.1 to 100,000 HU"),
+        (c.width >= 0.1, f"--width {c.width:g}: give a window width of 0.1 HU or more"),
+        (
+            abs(c.level) + c.width / 2 < 2**15,
+            f"--level {c.level:g} --width {c.width:g}: give a window within 32,767 HU of 0, as files hold no others",
+        ),
         (
             2 <= c.n_labels <= len(LABELS),
             f"--n-labels {c.n_labels}: give 2 to {len(LABELS)}, or LABELS and COLOURS more names and colours, in"

@@ -40,7 +40,6 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 import torch
 import torch.nn.functional as F
 from onnx import TensorProto
@@ -51,6 +50,7 @@ from torch.nn.utils import parametrize
 
 import covidgan
 from covidgan import Mistake, replace
+from data.runtime import ort
 from features import FEATURES, FEATURES_LICENCE, OTHER_WEIGHTS_LICENCE, FeatureNet, find_weights, load_features
 
 CONTRACT = "1"  # incremented when clients would have to change

@@ -50,11 +50,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import onnxruntime as ort
-from onnxruntime.capi import onnxruntime_pybind11_state as ort_state
 from PIL import Image
 from tqdm import tqdm
 
+from data.runtime import ort, ort_state
 from data.slices import (
     AIR_HU,
     COLOURS,
@@ -104,7 +103,6 @@ ORT_ERRORS = (
     RuntimeError,  # from a node that runs out of memory
     MemoryError,
 )
-MOST_HU = 1e5
 ELSEWHERE = b"location"  # the protobuf key that places tensors in other files, at any path
 ORT_FORMAT = b"ORTM"  # marks a file that is not ONNX, and that ONNX Runtime checks less
 TOO_OLD = ("IR version", "opset versions", "model file format version")  # ONNX Runtime's words on too new a file
@@ -119,8 +117,8 @@ TENSORS = {"input map": "tensor(uint8)", "output ct": "tensor(int16)", "output a
 PARSED = {  # metadata in JSON, and the check that each must pass
     "labels": lambda value: type(value) is list and {*map(type, value)} == {str} and len(value) <= len(COLOURS),
     "colours": lambda value: value in [[list(colour) for colour in COLOURS[:n]] for n in range(1, len(COLOURS) + 1)],
-    "level": lambda value: type(value) in (int, float) and abs(value) <= MOST_HU,
-    "width": lambda value: type(value) in (int, float) and 0 < value <= MOST_HU,
+    "level": lambda value: type(value) in (int, float) and math.isfinite(value),
+    "width": lambda value: type(value) in (int, float) and 0 < value < math.inf,
     "size": lambda value: type(value) is int and 1 <= value <= LARGEST,
     "multiple": lambda value: type(value) is int and 1 <= value <= LARGEST // 2,
 }
@@ -306,6 +304,9 @@ def check_model(session: ort.InferenceSession, model: Path, kind: str) -> dict[s
     info |= {key: parsed(model, info, key) for key in PARSED}
     if len(info["colours"]) != len(info["labels"]):
         raise Mistake(f"{model}: {len(info['colours'])} colours of {len(info['labels'])} labels: export it again")
+    if abs(info["level"]) + info["width"] / 2 >= 2**15:
+        told = f"a window of level {info['level']:g} and width {info['width']:g} HU, which its output cannot hold"
+        raise Mistake(f"{model}: {told}: export it again")
     fixed = [side if isinstance(side, int) else None for side in session.get_inputs()[0].shape]
     if len(fixed) != 3 or any(side is not None and not 1 <= side <= LARGEST for side in fixed):
         raise Mistake(f"{model}: its map is of shape {fixed!s:.80}, not [N, H, W]: export it again")

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 import torch
 
 import covidgan
 import export
+from data.runtime import ort
 from data.slices import Mistake, read_split, write_image
 from paper import generators, rivals, runs
 from paper.generators import REPORT

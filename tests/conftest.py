@@ -3,6 +3,7 @@
 import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: runs are compared bit by bit
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # before ONNX Runtime is imported, as in data/runtime.py
 
 import collections
 import signal

@@ -661,6 +661,12 @@ def test_pairs_without_lung_count_as_if_they_were_not_there(sets, features, unet
     assert left_out == absent
 
 
+def test_a_slice_of_air_alone_is_left_out_like_any_without_lung(sets):
+    remove_lung(sets / "real/maps/P00_S000.png")
+    write_image(sets / "real/images/P00_S000.png", np.full((HEIGHT, WIDTH), -1024))
+    assert evaluate(sets)["run"]["pairs"] == {"measured": 8, "without_lung": 1, "patients": 3}
+
+
 def test_training_slices_without_lung_are_left_out_and_counted(sets, capsys):
     remove_lung(*(sets / "train/maps" / f"P90_S00{k}.png" for k in (0, 3)))
     results = evaluate(sets, "--train", sets / "train")

@@ -939,6 +939,7 @@ FOREIGN = {
     "contract": ({"metadata": {**METADATA, "contract": "2"}}, "contract 2"),
     "garbled": ({"metadata": {**METADATA, "size": "?"}}, "metadata size is"),
     "colours": ({"metadata": {**METADATA, "colours": "[[1, 2, 3]]"}}, "metadata colours is"),
+    "window": ({"metadata": {**METADATA, "level": "0", "width": "80000"}}, "level 0 and width 80000 HU"),
 }
 
 
@@ -1350,6 +1351,18 @@ def test_a_model_whose_name_is_no_utf_8_is_opened(infer, maps, model, tmp_path):
     done = script(maps, "--model", odd, "--out", out, "--provider", "cpu", "--threads", "1")
     assert done.returncode == 0, done.stderr
     assert files(out) == whole
+
+
+@pytest.mark.parametrize("name", ["infer_onnx.py", "eval.py", "export.py"])
+def test_onnx_runtime_keeps_no_records_in_the_users_home(maps, model, tmp_path, name):
+    """From 1.29 on it would, and send them. On a build machine it does not by itself, which its variables tell it."""
+    home = tmp_path / "home"
+    home.mkdir()
+    argv = [maps, "--model", model, "--out", tmp_path / "out"] if name == "infer_onnx.py" else ["-h"]
+    env = {"PATH": os.environ["PATH"], "HOME": str(home)}
+    done = subprocess.run([sys.executable, HERE / name, *map(str, argv)], env=env, capture_output=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert not list(home.rglob("*"))
 
 
 @pytest.mark.parametrize("home", [None, "/dev/null/nobody"])

@@ -62,7 +62,8 @@ def clone(tmp_path):
     folder = tmp_path / "clone"
     (folder / "data").mkdir(parents=True)
     shutil.copy(HERE / "infer_onnx.py", folder)
-    shutil.copy(HERE / "data/slices.py", folder / "data")
+    for name in ("runtime.py", "slices.py"):
+        shutil.copy(HERE / "data" / name, folder / "data")
     shutil.copytree(HERE / "models/examples", folder / "models/examples")
     build_generator(folder / "models/covid-ct-256.onnx", metadata={**METADATA, "size": "256"})
     return folder

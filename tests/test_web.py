@@ -753,12 +753,19 @@ def test_a_file_larger_than_any_of_its_kind_is_not_read(page, tmp_path, kind):
     refuses(page, kind, path, f"more than any {kind} has")
 
 
-@pytest.mark.parametrize("value", ["a" * 2000, "a\nb"])
-def test_metadata_that_are_no_plain_line_are_refused(page, generator, tmp_path, value):
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("licence", "a" * 2000, "metadata licence is no plain line"),
+        ("licence", "a\nb", "metadata licence is no plain line"),
+        ("width", "80000", "width 80000 HU"),  # its output is int16
+    ],
+)
+def test_metadata_that_no_export_writes_are_refused(page, generator, tmp_path, key, value, told):
     model = onnx.load(generator)
-    next(entry for entry in model.metadata_props if entry.key == "licence").value = value
+    next(entry for entry in model.metadata_props if entry.key == key).value = value
     onnx.save(model, tmp_path / "a.onnx")
-    refuses(page, "generator", tmp_path / "a.onnx", "metadata licence is no plain line")
+    refuses(page, "generator", tmp_path / "a.onnx", told)
 
 
 # ------------------------------------------------------------------------------------------------ the runtime

@@ -44,12 +44,11 @@ function generatorWorker() {
   const CONTRACT = "1"; // with export.py, whose head has it in full
   const TENSORS = { "input map": "uint8", "output ct": "int16", "output alpha": "float32" };
   const isSide = (value) => Number.isInteger(value) && value >= 1 && value <= 4096; // as LARGEST in data/slices.py
-  const isHu = (value) => Number.isFinite(value) && Math.abs(value) <= 1e5;
   const PARSED = { // metadata that is JSON, and what it must be, as in infer_onnx.py
     labels: (value) => Array.isArray(value) && value.length >= 1 && value.length <= 4
       && value.every((label) => typeof label === "string"),
-    level: isHu,
-    width: (value) => isHu(value) && value > 0,
+    level: Number.isFinite,
+    width: (value) => Number.isFinite(value) && value > 0,
     size: isSide,
     multiple: (value) => isSide(value) && value <= 2048,
   };
@@ -145,6 +144,10 @@ function generatorWorker() {
       throw new Told(`${name}: contract ${short(metadata.contract)}, this page speaks ${CONTRACT}: export it again`);
     }
     const parsed = Object.fromEntries(Object.keys(PARSED).map((key) => [key, parse(name, key, metadata[key])]));
+    if (Math.abs(parsed.level) + parsed.width / 2 >= 2 ** 15) {
+      const told = `a window of level ${parsed.level} and width ${parsed.width} HU, which its output cannot hold`;
+      throw new Told(`${name}: ${told}: export it again`);
+    }
     const fixed = opened.inputMetadata[0].shape.map((side) => (typeof side === "number" ? side : null));
     if (fixed.length !== 3 || fixed.some((side) => side !== null && !isSide(side))) {
       throw new Told(`${name}: its map is of shape ${fixed}, not [N, H, W]: export it again`);
@@ -490,7 +493,7 @@ function keepStep(before) {
   const after = state.map;
   state.map = before;
   if (after.labels.some((label, i) => label !== before.labels[i])) replaceMap(after);
-  else if (chosen("label") > 1 && $("inside").checked) say("Nothing changed: lesions stay inside the lung.");
+  else if (chosen("label") > 1 && $("inside").checked) say("Nothing changed. Lesions stay inside the lung.");
 }
 
 /** Go a step back or on: from one list of maps to the other. */
