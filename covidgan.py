@@ -1895,7 +1895,7 @@ def check_values(c: LoopConfig, method: type[Method]) -> None:
         (c.stage in stages, f"--stage {c.stage!r:.80}: give one of {', '.join(stages)}"),
         (c.width >= 0.1, f"--width {c.width:g}: give a window width of 0.1 HU or more"),
         (
-            abs(c.level) + c.width / 2 < 2**15,
+            abs(c.level) + c.width / 2 <= 2**15 - 1,
             f"--level {c.level:g} --width {c.width:g}: give a window within 32,767 HU of 0, as files hold no others",
         ),
         (

@@ -721,7 +721,10 @@ class Segmentation:
 
     def __init__(self, model: Path, provider: str) -> None:
         self.model, (self.session, info) = model, open_session(model, provider, kind="unet")
-        self.multiple = parsed(model, {"multiple": "16"} | info, "multiple")
+        told = {"multiple": "16", "labels": json.dumps(LABELS)} | info
+        self.multiple, labels = (parsed(model, told, key) for key in ("multiple", "labels"))
+        if labels not in ([*LABELS[:3]], [*LABELS]):
+            raise Mistake(f"{model}: finds {', '.join(labels):.80}: give one that finds {', '.join(LABELS)}")
         self.found: dict[str, list[np.ndarray]] = defaultdict(list)  # row -> [N] of each batch
         self.empty: Counter[str] = Counter()
 

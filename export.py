@@ -547,8 +547,8 @@ def export_unet(checkpoint: dict, digest: str, path: Path, terms: str = TERMS) -
             unet = UNet(config["n_labels"], config["width"])
         unet.load_state_dict(checkpoint["unet"], assign=True)
         deployed = DeployedUNet(unet.float(), level, window).eval()
-        if not (math.isfinite(level) and 0 < window < math.inf):
-            raise ValueError("no window")
+        if not (math.isfinite(level) and 0.1 <= window < math.inf and 2 <= config["n_labels"] <= len(covidgan.LABELS)):
+            raise ValueError("no window, or no labels")
     except (AttributeError, KeyError, OverflowError, RuntimeError, TypeError, ValueError) as error:
         raise Mistake(f"{path}: not written: the U-Net's checkpoint is not whole ({type(error).__name__})") from error
     check_finite(path, unet)

@@ -304,7 +304,7 @@ def check_model(session: ort.InferenceSession, model: Path, kind: str) -> dict[s
     info |= {key: parsed(model, info, key) for key in PARSED}
     if len(info["colours"]) != len(info["labels"]):
         raise Mistake(f"{model}: {len(info['colours'])} colours of {len(info['labels'])} labels: export it again")
-    if abs(info["level"]) + info["width"] / 2 >= 2**15:
+    if abs(info["level"]) + info["width"] / 2 > 2**15 - 1:
         told = f"a window of level {info['level']:g} and width {info['width']:g} HU, which its output cannot hold"
         raise Mistake(f"{model}: {told}: export it again")
     fixed = [side if isinstance(side, int) else None for side in session.get_inputs()[0].shape]

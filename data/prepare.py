@@ -70,6 +70,7 @@ AIR = HELD[0]
 LUNG_HU, TISSUE_HU = (-960, -450), (-100, 200)
 AUTO = "auto"
 # A public case of Radiopaedia is a patient, with one or more studies and scans: radiopaedia_CASE_STUDY_SCAN.
+CONSOLIDATION_ABOVE = -400.0  # HU
 PATIENT = r"radiopaedia_\d+(?=_)|.+"
 WAYS = 40_000_000  # of distributing patients are followed, over the square of their number: all for 14 of 600 slices
 REVERSALS = reversals(3)
@@ -479,7 +480,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     option("--stacked", action="store_true", help="the three are files, each slice in them a patient of its own")
     help_ = "lesion masks hold 0 and 1 for any lesion, divided by density; --no-binary: 1 is only ground glass"
     option("--binary", action=argparse.BooleanOptionalAction, help=help_)
-    option("--consolidation-above", type=float, default=-400.0, metavar="HU", help="where --binary divides lesions")
+    help_ = f"where --binary divides lesions (default: {CONSOLIDATION_ABOVE:g})"
+    option("--consolidation-above", type=float, metavar="HU", help=help_)
     option("--masked-only", action="store_true", help="leave out volumes without masks instead of refusing")
     option("--patient", type=regex, default=PATIENT, metavar="REGEX", help="the part of a name that is the patient")
     option("--out", type=Path, default=Path("data/radiopaedia"), help="folder to write")
@@ -498,12 +500,21 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         if getattr(args, name) is None and (args.src is None or args.stacked):
             raise Mistake(f"--{name}: missing; give it, or SRC with {IMAGES}, {LUNG_MASKS} and {LESION_MASKS} in it")
         setattr(args, name, getattr(args, name) or str(Path(args.src) / folder))
-    if args.stacked and args.exclude_patient:
-        raise Mistake("--exclude-patient: slices of a stack have no names to exclude them by; leave it out")
+    named = {
+        "exclude-patient": args.exclude_patient,
+        "masked-only": args.masked_only,
+        "patient": args.patient != PATIENT,
+    }
+    if args.stacked and (given := [f"--{option}" for option, value in named.items() if value]):
+        raise Mistake(f"{', '.join(given)}: slices of a stack have no names to choose them by; leave it out")
+    if args.consolidation_above is not None and not args.binary:
+        raise Mistake("--consolidation-above: it divides the lesions of --binary masks; give that too, or leave it out")
+    if args.consolidation_above is None:
+        args.consolidation_above = CONSOLIDATION_ABOVE
     if not 1 <= args.size <= LARGEST or args.seed < 0 or not args.grey_window[0] < args.grey_window[1]:
         raise Mistake(f"--size must be 1 to {LARGEST}, --seed at least 0 and --grey-window LOW below HIGH")
     if not all(math.isfinite(hu) for hu in (*args.grey_window, args.consolidation_above)):
-        raise Mistake("--grey-window, --consolidation-above: give HU that are finite")
+        raise Mistake("--grey-window and --consolidation-above: give HU that are finite")
     return args
 
 

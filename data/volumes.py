@@ -302,7 +302,7 @@ def lay_on_grid(stored: np.ndarray, affine: np.ndarray, like: Volume) -> np.ndar
         return None
     after = to_index @ inv_ornt_aff(axes, stored.shape)  # the identity, if the grids are the same
     corners = np.array([(*corner, 1) for corner in itertools.product(*((0, n - 1) for n in like.shape))])  # [8, 4]
-    return turned if np.abs(corners @ after.T - corners).max() < 0.5 else None  # a voxel off is another grid
+    return turned if np.abs(corners @ after.T - corners).max() < 0.5 else None  # half a voxel off is another grid
 
 
 def to_display(stored: np.ndarray, like: Volume) -> np.ndarray:

@@ -134,7 +134,7 @@ MISTAKES = {
     "one label": (["--n-labels", 1], "--n-labels"),
     "labels without a name": (["--n-labels", 5], "--n-labels 5: give 2 to 4"),
     "odd width": (["--ngf", 9], "--ngf"),
-    "window beyond int16": (["--level", 0, "--width", 80000], "--level 0 --width 80000"),
+    "window beyond int16": (["--level", 0, "--width", 65535], "--level 0 --width 65535"),
     "no window": (["--width", 0], "--width 0"),
     "resize below 1": (["--resize", 0.5], "--resize"),
     "adam": (["--adam-beta1", 1.5], "--adam-beta1"),

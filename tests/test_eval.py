@@ -617,6 +617,16 @@ def test_a_unet_whose_map_is_no_labels_of_its_slice_is_refused(sets):
         evaluate(sets, "--unet", path)
 
 
+@pytest.mark.parametrize("labels", [["background", "lung"], ["background", "nodule", "lung", "vessel"]])
+def test_a_unet_of_other_labels_is_refused_and_not_a_bad_one(sets, labels):
+    outputs = {"map": (TensorProto.UINT8, ["N", "H", "W"])}
+    node = helper.make_node("Cast", ["ct"], ["map"], to=TensorProto.UINT8)
+    told = {"kind": "unet", "labels": json.dumps(labels)}
+    path = save_model(sets / "odd.onnx", [node], {"ct": TensorProto.INT16}, outputs, **told)
+    with pytest.raises(Mistake, match=rf"odd\.onnx: finds {', '.join(labels)}: give one that finds background, lung"):
+        evaluate(sets, "--unet", path)
+
+
 @pytest.mark.parametrize("error", [RuntimeError("bad allocation"), MemoryError()])
 def test_a_failure_of_onnx_runtime_is_a_mistake_that_names_the_model_and_the_mend(error):
     class Session:

@@ -702,6 +702,15 @@ def test_a_unet_of_another_window_and_licence_keeps_them(unet, tmp_path):
     assert "CC0, made up" in made.metadata["licence"] and export.TERMS in unet.metadata["licence"]
 
 
+@pytest.mark.parametrize("config", [{"n_labels": 1}, {"n_labels": 6}, {"window": 0.0}])
+def test_a_unet_of_no_window_or_of_other_labels_is_refused(config, tmp_path):
+    config = {"n_labels": 4, "width": 4, "level": -600.0, "window": 1500.0} | config
+    checkpoint = {"kind": "unet", "config": config, "unet": UNet(config["n_labels"], 4).state_dict()}
+    with pytest.raises(Mistake, match="is not whole"):
+        export.export_unet(checkpoint, "0" * 64, tmp_path / "unet.onnx")
+    assert not list(tmp_path.iterdir())
+
+
 def test_unets_contract_metadata_and_cleanness(unet):
     assert values_of(unet.model.graph.input) == {"ct": ("int16", ["N", "H", "W"])}
     assert values_of(unet.model.graph.output)["map"][0] == "uint8"

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -939,7 +940,7 @@ FOREIGN = {
     "contract": ({"metadata": {**METADATA, "contract": "2"}}, "contract 2"),
     "garbled": ({"metadata": {**METADATA, "size": "?"}}, "metadata size is"),
     "colours": ({"metadata": {**METADATA, "colours": "[[1, 2, 3]]"}}, "metadata colours is"),
-    "window": ({"metadata": {**METADATA, "level": "0", "width": "80000"}}, "level 0 and width 80000 HU"),
+    "window": ({"metadata": {**METADATA, "level": "10000", "width": "45536"}}, "level 10000 and width 45536 HU"),
 }
 
 
@@ -1353,9 +1354,9 @@ def test_a_model_whose_name_is_no_utf_8_is_opened(infer, maps, model, tmp_path):
     assert files(out) == whole
 
 
-@pytest.mark.parametrize("name", ["infer_onnx.py", "eval.py", "export.py"])
+@pytest.mark.parametrize("name", ["infer_onnx.py", "eval.py", "export.py", "bench.py"])
 def test_onnx_runtime_keeps_no_records_in_the_users_home(maps, model, tmp_path, name):
-    """From 1.29 on it would, and send them. On a build machine it does not by itself, which its variables tell it."""
+    """From 1.29 on it would, as soon as it is imported, and send them, but on build machines, by their variables."""
     home = tmp_path / "home"
     home.mkdir()
     argv = [maps, "--model", model, "--out", tmp_path / "out"] if name == "infer_onnx.py" else ["-h"]
@@ -1363,6 +1364,12 @@ def test_onnx_runtime_keeps_no_records_in_the_users_home(maps, model, tmp_path, 
     done = subprocess.run([sys.executable, HERE / name, *map(str, argv)], env=env, capture_output=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert not list(home.rglob("*"))
+
+
+def test_all_import_onnx_runtime_from_where_its_records_are_turned_off():
+    scripts = [path for folder in (".", "data", "paper") for path in (HERE / folder).glob("*.py")]
+    found = [path.name for path in scripts if re.search(r"^\s*(import|from) onnxruntime\b", path.read_text(), re.M)]
+    assert len(scripts) > 20 and found == ["runtime.py"]
 
 
 @pytest.mark.parametrize("home", [None, "/dev/null/nobody"])

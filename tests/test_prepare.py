@@ -477,7 +477,8 @@ BAD_CALLS = {
     "no slice for training": (["--split", "0,73,73"], "--split 0,73,73: "),
     "a window upside down": (["--grey-window", 250, -1250], "--grey-window"),
     "a window that is no number": (["--grey-window", "nan", 250], "--grey-window"),
-    "a density that is no number": (["--consolidation-above", "nan"], "--consolidation-above"),
+    "a density that is no number": (["--binary", "--consolidation-above", "nan"], "--consolidation-above: give HU"),
+    "a density that divides nothing": (["--consolidation-above", -100], "--consolidation-above: it divides"),
 }
 
 
@@ -777,8 +778,9 @@ def test_in_a_stack_each_slice_is_a_patient_of_its_own(tmp_path, out, capsys):
     sides = [{name.split("_")[0] for name in split[side]} for side in ("train", "test", "seg_test")]
     assert [len(side) for side in sides] == [6, 2, 2] and len(set.union(*sides)) == 10
     assert split["drawn"]["patients"]["3"] == ["tr[2]"]
-    with pytest.raises(Mistake, match="--exclude-patient"):
-        prepare.main(["--stacked", *files_, "--exclude-patient", "3"])
+    for given in (["--exclude-patient", "3"], ["--masked-only"], ["--patient", "zzz"]):
+        with pytest.raises(Mistake, match=f"^{given[0]}: slices of a stack have no names"):
+            prepare.main(["--stacked", *files_, *given])
     np.testing.assert_array_equal(hu_of(out, "P03_S002"), body(depth=10)[0][2].clip(-1024))
     told = capsys.readouterr().out
     rows = {line.split()[0]: line.split()[1:3] for line in told.splitlines()}

@@ -144,7 +144,7 @@ function generatorWorker() {
       throw new Told(`${name}: contract ${short(metadata.contract)}, this page speaks ${CONTRACT}: export it again`);
     }
     const parsed = Object.fromEntries(Object.keys(PARSED).map((key) => [key, parse(name, key, metadata[key])]));
-    if (Math.abs(parsed.level) + parsed.width / 2 >= 2 ** 15) {
+    if (Math.abs(parsed.level) + parsed.width / 2 > 2 ** 15 - 1) {
       const told = `a window of level ${parsed.level} and width ${parsed.width} HU, which its output cannot hold`;
       throw new Told(`${name}: ${told}: export it again`);
     }
