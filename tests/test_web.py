@@ -438,7 +438,7 @@ def test_lesions_stay_inside_the_lung_unless_told_otherwise(page):
     page.choose("Consolidation")
     page.set("size", 20)
     page.stroke((3, 3))
-    assert "lesions stay inside the lung" in page.line()
+    assert "Lesions stay inside the lung" in page.line()
     page.stroke((SIZE // 2, 40), (10, 40))
     inside = page.save("map")
     assert (inside == 3).any() and np.array_equal(inside > 0, before > 0)
