@@ -117,8 +117,8 @@ TENSORS = {"input map": "tensor(uint8)", "output ct": "tensor(int16)", "output a
 PARSED = {  # metadata in JSON, and the check that each must pass
     "labels": lambda value: type(value) is list and {*map(type, value)} == {str} and len(value) <= len(COLOURS),
     "colours": lambda value: value in [[list(colour) for colour in COLOURS[:n]] for n in range(1, len(COLOURS) + 1)],
-    "level": lambda value: type(value) in (int, float) and math.isfinite(value),
-    "width": lambda value: type(value) in (int, float) and 0 < value < math.inf,
+    "level": lambda value: type(value) in (int, float) and abs(value) < 2**15,
+    "width": lambda value: type(value) in (int, float) and 0 < value < 2**16,
     "size": lambda value: type(value) is int and 1 <= value <= LARGEST,
     "multiple": lambda value: type(value) is int and 1 <= value <= LARGEST // 2,
 }
@@ -331,8 +331,8 @@ def provider_options(
 
     precision: "bf16" lets OpenVINO compute in bfloat16, with "model" it computes in fp32.
     graphs: capture CUDA graphs, see DeviceBinding; only for CUDA.
-    Written from the providers' documents. CUDA was run on an H100, OpenVINO on a CPU
-    without bfloat16, the others never.
+    Written from the providers' documents. CUDA was run on an H100, OpenVINO on a CPU without
+    bfloat16, the others never.
     """
     half = str(int(info.get("precision") == "float16"))
     if name == "cuda":  # an exhaustive search would start anew for every size; tf32 would cost three digits
