@@ -1,4 +1,4 @@
-# make demo   phantom data, training, export, synthesis, evaluation: nine minutes on two CPU cores with bfloat16
+# make demo   phantom data, training, export, synthesis, evaluation: nine minutes on two CPU cores with bfloat16, 26 without
 # make test   lint and tests
 # make web    paint a map in the browser and see the CT: http://localhost:8000/web/, or make web PORT=8642
 PYTHON ?= python3
