@@ -261,13 +261,12 @@ def unlike_axial(volume: Volume) -> str:
 
     A gantry is tilted by up to 30 degrees, and pixels of axial slices are square.
     """
-    directions = volume.affine[:3, :3] / nib.affines.voxel_sizes(volume.affine)
-    along_rows, along_columns = directions[:, np.argsort(volume.turn[:, 0])[:2]].T
-    normal = np.cross(along_rows, along_columns)
-    tilt = math.degrees(math.acos(min(1, abs(normal[2]) / np.linalg.norm(normal))))
     height, width = volume.millimetres
     if max(height, width) > UNEQUAL * min(height, width):
         return f"pixels of {height:.3g} x {width:.3g} mm"
+    columns, rows = volume.affine[:3, np.argsort(volume.turn[:, 0])[:2]].T  # the way that each goes on, in the world
+    normal = np.cross(columns, rows)
+    tilt = math.degrees(math.acos(min(1, abs(normal[2]) / np.linalg.norm(normal))))
     return f"slices tilted by {tilt:.0f} degrees" if tilt > TILT else ""
 
 
