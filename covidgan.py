@@ -1690,6 +1690,16 @@ def read_checkpoint(path: Path, method: type[Method]) -> dict[str, Any]:
     return checkpoint
 
 
+def restore(checkpoint: dict[str, Any], method: type[Method]) -> tuple[Method, LoopConfig]:
+    """A method as its checkpoint left it, on the CPU, its generator with the average weights where there are any."""
+    c = method.options(**checkpoint["config"])
+    restored = method(c)
+    restored.load_state_dict(checkpoint["networks"])
+    if checkpoint.get("average"):
+        restored.generator().load_state_dict(checkpoint["average"])
+    return restored.eval(), c
+
+
 def is_of(value: Any, kind: Any) -> bool:
     """Whether an option of this type may have this value; a string must be printable."""
     if get_origin(kind) is Literal:
