@@ -132,10 +132,10 @@ def open_session(
         except (*ORT_ERRORS, OSError) as error:
             reason = f"did not start ({first_line(error)})"
         if not reason:
-            how = f", threads: {threads}" if name == "cpu" else ""
+            how = f"cpu, threads: {threads}" if name == "cpu" else name
             better = "".join(f"; not {', '.join(names)}: {why}" for why, names in reasons.items())
             if not quiet:
-                print(f"{model} runs on {name}{how}{better}", file=sys.stderr)
+                print(f"{model} runs on {how}{better}", file=sys.stderr)
             return session, info
         reasons.setdefault(reason, []).append(name)
     raise Mistake(f"--provider {provider}: {reason}: --provider auto takes the best there is")
@@ -170,10 +170,9 @@ def check_model(session: ort.InferenceSession, model: Path, kind: str) -> dict[s
 
 def parsed(model: Path, info: dict[str, str], key: str) -> Any:
     """An entry of a model's metadata in JSON: labels, size, multiple (pixels), level or width (HU). Raises Mistake."""
-    try:
+    value = None
+    with contextlib.suppress(ValueError):
         value = json.loads(info[key])
-    except ValueError:
-        value = None
     wanted = {"labels": list, "size": int, "multiple": int}.get(key, int | float)
     if not isinstance(value, wanted) or (key in ("size", "multiple", "width") and value <= 0):
         raise Mistake(f"{model}: metadata {key} is {info[key]}: export it again")
@@ -204,10 +203,7 @@ class Generator:
         self.bound: dict[Shape, Binding] = {}
 
     def __call__(self, maps: np.ndarray) -> np.ndarray:
-        """Pad with background on the right and at the bottom, synthesize, crop.
-
-        Raises Mistake where ONNX Runtime fails, or the maps are larger than a model of fixed size.
-        """
+        """Pad with background, synthesize, crop. Raises Mistake where ONNX Runtime fails or a map is too large."""
         n, height, width = maps.shape
         shape = (self.info["fixed"][0] or self.graph_batch or n, *canvas(height, width, self.info))
         try:
@@ -217,8 +213,7 @@ class Generator:
                 self.bound[shape] = Binding(self.session, shape, len(self.bound) + 1 if self.graph_batch else None)
             ct = self.bound[shape].run(padded)
         except ORT_ERRORS as error:
-            mend = "try a smaller --batch or smaller maps"
-            raise Mistake(f"{first_line(error)}: is there memory for {shape}? {mend}") from error
+            raise Mistake(f"{first_line(error)}: is there memory for {shape}? Try a smaller --batch") from error
         return ct[:n, :height, :width].copy()  # the next batch overwrites it
 
 
@@ -269,8 +264,8 @@ def find_reals(source: Path, maps: dict[str, Path]) -> dict[str, Path]:
     """The real slices or volumes by name: of a folder or a dataset's images/, or the one file for the one map given."""
     found = find_files(source, "images")
     if source.is_dir():
-        numbered = {name: f"{name}_0000" for name in maps if name not in found}  # nnU-Net's names of images
-        return found | {name: found[other] for name, other in numbered.items() if other in found}
+        numbered = {name: found[f"{name}_0000"] for name in maps if f"{name}_0000" in found}  # nnU-Net's names
+        return numbered | found
     if len(maps) > 1:
         raise Mistake(f"{source}: one file for {len(maps)} maps: --complement wants the folder of the real slices")
     return dict.fromkeys(maps, source)
@@ -296,9 +291,8 @@ def is_volume(path: Path) -> bool:
 
 def plan(maps: dict[str, Path], variants: int) -> list[Job]:
     """What to make of maps: of each a slice or volume, or its variants 1, 2, ..."""
-    if not variants:
-        return [Job(name, path, name, 0) for name, path in maps.items()]
-    return [Job(f"{name}v{k:02d}", path, name, k) for name, path in maps.items() for k in range(1, variants + 1)]
+    numbers = range(1, variants + 1) if variants else [0]
+    return [Job(f"{name}v{k:02d}" if k else name, path, name, k) for name, path in maps.items() for k in numbers]
 
 
 def load(job: Job, n_labels: int, reals: dict[str, Path] | None, seed: int, unchecked: bool = False) -> Case | None:
@@ -351,9 +345,6 @@ def read_volumes(path: Path, real_path: Path | None, n_labels: int) -> tuple[np.
     return labels, np.rint(ct.voxels).astype(np.int16), ct
 
 
-# ------------------------------------------------------------------------------------------------ augmentation
-
-
 def augmentation(height: int, width: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Random resize and crop, rotation and elastic displacement, as in training (Table I).
 
@@ -380,13 +371,11 @@ def sample_nearest(labels: np.ndarray, rows: np.ndarray, columns: np.ndarray) ->
 
 
 def sample_bicubic(hu: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """HU int16 [H, W] taken from rows and columns by cubic convolution, the border's value beyond the border.
-
-    Linear interpolation would blur what others train on as real. Overshoot at edges is clipped to the slice's range.
-    """
+    """HU int16 [H, W] taken from rows and columns by cubic convolution, within its own range; its border goes on."""
     framed = np.pad(hu.astype(np.float32), 2, mode="edge")
     rows, columns = rows.clip(0, hu.shape[0] - 1), columns.clip(0, hu.shape[1] - 1)
     y, x = rows.astype(int), columns.astype(int)
+    # linear interpolation would blur what others train on as real
     down, across = cubic_weights(rows - y), cubic_weights(columns - x)
     lines = (sum(across[j] * framed[y + 1 + i, x + 1 + j] for j in range(4)) for i in range(4))
     mixed = sum(weight * line for weight, line in zip(down, lines, strict=True))
@@ -407,13 +396,14 @@ def run(
     jobs: list[Job],
     generator: Generator,
     n: int,
-    reader: Callable[[Job], Case | None],
+    reader: Callable[[Job], Case | str | None],
     writer: Callable[[Case, np.ndarray], None],
 ) -> tuple[int, int, list[str]]:
     """Make slices or volumes, reading and writing in other threads while the model runs in this one.
 
     n: slices at a time, neighbours of equal size; volumes are made one by one, to save memory.
-    Returns how many were written, how many have no lung, and a line about each faulty one.
+    reader: gives a case, None where there is no lung, or a line about what is faulty.
+    Returns how many were written, how many have no lung, and the lines about the faulty ones.
     """
     without, faults, notes = 0, [], []
     volumes = any(is_volume(job.path) for job in jobs)
@@ -426,20 +416,15 @@ def run(
             told.append(line)
             bar.write(line, file=sys.stderr)
 
-    def read(job: Job) -> Case | str | None:
-        try:
-            return reader(job)
-        except Mistake as mistake:
-            return f"error: {mistake}"
-
     def sound(found: Iterable[Case | str | None]) -> Iterator[Case]:
         nonlocal without
         for case in found:
-            without += case is None
-            if isinstance(case, str):
-                tell(case, faults)
-            elif case:
+            if isinstance(case, Case):
                 yield case
+            elif case is None:
+                without += 1
+            else:
+                tell(f"error: {case}", faults)
 
     def synthesized(cases: Iterable[Case]) -> Iterator[tuple[Case, np.ndarray]]:
         for (*_, height, width), group in groupby(cases, lambda case: case.labels.shape):
@@ -453,7 +438,7 @@ def run(
                         tell(f"error: {case.job.path}: {mistake}", faults)
 
     with tqdm(total=None if volumes else len(jobs), unit=" slices") as bar, ThreadPoolExecutor(workers) as pool:
-        cases = sound(ahead(pool, read, jobs, depth))
+        cases = sound(ahead(pool, reader, jobs, depth))
         written = sum(1 for _ in ahead(pool, lambda made: writer(*made), synthesized(cases), depth))
     return written, without, faults
 
@@ -463,7 +448,7 @@ def synthesize(batch: list[Case], generator: Generator, n: int, bar: tqdm) -> li
 
     A volume's slices without lung hold the window's floor. Raises Mistake as the generator does.
     """
-    stack = batch[0].labels.ndim == 3
+    stack = batch[0].labels.ndim == 3  # a volume
     labels = batch[0].labels if stack else np.stack([case.labels for case in batch])  # [N, H, W]
     floor = np.clip(round(generator.info["level"] - generator.info["width"] / 2), *HELD)
     hu = np.full(labels.shape, floor, np.int16)
@@ -516,7 +501,7 @@ def write(case: Case, lung: np.ndarray, args: argparse.Namespace, info: dict[str
 
 
 def encode(hu: np.ndarray, form: str, info: dict[str, Any]) -> bytes:
-    """HU int16 [H, W] as a file of a format; NIfTI is a volume [W, H, 1] in display, of 1 mm since a PNG does not say."""
+    """HU int16 [H, W] as a file of a format; NIfTI is a volume [W, H, 1] in LPS axes, a pixel counts as 1 mm."""
     if form == "png16":
         return slices.png((hu + slices.HU_OFFSET).astype(np.uint16))
     if form == "png8":
@@ -539,14 +524,12 @@ def start(content: bytes, name: str, options: dict[str, str], threads: int) -> o
     settings = ort.SessionOptions()
     settings.intra_op_num_threads = threads
     settings.enable_mem_pattern = name != "dml"  # DirectML refuses it
-    chain: list[Any] = [(PROVIDERS[name], options)]
+    chain: list[Any] = [(PROVIDERS[name], options), *([PROVIDERS["cpu"]] if name != "cpu" else [])]
+    if name == "tensorrt":  # it has no int16: the last node runs on CUDA
+        chain.insert(1, (PROVIDERS["cuda"], provider_options("cuda", {})))
     if name == "openvino" and (devices := openvino_devices()):  # a plugin is addressed by its devices, not by name
         settings.add_provider_for_devices(devices, options)
         chain = []
-    elif name == "tensorrt":  # it has no int16: the last node runs on CUDA
-        chain.append((PROVIDERS["cuda"], provider_options("cuda", {})))
-    if chain and name != "cpu":
-        chain.append(PROVIDERS["cpu"])
     ort.set_default_logger_severity(4)  # what does not load is reported in one line of our own
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # providers print some of their errors
@@ -560,7 +543,7 @@ def start(content: bytes, name: str, options: dict[str, str], threads: int) -> o
 def provider_options(
     name: str, info: dict[str, Any], shapes: Sequence[Shape] = (), precision: str = "model", graphs: bool = False
 ) -> dict[str, str]:
-    """Options of a provider for a model's metadata, as the providers' documents say.
+    """Options of a provider for a model's metadata.
 
     shapes: the largest batch of each size to come, for TensorRT. graphs: capture CUDA graphs, for CUDA, see Binding.
     precision: "bf16" lets OpenVINO compute in bfloat16, with "model" it computes in fp32.
@@ -592,12 +575,10 @@ def provider_options(
 
 def cache_folder(info: dict[str, Any]) -> str | None:
     """A checkpoint's folder for what fits only it, one GPU, driver and TensorRT: never copy it. None without a home."""
-    try:
+    with contextlib.suppress(OSError, RuntimeError):
         folder = Path.home() / ".cache" / "covidgan" / info.get("checkpoint_sha256", "")[:16]
         folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError):
-        return None
-    return str(folder)
+        return str(folder)
 
 
 def obstacle(name: str) -> str:
@@ -624,10 +605,8 @@ def openvino_devices() -> list[Any] | None:
 
 def nvidia_driver() -> ctypes.CDLL | None:
     """The driver's library, where there is one."""
-    try:
+    with contextlib.suppress(OSError):
         return ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
-    except OSError:
-        return None
 
 
 def loader_error(name: str) -> str:
@@ -743,9 +722,7 @@ def make(args: argparse.Namespace) -> int:
     reals = find_reals(args.complement, maps) if args.complement else None
     what = "volumes" if is_volume(next(iter(maps.values()))) else "slices"
     if what == "volumes" and (args.format or args.variants or args.panel):
-        raise Mistake(
-            f"{args.maps}: of volumes: --format, --variants and --panel go with PNG maps alone: leave them out"
-        )
+        raise Mistake(f"{args.maps}: of volumes: --format, --variants and --panel go with PNG maps: leave them out")
     args.format = "volume" if what == "volumes" else args.format or "png16"
     jobs = plan(maps, args.variants)
     folders = {path.parent for path in targets(jobs[0], args)}
@@ -762,15 +739,18 @@ def make(args: argparse.Namespace) -> int:
     n = info["fixed"][0] or args.batch or (NVIDIA_BATCH if session.get_providers()[0] in NVIDIA else 1)
     generator = Generator(session, info, n if args.cuda_graph else None)
 
-    def reader(job: Job) -> Case | None:
-        case = load(job, len(info["labels"]), reals, args.seed, args.unchecked)
+    def reader(job: Job) -> Case | str | None:
+        try:
+            case = load(job, len(info["labels"]), reals, args.seed, args.unchecked)
+        except Mistake as mistake:
+            return str(mistake)
         for path in targets(job, args) if case is None else ():  # of a map that had lung before
             path.unlink(missing_ok=True)
         return case
 
     mine = jobs[args.part - 1 :: args.parts]
     todo = [job for job in mine if not is_made(targets(job, args), (job.path, (reals or {}).get(job.source)))]
-    print(f"{len(maps)} maps: {len(mine) - len(todo)} {what} finished, {len(todo)} to make, {n} slices at a time")
+    print(f"{len(jobs)} {what}: {len(mine) - len(todo)} finished, {len(todo)} to make, {n} slices at a time")
     if args.dry_run:
         print(f"provider options: {session.get_provider_options()[session.get_providers()[0]]}")
         return 0

@@ -10,7 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import imageio.v3 as iio
-import nibabel
 import numpy as np
 import onnx
 import onnxruntime as ort
@@ -20,10 +19,10 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 import infer_onnx
+from data import volumes
 from data.slices import COLOURS, LABELS, Mistake, coloured, read_image, read_map, windowed, write_image, write_map
 
 HERE = Path(__file__).resolve().parent.parent
-CASES = HERE.parent / "shared" / "cases" / "make_cases.py"
 METADATA = {
     "kind": "generator",
     "contract": "1",
@@ -158,22 +157,6 @@ def test_a_map_of_any_size_is_padded_with_background_to_two_multiples_at_least_a
         assert np.array_equal(read_image(out / "images" / f"{name}.png"), expected)
 
 
-def test_a_call_leaves_nothing_behind_for_the_next_of_its_shape(model):
-    generator = infer_onnx.Generator(*infer_onnx.open_session(model, "cpu"))
-    large, small = np.full((2, 64, 64), 3, np.uint8), np.ones((1, 50, 60), np.uint8)
-    first = generator(large)
-    kept = first.copy()
-    again = generator(np.concatenate([small, small]))
-    assert np.array_equal(first, kept)
-    fresh = infer_onnx.Generator(*infer_onnx.open_session(model, "cpu"))(small)
-    assert np.array_equal(again, np.concatenate([fresh, fresh]))
-
-
-def test_batches_change_nothing(infer, maps):
-    outs = [infer(maps, "--batch", n, "--panel", out=f"out{n}")[1] for n in (1, 2, 5)]
-    assert files(outs[0]) == files(outs[1]) == files(outs[2])
-
-
 def test_a_model_of_fixed_size_takes_smaller_maps_and_refuses_larger_ones(infer, maps, tmp_path):
     fixed = build_generator(tmp_path / "fixed.onnx", shape=(2, 64, 64))
     status, out, told = infer(maps, model=fixed)
@@ -183,9 +166,6 @@ def test_a_model_of_fixed_size_takes_smaller_maps_and_refuses_larger_ones(infer,
     pair = np.stack([draw_map(shift=2), np.zeros((64, 64), np.uint8)])
     assert np.array_equal(read_image(out / "images/P01_S002.png"), session.run(["ct"], {"map": pair})[0][0].clip(-1024))
     assert "P01_S003.png: 50 x 70 pixels" in told
-
-
-# ------------------------------------------------------------------------------------------------ completion and panels
 
 
 @pytest.fixture
@@ -319,14 +299,11 @@ def test_a_real_slice_is_resampled_with_its_variant_s_map(infer, tmp_path):
         assert (read_image(out / f"images/P00_S000v0{k}.png")[inner] == 500).all()
 
 
-# ------------------------------------------------------------------------------------------------ formats
-
-
 def test_every_format_holds_the_same_hu(infer, maps, images):
     read = {
         "png16": lambda stem: read_image(stem.with_suffix(".png")),
         "npy": lambda stem: np.load(stem.with_suffix(".npy")),
-        "nifti": lambda stem: np.asarray(nibabel.load(stem.with_suffix(".nii.gz")).dataobj)[..., 0].T,
+        "nifti": lambda stem: volumes.read_volume(stem.with_suffix(".nii.gz")).voxels[0],  # in display
     }
     hu = {}
     for form, reader in read.items():
@@ -338,15 +315,6 @@ def test_every_format_holds_the_same_hu(infer, maps, images):
             assert hu[form][name].dtype == np.int16
             assert np.array_equal(hu[form][name], expected)
         assert np.array_equal(iio.imread(out / "images" / f"{name}.png"), windowed(expected, -600, 1500))
-
-
-def test_a_nifti_slice_is_read_in_display_as_it_was(infer, maps):
-    from data.volumes import read_volume
-
-    _, out, _ = infer(maps, "--format", "nifti")
-    volume = read_volume(out / "images/P01_S003.nii.gz").voxels
-    _, out, _ = infer(maps, out="png16")
-    assert np.array_equal(volume[0], read_image(out / "images/P01_S003.png"))
 
 
 # ------------------------------------------------------------------------------------------------ shards and restarts
@@ -400,14 +368,6 @@ def test_slices_in_bfloat16_are_not_taken_for_those_of_the_file_s_own_precision(
     args.precision = "bf16"
     with pytest.raises(Mistake, match="made otherwise"):
         infer_onnx.claim(args, info, [])
-
-
-def test_a_link_to_a_map_that_is_gone_is_left_out_as_faulty_and_the_others_are_made(infer, maps, tmp_path):
-    (maps / "P00_S000.png").rename(tmp_path / "away.png")
-    (maps / "P00_S000.png").symlink_to(tmp_path / "gone.png")
-    status, out, told = infer(maps)
-    assert status == 2 and f"error: {maps / 'P00_S000.png'}: " in told and "left out as faulty: 1" in told
-    assert len(list((out / "images").iterdir())) == 4
 
 
 def test_one_run_at_a_time_writes_a_shard(infer, maps, tmp_path):
@@ -465,14 +425,10 @@ def test_the_folder_of_the_maps_or_of_their_dataset_is_no_out(infer, maps, image
 
 def test_a_set_whose_making_was_cut_off_is_refused(infer, maps):
     (maps.parent / ".unfinished").touch()
-    line = f"error: {maps.parent}: its making was cut off: run the command that makes it again"
     for place in (maps.parent, maps):
-        assert infer(place)[::2] == (2, line)
+        assert infer(place)[0] == 2
     (maps.parent / "split.json").write_text('{"train": [], "test": []}')
     assert infer(maps.parent)[0] == 0
-
-
-# ------------------------------------------------------------------------------------------------ bad input
 
 
 @pytest.mark.parametrize("fault", ["no PNG", "another label", "a label that the model does not know"])
@@ -501,22 +457,14 @@ def test_a_missing_and_a_misfit_real_slice_are_told(infer, maps, images):
 
 
 def test_one_side_of_a_dataset_is_made_and_no_other_map(infer, maps, tmp_path):
-    held_out = sorted(path.stem for path in maps.iterdir())[1:3]
-    (tmp_path / "split.json").write_text(json.dumps({"train": ["P09_S009"], "test": held_out}))
+    split = tmp_path / "split.json"
+    split.write_text(json.dumps({"train": ["P00_S000"], "test": ["P00_S001", "P01_S002"]}))
     status, out, _ = infer(tmp_path, "--side", "test")
-    assert status == 0
-    assert sorted(path.stem for path in (out / "images").iterdir()) == held_out
-
-
-@pytest.mark.parametrize(
-    "test, word", [(["P00_S001", "P07_S000", "P08_S000"], "P07_S000"), ([], "no names under test")]
-)
-def test_names_without_map_and_a_side_without_names_are_errors(infer, maps, tmp_path, test, word):
-    (tmp_path / "split.json").write_text(json.dumps({"train": ["P00_S000"], "test": test}))
-    status, out, told = infer(tmp_path, "--side", "test")
-    assert status == 2
-    assert told.startswith(f"error: {tmp_path / 'split.json'}: ") and word in told
-    assert "\n" not in told and not out.exists()
+    assert status == 0 and sorted(path.stem for path in (out / "images").iterdir()) == ["P00_S001", "P01_S002"]
+    for test, word in ((["P00_S001", "P07_S000"], "P07_S000"), ([], "no names under test")):
+        split.write_text(json.dumps({"train": ["P00_S000"], "test": test}))
+        status, out, told = infer(tmp_path, "--side", "test", out="none")
+        assert status == 2 and told.startswith(f"error: {split}: ") and word in told and not out.exists()
 
 
 def test_maps_without_lung_are_left_out_with_a_count_and_where_there_is_no_other_it_is_an_error(infer, maps, tmp_path):
@@ -547,28 +495,6 @@ def test_complete_with_a_dataset_s_images_or_the_one_slice_of_the_one_map(infer,
     _, one, _ = infer(maps / "P00_S001.png", "--complement", images / "P00_S001.PNG", out="one")
     assert (one / "images/P00_S001.png").read_bytes() == (whole / "images/P00_S001.png").read_bytes()
     assert "one file for 5 maps" in infer(maps, "--complement", images / "P00_S001.PNG", out="none")[2]
-
-
-# ------------------------------------------------------------------------------------------------ real files
-
-
-@pytest.fixture(scope="module")
-def cases(tmp_path_factory):
-    if not CASES.exists():
-        pytest.skip("shared/cases is not here")
-    folder = tmp_path_factory.mktemp("cases")
-    subprocess.run([sys.executable, CASES, folder], check=True, timeout=60)
-    return folder / "slices"
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("case", ["upper_case", "indexed_colours"])
-def test_endings_and_palettes_as_people_have_them_give_the_same_slices(infer, cases, case):
-    outs = [infer(cases / c, "--complement", cases / c, out=c)[1] for c in ("base", case)]
-    assert len(files(outs[0])) == 2 * 18 + 1 and files(outs[0]) == files(outs[1])
-
-
-# ------------------------------------------------------------------------------------------------ usage
 
 
 @pytest.mark.parametrize(
@@ -616,11 +542,13 @@ def test_a_foreign_model_is_refused_by_name_and_by_what_it_lacks(infer, maps, tm
     assert "\n" not in told and not out.exists()
 
 
-@pytest.mark.parametrize("content", ["missing", b"", b"not a model", "cut"])
-def test_a_broken_or_missing_model_is_refused_by_name_without_noise(infer, maps, model, tmp_path, content):
-    path = tmp_path / "broken.onnx"
-    if content != "missing":
-        path.write_bytes(model.read_bytes()[:700] if content == "cut" else content)
+@pytest.mark.parametrize("fault", ["missing", "text", "cut", "too new"])
+def test_a_broken_or_missing_model_is_refused_by_name_without_noise(infer, maps, model, tmp_path, fault):
+    path, newer = tmp_path / "broken.onnx", onnx.load(model)
+    newer.ir_version = 99
+    contents = {"text": b"no model", "cut": model.read_bytes()[:700], "too new": newer.SerializeToString()}
+    if fault in contents:
+        path.write_bytes(contents[fault])
     status, _, told = infer(maps, model=path)
     assert status == 2 and told.startswith(f"error: {path}: ") and "export" in told and "\n" not in told
 
@@ -635,17 +563,6 @@ def test_tensors_in_other_files_are_not_read_and_the_word_for_them_is_no_fault(
     assert status == 2 and told.startswith(f"error: {tmp_path / 'far.onnx'}: ") and "other files" in told
     licence = {**METADATA, "licence": "by the data's allocation; location: here"}
     assert infer(maps, model=build_generator(tmp_path / "near.onnx", metadata=licence))[0] == 0
-
-
-@pytest.mark.parametrize("version", ["ir", "opset"])
-def test_a_file_that_is_too_new_is_told_with_the_command_that_helps(infer, maps, model, version):
-    newer = onnx.load(model)
-    newer.ir_version = 99 if version == "ir" else 8
-    newer.opset_import[0].version = 99 if version == "opset" else 18
-    onnx.save(newer, model)
-    status, _, told = infer(maps)
-    assert status == 2 and told.startswith(f"error: {model}: ") and "pip install -U onnxruntime" in told
-    assert "\n" not in told
 
 
 # ------------------------------------------------------------------------------------------------ providers
@@ -673,26 +590,10 @@ def test_auto_says_what_it_took_and_why_nothing_better_and_there_is_no_other_noi
     assert [line[:5] for line in rest] == ["note:", "note:"] and "50 x 70" in rest[0] and "33 x 80" in rest[1]
 
 
-@on_cpu
-@pytest.mark.skipif("CUDAExecutionProvider" not in ort.get_available_providers(), reason="onnxruntime without CUDA")
-@pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
-def test_a_driver_without_the_libraries_is_told_by_the_library_that_is_missing(model, monkeypatch, capfd, provider):
-    monkeypatch.setattr(infer_onnx, "nvidia_driver", lambda: object())
-    with pytest.raises(Mistake, match=rf"--provider {provider}: did not load \(lib.*: cannot open shared object"):
-        infer_onnx.open_session(model, provider)
-    assert capfd.readouterr() == ("", "")
-    session, _ = infer_onnx.open_session(model)
-    assert session.get_providers() == ["CPUExecutionProvider"]
-    told = capfd.readouterr().err
-    assert "not tensorrt: on request only" in told
-    assert "not cuda: did not load (libcu" in told
-    assert told.count("\n") == 1
-
-
 def test_a_dry_run_says_what_would_be_done_and_does_nothing(maps, model, tmp_path, capsys):
     argv = [str(maps), "--model", str(model), "--out", str(tmp_path / "out"), "--provider", "cpu", "--dry-run"]
     assert infer_onnx.main(argv) == 0
-    assert capsys.readouterr().out.startswith("5 maps: 0 slices finished, 5 to make")
+    assert capsys.readouterr().out.startswith("5 slices: 0 finished, 5 to make")
     assert not (tmp_path / "out").exists()
 
 
@@ -759,9 +660,6 @@ def test_other_providers_are_told_their_precision_and_go_without_a_cache_where_n
     for precision, hint in (("model", "f32"), ("bf16", "bf16")):
         options = infer_onnx.provider_options("openvino", INFO, precision=precision)
         assert json.loads(options["load_config"])["CPU"] == {"INFERENCE_PRECISION_HINT": hint}
-
-
-# ------------------------------------------------------------------------------------------------ the whole
 
 
 def test_it_runs_where_torch_cannot_be_imported(maps, model, tmp_path):

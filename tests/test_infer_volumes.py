@@ -65,9 +65,6 @@ def infer(tmp_path, capfd):
     return call
 
 
-# ------------------------------------------------------------------------------------------------ what comes out
-
-
 @pytest.mark.parametrize("codes", ["RAS", "LPS", "LAS", "SPL", "ILA"])
 def test_a_volume_equals_the_png_way_slice_by_slice_and_keeps_grid_and_storage_order(infer, tmp_path, codes):
     labels = draw_labels()
@@ -98,19 +95,13 @@ def test_slices_without_lung_are_the_floor_of_the_model_s_own_window(infer, tmp_
     assert (display(volumes / "one.nii.gz")[[0, 3]] == floor).all()
 
 
-def test_batches_change_nothing(infer, tmp_path):
-    path = save(tmp_path / "one.nii.gz", draw_labels())
-    made = [display(infer(path, "--batch", n, out=f"out{n}")[1] / "one.nii.gz") for n in (1, 2, 8)]
-    assert np.array_equal(made[0], made[1]) and np.array_equal(made[0], made[2])
-
-
 @pytest.mark.parametrize("codes", ["RAS", "LPI", "AIR"])
 def test_completion_keeps_every_voxel_outside_the_lung_and_takes_the_lung_from_the_model(infer, tmp_path, codes):
     labels = draw_labels()
     ct = draw_ct(labels)
     mask, real = save(tmp_path / "mask.nii.gz", labels), save(tmp_path / "ct.nii.gz", ct, codes)
     _, plain, _, _ = infer(mask, out="plain")
-    status, volumes, _, told = infer(mask, "--complement", real)
+    status, volumes, _, _ = infer(mask, "--complement", real)
     assert status == 0
     completed = display(volumes / "mask.nii.gz")
     assert np.array_equal(completed[labels == 0], ct[labels == 0])
@@ -131,9 +122,6 @@ def test_a_ct_of_another_type_counts_by_its_values_to_the_hu(infer, tmp_path):
         status, volumes, _, _ = infer(mask, "--complement", tmp_path / f"{name}.nii.gz", out=name)
         assert status == 0
         assert np.array_equal(display(volumes / "mask.nii.gz")[labels == 0], hu[labels == 0])
-
-
-# ------------------------------------------------------------------------------------------------ folders
 
 
 @pytest.fixture
@@ -178,10 +166,8 @@ def test_a_volume_without_lung_is_left_out_and_none_with_a_lung_is_an_error(infe
     assert status == 0 and told.endswith("note: 1 volumes without lung are left out")
     assert not (volumes / "empty.nii.gz").exists()
     status, _, _, told = infer(empty, out="none")
-    assert status == 2 and told.startswith(f"error: {empty}: no lung")
+    assert status == 2 and f"error: {empty}: no lung" in told
 
-
-# ------------------------------------------------------------------------------------------------ what is refused
 
 BAD_CTS = {
     "without intercept": lambda hu: hu + 1024,
