@@ -153,8 +153,8 @@ def find_model(given: Path | None) -> Path:
 def check_model(session: ort.InferenceSession, model: Path, kind: str) -> dict[str, Any]:
     """Metadata of a model of a kind; a generator's parsed, with "fixed": N, H, W, None where free. Raises Mistake."""
     info: dict[str, Any] = dict(session.get_modelmeta().custom_metadata_map)
-    if info.get("kind") != kind:
-        raise Mistake(f"{model}: its metadata calls it {info.get('kind')}, not {kind}: give a {kind} of export.py's")
+    if (found := info.get("kind", "file of no kind")) != kind:
+        raise Mistake(f"{model}: is a {found}, not a {kind}: give one of export.py's")
     if kind != "generator":
         return info
     tensors = {f"input {one.name}": one.type for one in session.get_inputs()}
