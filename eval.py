@@ -10,8 +10,8 @@
 REAL and FAKE hold 16-bit PNG of HU + 1024, paired by file name, and are measured through the lung window, as 0..1. With
 maps, the complete image is the synthesis inside the lung (label above 0) and the real slice elsewhere, bit for bit; the
 lung alone is black elsewhere. Slices without lung are left out. A floor is what one half of the real slices scores
-against the other, an interval half of the mean's 95 % interval. --json has more figures than are printed, under the
-same names. Research only, not for diagnosis.
+against the other, an interval half of the mean's 95 % interval. Fine texture below 1 is blur, above noise. --json has
+more figures than are printed, under the same names. Research only, not for diagnosis.
 
     OUT/eval_cases.png         the best, median and worst case by SSIM: map | real | synthetic | difference
     OUT/eval_texture.png       with maps: power spectra inside the lung, and HU histograms of the labels
@@ -59,10 +59,10 @@ RINGS, FINE = 16, 8  # of equal width, up to 0.5 cycles per pixel; fine texture 
 FREQUENCIES = (np.arange(RINGS) + 0.5) / (2 * RINGS)  # of the rings' middles, cycles per pixel
 MARGIN, TAPER = 2, 4  # pixels along a label's edge that a spectrum leaves out, and over which it fades in
 QUIETEST = 1 / 12  # HU^2: the power spectrum of rounding to whole HU, below which nothing can be told apart
-SSIM_WINDOW = 11
-SEED = 0  # of the floor's halves and of KID's subsets
+SSIM_WINDOW, SEED = 11, 0  # the seed draws the floors' halves and KID's subsets
 
 Rows = dict[str, dict[str, Any]]  # of a table: row -> column -> value
+Pool = tuple[np.ndarray, np.ndarray]  # of slices: spectrum, HU^2 [RINGS]; share of each step of HU [labels, 256]
 
 
 # ------------------------------------------------------------------------------------------------ pairs and their means
@@ -92,10 +92,7 @@ def pngs(folder: Path, part: str) -> dict[str, Path]:
 
 
 def find_pairs(real: Path, fake: Path, maps: Path | None = None, strict: bool = False) -> list[Pair]:
-    """Pairs by file name; names found on one side only are counted on stderr, or a Mistake if strict.
-
-    maps None: those of the dataset FAKE or REAL, where it is one. Raises Mistake for no pair and for a missing map.
-    """
+    """Pairs by file name, with maps, or those of the dataset FAKE or REAL. Raises Mistake; strict: for single names."""
     reals, fakes = pngs(real, "images"), pngs(fake, "images")
     both, single = sorted(reals.keys() & fakes.keys()), sorted(reals.keys() ^ fakes.keys())
     if not both:
@@ -125,7 +122,7 @@ def read_pair(pair: Pair, unchecked: bool = False) -> Batch:
     for path, array in ((pair.fake, fake), (pair.labels, labels)):
         if array.shape != real.shape:
             raise Mistake(f"{path}: {array.shape} pixels, {pair.real} has {real.shape}: bring both to one size")
-    if labels.any() and not unchecked:  # a slice above the lung may be of air alone, and is left out anyway
+    if labels.any() and not unchecked:  # without maps grey levels alone can be told
         check_pair(pair.real, real, labels if pair.labels else np.zeros_like(labels))
     return Batch(real[None], np.where(labels > 0, fake, real)[None], labels[None])
 
@@ -281,16 +278,14 @@ def run(model: Path | str, session: ort.InferenceSession, outputs: list[str], **
     try:
         return session.run(outputs, inputs)
     except (*ORT_ERRORS, ValueError) as error:  # ValueError: another input's name
-        shapes = ", ".join(f"{name} {array.shape}" for name, array in inputs.items())
-        raise Mistake(f"{model}: {shapes}: {error!r:.300}: if memory is short, give a smaller --batch") from error
+        raise Mistake(f"{model}: {error!r:.300}: if memory is short, give a smaller --batch") from error
 
 
 class PixelMetrics:
     """PSNR, SSIM, RMSE and NRMSE of every pair (Table II).
 
-    PSNR in dB has peak 1 and is at most 100; NRMSE is RMSE over the real image's root mean square, the scale of
-    Table II, and NaN where the real image is black. PSNR and RMSE of the lung alone are those of the complete image
-    by construction: both differences are 0 outside the lung, and both are means over the full frame.
+    PSNR in dB has peak 1 and is at most 100; NRMSE is RMSE over the real image's root mean square, as in Table II, and
+    NaN where that is black. The lung's PSNR and RMSE are the complete image's: differences are 0 outside the lung.
     """
 
     def __init__(self, window: Window, provider: str, regions: list[str]) -> None:
@@ -304,9 +299,8 @@ class PixelMetrics:
             with tempfile.TemporaryDirectory() as folder:
                 path = Path(folder) / f"metrics_{height}x{width}.onnx"
                 onnx.save(pixel_graph(height, width, self.window.level, self.window.width), path)
-                # one thread: the other cores are reading the next pairs' PNGs
-                session, _ = open_session(path, self.provider, threads=1, kind="metrics", quiet=True)
-                self.sessions[height, width] = session
+                opened = open_session(path, self.provider, threads=1, kind="metrics", quiet=True)  # others read PNGs
+                self.sessions[height, width] = opened[0]
         return self.sessions[height, width]
 
     def update(self, batch: Batch) -> None:
@@ -340,8 +334,7 @@ def frechet(x: np.ndarray, y: np.ndarray) -> float:
     """Frechet distance of the normal distributions of features x [n, d] and y [m, d], n and m above 1; float64.
 
     |mu_x - mu_y|^2 + tr S_x + tr S_y - 2 tr (S_x S_y)^1/2. The last trace is the sum of the singular values of
-    R_x R_y^T, with S = R^T R by QR of the centred features: no root is taken of a rounded product, so that none is
-    complex, and n may be below d.
+    R_x R_y^T, with S = R^T R by QR of the centred features: it is never complex, and n may be below d.
     """
     mu_x, mu_y = (features.mean(0, dtype=np.float64) for features in (x, y))
     r_x, r_y = (np.linalg.qr(f - mu, mode="r") / math.sqrt(len(f) - 1) for f, mu in ((x, mu_x), (y, mu_y)))
@@ -359,12 +352,9 @@ def kid(x: np.ndarray, y: np.ndarray) -> tuple[float, float | None]:
     def kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         return (a @ b.T / a.shape[1] + 1) ** 3
 
-    def within(a: np.ndarray) -> float:
-        k = kernel(a, a)
-        return (k.sum() - k.trace()) / (len(a) * (len(a) - 1))
-
     def mmd2(a: np.ndarray, b: np.ndarray) -> float:
-        return float(within(a) + within(b) - 2 * kernel(a, b).mean())
+        within = [(k.sum() - k.trace()) / (len(k) * (len(k) - 1)) for k in (kernel(a, a), kernel(b, b))]
+        return float(within[0] + within[1] - 2 * kernel(a, b).mean())
 
     x, y = x.astype(np.float64), y.astype(np.float64)
     if max(len(x), len(y)) <= KID_SUBSET_SIZE:
@@ -377,10 +367,9 @@ def kid(x: np.ndarray, y: np.ndarray) -> tuple[float, float | None]:
 def manifold(real: np.ndarray, fake: np.ndarray) -> dict[str, float]:
     """Precision, recall, density and coverage of features real [n, d] and fake [m, d], n and m above NEAREST.
 
-    A set's manifold consists of balls about its features that reach to their k-th nearest neighbours, k = 5. Precision
-    0..1: share of the synthetic in the real manifold. Recall 0..1: share of the real in the synthetic manifold
-    (Kynkaanniemi et al. 2019). Density 0..: mean number of real balls that a synthetic feature is in, over k, ideally
-    1; coverage 0..1: share of the real balls with a synthetic feature in them (Naeem et al. 2020, whose prdc this is).
+    A set's manifold: balls about its features that reach to their k-th nearest neighbours, k = 5. Precision: share of
+    the synthetic in the real one. Recall: the reverse (Kynkaanniemi et al. 2019). Density: mean number of real balls
+    about a synthetic feature, over k. Coverage: share of real balls with one in them (Naeem et al. 2020: prdc).
     """
 
     def squares(a: np.ndarray, b: np.ndarray) -> np.ndarray:  # of the distances, [len(a), len(b)]
@@ -398,25 +387,20 @@ def manifold(real: np.ndarray, fake: np.ndarray) -> dict[str, float]:
 
 
 def score(real: np.ndarray, fake: np.ndarray, force: bool) -> Rows:
-    """Value, std and N of FID, KID and the MANIFOLD figures of features real and fake, each [n, d].
-
-    None, with a note, where n is too small; FID is refused where n is not above d, unless forced.
-    """
+    """Value, std and N of FID, KID and MANIFOLD of features, each [n, d]; None, with a note, where n is too small."""
     n, d = real.shape
     needs = {"FID": 2 if force else d + 1, "KID": 2} | dict.fromkeys(MANIFOLD, NEAREST + 1)
-    found: dict[str, tuple[float, float | None]] = {}
+    rows: Rows = {figure: {"value": None, "std": None, "N": n} for figure in needs}
     if n >= needs["FID"]:
-        found["FID"] = frechet(real, fake), None
+        rows["FID"]["value"] = frechet(real, fake)
     if n >= needs["KID"]:
-        found["KID"] = kid(real, fake)
+        rows["KID"]["value"], rows["KID"]["std"] = kid(real, fake)
     if n > NEAREST:
-        found |= {figure: (value, None) for figure, value in manifold(real, fake).items()}
-    rows: Rows = {}
-    for figure, least in needs.items():
-        value, std = found.get(figure, (None, None))
-        rows[figure] = {"value": value, "std": std, "N": n}
-        if value is None:
-            rows[figure]["note"] = f"{figure} in {d} dimensions needs {least} images, these are {n}: read KID"
+        for figure, value in manifold(real, fake).items():
+            rows[figure]["value"] = value
+    for figure, row in rows.items():
+        if row["value"] is None:
+            row["note"] = f"{figure} needs {needs[figure]} images in {d} dimensions, not {n}"
     return rows
 
 
@@ -443,22 +427,19 @@ class Features:
     def result(self, names: list[str]) -> dict[str, Rows]:
         """Table "features"; the floor is one random half of the real images against the other.
 
-        relative: FID of one half's real images and the other half's synthetic ones over the floor, None without one.
-        It is about 1 where synthetic images are as real as real ones (Woodland et al., MICCAI 2024, arXiv 2311.13717;
-        here of as many images, as FID's bias falls with N). No synthetic image meets the real one of its own map.
+        relative: FID of one half's real images and the other's synthetic ones over the floor: as many, for FID's bias
+        falls with N. It is about 1 where they are as real as real ones (Woodland et al., arXiv 2311.13717).
         """
-        half, other = halves(len(names))
-        rows: Rows = {}
+        (half, other), rows = halves(len(names)), {}
         for dimension, region in tqdm([*product(self.dimensions, self.regions)], "features", delay=1):
             fake, real = (np.concatenate(self.found[dimension, region, side]) for side in SIDES)
+            about = {"features": self.name, "dimension": real.shape[1]}
             floors = score(real[half], real[other], self.force)
             for figure, found in score(real, fake, self.force).items():
-                row = {"features": self.name, "dimension": real.shape[1]} | found
-                row |= {f"floor_{key}": value for key, value in floors[figure].items()}
-                if figure == "FID":
-                    floor = row["floor_value"]
-                    row["relative"] = frechet(real[half], fake[other]) / floor if floor else None
-                rows[f"{region} {figure} {dimension}"] = row
+                floor = {f"floor_{key}": value for key, value in floors[figure].items()}
+                rows[f"{region} {figure} {dimension}"] = about | found | floor
+            floor = floors["FID"]["value"]
+            rows[f"{region} FID {dimension}"]["relative"] = frechet(real[half], fake[other]) / floor if floor else None
         return {"features": rows}
 
 
@@ -468,8 +449,7 @@ class Features:
 def interior(labels: np.ndarray) -> np.ndarray:
     """Weight 0..1 of each pixel in the spectrum, float32 [H, W], from labels [H, W]; background has none.
 
-    0 on MARGIN pixels along each label's edges, whose step would drown all texture. Then a quarter sine, squared, over
-    TAPER pixels: abrupt edges spread low frequencies over high ones.
+    0 on MARGIN pixels along each label's edges, whose step would drown all texture, then a sine squared over TAPER.
     """
     depth = np.zeros(labels.shape, np.intp)
     for label in range(1, len(LABELS)):
@@ -495,14 +475,11 @@ def energy(hu: np.ndarray, labels: np.ndarray, weight: np.ndarray) -> np.ndarray
     return np.bincount(ring[counted], power[counted]) / np.bincount(ring[counted])
 
 
-Pool = tuple[np.ndarray, np.ndarray]  # of slices: spectrum, HU^2 [RINGS]; share of each step of HU [labels, 256]
-
-
 class Texture:
     """Texture or blur? Power spectrum inside the lung and HU histogram of each label, beside the real slices' own.
 
-    Spectra are means over all directions, by which Durall et al. (CVPR 2020) tell synthetic images from real ones.
-    Slices are pooled by their lungs' areas. HU are clipped to the window, and histograms have its 256 steps.
+    Spectra are means over all directions (Durall et al., CVPR 2020), pooled by the lungs' areas. HU are clipped to the
+    window, and histograms have its 256 steps.
     """
 
     def __init__(self, window: Window) -> None:
@@ -529,10 +506,9 @@ class Texture:
         """All real slices, all synthetic ones, and the real ones' halves; NaN where there is no pixel to measure."""
         everyone, (half, other), found = range(len(self.areas)), halves(len(self.areas)), []
         for side, chosen in (("real", everyone), ("fake", everyone), ("real", half), ("real", other)):
-            power, area, pixels = np.zeros(RINGS), 0.0, np.zeros((len(LABELS) - 1, 256))
-            for k in chosen:
-                power, area = power + self.energies[side][k], area + self.areas[k]
-                pixels += self.counts[side][k]
+            area = sum(self.areas[k] for k in chosen)
+            power = sum((self.energies[side][k] for k in chosen), np.zeros(RINGS))
+            pixels = sum((self.counts[side][k] for k in chosen), np.zeros((len(LABELS) - 1, 256)))
             with np.errstate(invalid="ignore"):  # 0 / 0 is meant to be NaN
                 found.append((np.maximum(power / area, QUIETEST), pixels / pixels.sum(1, keepdims=True)))
         return found
@@ -540,9 +516,8 @@ class Texture:
     def differences(self, real: Pool, fake: Pool) -> dict[str, float]:
         """Figures of one set of slices against another, by name.
 
-        spectrum: mean distance in dB over the rings. fine texture: power of the fine rings over the real power there,
-        0..; less than 1 is blur, more is noise. HU of a label: Wasserstein-1 distance, HU, of all its pixels: the area
-        between the cumulative histograms.
+        spectrum: mean distance in dB over the rings. fine texture: power of the fine rings over the real power there;
+        less than 1 is blur, more is noise. HU of a label: Wasserstein-1 distance of its pixels, HU.
         """
         fine_real, fine_fake = ((power * FREQUENCIES)[FINE:].sum() for power, _ in (real, fake))  # far rings hold more
         figures = {"spectrum": np.abs(10 * np.log10(fake[0] / real[0])).mean(), "fine texture": fine_fake / fine_real}
@@ -550,7 +525,7 @@ class Texture:
         return figures | {f"HU of {label}": value for label, value in zip(LABELS[1:], distances, strict=True)}
 
     def result(self, names: list[str]) -> dict[str, Rows]:
-        """Table "texture"; None for what has no pixel. The floor is one half of the real slices against the other."""
+        """Table "texture" (frequency: cycles per pixel; real, fake: HU^2); None for what has no pixel."""
 
         def known(value: Any) -> Any:
             return np.where(np.isnan(value), None, value).tolist()
@@ -561,7 +536,6 @@ class Texture:
         rows: Rows = {name: {"value": known(value), "N": n, "floor_N": n // 2} for name, value in found.items()}
         for name, floor in floors.items():
             rows[name]["floor_value"] = known(floor)
-        # cycles per pixel, and HU^2
         rows["spectrum"] |= {"frequency": FREQUENCIES.tolist(), "real": known(real[0]), "fake": known(fake[0])}
         return {"texture": rows}
 
@@ -588,14 +562,11 @@ class Texture:
         return content.getvalue()
 
 
-# ------------------------------------------------------------------------------------------------ segmentation
+# ------------------------------------------------------------------------------------------------ lesions and copies
 
 
 def overlap(predicted: np.ndarray, truth: np.ndarray) -> dict[str, np.ndarray]:
-    """Dice, sensitivity and specificity [N] of masks predicted and truth, bool [N, H, W], over each full frame.
-
-    Dice of two empty masks is 1; sensitivity is NaN where the truth is empty, specificity where it is full.
-    """
+    """Dice (1 if both are empty), sensitivity and specificity (NaN if undefined) [N] of masks, bool [N, H, W]."""
     both = (predicted & truth).sum((1, 2))
     found, true, frame = predicted.sum((1, 2)), truth.sum((1, 2)), truth[0].size
     neither = frame - found - true + both
@@ -613,9 +584,8 @@ class Segmentation:
         if labels != [*LABELS[: len(labels)]]:
             raise Mistake(f"{model}: finds {', '.join(labels):.80}: give one that finds {', '.join(LABELS)}")
         self.lesions = {lesion: of for lesion, of in LESIONS.items() if max(of) < len(labels)}
-        if len(self.lesions) < len(LESIONS):
-            left_out = ", ".join(lesion for lesion in LESIONS if lesion not in self.lesions)
-            print(f"note: {model} finds {', '.join(labels)}: {left_out} left out", file=sys.stderr)
+        if left_out := [lesion for lesion in LESIONS if lesion not in self.lesions]:
+            print(f"note: {model} finds {', '.join(labels)}: {', '.join(left_out)} left out", file=sys.stderr)
         self.multiple = int(info.get("multiple", 16))  # pixels
         self.found: dict[str, list[np.ndarray]] = defaultdict(list)  # row -> [N] of each batch
         self.empty: Counter[str] = Counter()
@@ -634,17 +604,11 @@ class Segmentation:
                 self.empty[f"{side} {lesion} Dice"] += int((~(predicted | truth).any((1, 2))).sum())
 
     def result(self, names: list[str]) -> dict[str, Rows]:
-        """Table "segmentation": means over the slices where the figure is defined (n).
-
-        empty: slices whose Dice is 1 because neither the map nor the U-Net has the lesion.
-        """
+        """Table "segmentation"; empty: slices whose Dice is 1 because neither the map nor the U-Net has the lesion."""
         rows: Rows = {row: estimate(np.concatenate(parts), names) for row, parts in self.found.items()}
         for row, count in self.empty.items():
             rows[row]["empty"] = count
         return {"segmentation": rows}
-
-
-# ------------------------------------------------------------------------------------------------ memorisation
 
 
 def thumbnails(grey: np.ndarray) -> np.ndarray:
@@ -655,19 +619,7 @@ def thumbnails(grey: np.ndarray) -> np.ndarray:
         covered = np.minimum(edges[1:], np.arange(size) + 1) - np.maximum(edges[:-1], np.arange(size))
         return (covered.clip(0) * THUMBNAIL / size).astype(np.float32)
 
-    _, height, width = grey.shape
-    return (means(height) @ (grey / np.float32(255)) @ means(width).T).reshape(len(grey), -1)
-
-
-def training_files(train: Path) -> dict[str, tuple[Path, Path]]:
-    """Image and map of each training slice by name: of split.json's "train", or all. Raises Mistake if one lacks."""
-    images, maps, split = pngs(train, "images"), pngs(train / "maps", "maps"), train / "split.json"
-    names = slices.read_split(split).get("train", []) if split.is_file() else [*images]
-    missing = [name for name in names if name not in images or name not in maps]
-    if missing or not names:
-        told = f"{len(missing)} of {len(names)} training slices lack image or map"
-        raise Mistake(f"{train}: {told}: give the set that the generator was trained on")
-    return {name: (images[name], maps[name]) for name in names}
+    return (means(grey.shape[1]) @ (grey / np.float32(255)) @ means(grey.shape[2]).T).reshape(len(grey), -1)
 
 
 class Memorisation:
@@ -677,11 +629,15 @@ class Memorisation:
     copies patients has distances far below the real lungs'; a little below is usual, since syntheses are smoother.
     """
 
-    def __init__(self, train: Path, window: Window) -> None:
-        self.window, self.files = window, training_files(train)
+    def __init__(self, train: Path, window: Window) -> None:  # of a dataset with split.json its training side
+        images, maps, split = pngs(train, "images"), pngs(train / "maps", "maps"), train / "split.json"
+        names = slices.read_split(split).get("train", []) if split.is_file() else images
+        self.window, self.files = window, {name: (images[name], maps[name]) for name in names}
         with ThreadPoolExecutor(usable_cores()) as pool:
-            thumbs = tqdm(pool.map(self.read, self.files.values()), "training lungs", len(self.files))
-            lungs = {name: lung for name, lung in zip(self.files, thumbs, strict=True) if lung is not None}
+            thumbs = tqdm(pool.map(self.read, self.files.values()), "training lungs", len(names))
+            lungs = {name: lung for name, lung in zip(names, thumbs, strict=True) if lung is not None}
+        if not lungs:
+            raise Mistake(f"{train}: no lung in its training maps: give the set that the generator was trained on")
         self.trained, self.lungs = [*lungs], np.stack([*lungs.values()])  # names, and [n_train, THUMBNAIL^2]
         self.squares = (self.lungs**2).sum(1)  # [n_train]
         self.nearest: dict[str, list[np.ndarray]] = defaultdict(list)  # side -> index [N] of each batch
@@ -705,15 +661,11 @@ class Memorisation:
         """Tables "memorisation" and "suspects".
 
         ratio: the synthetic lungs' median over the real ones'. share: of the synthetic lungs, those nearer than the
-        5th percentile of the real ones. Pairs of which the real one is a training lung itself are counted, not
-        measured: what is made of a training map is near its lung by the outline alone.
+        5th percentile of the real ones. Pairs whose real lung was trained on are counted, not measured.
         """
         fake, real = (np.concatenate(self.distance[side]).astype(np.float64) for side in SIDES)
-        nearest = np.concatenate(self.nearest["fake"])
-        suspects: Rows = {
-            names[k]: {"nearest": self.trained[nearest[k]], "distance": fake[k]}
-            for k in fake.argsort(kind="stable")[:MOST]
-        }
+        nearest, first = np.concatenate(self.nearest["fake"]), fake.argsort(kind="stable")[:MOST]
+        suspects: Rows = {names[k]: {"nearest": self.trained[nearest[k]], "distance": fake[k]} for k in first}
         unseen = real[real > 1e-6]
         fake = fake[real > 1e-6] if len(unseen) else fake
         rows: Rows = {
@@ -730,7 +682,7 @@ class Memorisation:
         return {"memorisation": rows, "suspects": suspects}
 
 
-# ------------------------------------------------------------------------------------------------ report and pictures
+# ------------------------------------------------------------------------------------------------ report and main
 
 
 def report(results: dict[str, Rows]) -> str:
@@ -763,17 +715,6 @@ def sheet(rows: list[list[np.ndarray]]) -> bytes:
         for j, tile in enumerate(row):
             canvas[i, : tile.shape[0], j, : tile.shape[1]] = tile if tile.ndim == 3 else tile[..., None]
     return slices.png(canvas.reshape(len(rows) * height, -1, 3))
-
-
-def case(pair: Pair, window: Window) -> list[np.ndarray]:
-    """Tiles of a pair: map where there is one, real, synthetic, absolute difference."""
-    one = read_pair(pair, unchecked=True)
-    real, fake = window(one.real[0]), window(one.fake[0])
-    maps = [slices.coloured(one.labels[0])] if pair.labels else []
-    return [*maps, real, fake, np.abs(real.astype(np.int16) - fake).astype(np.uint8)]
-
-
-# ------------------------------------------------------------------------------------------------ main
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -824,12 +765,19 @@ def write_pictures(out: Path, meters: dict[str, Any], kept: list[Pair], results:
     out.mkdir(parents=True, exist_ok=True)
     for name in (SUSPECTS, TEXTURE):
         (out / name).unlink(missing_ok=True)  # a previous evaluation's would pass for this one's
-    slices.write_bytes(out / CASES, sheet([case(pairs[row["name"]], window) for row in results["cases"].values()]))
+    rows = []
+    for case in results["cases"].values():
+        pair = pairs[case["name"]]
+        one = read_pair(pair, unchecked=True)
+        real, fake = window(one.real[0]), window(one.fake[0])
+        maps = [slices.coloured(one.labels[0])] if pair.labels else []
+        rows.append([*maps, real, fake, np.abs(real.astype(np.int16) - fake).astype(np.uint8)])
+    slices.write_bytes(out / CASES, sheet(rows))
     if "memorisation" in meters:
-        rows = []
+        rows, trained = [], meters["memorisation"].files
         for name, row in results["suspects"].items():
-            couple = (pairs[name].fake, pairs[name].labels), meters["memorisation"].files[row["nearest"]]
-            rows.append([window(read_image(image), read_map(labels)) for image, labels in couple])
+            files = (pairs[name].fake, pairs[name].labels), trained[row["nearest"]]
+            rows.append([window(read_image(image), read_map(labels)) for image, labels in files])
         slices.write_bytes(out / SUSPECTS, sheet(rows))
     if "texture" in meters:
         try:
@@ -857,7 +805,6 @@ def main(argv: list[str]) -> None:
     for meter in meters.values():
         results |= meter.result(names)
     print(report(results))
-
     write_pictures(args.out, meters, kept, results)
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
