@@ -1,11 +1,8 @@
 """`eval.py` against scikit-image, scipy, closed forms and figures worked out by hand."""
 
 import json
-import os
-import re
 import subprocess
 import sys
-import unicodedata
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -13,7 +10,6 @@ import numpy as np
 import onnx
 import pytest
 import scipy.linalg
-import scipy.stats
 from onnx import TensorProto, helper
 from skimage.metrics import normalized_root_mse, peak_signal_noise_ratio, structural_similarity
 
@@ -31,9 +27,9 @@ def rng():
 
 
 @pytest.fixture(autouse=True)
-def undrawn(monkeypatch):
-    """Spare each test the curves of texture, which take longer than all the rest; test_eval_texture.py draws them."""
-    monkeypatch.setattr(evaluation.Texture, "picture", lambda texture: b"undrawn")
+def without_matplotlib(monkeypatch):
+    """Drawing the curves takes longer than all the rest; test_eval_texture.py draws them."""
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
 
 
 def lungs(height=HEIGHT, width=WIDTH, shift=0):
@@ -98,8 +94,7 @@ def features(tmp_path):
     return save_model(path, nodes, {"image": TensorProto.UINT8}, outputs, kind="features", name="grid means")
 
 
-@pytest.fixture
-def unet(tmp_path):
+def save_unet(path, labels=("background", "lung", "ground-glass opacity", "consolidation")):
     """A segmentation by thresholds half-way between HU_OF_LABEL that, like a U-Net, wants multiples of 16."""
     nodes = [
         helper.make_node("Cast", ["ct"], ["pixels"], to=TensorProto.FLOAT),
@@ -107,20 +102,23 @@ def unet(tmp_path):
         helper.make_node("Reshape", ["pixels", "blocks"], ["checked"]),  # fails on other sizes
         helper.make_node("Shape", ["pixels"], ["shape"]),
         helper.make_node("Reshape", ["checked", "shape"], ["float"]),
+        helper.make_node("Constant", [], ["count0"], value_float=0.0),
     ]
-    for k, threshold in enumerate((-925.0, -700.0, -265.0)):
+    for k, threshold in enumerate((-925.0, -700.0, -265.0)[: len(labels) - 1]):
         nodes += [
             helper.make_node("Constant", [], [f"threshold{k}"], value_float=threshold),
             helper.make_node("Greater", ["float", f"threshold{k}"], [f"above{k}"]),
-            helper.make_node("Cast", [f"above{k}"], [f"count{k}"], to=TensorProto.INT32),
+            helper.make_node("Cast", [f"above{k}"], [f"one{k}"], to=TensorProto.FLOAT),
+            helper.make_node("Add", [f"count{k}", f"one{k}"], [f"count{k + 1}"]),
         ]
-    nodes += [
-        helper.make_node("Add", ["count0", "count1"], ["count01"]),
-        helper.make_node("Add", ["count01", "count2"], ["count"]),
-        helper.make_node("Cast", ["count"], ["map"], to=TensorProto.UINT8),
-    ]
-    outputs = {"map": (TensorProto.UINT8, ["N", "H", "W"])}
-    return save_model(tmp_path / "unet.onnx", nodes, {"ct": TensorProto.INT16}, outputs, kind="unet", multiple="16")
+    nodes.append(helper.make_node("Cast", [f"count{len(labels) - 1}"], ["map"], to=TensorProto.UINT8))
+    told, outputs = {"kind": "unet", "labels": json.dumps(labels)}, {"map": (TensorProto.UINT8, ["N", "H", "W"])}
+    return save_model(path, nodes, {"ct": TensorProto.INT16}, outputs, **told)
+
+
+@pytest.fixture
+def unet(tmp_path):
+    return save_unet(tmp_path / "unet.onnx")
 
 
 def pixel_rows(real, fake, labels):
@@ -208,16 +206,11 @@ def test_batches_and_changes_of_size_between_pairs_change_nothing(sets, rng):
 # ------------------------------------------------------------------------------------------------ statistics
 
 
-@pytest.mark.parametrize("freedom", [1, 2, 5, 6, 7, 10, 30, 1000])
-def test_students_t_is_scipys(freedom):
-    assert evaluation.student_t(freedom) == pytest.approx(scipy.stats.t.ppf(0.975, freedom), rel=1e-3)
-
-
 def test_the_interval_over_patients_is_that_of_their_means():
     row = evaluation.estimate(np.array([1.0, 3.0, 10.0, np.nan]), ["P01_S000", "P01_S001", "P02_S000", "P03_S000"])
     assert (row["mean"], row["n"]) == (pytest.approx(14 / 3), 3)
     assert (row["patients_mean"], row["patients_n"]) == (6, 2)  # of 2 and 10
-    assert row["patients_interval"] == pytest.approx(12.7062 * np.sqrt(32) / np.sqrt(2))
+    assert row["patients_interval"] == pytest.approx(12.706205 * np.sqrt(32) / np.sqrt(2))
 
 
 def test_one_value_has_no_interval_and_none_has_no_mean():
@@ -282,14 +275,10 @@ def test_kid_of_many_images_is_over_subsets_and_the_same_each_time(rng, monkeypa
 def test_fid_is_refused_where_n_is_not_above_the_dimension_and_kid_is_not(sets, features):
     rows = evaluate(sets, "--features", features)["features"]
     assert rows["complete FID 16"]["value"] is None
-    assert "N=9 is not above the features' 16 dimensions; read KID, or --force" in rows["complete FID 16"]["note"]
+    assert "17 images" in rows["complete FID 16"]["note"]
     assert rows["lung KID 16"]["value"] is not None
     assert rows["lung FID 2"]["value"] >= 0
-    assert (rows["lung FID 2"]["features"], rows["lung FID 2"]["dimension"], rows["lung FID 2"]["N"]) == (
-        "grid means",
-        2,
-        9,
-    )
+    assert [rows["lung FID 2"][key] for key in ("features", "dimension", "N")] == ["grid means", 2, 9]
     assert rows["lung FID 2"]["floor_N"] == rows["lung KID 2"]["floor_N"] == 4
     assert evaluate(sets, "--features", features, "--force")["features"]["complete FID 16"]["value"] > 0
 
@@ -352,6 +341,14 @@ def test_the_unet_finds_the_lesions_of_the_maps_at_any_size(sets, unet, rng):
     assert rows["fake GGO specificity"]["mean"] == 1
     assert (rows["real consolidation Dice"]["mean"], rows["real consolidation Dice"]["empty"]) == (1, 9)
     assert (rows["real consolidation sensitivity"]["mean"], rows["real consolidation sensitivity"]["n"]) == (None, 0)
+
+
+@pytest.mark.parametrize("n, found", [(2, []), (3, ["GGO"]), (4, ["GGO", "consolidation", "infection"])])
+def test_of_a_unet_with_fewer_labels_the_lesions_that_it_knows_are_measured(n, found, sets, capsys):
+    names = ["background", "lung", "ground-glass opacity", "consolidation"][:n]
+    rows = evaluate(sets, "--unet", save_unet(sets / "few.onnx", names))["segmentation"]
+    assert [*dict.fromkeys(row.split()[1] for row in rows)] == found
+    assert ("finds background" in capsys.readouterr().err) == (n < 4)
 
 
 # ------------------------------------------------------------------------------------------------ memorisation
@@ -431,9 +428,8 @@ def test_pairs_are_by_name_and_the_rest_is_told(sets, capsys):
     (sets / "fake/P02_S006.png").rename(sets / "fake/P77_S000.png")
     results = evaluate(sets)
     assert results["pixels"]["complete PSNR"]["n"] == 7
-    fake, real = sets / "fake", sets / "real"
-    assert f"note: 2 names are in {real} only, 1 in {fake} only: left out" in capsys.readouterr().err
-    with pytest.raises(Mistake, match=r"2 names .* --strict"):
+    assert f"2 names are in {sets / 'real'} only" in capsys.readouterr().err
+    with pytest.raises(Mistake, match="--strict"):
         evaluate(sets, "--strict")
 
 
@@ -441,35 +437,23 @@ def test_pairs_of_the_training_side_are_told(sets, capsys):
     names = [f"P0{k // 3}_S00{k}" for k in range(9)]
     (sets / "real/split.json").write_text(json.dumps({"train": names[:6], "test": names[6:]}))
     evaluate(sets)
-    assert f"note: 6 of 9 pairs are of the training side ({sets / 'real/split.json'})" in capsys.readouterr().err
+    assert "6 of 9 pairs are of the training side" in capsys.readouterr().err
     for name in names[:6]:
         (sets / f"fake/{name}.png").unlink()
     evaluate(sets)
     assert "training side" not in capsys.readouterr().err
 
 
-def test_real_slices_whose_lungs_have_no_lungs_hu_are_told(sets, capsys):
-    evaluate(sets)
-    assert "healthy lung" not in capsys.readouterr().err
-    for path in (sets / "real/images").iterdir():
-        iio.imwrite(path, np.full((HEIGHT, WIDTH), 900, np.uint16))
-    evaluate(sets)
-    assert f"note: {sets / 'real'}: mean -124 in their healthy lung" in capsys.readouterr().err
-
-
-def test_synthetic_grey_levels_are_told(sets, capsys):
-    for path in (sets / "fake").rglob("P*.png"):
-        hu = read_image(path).astype(float)
-        iio.imwrite(path, (np.clip((hu + 1350) / 1500, 0, 1) * 255).astype(np.uint16))
-    evaluate(sets)
-    assert f"warning: {sets / 'fake'}: no value above 255 in any lung" in capsys.readouterr().err
-    evaluate(sets, fake="real")
-    assert "warning" not in capsys.readouterr().err
+def test_a_real_slice_that_is_not_its_maps_is_refused_unless_unchecked(sets):
+    write_image(sets / "real/images/P00_S001.png", np.full((HEIGHT, WIDTH), -124))
+    with pytest.raises(Mistake, match=r"real/images/P00_S001\.png"):
+        evaluate(sets)
+    assert evaluate(sets, "--unchecked")["run"]["pairs"]["measured"] == 9
 
 
 def test_pictures_of_an_evaluation_before_do_not_stand_beside_this_ones(sets):
     evaluate(sets, "--train", sets / "train")
-    assert (sets / "out/eval_memorisation.png").exists() and (sets / "out/eval_texture.png").exists()
+    assert (sets / "out/eval_memorisation.png").exists()
     (sets / "real/maps").rename(sets / "hidden")
     evaluate(sets)
     assert [path.name for path in (sets / "out").glob("*.png")] == ["eval_cases.png"]
@@ -496,155 +480,58 @@ def test_the_picture_shows_best_median_and_worst(sets):
     assert difference.any()
 
 
-def spoil(sets, what):
-    """Spoil the sets; returns options, and what the one line must say."""
-    first = sets / "fake/P00_S000.png"
-    if what == "8-bit image":
-        iio.imwrite(first, np.zeros((HEIGHT, WIDTH), np.uint8))
-        return [], f"{first}: "
-    if what == "size":
-        write_image(sets / "real/images/P00_S000.png", np.zeros((40, 40)))
-        return [], "bring both to one size"
-    if what == "grey levels":
-        iio.imwrite(sets / "real/images/P00_S000.png", np.full((HEIGHT, WIDTH), 200, np.uint16))
-        return [], "real/images/P00_S000.png: no value above 255"
-    if what == "set cut off":
-        (sets / "real/.unfinished").touch()
-        return [], "real: its making was cut off"
-    if what == "size of the map":
-        write_map(sets / "real/maps/P00_S000.png", np.ones((40, 40), np.uint8))
-        return [], "real/maps/P00_S000.png"
-    if what == "missing map":
-        (sets / "real/maps/P01_S003.png").unlink()
-        return [], "the maps of 1 pairs are missing, P01_S003.png first"
-    if what == "no lung in any":
-        for path in (sets / "real/maps").iterdir():
-            write_map(path, np.zeros((HEIGHT, WIDTH), np.uint8))
-        return [], "P00_S000.png and all other maps of the 9 pairs: no lung in them"
-    if what == "no lung in training":
-        for path in (sets / "train/maps").iterdir():
-            write_map(path, np.zeros((HEIGHT, WIDTH), np.uint8))
-        return ["--train", sets / "train"], "no lung in any of its 9 training maps"
-    if what == "JPEG":
-        for path in (sets / "real/maps").iterdir():
-            path.rename(path.with_suffix(".jpg"))
-        return [], "real/maps: JPEG"
-    if what == "no pair":
-        for path in (sets / "fake").iterdir():
-            path.rename(path.with_name("other_" + path.name))
-        return [], "fake: other_P00_S000 and all others are not in"
-    if what == "broken image":
-        first.write_bytes(first.read_bytes()[:60])
-        return [], f"{first}: "
-    if what == "U-Net without maps":
-        (sets / "real/maps").rename(sets / "hidden")
-        return ["--unet", "unet.onnx"], "give --maps"
-    if what == "training map":
-        (sets / "train/maps/P90_S000.png").unlink()
-        return ["--train", sets / "train"], "P90_S000 and 0 more lack image or map"
-    if what == "split":
-        (sets / "train/split.json").write_text('{"test": ["P90_S000"]}')
-        return ["--train", sets / "train"], 'split.json: no names under "train"'
-    if what == "name of the split":
-        (sets / "train/split.json").write_text('{"train": ["P90_S000.png", "P91_S000.png", "P92_S000"]}')
-        return ["--train", sets / "train"], "P91_S000 and 1 more lack image or map"
-    if what in ("no folder to write to", "no folder for the JSON"):
-        (sets / "file").touch()
-        option = "--out" if what == "no folder to write to" else "--json"
-        return [option, sets / "file/new/name"], "file/new/name"
-    return {
-        "width": (["--width", 0], "--width 0"),
-        "batch": (["--batch", 0], "--batch 0"),
-        "folder of the maps": (["--maps", sets / "no"], "no such folder"),
-        "maps of others": (["--maps", sets / "train"], "the maps of 9 pairs are missing"),
-        "out": (["--out", sets / "fake/P00_S000.png"], "P00_S000.png/eval_cases.png: cannot be written"),
-        "folder as JSON": (["--json", sets / "fake"], "fake: is a folder: name a file"),
-        "level": (["--level", "nan"], "--level nan"),
-        "no features file": (["--features", sets / "no.onnx"], "no.onnx: no such file"),
-    }[what]
+def no_lung(folder):
+    for path in folder.iterdir():
+        write_map(path, np.zeros((HEIGHT, WIDTH), np.uint8))
 
 
-MISTAKES = """8-bit image, grey levels, set cut off, size, size of the map, missing map, no lung
-in any, no lung in training, JPEG, no pair, broken image, training map, split, name of the split, width,
-level, batch, folder of the maps, maps of others, out, folder as JSON, no folder to write to, no folder
-for the JSON, no features file, U-Net without maps""".replace("\n", " ")
+MISTAKES = {  # what to do to the sets, options, and what the line must name
+    "8-bit image": (lambda s: iio.imwrite(s / "fake/P00_S000.png", np.zeros((9, 9), np.uint8)), [], "fake/P00_S000"),
+    "grey levels": (lambda s: write_image(s / "real/images/P00_S000.png", lungs() * 9.0 - 1024), [], "grey levels"),
+    "set cut off": (lambda s: (s / "real/.unfinished").touch(), [], "cut off"),
+    "size": (lambda s: write_image(s / "real/images/P00_S000.png", np.zeros((40, 40))), [], "one size"),
+    "size of the map": (lambda s: write_map(s / "real/maps/P00_S000.png", lungs(40, 40)), [], "maps/P00_S000"),
+    "missing map": (lambda s: (s / "real/maps/P01_S003.png").unlink(), [], "P01_S003"),
+    "no lung in any": (lambda s: no_lung(s / "real/maps"), [], "no lung"),
+    "no lung in training": (lambda s: no_lung(s / "train/maps"), ["--train", "train"], "no lung"),
+    "no pair": (lambda s: (s / "fake").rename(s / "real/fake"), ["--maps", "real/maps"], "no such folder"),
+    "names of others": (lambda s: None, ["--maps", "train"], "P00_S000"),
+    "U-Net without maps": (lambda s: (s / "real/maps").rename(s / "hidden"), ["--unet", "unet.onnx"], "--maps"),
+    "no training side": (
+        lambda s: (s / "train/split.json").write_text('{"test": ["P90_S000"]}'),
+        ["--train", "train"],
+        "train",
+    ),
+    "no features file": (lambda s: None, ["--features", "no.onnx"], "no.onnx"),
+    "width": (lambda s: None, ["--width", "0"], "--width"),
+    "level": (lambda s: None, ["--level", "nan"], "--level"),
+    "batch": (lambda s: None, ["--batch", "0"], "--batch"),
+}
 
 
-@pytest.mark.parametrize("what", MISTAKES.split(", "))
-def test_a_mistake_is_one_line_that_names_it_and_nothing_is_written(sets, what):
-    options, line = spoil(sets, what)
-    with pytest.raises(Mistake, match=re.escape(line)) as mistake:
+@pytest.mark.parametrize("what", MISTAKES)
+def test_a_mistake_is_one_line_that_names_it_and_nothing_is_written(what, sets, monkeypatch):
+    spoil, options, named = MISTAKES[what]
+    spoil(sets)
+    monkeypatch.chdir(sets)
+    with pytest.raises(Mistake, match=named) as mistake:
         evaluate(sets, *options)
-    assert "\n" not in mistake.value.args[0]
-    assert not (sets / "out").exists()
-    assert not (sets / "results.json").exists()
+    assert "\n" not in str(mistake.value)
+    assert not (sets / "out").exists() and not (sets / "results.json").exists()
 
 
 def test_a_foreign_model_is_refused_by_name(sets, features, unet):
-    with pytest.raises(Mistake, match=r"unet\.onnx: is a unet, not a features"):
+    with pytest.raises(Mistake, match=r"unet\.onnx"):
         evaluate(sets, "--features", unet)
-    with pytest.raises(Mistake, match="no features of dimension 2048: give --dim one of 2, 16"):
+    with pytest.raises(Mistake, match=r"features\.onnx.*2048"):
         evaluate(sets, "--features", features, "--dim", "2048")
-    outputs = {"2": (TensorProto.UINT8, ["N", "H", "W"])}
     node = helper.make_node("Identity", ["picture"], ["2"])
+    outputs = {"2": (TensorProto.UINT8, ["N", "H", "W"])}
     foreign = save_model(sets / "foreign.onnx", [node], {"picture": TensorProto.UINT8}, outputs, kind="features")
-    with pytest.raises(Mistake, match=r"foreign\.onnx: ONNX Runtime on image \(1, 48, 64\): .*picture"):
+    with pytest.raises(Mistake, match=r"foreign\.onnx: .*picture"):
         evaluate(sets, "--features", foreign)
-    for option in ("--features", "--unet"):
-        (sets / "cut.onnx").write_bytes(features.read_bytes()[:100])
-        with pytest.raises(Mistake, match=r"cut\.onnx: not a usable ONNX file"):
-            evaluate(sets, option, sets / "cut.onnx")
-
-
-def test_features_that_are_no_numbers_are_refused(sets):
-    nodes = [
-        helper.make_node("Cast", ["image"], ["float"], to=TensorProto.FLOAT),
-        helper.make_node("Sub", ["float", "float"], ["zero"]),
-        helper.make_node("Div", ["zero", "zero"], ["nan"]),
-        helper.make_node("Flatten", ["nan"], ["9"]),
-    ]
-    inputs, outputs = {"image": TensorProto.UINT8}, {"9": (TensorProto.FLOAT, ["N", None])}
-    path = save_model(sets / "nan.onnx", nodes, inputs, outputs, kind="features")
-    with pytest.raises(Mistake, match=r"nan\.onnx: 9 is not finite"):
-        evaluate(sets, "--features", path)
-
-
-def test_a_unet_whose_map_is_no_labels_of_its_slice_is_refused(sets):
-    outputs = {"map": (TensorProto.INT16, ["N", "H", "W"])}
-    node = helper.make_node("Identity", ["ct"], ["map"])
-    path = save_model(sets / "odd.onnx", [node], {"ct": TensorProto.INT16}, outputs, kind="unet")
-    with pytest.raises(Mistake, match=r"odd\.onnx: its map is int16"):
-        evaluate(sets, "--unet", path)
-
-
-@pytest.mark.parametrize("labels", [["background", "lung"], ["background", "nodule", "lung", "vessel"]])
-def test_a_unet_of_other_labels_is_refused_and_not_a_bad_one(sets, labels):
-    outputs = {"map": (TensorProto.UINT8, ["N", "H", "W"])}
-    node = helper.make_node("Cast", ["ct"], ["map"], to=TensorProto.UINT8)
-    told = {"kind": "unet", "labels": json.dumps(labels)}
-    path = save_model(sets / "odd.onnx", [node], {"ct": TensorProto.INT16}, outputs, **told)
-    with pytest.raises(Mistake, match=rf"odd\.onnx: finds {', '.join(labels)}: give one that finds background, lung"):
-        evaluate(sets, "--unet", path)
-
-
-@pytest.mark.parametrize("error", [RuntimeError("bad allocation"), MemoryError()])
-def test_a_failure_of_onnx_runtime_is_a_mistake_that_names_the_model_and_the_mend(error):
-    class Session:
-        def run(self, outputs, inputs):
-            raise error
-
-    with pytest.raises(Mistake, match=r"unet\.onnx: .*ct \(1, 2, 3\): (bad allocation|MemoryError); .*--batch"):
-        evaluation.run("unet.onnx", Session(), ["map"], ct=np.zeros((1, 2, 3)))
-
-
-def test_a_full_disk_is_one_line_that_names_the_file_and_leaves_nothing(sets, monkeypatch):
-    def full(path, content):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(Mistake, match=r"out/eval_cases\.png: cannot be written \(No space left on device\)"):
-        evaluate(sets)
-    assert list((sets / "out").iterdir()) == []
+    with pytest.raises(Mistake, match=r"odd\.onnx.*nodule"):
+        evaluate(sets, "--unet", save_unet(sets / "odd.onnx", ["background", "nodule", "lung"]))
 
 
 # ------------------------------------------------------------------------------------------------ slices without lung
@@ -655,17 +542,15 @@ def remove_lung(*maps):
         write_map(path, np.zeros((HEIGHT, WIDTH), np.uint8))
 
 
-def test_pairs_without_lung_count_as_if_they_were_not_there(sets, features, unet, capsys):
+def test_pairs_without_lung_count_as_if_they_were_not_there(sets, features, unet):
     names = ["P00_S000.png", "P01_S004.png"]
     options = ["--features", features, "--unet", unet, "--train", sets / "train", "--batch", 4]
     remove_lung(*(sets / "real/maps" / name for name in names))
     left_out = evaluate(sets, *options)
-    assert "2 pairs without lung left out" in capsys.readouterr().out
     assert left_out["run"]["pairs"] == {"measured": 7, "without_lung": 2, "patients": 3}
     for name in names:
         (sets / "fake" / name).unlink()
     absent = evaluate(sets, *options)
-    assert "without lung" not in capsys.readouterr().out
     assert absent["run"].pop("pairs") == {"measured": 7, "without_lung": 0, "patients": 3}
     del left_out["run"]["pairs"]
     assert left_out == absent
@@ -677,20 +562,13 @@ def test_a_slice_of_air_alone_is_left_out_like_any_without_lung(sets):
     assert evaluate(sets)["run"]["pairs"] == {"measured": 8, "without_lung": 1, "patients": 3}
 
 
-def test_training_slices_without_lung_are_left_out_and_counted(sets, capsys):
+def test_training_slices_without_lung_are_counted_and_no_lung_changes_its_name(sets):
     remove_lung(*(sets / "train/maps" / f"P90_S00{k}.png" for k in (0, 3)))
-    results = evaluate(sets, "--train", sets / "train")
-    assert results["memorisation"]["training"] == {"lungs": 7, "without_lung": 2}
-    assert "RMS distance to 7 training lungs" in (out := capsys.readouterr().out)
-    assert "2 without lung left out" in out
-    assert not {row["nearest"] for row in results["suspects"].values()} & {"P90_S000", "P90_S003"}
-
-
-def test_the_nearest_training_lung_keeps_its_name_after_slices_without_lung(sets):
-    remove_lung(sets / "train/maps/P90_S000.png")
     write_image(sets / "fake/P01_S004.png", read_image(sets / "train/images/P90_S007.png"))
     write_map(sets / "real/maps/P01_S004.png", read_map(sets / "train/maps/P90_S007.png"))
-    assert evaluate(sets, "--train", sets / "train")["suspects"]["P01_S004"]["nearest"] == "P90_S007"
+    results = evaluate(sets, "--unchecked", "--train", sets / "train")
+    assert results["memorisation"]["training"] == {"lungs": 7, "without_lung": 2}
+    assert results["suspects"]["P01_S004"]["nearest"] == "P90_S007"
 
 
 def test_a_black_real_lung_has_no_nrmse(sets):
@@ -741,95 +619,30 @@ def test_five_of_the_cases_slices_without_lung_are_left_out(cases, tmp_path):
     assert results["memorisation"]["training"] == {"lungs": 13, "without_lung": 5}
 
 
-def test_maps_as_jpeg_are_told_in_one_line(cases, tmp_path):
-    with pytest.raises(Mistake, match="jpeg_maps/maps: JPEG"):
-        of_case(cases / "jpeg_maps", cases / "base", tmp_path, "--maps", cases / "jpeg_maps/maps")
-
-
 # ------------------------------------------------------------------------------------------------ what is printed
 
 
-def shown(line, start):
-    """Numbers of the printed line that begins with start."""
-    return [float(word) for word in line.removeprefix(start).split() if word != "-"]
-
-
 def test_the_printed_figures_are_those_of_the_json(sets, features, unet, capsys):
-    options = ["--features", features, "--unet", unet, "--train", sets / "train"]
-    results = evaluate(sets, *options)
-    lines = capsys.readouterr().out.splitlines()
-
-    def line(start):
-        (found,) = [line for line in lines if line.startswith(f"{start} ")]
-        return shown(found, start)
-
-    def both(rows, kinds, figure):
-        keys = ("mean", "interval", "patients_interval")
-        return [rows[f"{kinds[0]} {figure}"]["n"], *(rows[f"{kind} {figure}"][key] for kind in kinds for key in keys)]
-
-    for figure in ("PSNR", "SSIM", "RMSE", "NRMSE"):
-        assert line(figure) == pytest.approx(both(results["pixels"], ("complete", "lung"), figure), rel=0.06)
-        assert line(figure)[1] == pytest.approx(results["pixels"][f"complete {figure}"]["mean"], rel=6e-4)
-    for figure in ("GGO Dice", "consolidation sensitivity", "infection specificity"):
-        assert line(figure) == pytest.approx(both(results["segmentation"], ("fake", "real"), figure), rel=0.06)
-    for figure, dimension in (("FID", 2), ("KID", 16)):  # the largest that 9 slices allow
-        rows = [results["features"][f"{region} {figure} {dimension}"] for region in ("complete", "lung")]
-        values = [row[key] for row in rows for key in ("value", "floor_value")]
-        assert line(f"{figure}, {dimension} dimensions") == pytest.approx([9, *values], rel=1e-3)
-    nearest = results["memorisation"]["fake"]
-    assert line("synthetic") == pytest.approx([9, nearest["median"], nearest["minimum"]], rel=1e-3)
-    assert any(results["cases"]["worst"]["name"] in line for line in lines if line.startswith("worst"))
-
-
-def test_what_is_left_out_is_one_line_and_no_row(sets, features, capsys):
-    evaluate(sets, "--features", features)
-    done = capsys.readouterr()
-    assert "FID at 16 left out: 9 slices; it needs more slices than dimensions" in done.out.splitlines()
-    assert "refused" not in done.out
-    assert done.out.count("FID, ") == done.out.count("KID, ") == 1
-    assert "metrics_" not in done.err  # the graph that no user knows of
-    evaluate(sets, "--features", features, "--force")
-    assert "FID at 16 is forced, and too high: 9 slices" in capsys.readouterr().out
-
-
-def test_where_no_dimension_is_allowed_kid_stands_alone(sets, features, capsys):
-    evaluate(sets, "--features", features, "--dim", 16)
-    lines = capsys.readouterr().out.splitlines()
-    assert not any(line.startswith("FID, ") for line in lines)
-    assert any(line.startswith("KID, 16 dimensions") for line in lines)
-
-
-@pytest.mark.parametrize(
-    "prefix", ["P", "a_very_long_name_of_a_patient_of_some_hospital_" * 3, "患者的肺部扫描切片" * 4]
-)
-def test_what_is_printed_is_never_wider_than_100_columns(sets, features, unet, prefix, capsys):
-    for folder in ("real/images", "real/maps", "fake", "train/images", "train/maps"):
-        for k, path in enumerate(sorted((sets / folder).iterdir())):
-            path.rename(path.with_name(f"{prefix}{k}_{path.name}"))
-    options = ["--features", features, "--unet", unet, "--train", sets / "train", "--strict"]
-    results = evaluate(sets, *options)
-    lines = capsys.readouterr().out.splitlines()
-    wide = [sum(1 + (unicodedata.east_asian_width(sign) in "WF") for sign in line) for line in lines]
-    assert max(wide) <= 100
-    assert results["run"]["pairs"]["patients"] == 9
-    for rows in (results["pixels"], results["segmentation"]):
-        for row in rows.values():  # as narrow as intervals get, of as many slices as anyone has
-            row |= {"mean": 1.2345e-5, "interval": 1.234e-5, "patients_interval": 1.234e-5, "n": 99_999}
-    for row in results["texture"].values():
-        row |= {"value": 12345.678, "floor_value": 1.2345e-5, "N": 99_999}
-    for row in results["features"].values():
-        row |= {"features": prefix, "value": -1.2345e-5, "floor_value": -1.2345e-5, "N": 99_999, "floor_N": 49_999}
-    assert max(map(len, evaluation.report(results).splitlines())) <= 100
+    results = evaluate(sets, "--features", features, "--unet", unet, "--train", sets / "train")
+    printed = capsys.readouterr().out
+    lines = {line.split("  ")[0]: line.split("  ", 1)[-1].split() for line in printed.splitlines()}
+    for table in ("pixels", "segmentation", "texture", "memorisation", "suspects", "cases"):
+        for name, row in results[table].items():
+            for key in row.keys() & {"mean", "interval", "patients_interval", "value", "floor_value", "median", "SSIM"}:
+                assert ("-" if row[key] is None else f"{row[key]:.4g}") in lines[name]
+    assert "complete FID 2" in lines and "complete FID 16" not in lines  # not of 9 slices
+    assert "complete KID 16" in lines and "complete KID 2" not in lines  # the largest dimension
+    assert "17 images" in printed
 
 
 # ------------------------------------------------------------------------------------------------ the whole program
 
-WITHOUT_TORCH = "import sys; sys.modules['torch'] = None; import runpy; runpy.run_path('eval.py', run_name='__main__')"
+LACKING = "import sys, runpy; sys.modules[{!r}] = None; runpy.run_path('eval.py', run_name='__main__')"
 
 
-def program(*arguments, env=None):
-    command = [sys.executable, "-c", WITHOUT_TORCH, *map(str, arguments)]
-    return subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=120, env=env)
+def program(*arguments, lacks="torch"):
+    command = [sys.executable, "-c", LACKING.format(lacks), *map(str, arguments)]
+    return subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=120)
 
 
 def test_without_torch_all_runs_and_writes_all(sets, features, unet):
@@ -844,21 +657,17 @@ def test_without_torch_all_runs_and_writes_all(sets, features, unet):
     assert set(results) == {"run", *meters, "suspects", "cases"}
 
 
-def test_an_ascii_terminal_and_no_home_are_no_obstacle(sets):
-    for path in [*(sets / "real").glob("*/P00_S000.png"), sets / "fake/P00_S000.png"]:
-        path.rename(path.with_name("Jürgen_S000.png"))
-    env = {"PYTHONIOENCODING": "ascii", "PATH": os.environ["PATH"]}
-    done = program(sets / "real", sets / "fake", "--out", sets / "out", env=env)
-    assert done.returncode == 0, done.stderr
-    assert r"best            J\xfcrgen_S000" in done.stdout
-    assert program("-h", env=env).returncode == 0
+@pytest.mark.parametrize("package", ["onnx", "scipy"])
+def test_without_onnx_or_scipy_one_line_says_what_to_install(package):
+    done = program("-h", lacks=package)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"pip install {package}" in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_a_mistake_on_the_command_line_ends_with_status_2_and_one_line(sets):
     done = program(sets / "real", sets / "nowhere")
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith(f"error: {sets / 'nowhere'}: no such folder")
-    assert done.stderr.count("\n") == 1
+    assert "nowhere" in done.stderr and done.stderr.count("\n") == 1
 
 
 MEASURED = """
@@ -888,4 +697,4 @@ def test_memory_does_not_grow_with_the_number_of_pairs(tmp_path, rng):
         assert done.returncode == 0, done.stderr
         peaks.append(int(done.stdout.split("peak")[1]))
     image = labels.size * np.dtype(np.int16).itemsize
-    assert peaks[1] - peaks[0] < 50 * image  # for 300 pairs more: their names and figures, no image of theirs
+    assert peaks[1] - peaks[0] < 300 * image  # for 300 pairs more: their names and figures, not three images each
