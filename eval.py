@@ -92,7 +92,10 @@ def pngs(folder: Path, part: str) -> dict[str, Path]:
 
 
 def find_pairs(real: Path, fake: Path, maps: Path | None = None, strict: bool = False) -> list[Pair]:
-    """Pairs by file name, with maps, or those of the dataset FAKE or REAL. Raises Mistake; strict: for single names."""
+    """Pairs by file name. maps None: the dataset's, if FAKE or REAL is one. strict: no name may be on one side only.
+
+    Raises Mistake for no pair and for a missing map.
+    """
     reals, fakes = pngs(real, "images"), pngs(fake, "images")
     both, single = sorted(reals.keys() & fakes.keys()), sorted(reals.keys() ^ fakes.keys())
     if not both:
@@ -294,13 +297,13 @@ class PixelMetrics:
         self.found: dict[str, list[np.ndarray]] = defaultdict(list)  # row -> [N] of each batch
 
     def session(self, height: int, width: int) -> ort.InferenceSession:
-        """The graph for a size, opened when first asked for."""
+        """The graph for a size, opened when first asked for; on one thread, since the others read PNGs."""
         if (height, width) not in self.sessions:
             with tempfile.TemporaryDirectory() as folder:
                 path = Path(folder) / f"metrics_{height}x{width}.onnx"
                 onnx.save(pixel_graph(height, width, self.window.level, self.window.width), path)
-                opened = open_session(path, self.provider, threads=1, kind="metrics", quiet=True)  # others read PNGs
-                self.sessions[height, width] = opened[0]
+                session, _ = open_session(path, self.provider, threads=1, kind="metrics", quiet=True)
+            self.sessions[height, width] = session
         return self.sessions[height, width]
 
     def update(self, batch: Batch) -> None:
@@ -320,10 +323,9 @@ class PixelMetrics:
     def result(self, names: list[str]) -> dict[str, Rows]:
         """Tables "pixels" and, by SSIM, "cases"."""
         found = {row: np.concatenate(parts).astype(np.float64) for row, parts in self.found.items()}
-        ssim = found["complete SSIM"]
-        order = ssim.argsort(kind="stable")[::-1]
+        order = found["complete SSIM"].argsort(kind="stable")[::-1]
         shown = {"best": order[0], "median": order[len(order) // 2], "worst": order[-1]}
-        cases: Rows = {case: {"name": names[k], "SSIM": ssim[k]} for case, k in shown.items()}
+        cases: Rows = {case: {"name": names[k], "SSIM": found["complete SSIM"][k]} for case, k in shown.items()}
         return {"pixels": {row: estimate(values, names) for row, values in found.items()}, "cases": cases}
 
 
@@ -478,8 +480,7 @@ def energy(hu: np.ndarray, labels: np.ndarray, weight: np.ndarray) -> np.ndarray
 class Texture:
     """Texture or blur? Power spectrum inside the lung and HU histogram of each label, beside the real slices' own.
 
-    Spectra are means over all directions (Durall et al., CVPR 2020), pooled by the lungs' areas. HU are clipped to the
-    window, and histograms have its 256 steps.
+    Spectra are means over all directions (Durall et al., CVPR 2020). HU are clipped to the window and its 256 steps.
     """
 
     def __init__(self, window: Window) -> None:
@@ -586,9 +587,8 @@ class Segmentation:
         self.lesions = {lesion: of for lesion, of in LESIONS.items() if max(of) < len(labels)}
         if left_out := [lesion for lesion in LESIONS if lesion not in self.lesions]:
             print(f"note: {model} finds {', '.join(labels)}: {', '.join(left_out)} left out", file=sys.stderr)
-        self.multiple = int(info.get("multiple", 16))  # pixels
         self.found: dict[str, list[np.ndarray]] = defaultdict(list)  # row -> [N] of each batch
-        self.empty: Counter[str] = Counter()
+        self.multiple, self.empty = int(info.get("multiple", 16)), Counter()  # pixels; row -> slices without the lesion
 
     def update(self, batch: Batch) -> None:
         """Segment a batch, padded with air to what the U-Net takes, and compare it with its maps."""
@@ -608,7 +608,7 @@ class Segmentation:
         rows: Rows = {row: estimate(np.concatenate(parts), names) for row, parts in self.found.items()}
         for row, count in self.empty.items():
             rows[row]["empty"] = count
-        return {"segmentation": rows}
+        return {"segmentation": rows} if rows else {}
 
 
 def thumbnails(grey: np.ndarray) -> np.ndarray:

@@ -119,6 +119,7 @@ def fid_of(x, y):
     return ((mu_x - mu_y) ** 2).sum() + np.trace(s_x + s_y - 2 * scipy.linalg.sqrtm(s_x @ s_y).real)
 
 
+@pytest.mark.long
 def test_relative_fid_of_slices_as_real_as_the_real_ones_is_1_however_few_they_are(tmp_path, rng, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # drawing takes longer than all the rest
     model, ratios = save_features(tmp_path / "f.onnx", {"4": (48, 48)}), []
