@@ -227,7 +227,8 @@ def test_a_painted_lesion_gives_the_hu_of_infer_onnx_to_1_hu(page, generator):
     page.set("size", 6)
     page.stroke((15, 30), (20, 40))
     page.choose("Consolidation")
-    page.stroke((48, 44), (50, 40))
+    for x in range(40, 56, 2):  # faster than slices are made
+        page.stroke((x, 44), (x + 2, 40))
     labels, _ = as_scripts_have_it(page, generator)
     assert set(np.unique(labels)) == {0, 1, 2, 3} and labels.shape == (SIZE, SIZE)
 
@@ -238,13 +239,6 @@ def test_a_map_of_any_size_is_padded_and_cropped_as_infer_onnx_does(page, genera
     page.wait_for(f"41 x 50 pixels. The generator was trained at {SIZE} x {SIZE}")
     labels, _ = as_scripts_have_it(page, generator)
     assert labels.shape == (50, 41)
-
-
-def test_the_slice_is_of_the_last_of_many_quick_strokes(page, generator):
-    page.choose("Consolidation")
-    for x in range(8, 56, 4):
-        page.stroke((x, 30), (x, 34))
-    as_scripts_have_it(page, generator)
 
 
 def test_the_built_in_map_takes_the_generators_size_until_it_is_touched(page, generator, tmp_path):
@@ -333,19 +327,17 @@ def test_undo_redo_and_clear_go_through_the_steps(page):
     assert page.tab.locator("#redo").is_disabled()
 
 
-def test_the_heap_stays_flat_over_many_strokes(page):
+def test_the_heap_stays_flat_over_many_steps(page):
     session = page.tab.context.new_cdp_session(page.tab)
 
-    def heap_after(strokes):
+    def heap_after(steps):
         """MiB that the page holds, what it paints on and keeps to undo included."""
-        for k in range(strokes):
-            page.choose(("Lung", "Erase")[k % 2])
-            page.stroke((k % 60, 7 * k % 60), (11 * k % 60, 13 * k % 60))
+        page.press(*["1", "Space", "0", "Space"] * (steps // 2))
         session.send("HeapProfiler.collectGarbage")
         held = session.send("Runtime.getHeapUsage")
         return (held["usedSize"] + held.get("backingStorageSize", 0)) / 2**20
 
-    full = heap_after(110)  # steps, of which 100 can be undone
+    full = heap_after(110)  # of which 100 can be undone
     assert heap_after(40) < 1.1 * full + 1
 
 
@@ -533,7 +525,7 @@ def test_without_the_shipped_generator_the_page_says_so_and_takes_one_that_is_dr
 
 def test_a_shipped_generator_that_comes_late_gives_way_to_the_one_picked(new_page, site, generator):
     waiting = []
-    page = new_page({SHIPPED: waiting.append}).open(site)
+    page = new_page({SHIPPED: lambda route: waiting.append(route)}).open(site)
     page.pick("generator", generator)
     page.wait_for("generator.onnx, trained at")
     with page.tab.expect_response(SHIPPED):
@@ -573,7 +565,8 @@ def test_a_runtime_that_was_tampered_with_is_not_run(new_page, site):
 
 
 def test_opened_from_disk_the_page_takes_the_runtime_from_its_public_copy_and_a_generator_picked(new_page, generator):
-    page = new_page({CDN: public_copy()}).open((WEB / "index.html").as_uri())
+    no_help = {SHIPPED: lambda route: route.continue_()}  # which the browser refuses
+    page = new_page({CDN: public_copy(), **no_help}).open((WEB / "index.html").as_uri())
     assert "cannot be read from here" in page.line(error=True)
     page.pick("generator", generator)
     as_scripts_have_it(page, generator)
