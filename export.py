@@ -183,7 +183,7 @@ def method_of(checkpoint: dict, path: Path, file: Path | None = None) -> type[co
         from paper.methods import METHODS  # only such a checkpoint needs it
 
         kinds = [covidgan.Covidgan, *METHODS.values()]
-    known = {getattr(kind, "name", ""): kind for kind in kinds}  # of one name the last, which the file defines itself
+    known = {kind.name: kind for kind in kinds if hasattr(kind, "name")}  # of one name the last: the file's own
     if name not in known:
         told = f"a checkpoint of {name!r}, which is none of {', '.join(known)}"
         raise Mistake(f"{path}: {told}: give --method FILE.py, a file that defines it")

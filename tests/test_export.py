@@ -297,7 +297,6 @@ def test_a_file_that_the_checker_refuses_is_not_written(plain, tmp_path):
         ({"stage": "g2"}, "stopped in stage g2"),
         ({"networks": {}}, "does not fit"),
         ({"config": {"option": "of another version"}}, "does not fit"),
-        ({"method": "unknown"}, "a checkpoint of 'unknown'"),
     ],
 )
 def test_a_checkpoint_that_is_no_whole_generator_is_refused(plain, tmp_path, changes, word):
@@ -341,7 +340,6 @@ def test_only_the_file_for_cpus_multiplies_matrices_and_it_is_no_larger(plain, e
     assert operators(cpu.model)["MatMul"] == 2 * 2 * cpu.c.n_blocks  # kernels and tiles, two convolutions a block
     assert operators(cpu.model)["Conv"] == operators(plain.model)["Conv"] + 2 * cpu.c.n_blocks  # two for each of them
     assert cpu.path.stat().st_size < 1.05 * plain.path.stat().st_size
-    assert (cpu.metadata["multiple"], cpu.metadata["target"], cpu.metadata["size"]) == ("16", "cpu", "32")
 
 
 @pytest.mark.parametrize(("height", "width"), [(460, 620), (128, 128), (200, 72)])
@@ -409,7 +407,6 @@ def test_a_checkpoint_is_found_by_path_folder_or_name_in_out(tmp_path, monkeypat
         "nowhere.pt",
         "ckpt.pt --features inception",
         "ckpt.pt --fp16 --target cpu",
-        "ckpt.pt --pack --fp16",
         "ckpt.pt --tar cpu",
         "--features inception",
         "ckpt.pt -o no/folder/g.onnx",
@@ -594,6 +591,7 @@ def test_other_weights_are_refused_by_the_files_name(tmp_path, spoil):
 
 @pytest.mark.parametrize("contents", [b"right", b"a proxy's login page", None])
 def test_a_download_is_taken_only_if_its_hash_is_the_pinned_one(tmp_path, monkeypatch, contents):
+    assert f"-{features.Inception.sha256[:8]}.pth" in features.URL
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(features, "URL", (tmp_path / "weights.pth").as_uri())
     monkeypatch.setattr(features.Inception, "sha256", hashlib.sha256(b"right").hexdigest())
@@ -606,8 +604,3 @@ def test_a_download_is_taken_only_if_its_hash_is_the_pinned_one(tmp_path, monkey
         with pytest.raises(Mistake, match="--weights"):
             features.find_weights("inception", None, download=True)
         assert not [path for path in (tmp_path / "home").rglob("*") if path.is_file()]
-
-
-def test_the_pinned_hash_is_the_one_in_the_files_name():
-    stem = features.URL.rpartition("-")[2].removesuffix(".pth")
-    assert features.Inception.sha256.startswith(stem) and len(features.Inception.sha256) == 64
