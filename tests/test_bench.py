@@ -95,7 +95,7 @@ def test_a_part_gives_a_table_of_100_columns_and_its_figures(part, tmp_path, cli
     assert done.status == 0, done.stderr
     found, keys = json.loads((tmp_path / "b.json").read_text()), {"train": "train_step_ratio train_memory_ratio"}
     keys |= {"synth": "synth_fp32_ratio synth_threads_ratio", "infer": "infer_efficiency infer_whole"}
-    assert all(key in done.stdout and found[key] > 0 for key in keys[part].split())
+    assert all(key in done.stdout and np.isfinite(found[key]) for key in keys[part].split())
     assert all(len(line) <= bench.COLUMNS for line in done.stdout.splitlines())
     rows = found["parts"][part]["rows"]
     assert all(name in done.stdout and len(row["seconds"]) == 2 for name, row in rows.items())
