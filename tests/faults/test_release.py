@@ -27,6 +27,7 @@ def tells_nothing(content):
 def test_a_models_file_names_no_folder(which, whole_run, cli, tmp_path):
     path = MODEL if which == "shipped" else tmp_path / SECRET / "generator.onnx"
     if which == "exported":
+        path.parent.mkdir()
         assert cli("export.py", whole_run[0] / "ckpt.pt", "-o", path, script=None).status == 0
     tells_nothing(path.read_bytes())
     assert b"/tmp/" not in path.read_bytes()

@@ -16,7 +16,7 @@ def twice(cli, tmp_path):
     def run(commands):
         for turn in (0, 1):
             out = tmp_path / f"turn{turn}" / "out"
-            out.parent.mkdir()
+            out.mkdir(parents=True)
             for command in commands(out, turn):
                 done = cli(*command, script=None, env={"PYTHONHASHSEED": str(2 * turn + 1)}, timeout=600)
                 assert done.status == 0, done.stderr

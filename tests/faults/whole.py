@@ -63,7 +63,8 @@ def files_of(folder):
 
 def leftovers(folder):
     """What was written in part, and not cleared away: temporary files, whose names begin with a dot."""
-    return [path for path in folder.rglob(".*") if path.is_file() and not path.name.endswith(".lock")]
+    kept = (".lock", ".unfinished")  # a lock, and what tells that a set is not whole yet
+    return [path for path in folder.rglob(".*") if path.is_file() and not path.name.endswith(kept)]
 
 
 def check_whole(folder):
