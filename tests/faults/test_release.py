@@ -28,9 +28,9 @@ def test_the_shipped_models_file_names_no_folder():
     assert b"/tmp/" not in MODEL.read_bytes()
 
 
-def test_of_a_runs_files_data_txt_alone_names_a_folder(whole_run, toy):
+def test_of_a_runs_files_only_what_tells_where_its_data_are_names_a_folder(whole_run, toy):
     for name, path in files_of(whole_run[0]).items():
-        if name != "data.txt":
+        if name not in ("data.txt", "split.json"):
             tells_nothing(path.read_bytes())
             assert str(toy.folder).encode() not in path.read_bytes(), name
     config = torch.load(whole_run[0] / "ckpt.pt", weights_only=True)["config"]
