@@ -5,7 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import draw_map
+from conftest import draw_chest
 from whole import MODEL, check_whole, files_of, leftovers, put_volume, put_volumes
 
 from data.slices import write_image
@@ -58,7 +58,7 @@ def kit(toy, whole_run, tmp_path_factory):
     for name in toy.test:
         write_image(folder / "fake" / "images" / f"{name}.png", toy.hu[name] + 20)
     put_volumes(folder / "src")
-    put_volume(folder / "labels.nii.gz", np.stack([draw_map(shift=z) for z in range(6)]))
+    put_volume(folder / "labels.nii.gz", draw_chest()[1])
     return folder
 
 
