@@ -82,7 +82,7 @@ def affines(draw):
 @given(
     affines(),
     st.sampled_from(("u1", "i2", "u2", "i4", "f4", "f8")),
-    array_shapes(min_dims=3, max_dims=3, max_side=5),
+    array_shapes(min_dims=3, max_dims=3, min_side=3, max_side=5),
     st.sampled_from((".nii", ".nii.gz")),
 )
 def test_every_volume_lies_where_its_model_lay_whatever_its_affine_and_type(tmp_path, affine, kind, shape, ending):
