@@ -1,139 +1,78 @@
-"""The same seed on the same machine gives the same bytes, script by script."""
+"""The same seed on the same machine gives the same bytes, script by script; of training, test_kill.py says it."""
 
-import json
-import time
-
-import nibabel
 import numpy as np
 import pytest
-from conftest import ROOT
-from test_eval_texture import save_features
-from test_infer import build_generator, draw_map
-from test_prepare import put_patient
-from whole import files_of, with_long_alone
+from conftest import ROOT, draw_map
+from whole import MODEL, check_same, files_of, put_maps, put_volume, put_volumes
 
-import covidgan
-import eval as evaluation
-import export
-import infer_onnx
-from data import phantom, prepare
-from data.slices import write_map
-from paper import rivals, segment
-
-
-def contents(folder):
-    return {name: path.read_bytes() for name, path in files_of(folder).items()}
+pytestmark = pytest.mark.long
+INFER = ["--model", MODEL, "--threads", 1, "--provider", "cpu"]
 
 
 @pytest.fixture
-def twice(tmp_path):
-    """What a program leaves in tmp_path/out, run twice: twice(lambda out, turn: ...)."""
+def twice(cli, tmp_path):
+    """Run commands(out, turn) twice into a folder of one name, compare, and return the folder."""
 
-    def run(program):
-        left = []
+    def run(commands):
         for turn in (0, 1):
-            out = tmp_path / "out"
-            out.mkdir()
-            program(str(out), turn)
-            left.append(contents(out))
-            out.rename(tmp_path / f"was{turn}")
-        assert left[0]
-        return left
+            out = tmp_path / f"turn{turn}" / "out"
+            out.mkdir(parents=True)
+            for command in commands(out, turn):
+                done = cli(*command, script=None, env={"PYTHONHASHSEED": str(2 * turn + 1)}, timeout=600)
+                assert done.status == 0, done.stderr
+        assert files_of(out)
+        check_same(tmp_path / "turn0" / "out", out)
+        return out
 
     return run
 
 
 def test_the_phantom_by_however_many_workers(twice):
-    size = ["--size", "64", "--patients", "3", "--slices", "2"]
-    first, second = twice(lambda out, turn: phantom.main(["--out", out, *size, "--workers", str(turn + 1)]))
-    assert first == second
+    size = ["--size", 64, "--patients", 3, "--slices", 2]
+    twice(lambda out, turn: [["data/phantom.py", "--out", out, *size, "--workers", turn + 1]])
 
 
 def test_a_prepared_set(twice, tmp_path):
-    for number in (1, 2, 3):
-        put_patient(tmp_path / "src", number)
-    first, second = twice(lambda out, _: prepare.main([str(tmp_path / "src"), "--out", out, "--size", "24"]))
-    assert first == second
+    sources = put_volumes(tmp_path / "src")
+    twice(lambda out, _: [["data/prepare.py", sources, "--size", 64, "--out", out]])
 
 
-def test_a_training_and_its_pictures(whole_run, toy, small_run, here, tmp_path):
-    """In this process after others, against one of its own."""
-    out = tmp_path / "out"
-    done = here("--stage", "all", "--data", toy.folder, "--out", out, *small_run, "--interval", 5)
-    assert done.status == 0, done.stderr
-    assert contents(out) == contents(whole_run[0])
+def test_an_exported_generator_that_names_no_folder(twice, whole_run):
+    out = twice(lambda out, _: [["export.py", whole_run[0] / "ckpt.pt", "-o", out / "g.onnx"]])
+    assert str(out.parents[1]).encode() not in (out / "g.onnx").read_bytes()
+    assert str(ROOT).encode() not in (out / "g.onnx").read_bytes()
 
 
-@pytest.mark.parametrize("name", ["pix2pix", "SEAN", "U-Net"])
-def test_a_rivals_training_and_a_unets_and_what_is_exported_of_them(name, twice, toy, monkeypatch, tries):
-    if name != "U-Net":
-        with_long_alone(tries)
-    monkeypatch.setattr(covidgan.signal, "signal", lambda *_: None)  # the loop takes over its process's
-    program = segment.main if name == "U-Net" else lambda argv: rivals.main([name, *argv])
-    small = ["--preset", "tiny", "--data", str(toy.folder), "--epoch-len", "8", "--device", "cpu", "--overwrite"]
-
-    def run(out, _):
-        program([*small, "--out", out])
-        export.main([out, "-o", f"{out}/g.onnx"])
-
-    first, second = twice(run)
-    assert first == second
+def test_held_out_slices_and_what_is_measured_of_them(twice, toy):
+    infer = [toy.folder, "--side", "test", "--complement", toy.folder / "images", "--panel", *INFER]
+    judge = ["--train", toy.folder, "--provider", "cpu"]
+    out = twice(
+        lambda out, _: [
+            ["infer_onnx.py", *infer, "--out", out],
+            ["eval.py", toy.folder, out, *judge, "--out", out / "eval", "--json", out / "results.json"],
+        ]
+    )
+    assert len([*out.glob("images/*.png")]) == len(toy.test) and len([*out.glob("eval/*.png")]) == 3
 
 
-@pytest.mark.parametrize("options", [[], ["--fp16"], ["--target", "cpu"], ["--pack"]])
-def test_an_exported_generator_whatever_seed_python_hashes_by(whole_run, twice, cli, tries, options):
-    if options:
-        with_long_alone(tries)
-
-    def run(out, turn):
-        command = [whole_run[0] / "ckpt.pt", "-o", f"{out}/g.onnx", *options]
-        done = cli(*command, script=ROOT / "export.py", env={"PYTHONHASHSEED": str(2 * turn + 1)}, timeout=600)
-        assert done.status == 0, done.stderr
-
-    first, second = twice(run)
-    assert first == second
+@pytest.mark.parametrize("form", ["png16", "npy", "nifti"])
+def test_variants_of_a_seed(form, twice, tmp_path):
+    maps = put_maps(tmp_path / "maps")
+    options = ["--variants", 3, "--seed", 5, "--format", form, *INFER]
+    twice(lambda out, _: [["infer_onnx.py", maps, *options, "--out", out]])
 
 
-def test_synthesized_slices_and_what_is_measured_of_them(twice, toy, tmp_path):
-    model, features = build_generator(tmp_path / "model.onnx"), tmp_path / "features.onnx"
-    save_features(features)
-
-    def synthesize_and_measure(out, _):
-        infer = ["--model", str(model), "--out", out, "--provider", "cpu", "--threads", "1"]
-        assert infer_onnx.main([str(toy.folder), "--side", "test", "--panel", *infer]) == 0
-        judges = ["--features", str(features), "--train", str(toy.folder)]
-        evaluation.main([str(toy.folder), out, *judges, "--out", f"{out}/eval", "--json", f"{out}/eval.json"])
-
-    first, second = twice(synthesize_and_measure)
-    assert first == second
-    assert {"pixels", "features", "memorisation"} <= json.loads(first["eval.json"]).keys()
+def test_a_volume(twice, tmp_path):
+    put_volume(tmp_path / "labels.nii.gz", np.stack([draw_map(shift=z) for z in range(4)]))
+    out = twice(lambda out, _: [["infer_onnx.py", tmp_path / "labels.nii.gz", *INFER, "--out", out]])
+    assert (out / "volumes" / "labels.nii.gz").exists()
 
 
-def test_volumes_at_whatever_hour(twice, tmp_path, monkeypatch):
-    (tmp_path / "labels").mkdir()
-    labels = np.stack([draw_map(32, 32, shift=z) for z in range(3)]).transpose(2, 1, 0)
-    nibabel.save(nibabel.Nifti1Image(labels, np.diag([-1.0, -1, 5, 1])), tmp_path / "labels" / "a.nii.gz")
-    model = build_generator(tmp_path / "model.onnx")
-
-    def run(out, turn):
-        monkeypatch.setattr(time, "time", lambda: 1e9 * (1 + turn))
-        infer_onnx.main([str(tmp_path / "labels"), "--model", str(model), "--provider", "cpu", "--out", out])
-
-    first, second = twice(run)
-    assert first == second and "volumes/a.nii.gz" in first
-
-
-@pytest.mark.parametrize("form", ["png16", "png8", "npy", "nifti"])
-def test_variants_of_a_seed_in_every_format_at_whatever_hour(form, twice, tmp_path, monkeypatch):
-    (tmp_path / "maps").mkdir()
-    for k in range(3):
-        write_map(tmp_path / "maps" / f"P01_S{k:03d}.png", draw_map(64, 64, shift=k))
-    model = build_generator(tmp_path / "model.onnx")
-    argv = [str(tmp_path / "maps"), "--model", str(model), "--provider", "cpu", "--variants", "3", "--seed", "5"]
-
-    def run(out, turn):
-        monkeypatch.setattr(time, "time", lambda: 1e9 * (1 + turn))
-        infer_onnx.main([*argv, "--format", form, "--out", out])
-
-    first, second = twice(run)
-    assert first == second
+def test_shards_beside_each_other_make_what_one_run_makes(cli, tmp_path):
+    command = ["infer_onnx.py", put_maps(tmp_path / "maps"), "--variants", 3, *INFER]
+    shards = [cli.start(*command, "--shard", f"{n}/2", "--out", tmp_path / "out", script=None) for n in (1, 2)]
+    for process in shards:
+        _, stderr = process.communicate(timeout=300)
+        assert process.returncode == 0, stderr
+    assert cli(*command, "--out", tmp_path / "whole", script=None).status == 0
+    check_same(tmp_path / "out", tmp_path / "whole")

@@ -1,23 +1,58 @@
-"""What the tests of faults look for in a folder: that every file is whole, and that two folders hold the same."""
+"""What the tests of faults share: small inputs, and whether a folder's files are whole and the same as another's."""
 
 import gzip
 import json
+import time
 
-import nibabel
+import nibabel as nib
+import numpy as np
 import onnx
-import pytest
 import torch
+from conftest import ROOT, draw_chest, draw_map
 from PIL import Image
-from test_training import differing
 
-# what hangs on time and place: of a run of the tables, and of the tables themselves
-TIMED = ("kept", "seconds.json", "begun.json", "covidgan_1.json", "table2.json")
+from data.slices import write_map
+
+MODEL = ROOT / "models" / "covid-ct-256.onnx"
 
 
-def with_long_alone(tries):
-    """Skip a test whose time CI has not."""
-    if not tries(0, 1):
-        pytest.skip("with --long alone")
+def put_volumes(folder, patients=3):
+    """A small download: CT, lung mask and lesion mask of each patient."""
+    hu, lung = draw_chest()
+    lesion = np.zeros_like(lung)
+    lesion[:, 30:36, 16:22], lesion[:, 40:43, 16:22] = 1, 2
+    hu[lesion == 1], hu[lesion == 2] = -550, 20
+    for number in range(1, patients + 1):
+        for part, voxels in (("rp_im", hu + number), ("rp_lung_msk", lung), ("rp_msk", lesion)):
+            put_volume(folder / part / f"{number}.nii.gz", voxels)
+    return folder
+
+
+def put_volume(path, voxels):
+    """Write [Z, H, W], which lie as they are displayed, as NIfTI."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(voxels.transpose(2, 1, 0), np.diag([-1.0, -1, 5, 1])), path)
+
+
+def put_maps(folder, count=6):
+    """Label maps of 64 x 64."""
+    folder.mkdir()
+    for k in range(count):
+        write_map(folder / f"P01_S{k:03d}.png", draw_map(shift=k))
+    return folder
+
+
+def wait_for(process, ready):
+    """Wait until a run is as far as told; it must not have ended by then."""
+    until = time.monotonic() + 300
+    while not ready():
+        assert process.poll() is None and time.monotonic() < until, process.communicate()[1]
+        time.sleep(0.005)
+
+
+def lines_of(path):
+    """How many lines a file has by now."""
+    return path.read_text().count("\n") if path.exists() else 0
 
 
 def files_of(folder):
@@ -27,8 +62,9 @@ def files_of(folder):
 
 
 def leftovers(folder):
-    """What was written in part, and not cleared away."""
-    return [path.relative_to(folder).as_posix() for path in folder.rglob(".*.tmp")]
+    """What was written in part, and not cleared away: temporary files, whose names begin with a dot."""
+    kept = (".lock", ".unfinished")  # a lock, and what tells that a set is not whole yet
+    return [path for path in folder.rglob(".*") if path.is_file() and not path.name.endswith(kept)]
 
 
 def check_whole(folder):
@@ -46,20 +82,24 @@ def check_whole(folder):
             onnx.checker.check_model(onnx.load(path))
         elif path.suffix == ".gz":
             gzip.decompress(path.read_bytes())  # checks length and sum
-            nibabel.load(path).get_fdata()
     return len(files)
 
 
 def check_same(folder, other):
     """Both folders hold the same files: of a checkpoint the same tensors, of all others the same bytes."""
-    ours, theirs = (
-        {name: path for name, path in files_of(one).items() if not {*TIMED} & {*name.split("/")}}
-        for one in (folder, other)
-    )
+    ours, theirs = files_of(folder), files_of(other)
     assert ours.keys() == theirs.keys()
     for name, path in ours.items():
         if path.suffix == ".pt":
-            both = [torch.load(one, weights_only=True) for one in (path, theirs[name])]
-            assert differing(*both) == [], name
+            assert same(*(torch.load(one, weights_only=True) for one in (path, theirs[name]))), name
         else:
             assert path.read_bytes() == theirs[name].read_bytes(), name
+
+
+def same(a, b):
+    """Whether two trees of tensors and values are equal, bit for bit; configs, which name folders, are left out."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a if key != "config")
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if torch.is_tensor(a) else a == b
