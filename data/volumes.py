@@ -9,7 +9,7 @@ import itertools
 import math
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,13 +20,11 @@ from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, 
 from nibabel.spatialimages import HeaderDataError
 from nibabel.wrapstruct import WrapStructError
 
-from data.slices import LARGEST, NIFTI, Mistake, write_bytes
+from data.slices import NIFTI, Mistake, write_bytes
 
 DISPLAY = axcodes2ornt("LPS")  # columns to the left, rows to the back, slices upwards
-HEADER = 540  # bytes of the longer header, NIfTI-2's
-MOST = 2**31  # bytes of a volume: 1,000 slices of 512 x 512 in float64
-PIECE = SPARE = 2**20  # bytes unpacked at a time; and bytes that may follow the voxels, unused
-PACKED, MOST_EMPTY = 2**16, 100  # bytes read at a time; and empty streams allowed in a file
+GZIP = b"\x1f\x8b"  # the first two bytes of a gzip file
+BROKEN = (OSError, EOFError, ValueError, zlib.error, ImageFileError, HeaderDataError, WrapStructError)
 UNEQUAL, TILT = 1.5, 35  # sides of a pixel, as a ratio, and degrees, beyond which slices are hardly axial ones
 # The fields of a header that say where the voxels lie. The rest is not passed on: free text may name a patient.
 GRID_FIELDS = (
@@ -59,7 +57,8 @@ class Volume(NamedTuple):
     @property
     def millimetres(self) -> np.ndarray:
         """Height and width of a pixel [2]."""
-        sizes = nib.affines.voxel_sizes(self.affine)[np.argsort(self.turn[:, 0])]  # of W, H, Z
+        unit = {1: 1000, 3: 0.001}.get(int(self.header["xyzt_units"]) & 7, 1)  # metres, micrometres; else millimetres
+        sizes = nib.affines.voxel_sizes(self.affine)[np.argsort(self.turn[:, 0])] * unit  # of W, H, Z
         return sizes[[1, 0]]
 
 
@@ -155,91 +154,21 @@ def write_volume(path: Path, like: Volume, hu: np.ndarray) -> None:
 
 def read_stored(path: Path) -> tuple[nib.Nifti1Header, np.ndarray]:
     """Header, and voxels [3 axes] in the file's own order. Raises Mistake as `read_volume` does."""
-    pieces = unpacked(path)
-    content = bytearray()
-    while len(content) < HEADER and (piece := next(pieces, b"")):
-        content += piece
-    header, shape, dtype, announced = read_header(path, bytes(content))
-    for piece in pieces:  # no more than the header announces: a small file may unpack to any size
-        content += piece
-        if len(content) > announced + SPARE:
-            raise Mistake(f"{path}: damaged, it holds more than the {announced} bytes of its header; get it again")
-    if announced > len(content):  # checked before allocating what a damaged header announces
-        raise Mistake(f"{path}: cut short or damaged ({len(content)} of {announced} bytes); get the file again")
-    stored = np.ndarray(shape, dtype, content, header.get_data_offset(), order="F")
-    stored = nib.volumeutils.apply_read_scaling(stored, *header.get_slope_inter())
-    return header, stored.astype(stored.dtype.newbyteorder("="), copy=False)
-
-
-def read_header(path: Path, content: bytes) -> tuple[nib.Nifti1Header, tuple[int, ...], np.dtype, int]:
-    """Header at the beginning of a file, shape [3 axes] and type of its voxels, and the bytes up to their end.
-
-    Extensions, which may hold anything, are not read. Raises Mistake as `read_volume` does.
-    """
-    kinds = [kind for kind in (nib.Nifti1Header, nib.Nifti2Header) if kind.may_contain_header(content)]
-    if not kinds:
-        raise Mistake(f"{path}: no NIfTI file; put a real .nii or .nii.gz there")
     try:
-        header = kinds[0](content[: kinds[0].sizeof_hdr])
-        shape, dtype, offset = header.get_data_shape(), header.get_data_dtype(), header.get_data_offset()
-        header.get_slope_inter(), header.get_best_affine()
-    except (ImageFileError, HeaderDataError, WrapStructError, ValueError, OverflowError) as error:
-        raise Mistake(f"{path}: no NIfTI file that can be read ({error}); save it again") from error
-    told = f"{dtype} {shape}"
-    while len(shape) > 3 and shape[-1] == 1:
-        shape = shape[:-1]
-    if len(shape) != 3 or min(shape) < 1 or dtype.kind not in "iuf":
-        raise Mistake(f"{path}: {told} is no 3-D volume of numbers; give one value a voxel, one scan")
-    announced = offset + math.prod(shape) * dtype.itemsize
-    scaled = header.get_slope_inter() not in ((None, None), (1, 0))  # to float64
-    taken = max(announced, 8 * math.prod(shape) * scaled)
-    if taken > MOST or max(shape) > LARGEST:
-        limits = f"{MOST:,} bytes and {LARGEST} a side"
-        raise Mistake(f"{path}: {told} takes {taken:,} bytes, above the limits of {limits}: is it one scan?")
-    if offset < kinds[0].sizeof_hdr:
-        raise Mistake(f"{path}: its voxels are said to begin at byte {offset:.0f}, in the header; save it again")
-    return header, shape, dtype, announced
-
-
-def unpacked(path: Path) -> Iterator[bytes]:
-    """Bytes of a file in pieces, decompressed if they are gzip; as in gunzip, what follows the stream is ignored.
-
-    Raises Mistake for a file that cannot be read and a stream that is cut short or fails its checksum.
-    """
-    try:
-        with open(path, "rb") as file:
-            pieces = iter(lambda: file.read(PACKED), b"")
-            yield from gunzipped(path, pieces) if is_gzip(file.peek(2)) else pieces
-    except OSError as error:
-        raise Mistake(f"{path}: cannot be read ({error.strerror}); see to the file") from error
-
-
-def gunzipped(path: Path, packed: Iterator[bytes]) -> Iterator[bytes]:
-    """Bytes of gzip streams, one after the other, in pieces of up to PIECE. Raises Mistake as `unpacked` does."""
-    rest, empty = next(packed), 0
-    while is_gzip(rest):
-        stream, found = zlib.decompressobj(wbits=31), 0  # gzip; checks the checksum at the stream's end
-        while not stream.eof:
-            if not rest and not (rest := next(packed, b"")):
-                raise Mistake(f"{path}: cut short or damaged (the stream has no end); get the file again")
-            try:
-                piece = stream.decompress(rest, PIECE)
-            except zlib.error as error:
-                raise Mistake(f"{path}: cut short or damaged ({error}); get the file again") from error
-            rest, found = stream.unconsumed_tail, found + len(piece)
-            if piece:
-                yield piece
-        rest = stream.unused_data
-        empty += not found
-        if empty > MOST_EMPTY:
-            raise Mistake(f"{path}: damaged, of streams without a byte in them; get the file again")
-        if len(rest) < 2:
-            rest += next(packed, b"")
-
-
-def is_gzip(content: bytes) -> bool:
-    """Whether content is gzip, by its first two bytes."""
-    return content.startswith(b"\x1f\x8b")
+        content = path.read_bytes()
+        if content.startswith(GZIP):
+            content = gzip.decompress(content)
+        kind = nib.Nifti2Image if nib.Nifti2Header.may_contain_header(content) else nib.Nifti1Image
+        image = kind.from_bytes(content)
+        stored = np.asanyarray(image.dataobj)
+    except BROKEN as error:
+        raise Mistake(f"{path}: no NIfTI file that can be read ({error}): get it again") from error
+    told = f"{stored.dtype} {stored.shape}"
+    while stored.ndim > 3 and stored.shape[-1] == 1:
+        stored = stored[..., 0]
+    if stored.ndim != 3 or not stored.size or stored.dtype.kind not in "iuf":
+        raise Mistake(f"{path}: {told} is no 3-D volume of numbers: give one value a voxel, one scan")
+    return image.header, stored.astype(stored.dtype.newbyteorder("="), copy=False)
 
 
 def placed(path: Path, header: nib.Nifti1Header, stored: np.ndarray, note: Callable[[str], None]) -> Volume:
