@@ -36,8 +36,6 @@ SHEET, TILE = 60, (256, 256)  # patients at most on the contact sheet, and pixel
 
 
 # ---- one slice or volume and its labels
-
-
 def check_pair(path: Path, hu: np.ndarray, labels: np.ndarray) -> None:
     """Raise Mistake, naming the file, for a real slice or volume that cannot be its map's: see `fault`."""
     if told := fault(hu, labels):
@@ -135,8 +133,6 @@ def lesions_turned(hu: np.ndarray, diseased: np.ndarray) -> str | None:
 
 
 # ---- a patient
-
-
 def measure(hu: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """What `densities` needs of a slice or volume, to be added up over a patient: float [6, 4], by label.
 
@@ -180,8 +176,6 @@ def densities(measured: np.ndarray) -> str:
 
 
 # ---- a set
-
-
 class Slice(NamedTuple):
     """What is kept of an image and its map."""
 
@@ -324,8 +318,6 @@ JUDGEMENTS = (judge_files, judge_split, judge_sizes, judge_densities, judge_slic
 
 
 # ---- table and picture
-
-
 def tabulate(found: Set) -> str:
     """A row for each patient, then one for each side: slices, and of each label the pixels and their mean HU."""
     row = "{:14}{:15}{:>7}{:>12}{:>6}{:>13}{:>6}{:>17}{:>6}".format

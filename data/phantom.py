@@ -146,8 +146,6 @@ class Anatomy(NamedTuple):
 
 
 # ---- shapes
-
-
 def at_level(rows: tuple, level: float) -> list[float]:
     """Outline of an organ at a level: x, y, half width, half depth."""
     levels, *columns = zip(*rows, strict=True)
@@ -235,8 +233,6 @@ def cut_anatomy(body: Body, level: float, axis: np.ndarray) -> Anatomy:
 
 
 # ---- a patient
-
-
 def draw_waves(rng: np.random.Generator, length: float, count: int) -> Waves:
     """Draw a smooth random field whose spots are about `length` mm wide."""
     directions = rng.normal(size=(count, 3))
@@ -330,8 +326,6 @@ def draw_patient(seed: int, number: int) -> Patient:
 
 
 # ---- a slice
-
-
 def draw_body(body: Body, anatomy: Anatomy, level: float, axis: np.ndarray, patches: np.ndarray) -> np.ndarray:
     """HU float32 [H, W] of everything but the inside of the lungs."""
     x, y, skin, cavity, blood, airways, domes, _ = anatomy
@@ -447,8 +441,6 @@ def scan(hu: np.ndarray, pixel: float, noise: float, rng: np.random.Generator) -
 
 
 # ---- the data set
-
-
 def make_patient(number: int, seed: int, size: int, count: int, out: Path) -> None:
     """Write a patient's slices."""
     patient = draw_patient(seed, number)

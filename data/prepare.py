@@ -30,7 +30,7 @@ import math
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from heapq import nsmallest
 from pathlib import Path
@@ -45,7 +45,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script,
 from data import check, slices
 from data.lungs import find_lungs
 from data.slices import HELD, LABELS, LARGEST, SIDES, Mistake, slice_name
-from data.volumes import list_volumes, read_labels, read_stored, read_volume, volume_name
+from data.volumes import Note, list_volumes, read_labels, read_volume, volume_name
 
 IMAGES, LUNG_MASKS, LESION_MASKS = "rp_im", "rp_lung_msk", "rp_msk"
 AIR = HELD[0]
@@ -65,6 +65,9 @@ class Scan(NamedTuple):
     ct: Path
     lung: Path | None
     lesion: Path
+
+
+Places = dict[Slice, tuple[Scan, int]]  # where each slice comes from: its scan, and which of its slices
 
 
 def find_scans(args: argparse.Namespace) -> list[Scan]:
@@ -148,9 +151,7 @@ def number_patients(patients: set[str]) -> dict[str, int]:
     return {patient: number for number, patient in enumerate(sorted(patients), start=1)}
 
 
-def read_scan(
-    scan: Scan, args: argparse.Namespace, note: Callable[[str], None]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, bool]:
+def read_scan(scan: Scan, args: argparse.Namespace, note: Note) -> tuple[np.ndarray, np.ndarray, np.ndarray, bool]:
     """Read and check a scan: HU [Z, H, W], labels uint8 [Z, H, W], pixel height and width in mm, was it grey.
 
     `note` gets what was assumed. Raises Mistake for a file that cannot be used, naming it.
@@ -161,14 +162,11 @@ def read_scan(
     hu, grey = to_hu(volume.voxels, args.grey_window)
     nowhere = ~np.isfinite(hu)
     if nowhere.any():
-        inside = lesion > 0 if lung is None else lung | (lesion > 0)
-        if (nowhere & inside).any():
-            raise Mistake(f"{scan.ct}: values that are no number inside the lung: get the volume again")
-        note(f"{scan.ct}: {nowhere.sum()} values are no number, outside the lung; taken as air")
+        note(f"{scan.ct}: {nowhere.sum()} values are no number; taken as air")
         hu[nowhere] = AIR
-    if lung is None:
-        lung = auto_lungs(scan.ct, hu, lesion, volume.millimetres, args.stacked, note)
     diseased = (lesion == 1) | (lesion == 2)  # an effusion is beside the lung
+    if lung is None:
+        lung = auto_lungs(hu, diseased, volume.millimetres, args.stacked)
     if not args.stacked and (told := check.lesions_turned(hu, diseased)):
         note(f"{scan.lesion}: {told}")
     if args.binary:
@@ -211,34 +209,18 @@ def to_hu(voxels: np.ndarray, window: Sequence[float]) -> tuple[np.ndarray, bool
     return voxels.astype(np.promote_types(voxels.dtype, np.int16)), False  # a copy, which may be corrected
 
 
-# ---- lungs found in the CT
-
-
-def auto_lungs(
-    path: Path, hu: np.ndarray, lesion: np.ndarray, millimetres: np.ndarray, stacked: bool, note: Callable[[str], None]
-) -> np.ndarray:
-    """Find the lungs, bool [Z, H, W], each slice by itself if stacked; note where a lesion lies in no lung."""
-    diseased = (lesion == 1) | (lesion == 2)  # an effusion is beside the lung
+def auto_lungs(hu: np.ndarray, diseased: np.ndarray, millimetres: np.ndarray, stacked: bool) -> np.ndarray:
+    """Find the lungs, bool [Z, H, W], each slice by itself if stacked."""
     parts = [slice(z, z + 1) for z in range(len(hu))] if stacked else [slice(None)]
-    lungs = np.concatenate([find_lungs(hu[part], diseased[part], millimetres) for part in parts])
-    sick, healthy = diseased.sum((1, 2)), (lungs & ~diseased).sum((1, 2))
-    lost = np.flatnonzero(healthy < 0.1 * sick)  # what closing adds at the rim of a lesion is not lung
-    if lost.size:
-        note(f"{path}: hardly any lung found about the lesion in {lost.size} slices, the first {lost[0]}; look at them")
-    return lungs
-
-
-# ---- slices
+    return np.concatenate([find_lungs(hu[part], diseased[part], millimetres) for part in parts])
 
 
 def fit(pixels: np.ndarray, millimetres: np.ndarray, size: int, fill: int) -> np.ndarray:
     """Bring one slice [H, W] to [size, size] of the same type.
 
-    Proportions in mm are kept (unequal pixel sides become equal): the longer side fills the square, and what the
-    shorter leaves is `fill`. Labels uint8 take the nearest pixel, which at even factors is half a source pixel
-    below and right of the middle, by Pillow's rounding; no label is mixed, and none appears that was not there. HU
-    float32 go through Pillow's bicubic filter, which widens when downsampling (anti-aliasing), clipped to the
-    slice's own range, since it overshoots at edges; a bilinear one would blur what counts as real.
+    Proportions in mm are kept: the longer side fills the square, and what the shorter leaves is `fill`. Labels uint8
+    take the nearest pixel, so that none is mixed. HU float32 go through Pillow's bicubic filter, which widens when
+    downsampling; it overshoots at edges, so they are clipped to the slice's own range.
     """
     extent = pixels.shape * millimetres  # height, width in mm
     height, width = np.maximum(1, np.rint(size * extent / extent.max())).astype(int).tolist()
@@ -250,13 +232,11 @@ def fit(pixels: np.ndarray, millimetres: np.ndarray, size: int, fill: int) -> np
     return square
 
 
-def survey(
-    scans: list[Scan], args: argparse.Namespace
-) -> tuple[dict[Slice, np.ndarray], dict[Slice, tuple[Scan, int]], list[str]]:
+def survey(scans: list[Scan], args: argparse.Namespace) -> tuple[dict[Slice, np.ndarray], Places, list[str]]:
     """Read and check every scan, one at a time; write nothing.
 
     Returns the pixels of each label [4] in every slice, counted at the size written (so that no lesion is promised
-    that downsampling loses), where each slice comes from (scan, z), and the names of scans of grey levels.
+    that downsampling loses), where each slice comes from, and the names of scans of grey levels.
     """
     pixels, places, grey = {}, {}, []
     with tqdm(scans, desc="checking volumes", disable=None) as bar:  # closed before an error is printed
@@ -307,6 +287,10 @@ def split_by_patient(kept: list[Slice], counts: list[int], rng: np.random.Genera
         raise Mistake(f"patient {next(iter(sizes))} is the only one with slices to split; give --by slice")
     parts = 3 if len(sizes) > 2 and counts[2] else 2
     targets = [count * len(kept) / sum(counts[:parts]) for count in counts[:parts]]
+
+    def deviation(filled: Sequence[int], done: float = 1) -> float:
+        return sum(abs(count - target * done) for count, target in zip(filled, targets, strict=True))
+
     # Exact search: ways that give the parts the same sizes are equally good, so one is enough. That leaves at
     # most slices ** 2 / 2 ways instead of 3 ** patients. For a large set, only the most even are followed.
     order = rng.permutation(sorted(sizes)).tolist()
@@ -318,22 +302,16 @@ def split_by_patient(kept: list[Slice], counts: list[int], rng: np.random.Genera
                 after = (*filled[:part], filled[part] + sizes[patient], *filled[part + 1 :])
                 longer.setdefault(after, (*chosen, part))
         if len(longer) > (limit := max(1, WAYS // len(order) ** 2)):
-            done = sum(next(iter(longer))) / len(kept)
-            even = partial(deviation, targets=[target * done for target in targets])
+            even = partial(deviation, done=sum(next(iter(longer))) / len(kept))
             longer = {filled: longer[filled] for filled in nsmallest(limit, longer, key=even)}
         ways = longer
-    best = min(filter(all, ways), key=partial(deviation, targets=targets))
+    best = min(filter(all, ways), key=deviation)
     part_of = dict(zip(order, ways[best], strict=True))
     sides = [[key for key in kept if part_of[key[0]] == part] for part in range(parts)]
     return sides if parts == 3 else [*sides, sides[1]]
 
 
-def deviation(counts: Sequence[int], targets: list[float]) -> float:
-    """Sum of absolute differences."""
-    return sum(abs(count - target) for count, target in zip(counts, targets, strict=True))
-
-
-def write_slices(args: argparse.Namespace, chosen: list[Slice], places: dict[Slice, tuple[Scan, int]]) -> None:
+def write_slices(args: argparse.Namespace, chosen: list[Slice], places: Places) -> None:
     """Write the image and the map of every slice `chosen`."""
     with tqdm(total=len(chosen), desc="writing slices", disable=None) as bar:
         for scan, keys in itertools.groupby(chosen, key=lambda key: places[key][0]):
@@ -389,7 +367,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def provenance(args: argparse.Namespace, places: dict[Slice, tuple[Scan, int]], grey: list[str]) -> dict:
+def provenance(args: argparse.Namespace, places: Places, grey: list[str]) -> dict:
     """How a set is drawn, for split.json; "patients" lists the scans of each patient number."""
     patients = {}
     for (patient, _), (scan, z) in places.items():

@@ -155,17 +155,6 @@ def read_image(path: Path) -> np.ndarray:
     return stored.astype(np.int16) - HU_OFFSET
 
 
-def from_colours(pixels: np.ndarray, path: Path) -> np.ndarray:
-    """Labels uint8 of pixels [..., 3] in the paper's COLOURS. Raises Mistake at the first pixel of another colour."""
-    labels = np.full(pixels.shape[:-1], 255, np.uint8)
-    for label, colour in enumerate(COLOURS):
-        labels[(pixels == colour).all(-1)] = label
-    if (labels == 255).any():
-        y, x = np.argwhere(labels == 255)[0]
-        raise Mistake(f"{path}: colour {pixels[y, x].tolist()} at row {y}, column {x} is none of {COLOURS}")
-    return labels
-
-
 def read_map(path: Path) -> np.ndarray:
     """Read a label map, uint8 [H, W]: grey PNG of label values, or RGB or palette in exactly the paper's COLOURS.
 
@@ -174,20 +163,24 @@ def read_map(path: Path) -> np.ndarray:
     the file, the value or colour and the pixel.
     """
     mode, pixels, palette = read_png(path)
-    if mode == "RGBA":
-        pixels = np.where(pixels[..., 3:] > 0, pixels, 0)  # an eraser leaves the colour underneath
-    if mode in ("RGB", "RGBA"):
-        return from_colours(pixels[..., :3], path)
-    if mode not in ("P", "L"):
+    if mode not in ("P", "L", "RGB", "RGBA"):
         raise Mistake(f"{path}: a PNG of mode {mode} is no label map: give 8-bit palette, or RGB in {COLOURS}")
     if palette is not None:
         empty = np.ptp(pixels) == 0 and not palette[pixels[0, 0]].any()  # no lung in it, whatever index black has
         if empty or {*COLOURS[1:]} & {*map(tuple, palette.tolist())}:
-            return from_colours(palette[pixels], path)
-    if pixels.max() >= len(LABELS):
-        y, x = np.argwhere(pixels >= len(LABELS))[0]
-        raise Mistake(f"{path}: label {pixels[y, x]} at row {y}, column {x}: labels are 0..{len(LABELS) - 1}")
-    return pixels
+            pixels = palette[pixels]
+    if mode == "RGBA":
+        pixels = np.where(pixels[..., 3:] > 0, pixels[..., :3], 0)  # an eraser leaves the colour underneath
+    if pixels.ndim == 2:
+        labels, unknown = pixels, pixels >= len(LABELS)
+    else:
+        matches = np.stack([(pixels == colour).all(-1) for colour in COLOURS])  # [4, H, W]
+        labels, unknown = matches.argmax(0).astype(np.uint8), ~matches.any(0)
+    if unknown.any():
+        y, x = np.argwhere(unknown)[0]
+        what = f"label {pixels[y, x]}" if pixels.ndim == 2 else f"colour {pixels[y, x].tolist()}"
+        raise Mistake(f"{path}: {what} at row {y}, column {x}: give labels 0..{len(LABELS) - 1}, or {COLOURS}")
+    return labels
 
 
 def list_pngs(folder: Path, what: str) -> dict[str, Path]:

@@ -6,7 +6,6 @@ bottom), columns to the patient's left. `.nii` and `.nii.gz` are told apart by t
 
 import gzip
 import itertools
-import math
 import sys
 import zlib
 from collections.abc import Callable
@@ -25,6 +24,7 @@ from data.slices import NIFTI, Mistake, write_bytes
 DISPLAY = axcodes2ornt("LPS")  # columns to the left, rows to the back, slices upwards
 GZIP = b"\x1f\x8b"  # the first two bytes of a gzip file
 BROKEN = (OSError, EOFError, ValueError, zlib.error, ImageFileError, HeaderDataError, WrapStructError)
+Note = Callable[[str], None]  # is given what the user should know
 UNEQUAL, TILT = 1.5, 35  # sides of a pixel, as a ratio, and degrees, beyond which slices are hardly axial ones
 # The fields of a header that say where the voxels lie. The rest is not passed on: free text may name a patient.
 GRID_FIELDS = (
@@ -73,17 +73,15 @@ def list_volumes(folder: Path) -> dict[str, Path]:
     Raises Mistake for a missing folder, one without a volume, and two files of the same name.
     """
     if not folder.is_dir():
-        raise Mistake(f"{folder}: no such folder; give a folder of .nii or .nii.gz files")
+        raise Mistake(f"{folder}: no such folder: give a folder of .nii or .nii.gz files")
     found: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
-        if path.name.startswith(".") or not path.name.lower().endswith(NIFTI) or not path.is_file():
-            continue
-        name = volume_name(path)
-        if name in found:
-            raise Mistake(f"{path}: {found[name].name} has the same name; remove one of them")
-        found[name] = path
+        if not path.name.startswith(".") and path.name.lower().endswith(NIFTI) and path.is_file():
+            if other := found.get(volume_name(path)):
+                raise Mistake(f"{path}: {other.name} has the same name: remove one of them")
+            found[volume_name(path)] = path
     if not found:
-        raise Mistake(f"{folder}: holds no volume; put .nii or .nii.gz files there")
+        raise Mistake(f"{folder}: holds no volume: put .nii or .nii.gz files there")
     return dict(sorted(found.items()))
 
 
@@ -92,7 +90,7 @@ def volume_name(path: Path) -> str:
     return path.name[: -len(".nii.gz" if path.name.lower().endswith(".gz") else ".nii")]
 
 
-def read_volume(path: Path, note: Callable[[str], None] = warn) -> Volume:
+def read_volume(path: Path, note: Note = warn) -> Volume:
     """Read a volume of any real type, whatever its storage order; a last axis of one is dropped.
 
     A header that does not say how the patient lies gets a `note`, and so do slices unlike axial ones. Raises Mistake
@@ -102,9 +100,7 @@ def read_volume(path: Path, note: Callable[[str], None] = warn) -> Volume:
     return placed(path, header, stored, note)
 
 
-def read_label_volume(
-    path: Path, allowed: tuple[int, ...], note: Callable[[str], None] = warn
-) -> tuple[Volume, np.ndarray]:
+def read_label_volume(path: Path, allowed: tuple[int, ...], note: Note = warn) -> tuple[Volume, np.ndarray]:
     """Read a label volume without its CT: the Volume, and its labels uint8 [Z, H, W] in display.
 
     Values within 0.01 of an `allowed` label are that label. Raises Mistake as `read_volume` does, and for any other.
@@ -114,7 +110,7 @@ def read_label_volume(
     return volume, volume.voxels
 
 
-def read_labels(path: Path, allowed: tuple[int, ...], like: Volume, note: Callable[[str], None] = warn) -> np.ndarray:
+def read_labels(path: Path, allowed: tuple[int, ...], like: Volume, note: Note = warn) -> np.ndarray:
     """Read the mask of a CT, laid on the CT's grid: uint8 [Z, H, W] in display.
 
     Values within 0.01 of an `allowed` label are that label. The mask's own affine is used if it puts the voxels where
@@ -129,9 +125,7 @@ def read_labels(path: Path, allowed: tuple[int, ...], like: Volume, note: Callab
     if laid is not None and (has_affine(header) or np.array_equal(laid, labels)):
         return to_display(laid, like)
     if labels.shape != like.shape:
-        raise Mistake(
-            f"{path}: {labels.shape} voxels at other places than its CT's {like.shape}; bring both to one grid"
-        )
+        raise Mistake(f"{path}: {labels.shape} voxels elsewhere than its CT's {like.shape}: bring both to one grid")
     note(f"{path}: its affine does not put it on its CT's grid; taken voxel by voxel as the CT is stored")
     return to_display(labels, like)
 
@@ -143,7 +137,8 @@ def write_volume(path: Path, like: Volume, hu: np.ndarray) -> None:
     """
     if not path.name.lower().endswith(NIFTI):
         raise Mistake(f"{path}: volumes are written as .nii or .nii.gz")
-    stored = apply_orientation(hu.astype(np.int16).transpose(2, 1, 0), stored_turn(like))
+    to_file = ornt_transform(DISPLAY, io_orientation(like.affine))
+    stored = apply_orientation(hu.astype(np.int16).transpose(2, 1, 0), to_file)
     image = nib.Nifti1Image(stored, like.affine)
     for field in GRID_FIELDS:
         image.header[field] = like.header[field]
@@ -171,32 +166,26 @@ def read_stored(path: Path) -> tuple[nib.Nifti1Header, np.ndarray]:
     return image.header, stored.astype(stored.dtype.newbyteorder("="), copy=False)
 
 
-def placed(path: Path, header: nib.Nifti1Header, stored: np.ndarray, note: Callable[[str], None]) -> Volume:
+def placed(path: Path, header: nib.Nifti1Header, stored: np.ndarray, note: Note) -> Volume:
     """Turn a stored array to display by its own header. Raises Mistake where the affine is not usable."""
     volume = Volume(stored, header)
     if not is_usable(volume.affine):
-        raise Mistake(f"{path}: no usable affine; save it again with a program that knows the scan's geometry")
+        raise Mistake(f"{path}: no usable affine: save it again with a program that knows the scan's geometry")
     spacing_alone = np.array_equal(volume.affine, np.diag(np.abs(volume.affine.diagonal())))  # of no scanner: no origin
     if not has_affine(header) or spacing_alone:
         axes = "".join(nib.aff2axcodes(volume.affine))
         note(f"{path}: does not say how the patient lies; taken as {axes}: see that the spine comes out at the bottom")
-    if unlike := unlike_axial(volume):
+    width, height, _ = np.take(volume.shape, np.argsort(volume.turn[:, 0]))
+    if 4 * min(width, height) < max(width, height):  # an array [Z, Y, X] saved without an affine
+        raise Mistake(f"{path}: slices of {height} x {width} pixels: its axes seem exchanged: save it with its affine")
+    height, width = volume.millimetres
+    tilt = np.degrees(nib.affines.obliquity(volume.affine)).max()  # of a gantry up to 30
+    unlike = f"slices tilted by {tilt:.0f} degrees" if tilt > TILT else ""
+    if max(height, width) > UNEQUAL * min(height, width):  # of coronal slices, or sagittal ones
+        unlike = f"pixels of {height:.3g} x {width:.3g} mm"
+    if unlike:
         note(f"{path}: {unlike}: networks here see axial slices of square pixels; resample it to such, or look closely")
     return volume._replace(voxels=to_display(stored, volume))
-
-
-def unlike_axial(volume: Volume) -> str:
-    """In words, by what a volume's slices are not axial ones of square pixels, such as coronal ones; "" where they are.
-
-    A gantry is tilted by up to 30 degrees, and pixels of axial slices are square.
-    """
-    height, width = volume.millimetres
-    if max(height, width) > UNEQUAL * min(height, width):
-        return f"pixels of {height:.3g} x {width:.3g} mm"
-    columns, rows = volume.affine[:3, np.argsort(volume.turn[:, 0])[:2]].T  # the way that each goes on, in the world
-    normal = np.cross(columns, rows)
-    tilt = math.degrees(math.acos(min(1, abs(normal[2]) / np.linalg.norm(normal))))
-    return f"slices tilted by {tilt:.0f} degrees" if tilt > TILT else ""
 
 
 def has_affine(header: nib.Nifti1Header) -> bool:
@@ -217,7 +206,7 @@ def whole_labels(path: Path, stored: np.ndarray, allowed: tuple[int, ...]) -> np
     if not known.all():
         voxel = tuple(int(i) for i in np.unravel_index(known.argmin(), stored.shape))
         labels = ", ".join(map(str, allowed))
-        raise Mistake(f"{path}: unknown label {stored[voxel]:.6g} at voxel {voxel}; correct it to one of {labels}")
+        raise Mistake(f"{path}: unknown label {stored[voxel]:.6g} at voxel {voxel}: correct it to one of {labels}")
     return nearest.astype(np.uint8)
 
 
@@ -236,8 +225,3 @@ def lay_on_grid(stored: np.ndarray, affine: np.ndarray, like: Volume) -> np.ndar
 def to_display(stored: np.ndarray, like: Volume) -> np.ndarray:
     """Turn an array in the stored order of `like` to [Z, H, W] in display."""
     return apply_orientation(stored, like.turn).transpose(2, 1, 0)
-
-
-def stored_turn(volume: Volume) -> np.ndarray:
-    """nibabel's orientation array [3, 2] from [W, H, Z] in display back to the file's own axes."""
-    return ornt_transform(DISPLAY, io_orientation(volume.affine))
