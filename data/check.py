@@ -11,7 +11,6 @@ judge slices and volumes by check_pair, and data/prepare.py its volumes by all t
 
 import hashlib
 import itertools
-import math
 import re
 import sys
 from collections import Counter, defaultdict
@@ -64,12 +63,12 @@ def no_lung(mean: float) -> str:
     low, high = LUNG_HU
     if low <= mean <= high:
         return ""
-    mend = "it looks like the map of another slice: mend the map"
+    looks = "the map of another slice"
     if mean < low:
-        mend = f"it looks like an offset of {HU_OFFSET} that is lost: store HU + {HU_OFFSET}"
+        looks = f"an offset of {HU_OFFSET} that is lost"
     elif low <= mean - HU_OFFSET <= high:
-        mend = f"it looks like an offset (or a CT's intercept) of {HU_OFFSET} too much: take it off"
-    return f"which has {low} to {high}: {mend}"
+        looks = f"an offset (or a CT's intercept) of {HU_OFFSET} too much"
+    return f"which has {low} to {high}: it looks like {looks}: store HU + {HU_OFFSET}, or mend the map"
 
 
 def reversals(dimensions: int) -> dict[tuple[int, ...], str]:
@@ -107,29 +106,6 @@ def turned(hu: np.ndarray, lung: np.ndarray) -> str | None:
     if not found[best] < mean - TURNED:
         return None
     return f"lies on more tissue than with {best}: it is turned against its CT"
-
-
-def lesions_turned(hu: np.ndarray, diseased: np.ndarray) -> str | None:
-    """How lesions, bool [Z, H, W], seem to be turned against their CT's HU, in words; None where they lie right.
-
-    What is aerated of a lesion is denser than the lung around it. On 14 volumes, a mask that lies right loses 28 HU or
-    more when it is reversed, and one that lies wrong gains as much.
-    """
-    step = max(1, hu.shape[2] // 128)
-    hu, diseased = hu[:, ::step, ::step], diseased[:, ::step, ::step]
-    aerated = (hu > -1000) & (hu < -300)
-    own = hu[diseased & aerated]
-    if own.size < 300:  # too few to tell
-        return None
-    found = {}
-    for axes, what in reversals(3).items():
-        inside = hu[np.flip(diseased, axes) & aerated]
-        found[what] = inside.mean() if inside.size > own.size / 2 else -math.inf
-    best = max(found, key=found.get)
-    if found[best] <= own.mean() + 20:
-        return None
-    figures = f"{own.mean():+.0f} HU, with {best} reversed {found[best]:+.0f}"
-    return f"the lesions' aerated part has {figures}: turned against its CT? see contact_sheet.png"
 
 
 # ---- a patient
@@ -170,8 +146,8 @@ def densities(measured: np.ndarray) -> str:
         looks = "labels in another order, or the map of another slice"
         if apart and abs(step) < TWINS:
             looks = "a left and a right lung taken for two labels"
-        figures = f"{means[more]:.0f} HU, not above the {means[less]:.0f} of {LABELS[less]}"
-        return f"mean {figures}, in {LABELS[more]} (label {more}): it looks like {looks}"
+        figures = [f"{means[label]:.0f} HU in {LABELS[label]} (label {label})" for label in (more, less)]
+        return f"mean {figures[0]}, {figures[1]}: it looks like {looks}"
     return ""
 
 
@@ -181,7 +157,6 @@ class Slice(NamedTuple):
 
     image: Path
     map: Path
-    patient: str
     sides: list[str]  # of the split that list it
     shape: tuple[int, ...]
     measured: np.ndarray  # see measure
@@ -198,14 +173,8 @@ class Set(NamedTuple):
     maps: dict[str, Path]
     split: dict[str, list[str]]  # no sides where there is no split.json
     slices: list[Slice]  # those that have both and can be read
+    patients: dict[str, list[Slice]]  # the same by patient
     broken: list[str]  # what is wrong with the others, and with split.json
-
-    def by_patient(self) -> dict[str, list[Slice]]:
-        """The slices of each patient."""
-        patients = defaultdict(list)
-        for one in self.slices:
-            patients[one.patient].append(one)
-        return patients
 
 
 Finding = tuple[str, object, str]  # "error" or "note"; the file or what else it is about; what it is, and the mend
@@ -222,15 +191,15 @@ def read_slice(image: Path, map_: Path, sides: list[str]) -> Slice:
         palette = "its palette has an order of its own: read by colour, not by value"
     elif mode == "P" and (colours[pixels] != slices.coloured(labels)).any():
         palette = "its palette lacks the paper's colours: read by value, not by colour"
-    patient, digest = patient_of(image.stem), hashlib.sha256(hu).digest()
-    return Slice(image, map_, patient, sides, hu.shape, measure(hu, labels), fault(hu, labels), palette, digest)
+    digest = hashlib.sha256(hu).digest()
+    return Slice(image, map_, sides, hu.shape, measure(hu, labels), fault(hu, labels), palette, digest)
 
 
 def read_set(folder: Path) -> Set:
     """Read a set. Raises Mistake where there are no images or maps, and where its making was cut off."""
     slices.check_finished(folder)
     images, maps = (slices.list_pngs(folder / part, part) for part in ("images", "maps"))
-    found = Set(folder, images, maps, {}, [], [])
+    found = Set(folder, images, maps, {}, [], defaultdict(list), [])
     try:
         if (folder / "split.json").exists():
             found.split.update(slices.read_split(folder / "split.json"))
@@ -240,6 +209,7 @@ def read_set(folder: Path) -> Set:
         try:
             sides = [side for side, names in found.split.items() if name in names]
             found.slices.append(read_slice(images[name], maps[name], sides))
+            found.patients[patient_of(name)].append(found.slices[-1])
         except Mistake as mistake:
             found.broken.append(str(mistake))
     return found
@@ -286,7 +256,7 @@ def judge_sizes(found: Set) -> Iterator[Finding]:
 
 def judge_densities(found: Set) -> Iterator[Finding]:
     """Labels whose densities a patient cannot have."""
-    for patient, its in found.by_patient().items():
+    for patient, its in found.patients.items():
         if told := densities(sum(one.measured for one in its)):
             yield "error", f"{found.folder}: patient {patient}", told
 
@@ -323,16 +293,14 @@ def tabulate(found: Set) -> str:
     row = "{:14}{:15}{:>7}{:>12}{:>6}{:>13}{:>6}{:>17}{:>6}".format
     lines = [row("patient", "side", "slices", "lung px", "HU", "GGO px", "HU", "consolid. px", "HU")]
     groups = []
-    for patient, its in found.by_patient().items():
+    for patient, its in found.patients.items():
         groups.append((patient, "+".join(side for side in found.split if any(side in one.sides for one in its)), its))
-    for side in found.split:
+    for side, names in found.split.items():
         its = [one for one in found.slices if side in one.sides]
-        groups.append((f"{len({one.patient for one in its})} patients", side, its))
+        groups.append((f"{len({*map(patient_of, names)})} patients", side, its))
     for patient, side, its in groups:
         measured = sum((one.measured for one in its), np.zeros((6, 4)))
-        cells = [
-            f"{pixels:.0f} {mean:.0f}".split() for pixels, mean in zip(measured[0], means_of(measured), strict=True)
-        ]
+        cells = [f"{n:.0f} {mean:.0f}".split() for n, mean in zip(measured[0], means_of(measured), strict=True)]
         lines.append(row(patient, side, len(its), *itertools.chain(*cells[1:])))
     return "\n".join(lines).replace("nan", "  -")
 
@@ -356,7 +324,7 @@ def check_set(folder: Path) -> int:
     """
     found = read_set(folder)
     if found.slices:
-        most = [max(its, key=lambda one: one.measured[0, 2:].sum()) for its in found.by_patient().values()]
+        most = [max(its, key=lambda one: one.measured[0, 2:].sum()) for its in found.patients.values()]
         slices.write_contact_sheet(folder / "contact_sheet.png", [tile(one) for one in most[:SHEET]])
         print(tabulate(found))
     alike = defaultdict(list)  # findings that differ in names and figures alone

@@ -25,9 +25,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, only data/ itself is on it
 from data import slices
-from data.slices import SIDES, slice_name
+from data.slices import LARGEST, SIDES, check_ranges, slice_name
 
-MOST = 9999  # patients in a set, and slices per patient
 HEIGHT = 250  # of the lungs, mm
 RAISED = 6  # mm by which y = 0 of the outlines lies above the picture's middle
 AIR, FAT, MUSCLE, BLOOD, LIVER, CARTILAGE, MARROW, CORTEX = -1000, -100, 50, 40, 55, 110, 200, 700  # HU
@@ -461,17 +460,16 @@ def split_patients(patients: int, seed: int) -> dict[str, list[int]]:
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """The command line, checked. Raises Mistake for an unknown option or value."""
     parser = slices.OneLineParser(__doc__)
-    parser.add_argument("--out", type=Path, default=Path("data/phantom"), help="folder of the set")
-    parser.add_argument("--size", type=int, default=256, help="side of a slice in pixels, at least 64")
-    parser.add_argument("--patients", type=int, default=16, help="number of patients, at least 3: one for each side")
-    parser.add_argument("--slices", type=int, default=24, help="slices per patient, from base to apex")
-    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same bytes")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; does not change the result")
-    parser.add_argument("--overwrite", action="store_true", help="replace the slices of any other set in the folder")
+    option = parser.add_argument
+    option("--out", type=Path, default=Path("data/phantom"), help="folder of the set")
+    option("--size", type=int, default=256, help="side of a slice in pixels, at least 64")
+    option("--patients", type=int, default=16, help="number of patients, at least 3: one for each side")
+    option("--slices", type=int, default=24, help="slices per patient, from base to apex")
+    option("--seed", type=int, default=0, help="the same seed gives the same bytes")
+    option("--workers", type=int, default=os.cpu_count(), help="processes; does not change the result")
+    option("--overwrite", action="store_true", help="replace the slices of any other set in the folder")
     args = parser.parse_args(argv)
-    slices.check_ranges(
-        args, size=(64, slices.LARGEST), patients=(3, MOST), slices=(1, MOST), seed=(0, 2**63), workers=(1, 999)
-    )
+    check_ranges(args, size=(64, LARGEST), patients=(3, 9999), slices=(1, 9999), seed=(0, 2**63), workers=(1, 999))
     return args
 
 
@@ -485,14 +483,11 @@ def main(argv: list[str] | None = None) -> None:
         "source": "phantom", "by": "patient", "seed": args.seed, "size": args.size,
         "patients": args.patients, "slices": args.slices,
     }  # fmt: skip
-    names = [f"{slice_name(n, k + 1)}.png" for n in numbers for k in range(args.slices)]
-    same = slices.held_split(args.out) == split
-    whole = all((args.out / part / name).exists() for part in ("images", "maps") for name in names)
-    if same and whole and not args.overwrite:
-        print(f"{args.out} holds this set already, whole: nothing to do")
+    if slices.held_split(args.out) == split and not args.overwrite:
+        print(f"{args.out} holds this set already: nothing to do")
     else:
         with slices.held(args.out):
-            slices.make_room(args.out, args.overwrite, same)
+            slices.make_room(args.out, args.overwrite)
             make = partial(make_patient, seed=args.seed, size=args.size, count=args.slices, out=args.out)
             ignored = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
             with ProcessPoolExecutor(min(args.workers, args.patients), None, signal.signal, ignored) as pool:

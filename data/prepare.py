@@ -45,7 +45,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script,
 from data import check, slices
 from data.lungs import find_lungs
 from data.slices import HELD, LABELS, LARGEST, SIDES, Mistake, slice_name
-from data.volumes import Note, list_volumes, read_labels, read_volume, volume_name
+from data.volumes import Note, list_volumes, read_labels, read_volume, volume_name, warn
 
 IMAGES, LUNG_MASKS, LESION_MASKS = "rp_im", "rp_lung_msk", "rp_msk"
 AIR = HELD[0]
@@ -167,8 +167,6 @@ def read_scan(scan: Scan, args: argparse.Namespace, note: Note) -> tuple[np.ndar
     diseased = (lesion == 1) | (lesion == 2)  # an effusion is beside the lung
     if lung is None:
         lung = auto_lungs(hu, diseased, volume.millimetres, args.stacked)
-    if not args.stacked and (told := check.lesions_turned(hu, diseased)):
-        note(f"{scan.lesion}: {told}")
     if args.binary:
         lesion = part_by_density(hu.clip(*HELD), lesion, volume.millimetres, args.consolidation_above)
     labels = merge_masks(lung, lesion)
@@ -250,11 +248,6 @@ def survey(scans: list[Scan], args: argparse.Namespace) -> tuple[dict[Slice, np.
                 pixels[key] = np.bincount(fit(label_map, millimetres, args.size, fill=0).ravel(), minlength=4)
                 places[key] = scan, z
     return pixels, places, grey
-
-
-def warn(text: str) -> None:
-    """Warn on stderr without breaking a progress bar."""
-    tqdm.write(f"warning: {text}", file=sys.stderr)
 
 
 def split_by_slice(kept: list[Slice], counts: list[int], rng: np.random.Generator) -> list[list[Slice]]:
@@ -373,22 +366,16 @@ def provenance(args: argparse.Namespace, places: Places, grey: list[str]) -> dic
     for (patient, _), (scan, z) in places.items():
         patients.setdefault(str(patient), {})[f"{scan.name}[{z}]" if args.stacked else scan.name] = None
     return {
-        "source": told(args.src or args.images),
+        "source": Path(args.src or args.images).resolve().name,
         "patients": {patient: [*names] for patient, names in patients.items()},
         "excluded": sorted(set(args.exclude_patient)),
         "grey_volumes": grey,
-        "lungs": AUTO if args.lungs == AUTO else told(args.lungs),
-        "lesions": told(args.lesions),
+        "lungs": Path(args.lungs).name,
+        "lesions": Path(args.lesions).name,
         "consolidation_above": args.consolidation_above if args.binary else None,
         "by": "slice" if args.stacked else args.by,
         **{key: vars(args)[key] for key in ("grey_window", "split", "size", "all_slices", "unchecked", "seed")},
     }
-
-
-def told(where: str) -> str:
-    """A folder or file as split.json names it, without the folders above; a pattern with its own folder."""
-    path = Path(where).resolve()
-    return f"{path.parent.name}/{path.name}" if "*" in path.name else path.name
 
 
 def remarks(args: argparse.Namespace, drawn: dict) -> Iterator[str]:

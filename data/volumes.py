@@ -18,6 +18,7 @@ from nibabel.filebasedimages import ImageFileError
 from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
 from nibabel.spatialimages import HeaderDataError
 from nibabel.wrapstruct import WrapStructError
+from tqdm import tqdm
 
 from data.slices import NIFTI, Mistake, write_bytes
 
@@ -63,8 +64,8 @@ class Volume(NamedTuple):
 
 
 def warn(text: str) -> None:
-    """Say something that the user should know on stderr; the run goes on."""
-    print(f"warning: {text}", file=sys.stderr)
+    """Say something that the user should know on stderr, without breaking a progress bar; the run goes on."""
+    tqdm.write(f"warning: {text}", file=sys.stderr)
 
 
 def list_volumes(folder: Path) -> dict[str, Path]:
