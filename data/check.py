@@ -63,12 +63,12 @@ def no_lung(mean: float) -> str:
     low, high = LUNG_HU
     if low <= mean <= high:
         return ""
-    looks = "the map of another slice"
+    looks = "the map of another slice: mend it"
     if mean < low:
-        looks = f"an offset of {HU_OFFSET} that is lost"
+        looks = f"an offset of {HU_OFFSET} that is lost: add it"
     elif low <= mean - HU_OFFSET <= high:
-        looks = f"an offset (or a CT's intercept) of {HU_OFFSET} too much"
-    return f"which has {low} to {high}: it looks like {looks}: store HU + {HU_OFFSET}, or mend the map"
+        looks = f"an offset (a CT's intercept) of {HU_OFFSET} too much: take it off"
+    return f"which has {low} to {high}: it looks like {looks}"
 
 
 def reversals(dimensions: int) -> dict[tuple[int, ...], str]:
@@ -125,18 +125,18 @@ def means_of(measured: np.ndarray) -> np.ndarray:
     return np.where(pixels >= FEWEST, sums / np.maximum(pixels, 1), np.nan)
 
 
-def densities(measured: np.ndarray) -> str:
-    """What is wrong with the densities of a patient's labels, and what it looks like, in words; "" where nothing is.
+def densities(measured: np.ndarray) -> tuple[int, str]:
+    """What is wrong with the densities of a patient's labels: the label, and its mean HU with what it looks like.
 
     Healthy lung lies within LUNG_HU, ground glass is denser, and consolidation is denser still. On 14 real patients
-    lung had -889 to -717 HU, ground glass -708 to -508, and consolidation -283 to -6.
+    lung had -889 to -717 HU, ground glass -708 to -508, and consolidation -283 to -6. 0 and "" where nothing is wrong.
     """
     means, neighbours = means_of(measured), measured[2:]
     there = [label for label in (1, 2, 3) if not np.isnan(means[label])]
     if told := 1 in there and no_lung(means[1]):
         if means[1] > np.nanmin(means[1:]):
             told = "which is the least dense: it looks like labels in another order"
-        return f"mean {means[1]:.0f} HU in healthy lung (label 1), {told}"
+        return 1, f"mean {means[1]:+.0f} HU in healthy lung (label 1), {told}"
     for less, more in itertools.pairwise(there):
         step = means[more] - means[less]
         border = neighbours[more].sum() - neighbours[more, more]
@@ -146,9 +146,9 @@ def densities(measured: np.ndarray) -> str:
         looks = "labels in another order, or the map of another slice"
         if apart and abs(step) < TWINS:
             looks = "a left and a right lung taken for two labels"
-        figures = [f"{means[label]:.0f} HU in {LABELS[label]} (label {label})" for label in (more, less)]
-        return f"mean {figures[0]}, {figures[1]}: it looks like {looks}"
-    return ""
+        figures = [f"{means[label]:+.0f} HU in {LABELS[label]} (label {label})" for label in (more, less)]
+        return more, f"mean {figures[0]}, {figures[1]}: it looks like {looks}"
+    return 0, ""
 
 
 # ---- a set
@@ -257,7 +257,8 @@ def judge_sizes(found: Set) -> Iterator[Finding]:
 def judge_densities(found: Set) -> Iterator[Finding]:
     """Labels whose densities a patient cannot have."""
     for patient, its in found.patients.items():
-        if told := densities(sum(one.measured for one in its)):
+        label, told = densities(sum(one.measured for one in its))
+        if label:
             yield "error", f"{found.folder}: patient {patient}", told
 
 

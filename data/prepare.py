@@ -173,10 +173,10 @@ def read_scan(scan: Scan, args: argparse.Namespace, note: Note) -> tuple[np.ndar
     if not args.unchecked:
         if not labels.any():
             raise Mistake(f"{scan.lung or scan.ct}: no lung in it: give a lung mask, or --unchecked to go on")
+        label, told = check.densities(check.measure(hu, labels))
+        if label > 1:
+            raise Mistake(f"{scan.lesion}: {told}: give its CT's lesions alone as --lesions, or --unchecked")
         check.check_pair(scan.ct, hu, labels)
-        if told := check.densities(check.measure(hu, labels)):
-            mend = "give lesions alone as --lesions, on their own CT, or --unchecked"
-            raise Mistake(f"{scan.lesion}: {told}: {mend}")
     return hu.clip(*HELD), labels, volume.millimetres, grey  # before resizing, which would mix in padding of -3024
 
 
