@@ -24,7 +24,7 @@ from data.slices import NIFTI, Mistake, write_bytes
 
 DISPLAY = axcodes2ornt("LPS")  # columns to the left, rows to the back, slices upwards
 GZIP = b"\x1f\x8b"  # the first two bytes of a gzip file
-BROKEN = (OSError, EOFError, ValueError, zlib.error, ImageFileError, HeaderDataError, WrapStructError)
+BROKEN = (OSError, EOFError, ValueError, MemoryError, zlib.error, ImageFileError, HeaderDataError, WrapStructError)
 Note = Callable[[str], None]  # is given what the user should know
 UNEQUAL, TILT = 1.5, 35  # sides of a pixel, as a ratio, and degrees, beyond which slices are hardly axial ones
 # The fields of a header that say where the voxels lie. The rest is not passed on: free text may name a patient.
@@ -158,7 +158,8 @@ def read_stored(path: Path) -> tuple[nib.Nifti1Header, np.ndarray]:
         image = kind.from_bytes(content)
         stored = np.asanyarray(image.dataobj)
     except BROKEN as error:
-        raise Mistake(f"{path}: no NIfTI file that can be read ({error}): get it again") from error
+        told = " ".join(str(error).split())
+        raise Mistake(f"{path}: no NIfTI file that can be read ({told}): get it again") from error
     told = f"{stored.dtype} {stored.shape}"
     while stored.ndim > 3 and stored.shape[-1] == 1:
         stored = stored[..., 0]

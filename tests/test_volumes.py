@@ -95,7 +95,6 @@ AS_PEOPLE_HAVE_THEM = {
     "not compressed": lambda path: path.write_bytes(gzip.decompress(path.read_bytes())),
     "compressed twice as long": in_two_streams,
     "zeros behind the stream": lambda path: path.write_bytes(path.read_bytes() + bytes(700)),
-    "garbage behind the stream": lambda path: path.write_bytes(path.read_bytes() + b"<html>"),
     "NIfTI-2": as_nifti_2,
     "big-endian": as_big_endian,
     "a last axis of one": with_a_last_axis_of_one,
@@ -118,34 +117,30 @@ def test_a_nii_that_is_gzip_is_read(tmp_path):
 
 
 BROKEN = {
-    "AppleDouble": (lambda whole: APPLE_DOUBLE, "no NIfTI"),
-    "nothing": (lambda whole: b"", "no NIfTI"),
-    "a header alone": (lambda whole: gzip.decompress(whole)[:352], "cut short or damaged"),
-    "cut short": (lambda whole: whole[:-30], "cut short or damaged"),
-    "without its checksum": (lambda whole: whole[:-8], "cut short or damaged"),
-    "with another checksum": (lambda whole: whole[:-8] + bytes(4) + whole[-4:], "cut short or damaged"),
-    "with another length": (lambda whole: whole[:-4] + bytes(4), "cut short or damaged"),
-    "cut short, not compressed": (lambda whole: gzip.decompress(whole)[:-1], "cut short or damaged"),
-    "of a petabyte, says its header": (
-        lambda whole: gzip.decompress(whole)[:42] + b"\xff\x7f" * 3 + gzip.decompress(whole)[48:],
-        "takes 70,362,301,923,678 bytes, above the",
-    ),
+    "AppleDouble": lambda whole: APPLE_DOUBLE,
+    "nothing": lambda whole: b"",
+    "a header alone": lambda whole: gzip.decompress(whole)[:352],
+    "cut short": lambda whole: whole[:-30],
+    "without its checksum": lambda whole: whole[:-8],
+    "with another checksum": lambda whole: whole[:-8] + bytes(4) + whole[-4:],
+    "cut short, not compressed": lambda whole: gzip.decompress(whole)[:-1],
+    "of a petabyte, says its header": lambda whole: gzip.decompress(whole).replace(b"\5\0\4\0\3\0", b"\xff\x7f" * 3, 1),
+    "of colours": lambda whole: nib.Nifti1Image(np.zeros((5, 4, 3), [(c, "u1") for c in "RGB"]), np.eye(4)).to_bytes(),
+    "a series in time": lambda whole: nib.Nifti1Image(np.zeros((5, 4, 3, 2), np.int16), np.eye(4)).to_bytes(),
 }
 
 
-@pytest.mark.parametrize(("change", "complaint"), BROKEN.values(), ids=BROKEN)
-def test_a_broken_file_is_named_in_one_line(tmp_path, change, complaint):
+@pytest.mark.parametrize("change", BROKEN.values(), ids=BROKEN)
+def test_a_broken_file_is_named_in_one_line(tmp_path, change):
     path = save(tmp_path / "1.nii.gz", *stored_as(numbered(), "LPS"))
     path.write_bytes(change(path.read_bytes()))
     with pytest.raises(Mistake) as error:
         volumes.read_volume(path)
-    assert (
-        str(error.value).startswith(f"{path}: ") and complaint in str(error.value) and "\n" not in error.value.args[0]
-    )
+    assert str(error.value).startswith(f"{path}: ") and "\n" not in str(error.value)
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(Mistake, match=r"1\.nii: cannot be read \(No such file"):
+    with pytest.raises(Mistake, match=r"1\.nii: .*No such file"):
         volumes.read_volume(tmp_path / "1.nii")
 
 
@@ -191,6 +186,19 @@ def test_slices_unlike_axial_ones_are_told(tmp_path, capsys, sizes, tilt, told, 
     volumes.read_volume(path)
     said = capsys.readouterr().err
     assert said.startswith(f"warning: {path}: {told}") if told else said == ""
+
+
+@pytest.mark.parametrize(("unit", "per"), [(1, 0.001), (2, 1), (3, 1000)])
+def test_metres_and_micrometres_are_told_by_the_header(tmp_path, unit, per):
+    array, affine = stored_as(numbered(), "LPS")
+    path = save(tmp_path / "1.nii.gz", array, np.diag([per, per, per, 1]) @ affine, xyzt_units=unit)
+    np.testing.assert_allclose(volumes.read_volume(path).millimetres, (0.7, 0.5), rtol=1e-5)
+
+
+def test_an_array_saved_in_the_order_z_y_x_is_refused(tmp_path):
+    path = save(tmp_path / "1.nii.gz", numbered((3, 16, 16)), np.eye(4))
+    with pytest.raises(Mistake, match=r"1\.nii\.gz: .*axes"):
+        volumes.read_volume(path, note=str)
 
 
 # Masks
@@ -293,7 +301,8 @@ def test_what_is_written_lies_where_its_model_lies(tmp_path, codes):
     np.testing.assert_array_equal(new.affine, old.affine)
     np.testing.assert_array_equal(np.asanyarray(new.dataobj), -np.asanyarray(old.dataobj))
     assert (new.get_data_dtype(), new.header["sform_code"], new.header["qform_code"]) == (np.int16, 2, 0)
-    assert b"SECRET" not in b"".join(volumes.unpacked(tmp_path / f"new{ending}"))
+    content = (tmp_path / f"new{ending}").read_bytes()
+    assert b"SECRET" not in (gzip.decompress(content) if ending == ".nii.gz" else content)
 
 
 @pytest.mark.parametrize(("sform", "qform"), [(1, 1), (0, 1), (1, 0), (0, 0)])
