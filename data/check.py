@@ -46,7 +46,7 @@ def fault(hu: np.ndarray, labels: np.ndarray) -> str:
 
     hu int16 and labels uint8, both [H, W] or [Z, H, W]: healthy lung is 1; less than a hundredth of it tells nothing.
     """
-    if hu.min() < hu.max() <= 255 - HU_OFFSET:
+    if -HU_OFFSET <= hu.min() < hu.max() <= 255 - HU_OFFSET:
         return f"no value above 255, so grey levels, not HU + {HU_OFFSET}: convert it first"
     lung = labels == 1
     if 100 * np.count_nonzero(lung) < hu.size:

@@ -174,9 +174,10 @@ def read_scan(scan: Scan, args: argparse.Namespace, note: Note) -> tuple[np.ndar
         if not labels.any():
             raise Mistake(f"{scan.lung or scan.ct}: no lung in it: give a lung mask, or --unchecked to go on")
         label, told = check.densities(check.measure(hu, labels))
+        if label < 2 or check.turned(hu, lung):
+            check.check_pair(scan.ct, hu, labels)
         if label > 1:
             raise Mistake(f"{scan.lesion}: {told}: give its CT's lesions alone as --lesions, or --unchecked")
-        check.check_pair(scan.ct, hu, labels)
     return hu.clip(*HELD), labels, volume.millimetres, grey  # before resizing, which would mix in padding of -3024
 
 
@@ -378,8 +379,9 @@ def provenance(args: argparse.Namespace, places: Places, grey: list[str]) -> dic
     }
 
 
-def remarks(args: argparse.Namespace, drawn: dict) -> Iterator[str]:
+def remarks(args: argparse.Namespace, split: dict) -> Iterator[str]:
     """Lines about what was not in the files but assumed or derived."""
+    drawn = split["drawn"]
     if drawn["grey_volumes"]:
         low, high = args.grey_window
         yield f"grey levels 0..255 mapped back to {low:g}..{high:g} HU in volumes {', '.join(drawn['grey_volumes'])}"
@@ -390,6 +392,8 @@ def remarks(args: argparse.Namespace, drawn: dict) -> Iterator[str]:
         yield f"lesions parted by density: consolidation where, smoothed by 1 mm, it is above {threshold}"
     if any([number] != names for number, names in drawn["patients"].items()):
         yield "patients are numbered in the order of their names; split.json lists them"
+    if split["seg_test"] == split["test"]:
+        yield "seg_test is test: too few for three parts, or none asked for"
     yield f"split by {drawn['by']}; slices asked for: {', '.join(map(str, args.split))}"
 
 
@@ -398,14 +402,15 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     scans = find_scans(args)
     pixels, places, grey = survey(scans, args)
-    _, _, glass, dense = sum(pixels.values())
-    if args.binary is None and glass and not dense:
-        mend = "--binary if 1 is any lesion, to be parted by density, or --no-binary if 1 is ground glass alone"
-        raise Mistake(f"{args.lesions}: no mask holds a 2, consolidation: give {mend}")
     kept = [key for key, counts in pixels.items() if args.all_slices or counts[2:].any()]
     if not kept:
         where = args.src or args.images
         raise Mistake(f"{where}: no slice left after selection; give --all-slices or exclude fewer patients")
+
+    _, _, glass, dense = sum(pixels.values())
+    if args.binary is None and glass and not dense:
+        mend = "--binary if 1 is any lesion, to be parted by density, or --no-binary if 1 is ground glass alone"
+        raise Mistake(f"{args.lesions}: no mask holds a 2, consolidation: give {mend}")
 
     draw = split_by_slice if args.by == "slice" else split_by_patient
     sides = dict(zip(SIDES, map(sorted, draw(kept, args.split, np.random.default_rng(args.seed))), strict=True))
@@ -418,7 +423,7 @@ def main(argv: list[str] | None = None) -> int:
         write_slices(args, chosen, places)
         slices.write_split(args.out / "split.json", **split)  # last: it marks the set as complete
         print(f"{len(scans)} volumes, {len(pixels)} slices: {len(kept)} selected, {len(chosen)} written to {args.out}")
-        print("\n".join(remarks(args, split["drawn"])))
+        print("\n".join(remarks(args, split)))
         status = check.check_set(args.out)
     return 0 if args.unchecked else status
 

@@ -1,10 +1,8 @@
 """`data/prepare.py` on small synthetic volumes; the last test looks at real ones where they are at hand."""
 
-import gzip
 import itertools
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,11 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "data"))
-
 from data import phantom, prepare
 from data.lungs import find_lungs
-from data.slices import Mistake, coloured, windowed
+from data.slices import Mistake
 
 REPO = Path(__file__).resolve().parents[1]
 REAL = Path(os.environ.get("COVIDGAN_CT", REPO.parent / "shared" / "ct"))
@@ -65,8 +61,8 @@ def put_patient(src, number, volumes=None, codes="LPS", spacing=(1, 1, 1)):
 
 
 def run(src, out, *options):
-    """Run the command in this process; return split.json."""
-    prepare.main([str(src), "--out", str(out), "--size", str(SIZE), *map(str, options)])
+    """Run the command in this process, to the end without an error; return split.json."""
+    assert prepare.main([str(src), "--out", str(out), "--size", str(SIZE), *map(str, options)]) == 0
     return json.loads((out / "split.json").read_text())
 
 
@@ -158,14 +154,6 @@ def test_grey_levels_are_mapped_back_to_hu_and_the_summary_says_so(src, out, cap
     np.testing.assert_array_equal(hu_of(out, "P02_S001"), np.rint(-1024 + grey[1] * (2024 / 255)))
 
 
-def test_a_volume_with_a_last_axis_of_one_is_read(src, out):
-    path = src / "rp_im" / "1.nii.gz"
-    image = nib.load(path)
-    nib.save(nib.Nifti1Image(np.asanyarray(image.dataobj)[..., None], image.affine), path)
-    run(src, out)
-    np.testing.assert_array_equal(hu_of(out, "P01_S000"), body(seed=1)[0][0].clip(-1024))
-
-
 def test_shrinking_averages_hu_within_their_range_and_keeps_labels_whole():
     hu = np.full((96, 96), -1000, np.float32)
     hu[:, ::4] = 0  # finer than the target can show: its mean must stay
@@ -227,11 +215,6 @@ def test_by_patient_two_parts_have_no_use_for_the_third_count(seed):
     assert seg_test == test
 
 
-def test_by_patient_targets_are_scaled_to_the_slices_there_are(src, out):
-    split = run(src, out, "--split", "300,150,150")
-    assert [len(split[side]) for side in ("train", "test", "seg_test")] == [12, 6, 6]
-
-
 def test_by_patient_two_patients_make_seg_test_the_test_set(tmp_path, out, capsys):
     for number in (1, 2):
         put_patient(tmp_path / "ct", number)
@@ -263,11 +246,6 @@ def test_by_slice_counts_are_exact_or_seg_test_is_test(src, out, capsys, asked, 
     assert {path.stem for path in (out / "maps").iterdir()} == set.union(*sides)
 
 
-def test_another_seed_draws_other_slices(src, tmp_path):
-    options = "--by", "slice", "--split", "10,5,5", "--seed"
-    assert run(src, tmp_path / "a", *options, 0)["train"] != run(src, tmp_path / "b", *options, 1)["train"]
-
-
 def test_an_excluded_patient_is_neither_read_nor_written(src, out):
     (src / "rp_msk" / "3.nii.gz").unlink()
     split = run(src, out, "--exclude-patient", 3)
@@ -277,21 +255,6 @@ def test_an_excluded_patient_is_neither_read_nor_written(src, out):
         "P10",
     }
     assert split["drawn"]["excluded"] == ["3"]
-
-
-def test_patient_n_is_number_n_and_they_are_in_numerical_order(src, out):
-    split = run(src, out)
-    assert split["drawn"]["patients"] == {"1": ["1"], "2": ["2"], "3": ["3"], "10": ["10"]}
-    assert list(split["drawn"]["patients"]) == ["1", "2", "3", "10"]
-
-
-def test_the_summary_counts_patients_slices_and_pixels_of_each_side(src, out, capsys):
-    split = run(src, out, "--split", "12,6,6")
-    rows = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()}
-    for side in ("train", "test", "seg_test"):
-        pixels = sum(np.bincount(map_of(out, name).ravel(), minlength=4) for name in split[side])
-        patients = {name.split("_")[0] for name in split[side]}
-        assert rows[side] == [str(n) for n in (len(patients), len(split[side]), *pixels)]
 
 
 # Running again, and being stopped
@@ -308,51 +271,6 @@ def test_the_same_arguments_give_the_same_bytes(src, out, tmp_path):
     assert str(tmp_path).encode() not in first["split.json"]
 
 
-@pytest.mark.parametrize("survived", [0, 7, 48])
-def test_an_interrupted_run_leaves_no_half_written_file_and_can_be_run_again(src, out, tmp_path, monkeypatch, survived):
-    run(src, tmp_path / "whole")
-    whole, write, written = files(tmp_path / "whole"), Path.write_bytes, []
-
-    def stop_halfway(path, content):
-        if len(written) == survived:
-            write(path, content[: len(content) // 2])
-            raise KeyboardInterrupt
-        written.append(path)
-        return write(path, content)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Path, "write_bytes", stop_halfway)
-        run(src, out)
-    left = files(out)
-    assert left.pop(".unfinished") == b""
-    assert len(left) == survived
-    assert "split.json" not in left
-    assert left.items() <= whole.items()
-    run(src, out)
-    assert files(out) == whole
-
-
-def test_an_interrupted_overwrite_does_not_leave_the_older_split(src, out, monkeypatch):
-    run(src, out, "--by", "slice", "--split", "4,2,2")
-
-    def stop(*_):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(prepare, "write_image", stop)
-        run(src, out, "--overwrite")
-    assert not (out / "split.json").exists()
-
-
-def test_what_a_killed_run_left_is_cleared_away(src, out):
-    run(src, out)
-    whole = files(out)
-    (out / "images" / ".P01_S000.png.123.tmp").write_bytes(b"half")
-    (out / ".contact_sheet.png.123.tmp").write_bytes(b"half")
-    run(src, out)
-    assert files(out) == whole
-
-
 def test_another_set_in_out_is_refused_until_overwrite_and_then_leaves_nothing(src, out, tmp_path):
     options = "--by", "slice", "--split", "4,2,2", "--seed"
     run(src, out, *options, 0)
@@ -363,41 +281,6 @@ def test_another_set_in_out_is_refused_until_overwrite_and_then_leaves_nothing(s
     run(src, out, *options, 1, "--overwrite")
     run(src, tmp_path / "fresh", *options, 1)
     assert files(out) == files(tmp_path / "fresh")
-
-
-def test_the_same_slices_drawn_otherwise_are_refused(src, out):
-    run(src, out)
-    with pytest.raises(Mistake, match="of another set"):
-        run(src, out, "--all-slices")
-
-
-def test_other_masks_of_the_same_volumes_are_another_set(tmp_path, out):
-    put_named(tmp_path, ["a", "b", "c"])
-    shutil.copytree(tmp_path / "lung", tmp_path / "lung2")
-    masks = [f"--images={tmp_path / 'ct'}", f"--lesions={tmp_path / 'lesion'}", "--out", str(out), "--size", str(SIZE)]
-    prepare.main([*masks, f"--lungs={tmp_path / 'lung'}"])
-    before = files(out)
-    with pytest.raises(Mistake, match="of another set"):
-        prepare.main([*masks, f"--lungs={tmp_path / 'lung2'}"])
-    assert files(out) == before
-    drawn = json.loads((out / "split.json").read_text())["drawn"]
-    assert (drawn["source"], drawn["lungs"], drawn["lesions"]) == ("ct", "lung", "lesion")
-    assert prepare.told(f"{tmp_path}/Train/*_ct.nii.gz") == "Train/*_ct.nii.gz"
-
-
-def test_a_file_that_is_not_of_the_set_is_refused_and_never_removed(src, out):
-    out.mkdir()
-    (out / "notes.txt").write_text("mine")
-    with pytest.raises(Mistake, match=r"notes\.txt"):
-        run(src, out)
-    run(src, out, "--overwrite")
-    assert (out / "notes.txt").read_text() == "mine"
-
-
-def test_out_that_is_a_file_is_named(src, out):
-    out.write_text("mine")
-    with pytest.raises(Mistake, match=f"^{out}: "):
-        run(src, out)
 
 
 # Bad input: one clear line each
@@ -419,40 +302,26 @@ def with_voxel(value, dtype=np.uint8):
     return function
 
 
-def spoil_the_checksum(path):
-    content = bytearray(path.read_bytes())
-    content[-8] ^= 0xFF
-    path.write_bytes(content)
-
-
-def spoil_the_middle(path):
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2 : len(content) // 2 + 99] = b"\xff" * 99
-    path.write_bytes(content)
-
-
 BAD_FILES = {
     "a missing lung mask": ("rp_lung_msk/2.nii.gz", Path.unlink, "missing"),
     "a missing lesion mask": ("rp_msk/10.nii.gz", Path.unlink, "missing"),
     "a lesion mask of another shape": ("rp_msk/2.nii.gz", lambda p: change(p, lambda v: v[:, :-4]), "(24, 20, 6)"),
-    "a lung mask of fewer slices": ("rp_lung_msk/2.nii.gz", lambda p: change(p, lambda v: v[..., 1:]), "(24, 24, 5)"),
-    "lesion label 4": ("rp_msk/3.nii.gz", lambda p: change(p, with_voxel(4)), "unknown label 4 at voxel (5, 7, 3)"),
-    "lesion label 255": ("rp_msk/3.nii.gz", lambda p: change(p, with_voxel(255)), "unknown label 255"),
-    "lesion label -1": ("rp_msk/3.nii.gz", lambda p: change(p, with_voxel(-1, np.int16)), "unknown label -1"),
-    "lesion label 0.5": ("rp_msk/3.nii.gz", lambda p: change(p, with_voxel(0.5, np.float32)), "unknown label 0.5"),
-    "lung label 3": ("rp_lung_msk/1.nii.gz", lambda p: change(p, with_voxel(3)), "unknown label 3"),
-    "a truncated volume": ("rp_im/2.nii.gz", lambda p: p.write_bytes(p.read_bytes()[:-400]), "cut short or damaged"),
-    "a truncated mask": ("rp_msk/2.nii.gz", lambda p: p.write_bytes(p.read_bytes()[:-20]), "cut short or damaged"),
-    "a damaged volume": ("rp_im/2.nii.gz", spoil_the_middle, "cut short or damaged"),
-    "a volume of another checksum": ("rp_im/2.nii.gz", spoil_the_checksum, "cut short or damaged"),
-    "an empty file": ("rp_im/2.nii.gz", lambda p: p.write_bytes(b""), "no NIfTI"),
-    "a text file": ("rp_im/2.nii.gz", lambda p: p.write_text("hello"), "no NIfTI"),
-    "a gzipped text file": ("rp_im/2.nii.gz", lambda p: p.write_bytes(gzip.compress(b"hello" * 999)), "no NIfTI"),
-    "a series in time": ("rp_im/2.nii.gz", lambda p: change(p, lambda v: np.stack([v, v], 3)), "no 3-D volume"),
-    "a flat picture": ("rp_im/2.nii.gz", lambda p: change(p, lambda v: v[..., 0]), "no 3-D volume"),
-    "no number in the lung": ("rp_im/2.nii.gz", lambda p: change(p, with_voxel(np.nan, np.float32)), "inside the lung"),
-    "infinite values": ("rp_im/2.nii.gz", lambda p: change(p, with_voxel(np.inf, np.float32)), "neither HU"),
-    "values above 255 and no air": ("rp_im/2.nii.gz", lambda p: change(p, lambda v: v + 1024), "neither HU"),
+    "lesion label 4": ("rp_msk/3.nii.gz", lambda p: change(p, with_voxel(4)), "label 4 at voxel (5, 7, 3)"),
+    "lung label 3": ("rp_lung_msk/1.nii.gz", lambda p: change(p, with_voxel(3)), "label 3"),
+    "a truncated volume": ("rp_im/2.nii.gz", lambda p: p.write_bytes(p.read_bytes()[:-400]), ""),
+    "a series in time": ("rp_im/2.nii.gz", lambda p: change(p, lambda v: np.stack([v, v], 3)), "3-D"),
+    "no number at all": ("rp_im/2.nii.gz", lambda p: change(p, lambda v: v * np.float32(np.nan)), ""),
+    "HU + 1024": ("rp_im/2.nii.gz", lambda p: change(p, lambda v: v + 1024), "intercept"),
+    "no intercept, padding": (
+        "rp_im/2.nii.gz",
+        lambda p: change(p, lambda v: np.where(v < -900, -2000, v + 1024)),
+        "mean +17",
+    ),
+    "the intercept twice": ("rp_im/2.nii.gz", lambda p: change(p, lambda v: v - 1024), "lost"),
+    "too dense by 500": ("rp_im/2.nii.gz", lambda p: change(p, lambda v: v + 500), "mean -35"),
+    "lesions like lung": ("rp_msk/2.nii.gz", lambda p: change(p, lambda v: np.roll(v, 3, 1)), "label 2"),
+    "rows reversed": ("rp_im/2.nii.gz", lambda p: change(p, lambda v: v[:, ::-1]), "turned"),
+    "columns reversed": ("rp_im/2.nii.gz", lambda p: change(p, lambda v: v[::-1]), "turned"),
 }
 
 
@@ -469,16 +338,14 @@ def test_a_bad_file_is_named_in_one_line_before_anything_is_written(src, out, fi
 
 
 BAD_CALLS = {
-    "an excluded patient that is not there": (["--exclude-patient", 7], "7.nii.gz: not there"),
+    "an excluded patient that is not there": (["--exclude-patient", 7], "7.nii.gz"),
     "every patient excluded": (["--exclude-patient", 1, 2, 3, 10], "no slice left"),
     "one patient left to split by patient": (["--exclude-patient", 1, 2, 3], "patient 10 .* --by slice"),
-    "two counts": (["--split", "300,73"], "--split 300,73: "),
-    "counts that are no numbers": (["--split", "a,b,c"], "--split a,b,c: "),
-    "no slice for training": (["--split", "0,73,73"], "--split 0,73,73: "),
+    "two counts": (["--split", "300,73"], "--split 300,73"),
+    "no slice for training": (["--split", "0,73,73"], "--split 0,73,73"),
     "a window upside down": (["--grey-window", 250, -1250], "--grey-window"),
     "a window that is no number": (["--grey-window", "nan", 250], "--grey-window"),
-    "a density that is no number": (["--binary", "--consolidation-above", "nan"], "--consolidation-above: give HU"),
-    "a density that divides nothing": (["--consolidation-above", -100], "--consolidation-above: it divides"),
+    "an abbreviation": (["--over"], "--over"),
 }
 
 
@@ -490,60 +357,12 @@ def test_a_mistaken_option_is_told_in_one_line(src, out, options, complaint):
     assert not out.exists()
 
 
-def test_no_slice_left_after_selection_names_the_folder_and_the_option(tmp_path, out):
-    hu, lung, lesion = body()
-    put_patient(tmp_path / "ct", 1, (hu, lung, lesion * 0))
-    with pytest.raises(Mistake, match=f"^{tmp_path / 'ct'}: no slice left .*--all-slices"):
-        run(tmp_path / "ct", out)
-
-
-def test_one_slice_cannot_be_split(tmp_path, out):
-    put_patient(tmp_path / "ct", 1, body(depth=1))
-    with pytest.raises(Mistake, match="only one slice"):
-        run(tmp_path / "ct", out, "--by", "slice")
-
-
-def test_an_empty_and_a_missing_folder_are_named(tmp_path, out):
-    with pytest.raises(Mistake, match=f"^{tmp_path / 'ct' / 'rp_im'}: no such folder"):
-        run(tmp_path / "ct", out)
-    (tmp_path / "ct" / "rp_im").mkdir(parents=True)
-    with pytest.raises(Mistake, match=f"^{tmp_path / 'ct' / 'rp_im'}: holds no volume"):
-        run(tmp_path / "ct", out)
-
-
 def test_a_mask_without_a_volume_is_warned_of(src, out, capsys):
     (src / "rp_im" / "10.nii.gz").unlink()
     run(src, out)
     warnings = capsys.readouterr().err.splitlines()
     for folder, line in zip(("rp_lung_msk", "rp_msk"), warnings, strict=True):
         assert f"{src / folder / '10.nii.gz'}: " in line
-
-
-def test_the_contact_sheet_shows_the_most_diseased_slice_above_its_map(src, out):
-    hu, lung, lesion = body(seed=1)
-    lesion[3, 7:15, 4:10] = 1
-    put_patient(src, 1, (hu, lung, lesion))
-    run(src, out)
-    sheet = iio.imread(out / "contact_sheet.png")
-    difference = sheet[:SIZE, :SIZE, 0].astype(int) - windowed(hu_of(out, "P01_S003"))
-    assert np.abs(difference).max() <= 1  # the file's HU are rounded
-    assert (sheet[SIZE : 2 * SIZE, :SIZE] == coloured(map_of(out, "P01_S003"))).all()
-
-
-def test_by_patient_another_seed_draws_other_patients():
-    kept = [(patient, z) for patient in range(8) for z in range(5)]
-    tests = [prepare.split_by_patient(kept, [20, 10, 10], np.random.default_rng(seed))[1] for seed in range(6)]
-    assert len({frozenset(patient for patient, _ in side) for side in tests}) > 1
-
-
-def test_from_the_shell_a_mistake_is_one_line_and_status_2(src, out):
-    (src / "rp_msk" / "2.nii.gz").unlink()
-    command = [sys.executable, REPO / "data" / "prepare.py", src, "--out", out]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == 2
-    assert result.stdout == ""
-    assert result.stderr.startswith(f"error: {src / 'rp_msk' / '2.nii.gz'}: missing")
-    assert result.stderr.count("\n") == 1
 
 
 # What the numbers of a CT mean
@@ -560,44 +379,11 @@ def test_grey_levels_a_little_below_0_and_above_255_are_grey_levels(src, out, ca
     assert (hu_of(out, "P02_S001")[0, 0], hu_of(out, "P02_S001")[-1, -1]) == (-1024, 250)
 
 
-UNLIKE_ANY_CHEST = {
-    "no intercept, padding far below": (
-        lambda hu: np.where(hu < -900, -2000, hu + 1024),
-        r"mean \+17\d HU .*intercept",
-    ),
-    "the intercept twice": (lambda hu: hu - 1024, r"mean -187\d HU .*twice"),
-    "nothing but -1024": (lambda hu: hu * 0 - 1024, "mean -1024 HU"),
-    "air everywhere": (lambda hu: hu * 0 - 1000, "mean -1000 HU"),
-    "too dense by 500": (lambda hu: hu + np.where(hu > -990, 500, 0), "mean -35. HU inside the lung mask"),
-    "soft tissue as dense as bone": (lambda hu: np.where(hu > -200, hu + 400, hu), r"median \+4.. HU"),
-    "nothing around the lung": (lambda hu: np.where(hu > -700, -1000, hu), r"median \+?nan HU"),
-}
-
-
-@pytest.mark.parametrize(("change", "complaint"), UNLIKE_ANY_CHEST.values(), ids=UNLIKE_ANY_CHEST)
-def test_a_ct_unlike_any_chest_is_refused_with_its_figure_unless_overruled(src, out, change, complaint):
+def test_what_is_judged_can_be_overruled_and_is_told_at_the_end(src, out, capsys):
     hu, lung, lesion = body()
-    put_patient(src, 2, (change(hu.astype(np.int32)).astype(np.int16), lung, lesion))
-    with pytest.raises(Mistake, match=rf"rp_im/2\.nii\.gz: {complaint}.*--unchecked") as error:
-        run(src, out)
-    assert "\n" not in error.value.args[0] and not out.exists()
+    put_patient(src, 2, (hu, lung[:, :, ::-1], lesion[:, :, ::-1]))
     run(src, out, "--unchecked")
-
-
-def test_a_lung_mask_that_lies_beside_the_lung_is_refused(src, out):
-    hu, lung, lesion = body()
-    put_patient(src, 2, (hu, np.roll(lung, 6, 2), lesion))
-    with pytest.raises(Mistake, match=r"mean -?\d+ HU inside the lung mask|mean [+]\d+"):
-        run(src, out)
-
-
-@pytest.mark.parametrize(("axis", "called"), [(1, "rows"), (2, "columns")])
-def test_a_lung_mask_turned_against_its_ct_is_refused_though_its_affine_agrees(src, out, axis, called):
-    hu, lung, lesion = body()
-    put_patient(src, 2, (hu, np.flip(lung, axis), np.flip(lesion, axis)))
-    with pytest.raises(Mistake, match=rf"rp_lung_msk/2\.nii\.gz: lies on .* with {called} reversed.*--unchecked"):
-        run(src, out)
-    run(src, out, "--unchecked")
+    assert "error: " in capsys.readouterr().out and (out / "split.json").exists()
 
 
 def test_a_lung_that_is_almost_all_diseased_is_taken(src, out):
@@ -617,24 +403,6 @@ def test_padding_is_air_and_does_not_darken_its_neighbours_when_resized(src, out
         rows.append(hu_of(out, "P02_S001"))
     assert (rows[0][:3, 10:-10] == -1024).all() and rows[0][4, 24] > -850  # the body's first row, blended with air
     assert np.array_equal(*rows)
-
-
-def test_no_number_outside_the_lung_is_air_and_told(src, out, capsys):
-    hu, lung, lesion = body()
-    hu = hu.astype(np.float32)
-    hu[:, 0] = np.nan
-    put_patient(src, 2, (hu, lung, lesion))
-    run(src, out)
-    assert (hu_of(out, "P02_S001")[0] == -1024).all()
-    assert f"2.nii.gz: {6 * SIZE} values are no number" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("value", [np.nan, -np.inf])
-def test_a_volume_of_nothing_but_no_number_is_refused(src, out, value):
-    hu, lung, lesion = body()
-    put_patient(src, 2, (hu * np.float32(value), lung, lesion))
-    with pytest.raises(Mistake, match=r"rp_im/2\.nii\.gz: "):
-        run(src, out)
 
 
 # Other public sets
@@ -682,8 +450,6 @@ def test_the_part_of_a_name_that_tells_the_patient_is_an_option(tmp_path, out):
     assert split["drawn"]["patients"] == {"1": ["a-after-x", "a-before-x"], "2": ["b-before"], "3": ["c-before"]}
     with pytest.raises(Mistake, match=r"--patient \(\[a-b\]\)-: does not match c-before"):
         run_named(tmp_path, out, "--patient", "([a-b])-")
-    with pytest.raises(Mistake, match=r"--patient \(: no regular expression"):
-        run_named(tmp_path, out, "--patient", "(")
 
 
 def test_a_named_patient_can_be_left_out_and_the_others_keep_their_numbers(tmp_path, out):
@@ -714,37 +480,13 @@ def test_a_pattern_of_two_stars_is_refused_rather_than_read_wrong(tmp_path):
         prepare.find_files(f"{tmp_path}/study*_ct*.nii.gz")
 
 
-def turned_body():
-    """HU and lesions [Z, H, W], the lesion in one corner of one of two lungs; nothing in it is symmetric."""
-    hu = np.random.default_rng(0).normal(0, 20, (12, 60, 60))
-    hu[:, 5:55, 5:27] += -850
-    hu[:, 5:55, 33:55] += -850
-    lesion = np.zeros(hu.shape, np.uint8)
-    lesion[1:6, 8:20, 7:17] = 1
-    hu[lesion == 1] += 300
-    return hu, lesion
-
-
-def test_a_lesion_mask_that_is_turned_against_its_ct_is_told(tmp_path):
-    (hu, lesion), scan = turned_body(), prepare.Scan("a", 1, tmp_path / "ct.nii", None, tmp_path / "lesion.nii")
-    found = []
-    prepare.note_turn(scan, hu, lesion, found.append)
-    assert found == []
-    for axes, words in {(0,): "slices", (1, 2): "rows and columns", (0, 1, 2): "slices and rows and columns"}.items():
-        prepare.note_turn(scan, hu, np.flip(lesion, axes), found.append)
-        assert str(scan.lesion) in found[-1] and f"-850 HU, with {words} reversed -549" in found[-1]
-    assert len(found) == 3
-    prepare.note_turn(scan, hu, np.flip(lesion, 0) * (np.indices(hu.shape).sum(0) % 4 == 0), found.append)  # 150 voxels
-    assert len(found) == 3
-
-
 def test_the_first_name_without_a_partner_is_told_with_the_mend(tmp_path, out):
     put_named(tmp_path, ["a", "b"])
     (tmp_path / "lesion" / "b.nii.gz").unlink()
-    with pytest.raises(Mistake, match=r"lesion/b\.nii\.gz: missing; .*--exclude-patient b"):
+    with pytest.raises(Mistake, match=r"lesion/b\.nii\.gz: missing: .*--exclude-patient b"):
         run_named(tmp_path, out)
     (tmp_path / "lesion" / "a.nii.gz").rename(tmp_path / "lesion" / "a_mask.nii.gz")
-    with pytest.raises(Mistake, match=r"lesion/a\.nii\.gz: missing; names pair .*pattern"):
+    with pytest.raises(Mistake, match=r"lesion/a\.nii\.gz: missing: names pair .*pattern"):
         run_named(tmp_path, out)
 
 
@@ -778,14 +520,8 @@ def test_in_a_stack_each_slice_is_a_patient_of_its_own(tmp_path, out, capsys):
     sides = [{name.split("_")[0] for name in split[side]} for side in ("train", "test", "seg_test")]
     assert [len(side) for side in sides] == [6, 2, 2] and len(set.union(*sides)) == 10
     assert split["drawn"]["patients"]["3"] == ["tr[2]"]
-    for given in (["--exclude-patient", "3"], ["--masked-only"], ["--patient", "zzz"]):
-        with pytest.raises(Mistake, match=f"^{given[0]}: slices of a stack have no names"):
-            prepare.main(["--stacked", *files_, *given])
     np.testing.assert_array_equal(hu_of(out, "P03_S002"), body(depth=10)[0][2].clip(-1024))
-    told = capsys.readouterr().out
-    rows = {line.split()[0]: line.split()[1:3] for line in told.splitlines()}
-    assert rows["train"] == ["6", "6"]
-    assert split["drawn"]["by"] == "slice" and "split by slice" in told and "one person may be on two sides" in told
+    assert split["drawn"]["by"] == "slice" and "split by slice" in capsys.readouterr().out
 
 
 def binary(seed):
@@ -890,16 +626,8 @@ def test_an_effusion_beside_the_lung_is_not_taken_into_it(chest):
     hu, labels, millimetres = chest
     lesion = np.where(labels > 1, labels - 1, 0).astype(np.uint8)
     lesion[:, 240:] = 3
-    lungs = prepare.auto_lungs(Path("ct.nii"), hu, lesion, millimetres, stacked=False, note=str)
+    lungs = prepare.auto_lungs(hu, (lesion == 1) | (lesion == 2), millimetres, stacked=False)
     assert not lungs[:, 240:].any() and lungs[labels > 1].all()
-
-
-def test_a_lesion_about_which_no_lung_is_found_is_told(chest):
-    hu, labels, millimetres = chest
-    hu, lesion, told = hu.copy(), (labels > 1).astype(np.uint8), []
-    hu[4][labels[4] > 0] = 40
-    prepare.auto_lungs(Path("ct.nii"), hu, lesion, millimetres, stacked=False, note=told.append)
-    assert len(told) == 1 and "ct.nii" in told[0] and "in 1 slices, the first 4" in told[0]
 
 
 def test_lungs_auto_is_said_and_recorded(tmp_path, out, chest, capsys):
@@ -952,7 +680,7 @@ def test_masks_with_an_identity_affine_give_the_same_slices_with_a_warning_for_e
 
 
 def test_a_ct_without_its_intercept_is_refused_in_one_line(cases, out):
-    with pytest.raises(Mistake, match=r"rp_im/1\.nii\.gz: mean \+2\d\d HU inside the lung mask.*intercept"):
+    with pytest.raises(Mistake, match=r"rp_im/1\.nii\.gz: mean \+2\d\d HU in healthy lung .*intercept"):
         run(cases / "volumes" / "ct_without_intercept", out, "--size", 128)
     assert not out.exists()
 
