@@ -51,11 +51,11 @@ def fault(hu: np.ndarray, labels: np.ndarray) -> str:
     lung = labels == 1
     if 100 * np.count_nonzero(lung) < hu.size:
         return ""
+    if told := turned(hu, lung):
+        return f"its map's lung {told}: turn one of them"
     mean = hu[lung].mean(dtype=float)
-    if told := no_lung(mean):
-        return f"mean {mean:+.0f} HU in healthy lung (label 1), {told}"
-    told = turned(hu, lung)
-    return f"its map's lung {told}: turn one of them" if told else ""
+    told = no_lung(mean)
+    return f"mean {mean:+.0f} HU in healthy lung (label 1), {told}" if told else ""
 
 
 def no_lung(mean: float) -> str:
@@ -63,7 +63,7 @@ def no_lung(mean: float) -> str:
     low, high = LUNG_HU
     if low <= mean <= high:
         return ""
-    looks = "the map of another slice: mend it"
+    looks = "the map of another slice, or a turned one: mend it"
     if mean < low:
         looks = f"an offset of {HU_OFFSET} that is lost: add it"
     elif low <= mean - HU_OFFSET <= high:
