@@ -319,10 +319,7 @@ def tile(one: Slice) -> np.ndarray:
 
 
 def check_set(folder: Path) -> int:
-    """Print the table and the findings of a set, and write its contact sheet; status 2 where there is an error.
-
-    Raises Mistake where there are no images or maps, and where its making was cut off.
-    """
+    """Print the table and the findings of a set, and write its contact sheet; status 2 where there is an error."""
     found = read_set(folder)
     if found.slices:
         most = [max(its, key=lambda one: one.measured[0, 2:].sum()) for its in found.patients.values()]

@@ -44,12 +44,11 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, only data/ itself is on it
 from data import check, slices
 from data.lungs import find_lungs
-from data.slices import HELD, LABELS, LARGEST, SIDES, Mistake, slice_name
+from data.slices import HELD, LARGEST, SIDES, Mistake, slice_name
 from data.volumes import Note, list_volumes, read_labels, read_volume, volume_name, warn
 
 IMAGES, LUNG_MASKS, LESION_MASKS = "rp_im", "rp_lung_msk", "rp_msk"
 AIR = HELD[0]
-AUTO = "auto"
 # A public case of Radiopaedia is a patient, with one or more studies and scans: radiopaedia_CASE_STUDY_SCAN.
 PATIENT = r"radiopaedia_\d+(?=_)|.+"
 WAYS = 40_000_000  # of distributing patients are followed, over the square of their number: all for 14 of 600 slices
@@ -71,12 +70,8 @@ Places = dict[Slice, tuple[Scan, int]]  # where each slice comes from: its scan,
 
 
 def find_scans(args: argparse.Namespace) -> list[Scan]:
-    """List the scans by patient number and name, without the patients excluded.
-
-    Raises Mistake for a missing or empty folder, a volume that lacks a mask, a name that --patient does not match
-    and an excluded patient that is not there. A mask without a volume only gives a warning.
-    """
-    lungs = None if args.lungs == AUTO else args.lungs
+    """List the scans by patient number and name. Raises Mistake for what is missing; a mask alone gives a warning."""
+    lungs = None if args.lungs == "auto" else args.lungs
     if args.stacked:
         ct = Path(args.images)
         return [Scan(volume_name(ct), 0, ct, Path(lungs) if lungs else None, Path(args.lesions))]
@@ -152,10 +147,7 @@ def number_patients(patients: set[str]) -> dict[str, int]:
 
 
 def read_scan(scan: Scan, args: argparse.Namespace, note: Note) -> tuple[np.ndarray, np.ndarray, np.ndarray, bool]:
-    """Read and check a scan: HU [Z, H, W], labels uint8 [Z, H, W], pixel height and width in mm, was it grey.
-
-    `note` gets what was assumed. Raises Mistake for a file that cannot be used, naming it.
-    """
+    """Read and check a scan: HU [Z, H, W], labels uint8 [Z, H, W], pixel height and width in mm, was it grey."""
     volume = read_volume(scan.ct, note)
     lesion = read_labels(scan.lesion, (0, 1) if args.binary else (0, 1, 2, 3), volume, note)
     lung = None if scan.lung is None else read_labels(scan.lung, (0, 1, 2), volume, note) > 0
@@ -182,14 +174,8 @@ def read_scan(scan: Scan, args: argparse.Namespace, note: Note) -> tuple[np.ndar
 
 
 def merge_masks(lung: np.ndarray, lesion: np.ndarray) -> np.ndarray:
-    """Merge a lung mask (0..2) and a lesion mask (0..3), any shape, into labels uint8 0..3.
-
-    Lesion overrides lung. Pleural effusion (3) is not a lesion of the lung: it keeps what the lung mask says.
-    """
-    labels = (lung > 0).astype(np.uint8)  # left and right are one
-    labels[lesion == 1] = LABELS.index("ground-glass opacity")
-    labels[lesion == 2] = LABELS.index("consolidation")
-    return labels
+    """Merge a lung mask (0..2) and a lesion mask (0..3, of which 3, effusion, changes nothing) into labels 0..3."""
+    return np.where((lesion == 1) | (lesion == 2), lesion + 1, lung > 0).astype(np.uint8)  # lesion overrides lung
 
 
 def part_by_density(hu: np.ndarray, lesion: np.ndarray, millimetres: np.ndarray, threshold: float) -> np.ndarray:
@@ -234,8 +220,8 @@ def fit(pixels: np.ndarray, millimetres: np.ndarray, size: int, fill: int) -> np
 def survey(scans: list[Scan], args: argparse.Namespace) -> tuple[dict[Slice, np.ndarray], Places, list[str]]:
     """Read and check every scan, one at a time; write nothing.
 
-    Returns the pixels of each label [4] in every slice, counted at the size written (so that no lesion is promised
-    that downsampling loses), where each slice comes from, and the names of scans of grey levels.
+    Returns the pixels of each label [4] in every slice, at the size written, where each slice comes from, and the
+    names of the scans of grey levels.
     """
     pixels, places, grey = {}, {}, []
     with tqdm(scans, desc="checking volumes", disable=None) as bar:  # closed before an error is printed
@@ -254,8 +240,7 @@ def survey(scans: list[Scan], args: argparse.Namespace) -> tuple[dict[Slice, np.
 def split_by_slice(kept: list[Slice], counts: list[int], rng: np.random.Generator) -> list[list[Slice]]:
     """Draw train, test and seg_test slice by slice, in exactly the `counts` asked for; the rest is left out.
 
-    With too few slices for three parts (or a third count of 0) seg_test is test; with too few even for
-    train and test, these two share all slices in proportion to their counts.
+    With too few slices for three parts seg_test is test; with too few for two, these share all in proportion.
     """
     train, test, seg_test = counts
     if len(kept) < 2:
@@ -272,9 +257,8 @@ def split_by_slice(kept: list[Slice], counts: list[int], rng: np.random.Generato
 def split_by_patient(kept: list[Slice], counts: list[int], rng: np.random.Generator) -> list[list[Slice]]:
     """Draw train, test and seg_test by whole patients; every patient is used.
 
-    The `counts` are targets, first scaled to the number of slices there are; of all ways to distribute
-    the patients, one with the smallest sum of deviations is taken, with the seed deciding ties.
-    With fewer than three patients (or a third count of 0) seg_test is test.
+    The `counts` are targets, scaled to the slices there are; of all ways to distribute the patients, one with the
+    smallest sum of deviations is taken, the seed deciding ties. With fewer than three patients seg_test is test.
     """
     sizes = Counter(patient for patient, _ in kept)
     if len(sizes) < 2:
@@ -385,11 +369,8 @@ def remarks(args: argparse.Namespace, split: dict) -> Iterator[str]:
     if drawn["grey_volumes"]:
         low, high = args.grey_window
         yield f"grey levels 0..255 mapped back to {low:g}..{high:g} HU in volumes {', '.join(drawn['grey_volumes'])}"
-    if args.lungs == AUTO:
-        yield "lungs found in the CT, not drawn by a radiologist; contact_sheet.png shows them"
     if args.binary:
-        threshold = f"{args.consolidation_above:g} HU"
-        yield f"lesions parted by density: consolidation where, smoothed by 1 mm, it is above {threshold}"
+        yield f"lesions parted by density: consolidation is above {args.consolidation_above:g} HU, smoothed by 1 mm"
     if any([number] != names for number, names in drawn["patients"].items()):
         yield "patients are numbered in the order of their names; split.json lists them"
     if split["seg_test"] == split["test"]:

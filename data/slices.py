@@ -78,10 +78,9 @@ def check_ranges(args: argparse.Namespace, **ranges: tuple[int, int]) -> None:
 def exit_on_mistake(
     program: Callable[[list[str]], int | None], stopped: str = "stopped", more: tuple[type[Exception], ...] = ()
 ) -> None:
-    """Run a program on the command line's arguments and exit with the status that it returns, None being 0.
+    """Run a program on the command line's arguments and exit with its status, None being 0.
 
-    A mistake of the user's, a full disk or memory and `more` exceptions print one line and exit with 2; Ctrl-C and
-    SIGTERM print the line `stopped` and exit with 130.
+    A Mistake, an OSError, want of memory and `more` end in one line and status 2; Ctrl-C and SIGTERM in 130.
     """
     for signum in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(signum) != signal.SIG_IGN:  # as in the background
@@ -116,11 +115,7 @@ def patient_of(name: str) -> str:
 
 @contextlib.contextmanager
 def open_png(path: Path) -> Iterator[PngImageFile]:
-    """Open a PNG, of which only the header has been read yet.
-
-    Raises Mistake, also from within the block, for a file that is missing, cut short, broken or not a PNG, and for one
-    with more than LARGEST pixels a side.
-    """
+    """Open a PNG, of which only the header has been read yet. Raises Mistake, also from the block, for a bad one."""
     try:
         with PngImageFile(path) as picture:  # Image.open would take any format, and warn about some sizes
             if max(picture.size) > LARGEST:
@@ -131,10 +126,7 @@ def open_png(path: Path) -> Iterator[PngImageFile]:
 
 
 def read_png(path: Path) -> tuple[str, np.ndarray, np.ndarray | None]:
-    """Pillow's name of the mode, the pixels, and the palette, uint8 [256, 3], where the PNG has one.
-
-    Transparent and missing entries of the palette are black. Raises Mistake as `open_png` does.
-    """
+    """Pillow's mode, the pixels, and the palette uint8 [256, 3], if any: what is transparent or missing is black."""
     with open_png(path) as picture:
         pixels = np.asarray(picture)
         picture.apply_transparency()  # to the palette
@@ -186,8 +178,7 @@ def read_map(path: Path) -> np.ndarray:
 def list_pngs(folder: Path, what: str) -> dict[str, Path]:
     """PNGs of a folder, also .PNG, by name without suffix, sorted; dotfiles are ignored.
 
-    what: "images" or "maps", for the complaints. Raises Mistake where there is none, mentioning JPEG, and where two
-    files have the same name.
+    what: "images" or "maps", for the Mistake where there is none, or where two files have the same name.
     """
     if not folder.is_dir():
         raise Mistake(f"{folder}: no such folder: give the folder of the {what}")
@@ -196,10 +187,10 @@ def list_pngs(folder: Path, what: str) -> dict[str, Path]:
     for path in files:
         if path.suffix.lower() == ".png" and found.setdefault(path.stem, path) is not path:
             raise Mistake(f"{path}: {found[path.stem].name} has the same name: rename one")
-    if not found and any(path.suffix.lower() in (".jpg", ".jpeg") for path in files):
-        raise Mistake(f"{folder}: JPEG, which changes grey levels and labels: give the {what} as PNG")
     if not found:
-        raise Mistake(f"{folder}: no PNG in it: give the folder of the {what}")
+        jpeg = any(path.suffix.lower() in (".jpg", ".jpeg") for path in files)
+        told = "JPEG, which changes grey levels and labels" if jpeg else "no PNG in it"
+        raise Mistake(f"{folder}: {told}: give the {what} as PNG")
     return found
 
 
@@ -213,8 +204,7 @@ def check_finished(folder: Path) -> None:
 def read_split(path: Path) -> dict[str, list[str]]:
     """Names of each side (train, test, seg_test) of a split.json; names may end in .png, in any case.
 
-    Raises Mistake where it is not JSON with lists of names, for a name with a folder in it, for one that a list has
-    twice, and for one that is both under train and under test.
+    Raises Mistake where it holds no lists of names, a name of no file, one twice, or one to train and to test.
     """
     try:
         split = json.loads(path.read_bytes().decode("utf-8-sig"))  # a byte order mark is allowed
@@ -238,10 +228,9 @@ def read_split(path: Path) -> dict[str, list[str]]:
 
 @contextlib.contextmanager
 def held(folder: Path, name: str = ".lock") -> Iterator[None]:
-    """Make a folder and lock it, or the file in it that the lock's name stands for, so that it has one writer.
+    """Make a folder and lock it, or the file in it that the lock's name stands for; Mistake where another run holds it.
 
-    The lock is the system's and ends with its process, however that dies and on whatever machine. Raises Mistake where
-    another process holds it. On a filesystem without locks, prints a warning and goes on.
+    The lock is the system's and ends with its process, however that dies. Without locks there is a warning.
     """
     lock = FileLock(folder / name, blocking=False, fallback_to_soft=False)
     try:
@@ -263,10 +252,7 @@ def held(folder: Path, name: str = ".lock") -> Iterator[None]:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file so that it is either whole or absent. Raises Mistake, naming it, where it cannot be written.
-
-    What a killed run has left unfinished is overwritten by the next, since a file has one writer: see `held`.
-    """
+    """Write a file so that it is whole or, where a run is cut off, as before. Raises Mistake where it cannot be."""
     unfinished = path.with_name(f".{path.name}.tmp")
     try:
         with open(unfinished, "wb") as file:
@@ -287,8 +273,7 @@ def png(pixels: np.ndarray) -> bytes:
 
 def write_image(path: Path, hu: np.ndarray) -> None:
     """Write HU [H, W], any real type, as the 16-bit image of the format."""
-    stored = np.clip(np.rint(hu) + HU_OFFSET, 0, 4095).astype(np.uint16)
-    write_bytes(path, png(stored))
+    write_bytes(path, png(np.clip(np.rint(hu) + HU_OFFSET, 0, 4095).astype(np.uint16)))
 
 
 def write_map(path: Path, labels: np.ndarray) -> None:
@@ -302,10 +287,7 @@ def write_map(path: Path, labels: np.ndarray) -> None:
 
 
 def write_split(path: Path, train: list[str], test: list[str], seg_test: list[str], drawn: dict) -> None:
-    """Write split.json: the slice names of each side, and how they were drawn (seed, by what, source).
-
-    It is the last file of a set: with it the set is complete.
-    """
+    """Write split.json, with which a set is complete: names of each side, and how they were drawn (seed, by, ...)."""
     split = {"train": train, "test": test, "seg_test": seg_test, "drawn": drawn}
     write_bytes(path, (json.dumps(split, indent=1) + "\n").encode())
     (path.parent / UNFINISHED).unlink(missing_ok=True)
@@ -321,10 +303,9 @@ def held_split(out: Path) -> dict:
 
 
 def make_room(out: Path, overwrite: bool, same: bool = False) -> None:
-    """Make the empty folders of a dataset. Raises Mistake for a folder that holds anything, unless with `overwrite`.
+    """Make the folders of a set. Raises Mistake for a folder that holds anything, unless with `overwrite`.
 
-    An unfinished set may be replaced, and the `same` set may be written once more. Only the split and files named like
-    slices are ever removed, and of the same set no slice.
+    An unfinished set gives way, and the `same` set may be written again. Only files named like slices are ever removed.
     """
     unfinished = (out / UNFINISHED).exists() and not (out / "split.json").exists()
     there = (path for path in out.rglob("*") if path.is_file() and not path.name.startswith("."))

@@ -92,10 +92,9 @@ def volume_name(path: Path) -> str:
 
 
 def read_volume(path: Path, note: Note = warn) -> Volume:
-    """Read a volume of any real type, whatever its storage order; a last axis of one is dropped.
+    """Read a volume of any real type, whatever its storage order; `note` is told how it may lie wrong.
 
-    A header that does not say how the patient lies gets a `note`, and so do slices unlike axial ones. Raises Mistake
-    for a file that is missing, not NIfTI, damaged, not a 3-D volume or without a usable affine.
+    Raises Mistake for a file that is missing, not NIfTI, damaged, not a 3-D volume or without a usable affine.
     """
     header, stored = read_stored(path)
     return placed(path, header, stored, note)
@@ -112,12 +111,11 @@ def read_label_volume(path: Path, allowed: tuple[int, ...], note: Note = warn) -
 
 
 def read_labels(path: Path, allowed: tuple[int, ...], like: Volume, note: Note = warn) -> np.ndarray:
-    """Read the mask of a CT, laid on the CT's grid: uint8 [Z, H, W] in display.
+    """Read the mask of a CT, laid on the CT's grid: uint8 [Z, H, W] in display; values as in `read_label_volume`.
 
-    Values within 0.01 of an `allowed` label are that label. The mask's own affine is used if it puts the voxels where
-    the CT's are, in whatever storage order. If it does not (as in masks saved from an array, with an identity affine),
-    a mask of the CT's stored shape is taken voxel by voxel and a `note` says so.
-    Raises Mistake as `read_volume` does, for any other value, and where neither grid nor shape fits the CT.
+    The mask's own affine is used if it puts the voxels where the CT's are, in whatever storage order. If it does not
+    (as in masks saved from an array, with an identity affine), a mask of the CT's stored shape is taken voxel by voxel
+    and a `note` says so. Raises Mistake as the other readers do, and where neither grid nor shape fits the CT.
     """
     header, stored = read_stored(path)
     labels = whole_labels(path, stored, allowed)
@@ -132,10 +130,7 @@ def read_labels(path: Path, allowed: tuple[int, ...], like: Volume, note: Note =
 
 
 def write_volume(path: Path, like: Volume, hu: np.ndarray) -> None:
-    """Write HU int16 [Z, H, W] in display on the grid, and in the storage order, of `like`, as .nii or .nii.gz.
-
-    The file is whole or absent. Raises Mistake for another suffix, and where it cannot be written.
-    """
+    """Write HU int16 [Z, H, W] in display on the grid, and in the storage order, of `like`, as .nii or .nii.gz."""
     if not path.name.lower().endswith(NIFTI):
         raise Mistake(f"{path}: volumes are written as .nii or .nii.gz")
     to_file = ornt_transform(DISPLAY, io_orientation(like.affine))

@@ -121,9 +121,6 @@ BROKEN = {
     "nothing": lambda whole: b"",
     "a header alone": lambda whole: gzip.decompress(whole)[:352],
     "cut short": lambda whole: whole[:-30],
-    "without its checksum": lambda whole: whole[:-8],
-    "with another checksum": lambda whole: whole[:-8] + bytes(4) + whole[-4:],
-    "cut short, not compressed": lambda whole: gzip.decompress(whole)[:-1],
     "of a petabyte, says its header": lambda whole: gzip.decompress(whole).replace(b"\5\0\4\0\3\0", b"\xff\x7f" * 3, 1),
     "of colours": lambda whole: nib.Nifti1Image(np.zeros((5, 4, 3), [(c, "u1") for c in "RGB"]), np.eye(4)).to_bytes(),
     "a series in time": lambda whole: nib.Nifti1Image(np.zeros((5, 4, 3, 2), np.int16), np.eye(4)).to_bytes(),
@@ -137,11 +134,6 @@ def test_a_broken_file_is_named_in_one_line(tmp_path, change):
     with pytest.raises(Mistake) as error:
         volumes.read_volume(path)
     assert str(error.value).startswith(f"{path}: ") and "\n" not in str(error.value)
-
-
-def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(Mistake, match=r"1\.nii: .*No such file"):
-        volumes.read_volume(tmp_path / "1.nii")
 
 
 @pytest.mark.parametrize("spoil", [lambda affine: affine * [[0], [1], [1], [1]], lambda affine: affine * np.nan])
@@ -212,15 +204,6 @@ def test_a_mask_stored_in_another_order_lies_on_its_ct_without_a_word(tmp_path, 
     assert labels.dtype == np.uint8 and capsys.readouterr().err == ""
 
 
-def test_a_mask_of_an_oblique_ct_may_be_stored_in_another_order(tmp_path):
-    array = np.arange(60, dtype=np.int16).reshape(5, 4, 3)
-    ct = volumes.read_volume(save(tmp_path / "ct.nii.gz", array, OBLIQUE))
-    flip = np.array([[-1, 0, 0, 4], [0, 0, 1, 0], [0, 1, 0, 0], [0, 0, 0, 1]])  # x backwards, y and z exchanged
-    mask = (array[::-1].transpose(0, 2, 1) % 2).astype(np.uint8)
-    path = save(tmp_path / "mask.nii.gz", mask, OBLIQUE @ flip)
-    np.testing.assert_array_equal(volumes.read_labels(path, (0, 1), ct), ct.voxels % 2)
-
-
 def lost_affine(affine, kind):
     return {
         "identity": np.eye(4),
@@ -247,12 +230,6 @@ def test_a_mask_without_any_affine_is_taken_as_its_ct_is_stored(tmp_path, capsys
     path = save(tmp_path / "mask.nii.gz", array, affine, sform=0)
     np.testing.assert_array_equal(volumes.read_labels(path, (0, 1, 2), ct), ct.voxels)
     assert "mask.nii.gz" in capsys.readouterr().err
-
-
-def test_a_mask_of_the_same_place_to_a_thousandth_needs_no_warning(tmp_path, ct, capsys):
-    array, affine = stored_as((numbered() % 3).astype(np.uint8), "LAS")
-    volumes.read_labels(save(tmp_path / "mask.nii.gz", array, np.round(affine + 0.0004, 3)), (0, 1, 2), ct)
-    assert capsys.readouterr().err == ""
 
 
 def test_a_mask_of_neither_grid_nor_shape_is_refused(tmp_path, ct):
@@ -334,12 +311,6 @@ def test_the_header_says_int16_hu_and_holds_no_free_text(tmp_path):
     assert (tmp_path / "again.nii.gz").read_bytes() == first  # no time of day in it
 
 
-def test_another_ending_is_refused_before_anything_is_written(tmp_path, ct):
-    with pytest.raises(Mistake, match=r"new\.png: "):
-        volumes.write_volume(tmp_path / "new.png", ct, ct.voxels)
-    assert [path.name for path in tmp_path.iterdir()] == ["ct.nii.gz"]
-
-
 # Folders
 
 
@@ -355,12 +326,6 @@ def test_volumes_are_listed_by_name_and_dot_files_are_no_data(tmp_path):
     listed = volumes.list_volumes(tmp_path)
     assert list(listed) == ["a.b", "b", "c"]
     assert listed["a.b"] == tmp_path / "a.b.NII"
-
-
-def test_two_files_of_one_name_are_refused(tmp_path):
-    touch(tmp_path, "a.nii", "a.nii.gz")
-    with pytest.raises(Mistake, match=r"a\.nii\.gz: a\.nii has the same name"):
-        volumes.list_volumes(tmp_path)
 
 
 def test_a_folder_that_is_not_there_or_holds_no_volume_is_named(tmp_path):
