@@ -85,8 +85,8 @@ def turned(hu: np.ndarray, lung: np.ndarray) -> str | None:
     """How a healthy lung, bool [H, W] or [Z, H, W], is turned against its CT's HU, in words; None where it lies right.
 
     It then lies on more tissue than when it is turned back. All that is aerated counts alike, as much as the air around
-    the body: no turn can take more from a lung that lies right than its own vessels, 30 HU in the volumes of 13
-    patients, while turning back one that lies wrong took 47 HU or more. A small lung tells nothing.
+    the body: a turn takes at most its vessels from a lung that lies right, 30 HU in 13 patients, and turning back one
+    that lies wrong took 47 HU or more. A small lung tells nothing.
     """
     if lung.ndim == 3:  # of a volume, fewer pixels tell as much
         step = max(1, lung.shape[2] // 128)
@@ -110,10 +110,7 @@ def turned(hu: np.ndarray, lung: np.ndarray) -> str | None:
 
 # ---- a patient
 def measure(hu: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """What `densities` needs of a slice or volume, to be added up over a patient: float [6, 4], by label.
-
-    Rows: pixels, the sum of their HU, and for labels 0 to 3 how often they are the neighbour in a row.
-    """
+    """By label, float [6, 4]: pixels, the sum of their HU, and how often labels 0 to 3 are a neighbour in a row."""
     pairs = np.bincount((4 * labels[..., :-1] + labels[..., 1:]).ravel(), minlength=16).reshape(4, 4)
     sums = np.bincount(labels.ravel(), hu.ravel(), 4)
     return np.stack([np.bincount(labels.ravel(), minlength=4), sums, *(pairs + pairs.T)])
@@ -228,11 +225,13 @@ def judge_files(found: Set) -> Iterator[Finding]:
 
 def judge_split(found: Set) -> Iterator[Finding]:
     """Names without files or without a side, and what is to be tested though it was trained on."""
+    if not found.split:
+        return
     path, pairs = found.folder / "split.json", found.images.keys() & found.maps.keys()
     train, listed = {*found.split.get("train", [])}, {*itertools.chain(*found.split.values())}
     for name in listed - pairs:
         yield "error", name, f"listed in {path}, without image and map: add them, or take the name out"
-    for name in pairs - listed if listed else ():
+    for name in pairs - listed:
         yield "note", name, f"on no side in {path}, so it is not used"
     tested = {*itertools.chain(*(found.split[side] for side in found.split if side != "train"))}
     for name in train & tested:

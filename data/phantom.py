@@ -10,7 +10,6 @@ left), y down (to the back), z from the top; the level is z as a share of the lu
 base. `slices.py` gives the format of the result.
 """
 
-import argparse
 import os
 import signal
 import sys
@@ -457,8 +456,8 @@ def split_patients(patients: int, seed: int) -> dict[str, list[int]]:
     return {side: sorted(part) for side, part in zip(SIDES, parts, strict=True)}
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """The command line, checked. Raises Mistake for an unknown option or value."""
+def main(argv: list[str] | None = None) -> None:
+    """Draw a set and say how large its sides are; raises Mistake, before anything is written, for bad arguments."""
     parser = slices.OneLineParser(__doc__)
     option = parser.add_argument
     option("--out", type=Path, default=Path("data/phantom"), help="folder of the set")
@@ -470,12 +469,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     option("--overwrite", action="store_true", help="replace the slices of any other set in the folder")
     args = parser.parse_args(argv)
     check_ranges(args, size=(64, LARGEST), patients=(3, 9999), slices=(1, 9999), seed=(0, 2**63), workers=(1, 999))
-    return args
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Draw a set and say how large its sides are; raises Mistake, before anything is written, for bad arguments."""
-    args = parse_arguments(argv)
     numbers = range(1, args.patients + 1)
     sides = split_patients(args.patients, args.seed)
     split = {side: [slice_name(n, k + 1) for n in sides[side] for k in range(args.slices)] for side in SIDES}

@@ -48,12 +48,12 @@ from data.slices import HELD, LARGEST, SIDES, Mistake, slice_name
 from data.volumes import Note, list_volumes, read_labels, read_volume, volume_name, warn
 
 IMAGES, LUNG_MASKS, LESION_MASKS = "rp_im", "rp_lung_msk", "rp_msk"
-AIR = HELD[0]
 # A public case of Radiopaedia is a patient, with one or more studies and scans: radiopaedia_CASE_STUDY_SCAN.
 PATIENT = r"radiopaedia_\d+(?=_)|.+"
 WAYS = 40_000_000  # of distributing patients are followed, over the square of their number: all for 14 of 600 slices
 
 Slice = tuple[int, int]  # (patient, position), counted upwards from the feet
+Places = dict[Slice, tuple["Scan", int]]  # where each slice comes from: its scan, and which of its slices
 
 
 class Scan(NamedTuple):
@@ -64,9 +64,6 @@ class Scan(NamedTuple):
     ct: Path
     lung: Path | None
     lesion: Path
-
-
-Places = dict[Slice, tuple[Scan, int]]  # where each slice comes from: its scan, and which of its slices
 
 
 def find_scans(args: argparse.Namespace) -> list[Scan]:
@@ -93,16 +90,8 @@ def find_scans(args: argparse.Namespace) -> list[Scan]:
         for name in sorted(files.keys() - images.keys()):
             warn(f"{files[name]}: a mask without a volume, ignored")
     numbers = number_patients({*patients.values()})
-    scans = [
-        Scan(
-            name,
-            numbers[patients[name]],
-            images[name],
-            masks[lungs][name] if lungs else None,
-            masks[args.lesions][name],
-        )
-        for name in kept
-    ]
+    lung, lesion = masks.get(lungs), masks[args.lesions]
+    scans = [Scan(name, numbers[patients[name]], images[name], lung and lung[name], lesion[name]) for name in kept]
     return sorted(scans, key=lambda scan: (scan.patient, scan.name))
 
 
@@ -116,11 +105,8 @@ def find_files(where: str) -> dict[str, Path]:
     before, _, after = pattern.partition("*")
     if "*" in after:
         raise Mistake(f"{where}: more than one star; give the one that stands for the name")
-    files = {
-        path.name[len(before) : len(path.name) - len(after)]: path
-        for path in sorted(folder.glob(pattern))
-        if not path.name.startswith(".")
-    }
+    paths = (path for path in sorted(folder.glob(pattern)) if not path.name.startswith("."))
+    files = {path.name[len(before) : len(path.name) - len(after)]: path for path in paths}
     if not files:
         raise Mistake(f"{where}: no file there is called so; put it into quotes, with one star")
     return files
@@ -155,7 +141,7 @@ def read_scan(scan: Scan, args: argparse.Namespace, note: Note) -> tuple[np.ndar
     nowhere = ~np.isfinite(hu)
     if nowhere.any():
         note(f"{scan.ct}: {nowhere.sum()} values are no number; taken as air")
-        hu[nowhere] = AIR
+        hu[nowhere] = HELD[0]
     diseased = (lesion == 1) | (lesion == 2)  # an effusion is beside the lung
     if lung is None:
         lung = auto_lungs(hu, diseased, volume.millimetres, args.stacked)
@@ -227,8 +213,7 @@ def survey(scans: list[Scan], args: argparse.Namespace) -> tuple[dict[Slice, np.
     with tqdm(scans, desc="checking volumes", disable=None) as bar:  # closed before an error is printed
         for scan in bar:
             _, labels, millimetres, is_grey = read_scan(scan, args, note=warn)
-            if is_grey:
-                grey.append(scan.name)
+            grey += [scan.name] if is_grey else []
             start = sum(patient == scan.patient for patient, _ in pixels)  # after the patient's other scans
             for z, label_map in enumerate(labels):
                 key = (z + 1, z) if args.stacked else (scan.patient, start + z)
@@ -296,7 +281,7 @@ def write_slices(args: argparse.Namespace, chosen: list[Slice], places: Places) 
             hu, labels, millimetres, _ = read_scan(scan, args, note=lambda _: None)  # noted when it was checked
             for key in keys:
                 z, name = places[key][1], f"{slice_name(*key)}.png"
-                pixels_hu = fit(hu[z].astype(np.float32), millimetres, args.size, fill=AIR)
+                pixels_hu = fit(hu[z].astype(np.float32), millimetres, args.size, fill=HELD[0])
                 slices.write_image(args.out / "images" / name, pixels_hu)
                 slices.write_map(args.out / "maps" / name, fit(labels[z], millimetres, args.size, fill=0))
                 bar.update()

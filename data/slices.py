@@ -294,12 +294,11 @@ def write_split(path: Path, train: list[str], test: list[str], seg_test: list[st
 
 
 def held_split(out: Path) -> dict:
-    """What OUT/split.json holds; nothing if it is missing or not a JSON object."""
+    """What OUT/split.json holds, as it is; nothing if it is missing or no JSON."""
     try:
-        held = json.loads((out / "split.json").read_text(encoding="utf-8-sig"))
+        return json.loads((out / "split.json").read_text(encoding="utf-8-sig"))
     except JSON_ERRORS:
         return {}
-    return held if isinstance(held, dict) else {}
 
 
 def make_room(out: Path, overwrite: bool, same: bool = False) -> None:

@@ -121,7 +121,7 @@ def read_labels(path: Path, allowed: tuple[int, ...], like: Volume, note: Note =
     labels = whole_labels(path, stored, allowed)
     affine = header.get_best_affine()
     laid = lay_on_grid(labels, affine, like) if is_usable(affine) else None
-    if laid is not None and (has_affine(header) or np.array_equal(laid, labels)):
+    if laid is not None and (header["sform_code"] or header["qform_code"] or np.array_equal(laid, labels)):
         return to_display(laid, like)
     if labels.shape != like.shape:
         raise Mistake(f"{path}: {labels.shape} voxels elsewhere than its CT's {like.shape}: bring both to one grid")
@@ -169,7 +169,8 @@ def placed(path: Path, header: nib.Nifti1Header, stored: np.ndarray, note: Note)
     if not is_usable(volume.affine):
         raise Mistake(f"{path}: no usable affine: save it again with a program that knows the scan's geometry")
     spacing_alone = np.array_equal(volume.affine, np.diag(np.abs(volume.affine.diagonal())))  # of no scanner: no origin
-    if not has_affine(header) or spacing_alone:
+    made_up = not header["sform_code"] and not header["qform_code"]  # by nibabel
+    if made_up or spacing_alone:
         axes = "".join(nib.aff2axcodes(volume.affine))
         note(f"{path}: does not say how the patient lies; taken as {axes}: see that the spine comes out at the bottom")
     width, height, _ = np.take(volume.shape, np.argsort(volume.turn[:, 0]))
@@ -183,11 +184,6 @@ def placed(path: Path, header: nib.Nifti1Header, stored: np.ndarray, note: Note)
     if unlike:
         note(f"{path}: {unlike}: networks here see axial slices of square pixels; resample it to such, or look closely")
     return volume._replace(voxels=to_display(stored, volume))
-
-
-def has_affine(header: nib.Nifti1Header) -> bool:
-    """Whether a header gives an affine; where it does not, nibabel makes one up."""
-    return bool(header["sform_code"] > 0 or header["qform_code"] > 0)
 
 
 def is_usable(affine: np.ndarray) -> bool:
