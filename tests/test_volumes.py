@@ -109,11 +109,8 @@ def test_a_file_as_people_have_them_is_read(tmp_path, change):
     np.testing.assert_array_equal(volume.voxels, numbered())
     assert volume.voxels.dtype.isnative
     np.testing.assert_allclose(volume.millimetres, (0.7, 0.5))
-
-
-def test_a_nii_that_is_gzip_is_read(tmp_path):
-    save(tmp_path / "1.nii.gz", *stored_as(numbered(), "RAS")).rename(tmp_path / "1.nii")
-    np.testing.assert_array_equal(volumes.read_volume(tmp_path / "1.nii").voxels, numbered())
+    path = path.rename(tmp_path / "2.nii")  # whatever it is called
+    np.testing.assert_array_equal(volumes.read_volume(path).voxels, numbered())
 
 
 BROKEN = {
