@@ -71,27 +71,6 @@ def test_the_back_of_the_lung_is_denser_than_the_front():
     assert 15 < back - front < 100
 
 
-def test_vessels_stay_visible_through_ground_glass():
-    glass = []
-    for number in range(1, 5):
-        patient = phantom.draw_patient(0, number)
-        pure = patient._replace(lesions=[lesion._replace(core=2) for lesion in patient.lesions])  # no consolidation
-        for level in (0.5, 0.65):
-            hu, labels = phantom.draw_slice(pure, level, 128)
-            ridges = hu - ndimage.median_filter(hu, 7)
-            glass.append(ridges[ndimage.binary_erosion(labels == GLASS)])
-    dark, bright = np.percentile(np.concatenate(glass), [2, 98])
-    assert bright > 1.6 * -dark  # noise and texture alone reach as far down as up
-
-
-def test_lungs_are_largest_in_the_middle_of_the_stack(stacks):
-    for stack in stacks:
-        area = [np.count_nonzero(labels) for _, _, labels in stack]
-        assert area[0] < 0.6 * max(area)
-        assert area[-1] < 0.8 * max(area)
-        assert 3 <= int(np.argmax(area)) <= 7
-
-
 def test_spine_is_at_the_bottom(stacks):
     for stack in stacks:
         for _, hu, labels in stack[2:8]:
@@ -107,16 +86,6 @@ def test_the_heart_lies_to_the_images_right(stacks):
         _, _, labels = stack[6]
         ratios.append(np.count_nonzero(labels[:, 64:]) / np.count_nonzero(labels[:, :64]))
     assert np.mean(ratios) < 0.9
-
-
-def test_neighbouring_slices_belong_together(stacks):
-    def overlap(a, b):
-        return 2 * np.count_nonzero((a > 0) & (b > 0)) / (np.count_nonzero(a) + np.count_nonzero(b))
-
-    own = [overlap(stack[k][2], stack[k + 1][2]) for stack in stacks for k in range(2, 6)]
-    other = [overlap(stacks[n][k][2], stacks[n - 1][k + 1][2]) for n in range(len(stacks)) for k in range(2, 6)]
-    assert np.mean(own) > 0.85
-    assert np.mean(own) > np.mean(other) + 0.02  # patients differ
 
 
 def test_lesions_prefer_the_back_and_the_periphery():
