@@ -472,23 +472,21 @@ def main(argv: list[str] | None = None) -> None:
     numbers = range(1, args.patients + 1)
     sides = split_patients(args.patients, args.seed)
     split = {side: [slice_name(n, k + 1) for n in sides[side] for k in range(args.slices)] for side in SIDES}
-    split["drawn"] = {
-        "source": "phantom", "by": "patient", "seed": args.seed, "size": args.size,
-        "patients": args.patients, "slices": args.slices,
-    }  # fmt: skip
+    shared = {key: vars(args)[key] for key in ("seed", "size", "patients", "slices")}
+    split["drawn"] = {"source": "phantom", "by": "patient", **shared}
     if slices.held_split(args.out) == split and not args.overwrite:
         print(f"{args.out} holds this set already: nothing to do")
-    else:
-        with slices.held(args.out):
-            slices.make_room(args.out, args.overwrite)
-            make = partial(make_patient, seed=args.seed, size=args.size, count=args.slices, out=args.out)
-            ignored = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
-            with ProcessPoolExecutor(min(args.workers, args.patients), None, signal.signal, ignored) as pool:
-                for _ in tqdm(pool.map(make, numbers), total=args.patients, unit="patient", disable=None):
-                    pass
-            shown = [slice_name(n, n * 5 % args.slices + 1) for n in numbers[:24]]  # 5: all levels in turn
-            slices.write_contact_sheet(args.out / "contact_sheet.png", [tile(args.out, name) for name in shown])
-            slices.write_split(args.out / "split.json", **split)  # last: it marks the set as complete
+        return
+    with slices.held(args.out):
+        slices.make_room(args.out, args.overwrite)
+        make = partial(make_patient, seed=args.seed, size=args.size, count=args.slices, out=args.out)
+        ignored = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
+        with ProcessPoolExecutor(min(args.workers, args.patients), None, signal.signal, ignored) as pool:
+            for _ in tqdm(pool.map(make, numbers), total=args.patients, unit="patient", disable=None):
+                pass
+        shown = [slice_name(n, n * 5 % args.slices + 1) for n in numbers[:24]]  # 5: all levels in turn
+        slices.write_contact_sheet(args.out / "contact_sheet.png", [tile(args.out, name) for name in shown])
+        slices.write_split(args.out / "split.json", **split)  # last: it marks the set as complete
     told = [f"{side} {len(sides[side])} patients, {len(split[side])} slices" for side in SIDES]
     print(f"{args.out}: {'; '.join(told)}")
 

@@ -155,6 +155,7 @@ def test_a_set_is_left_alone_another_is_refused_and_overwrite_draws_it_again(fol
     assert contents(tmp_path) == contents(folder)
 
 
+@pytest.mark.long
 def test_what_a_run_that_was_cut_off_left_is_replaced_without_a_question(folder, tmp_path):
     process = subprocess.Popen([sys.executable, DATA / "phantom.py", "--out", tmp_path, "--size", "128"])
     while not any(tmp_path.glob("images/*.png")):

@@ -459,6 +459,7 @@ def cases(tmp_path_factory):
     return folder
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "case", ["masks_scaled_header", "mac_copies", "plain_nii", "not_compressed", "masks_identity_affine"]
 )
@@ -471,6 +472,7 @@ def pictures(out):
     return {name: content for name, content in files(out).items() if name.endswith(".png")}
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not REAL.is_dir(), reason=f"no real CT in {REAL}; COVIDGAN_CT names another folder")
 @pytest.mark.parametrize("volume", ["3", "11", "12"])  # much consolidation, grey levels, much ground glass
 def test_the_lungs_found_in_real_crops_are_those_that_radiologists_drew(volume):

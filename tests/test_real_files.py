@@ -14,6 +14,7 @@ import covidgan
 from covidgan import Covidgan
 from data import slices
 
+pytestmark = pytest.mark.long
 CASES = Path(__file__).resolve().parents[2] / "shared" / "cases" / "make_cases.py"
 
 
