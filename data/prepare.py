@@ -325,6 +325,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         if getattr(args, name) is None and (args.src is None or args.stacked):
             raise Mistake(f"--{name}: missing; give it, or SRC with {IMAGES}, {LUNG_MASKS} and {LESION_MASKS} in it")
         setattr(args, name, getattr(args, name) or str(Path(args.src) / folder))
+    if args.stacked and args.exclude_patient:
+        raise Mistake("--exclude-patient: slices of a stack have no names to choose them by")
     if not 1 <= args.size <= LARGEST or args.seed < 0 or not -math.inf < args.grey_window[0] < args.grey_window[1]:
         raise Mistake(f"--size must be 1 to {LARGEST}, --seed at least 0 and --grey-window LOW below HIGH")
     return args

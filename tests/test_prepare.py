@@ -367,6 +367,8 @@ def test_in_a_stack_each_slice_is_a_patient_of_its_own(tmp_path, out, capsys):
     assert [len(side) for side in sides] == [6, 2, 2] and len(set.union(*sides)) == 10
     assert split["drawn"]["patients"]["3"] == ["tr[2]"]
     np.testing.assert_array_equal(hu_of(out, "P03_S002"), body(depth=10)[0][2].clip(-1024))
+    with pytest.raises(Mistake, match="--exclude-patient"):
+        prepare.main(["--stacked", *files_, "--exclude-patient", "3"])
     assert split["drawn"]["by"] == "slice" and "split by slice" in capsys.readouterr().out
 
 
