@@ -1,33 +1,74 @@
-"""What can be told from a CT and its label map together, in one place: HU, the labels' density, how a map lies."""
+"""Judge a set of slices before anything is trained on it: one table, one picture, a line for each kind of finding.
 
+    python data/check.py data/mine
+
+data/mine is laid out as `slices.py` says. An error must be mended, and makes exit status 2; a note may be right.
+contact_sheet.png shows the most diseased slice of each patient under the outlines of its map: look at it.
+
+Each judgement is a small function in JUDGEMENTS that yields its findings: add yours there. infer_onnx.py and eval.py
+judge slices and volumes by check_pair, and data/prepare.py its volumes by all that stands before the sets.
+"""
+
+import hashlib
 import itertools
+import re
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+from PIL import Image, ImageDraw, ImageOps
+from tqdm import tqdm
 
-from data.slices import HU_OFFSET, Mistake
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, only data/ itself is on it
+from data import slices
+from data.slices import HU_OFFSET, LABELS, Mistake, patient_of, read_image, read_map
 
 LUNG_HU = (-1000, -400)  # must contain the mean HU of healthy lung; covidgan.py, which stands alone, has the same
+TWINS = 80  # HU: a patient's two lungs differ by at most 75, ground glass is at least 87 denser than the lung
+FEWEST = 50  # pixels of a label that tell a mean
 AERATED = -500  # HU: what is lower is lung or air, what is higher is tissue
 TURNED = 40  # HU by which a lung that is turned against its CT lies denser: see turned
+SHEET, TILE = 60, (256, 256)  # patients at most on the contact sheet, and pixels of each
 
 
+# ---- one slice or volume and its labels
 def check_pair(path: Path, hu: np.ndarray, labels: np.ndarray) -> None:
-    """Raise Mistake for a real slice or volume that cannot be its map's: grey levels, no HU of lung, or turned.
+    """Raise Mistake, naming the file, for a real slice or volume that cannot be its map's: see `fault`."""
+    if told := fault(hu, labels):
+        raise Mistake(f"{path}: {told}, or overrule by --unchecked")
+
+
+def fault(hu: np.ndarray, labels: np.ndarray) -> str:
+    """Why a slice or volume cannot be its map's: grey levels, no HU of lung, or turned; "" where it can be.
 
     hu int16 and labels uint8, both [H, W] or [Z, H, W]: healthy lung is 1; less than a hundredth of it tells nothing.
     """
-    if hu.max() <= 255 - HU_OFFSET:
-        raise Mistake(f"{path}: no value above 255, so grey levels, not HU + {HU_OFFSET}: convert it first")
+    if -HU_OFFSET <= hu.min() < hu.max() <= 255 - HU_OFFSET:
+        return f"no value above 255, so grey levels, not HU + {HU_OFFSET}: convert it first"
     lung = labels == 1
     if 100 * np.count_nonzero(lung) < hu.size:
-        return
-    mean = hu[lung].mean(dtype=float)
-    if not LUNG_HU[0] <= mean <= LUNG_HU[1]:
-        told = f"mean {mean:+.0f} in healthy lung, which has HU of {LUNG_HU[0]} to {LUNG_HU[1]}"
-        raise Mistake(f"{path}: {told}: store HU + {HU_OFFSET}, mend the map, or overrule by --unchecked")
+        return ""
     if told := turned(hu, lung):
-        raise Mistake(f"{path}: its map's lung {told}: turn one of them, or overrule by --unchecked")
+        return f"its map's lung {told}: turn one of them"
+    mean = hu[lung].mean(dtype=float)
+    told = no_lung(mean)
+    return f"mean {mean:+.0f} HU in healthy lung (label 1), {told}" if told else ""
+
+
+def no_lung(mean: float) -> str:
+    """What a mean HU outside LUNG_HU looks like, in words, and the mend; "" for one inside."""
+    low, high = LUNG_HU
+    if low <= mean <= high:
+        return ""
+    looks = "the map of another slice, or a turned one: mend it"
+    if mean < low:
+        looks = f"an offset of {HU_OFFSET} that is lost: add it"
+    elif low <= mean - HU_OFFSET <= high:
+        looks = f"an offset (a CT's intercept) of {HU_OFFSET} too much: take it off"
+    return f"which has {low} to {high}: it looks like {looks}"
 
 
 def reversals(dimensions: int) -> dict[tuple[int, ...], str]:
@@ -44,8 +85,8 @@ def turned(hu: np.ndarray, lung: np.ndarray) -> str | None:
     """How a healthy lung, bool [H, W] or [Z, H, W], is turned against its CT's HU, in words; None where it lies right.
 
     It then lies on more tissue than when it is turned back. All that is aerated counts alike, as much as the air around
-    the body: no turn can take more from a lung that lies right than its own vessels, 30 HU in the volumes of 13
-    patients, while turning back one that lies wrong took 47 HU or more. A small lung tells nothing.
+    the body: a turn takes at most its vessels from a lung that lies right, 30 HU in 13 patients, and turning back one
+    that lies wrong took 47 HU or more. A small lung tells nothing.
     """
     if lung.ndim == 3:  # of a volume, fewer pixels tell as much
         step = max(1, lung.shape[2] // 128)
@@ -65,3 +106,241 @@ def turned(hu: np.ndarray, lung: np.ndarray) -> str | None:
     if not found[best] < mean - TURNED:
         return None
     return f"lies on more tissue than with {best}: it is turned against its CT"
+
+
+# ---- a patient
+def measure(hu: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """By label, float [6, 4]: pixels, the sum of their HU, and how often labels 0 to 3 are a neighbour in a row."""
+    pairs = np.bincount((4 * labels[..., :-1] + labels[..., 1:]).ravel(), minlength=16).reshape(4, 4)
+    sums = np.bincount(labels.ravel(), hu.ravel(), 4)
+    return np.stack([np.bincount(labels.ravel(), minlength=4), sums, *(pairs + pairs.T)])
+
+
+def means_of(measured: np.ndarray) -> np.ndarray:
+    """Mean HU by label [4] of what `measure` gave; NaN where there are too few pixels to tell."""
+    pixels, sums = measured[:2]
+    return np.where(pixels >= FEWEST, sums / np.maximum(pixels, 1), np.nan)
+
+
+def densities(measured: np.ndarray) -> tuple[int, str]:
+    """What is wrong with the densities of a patient's labels: the label, and its mean HU with what it looks like.
+
+    Healthy lung lies within LUNG_HU, ground glass is denser, and consolidation is denser still. On 14 real patients
+    lung had -889 to -717 HU, ground glass -708 to -508, and consolidation -283 to -6. 0 and "" where nothing is wrong.
+    """
+    means, neighbours = means_of(measured), measured[2:]
+    there = [label for label in (1, 2, 3) if not np.isnan(means[label])]
+    if told := 1 in there and no_lung(means[1]):
+        if means[1] > np.nanmin(means[1:]):
+            told = "which is the least dense: it looks like labels in another order"
+        return 1, f"mean {means[1]:+.0f} HU in healthy lung (label 1), {told}"
+    for less, more in itertools.pairwise(there):
+        step = means[more] - means[less]
+        border = neighbours[more].sum() - neighbours[more, more]
+        apart = neighbours[more, less] < 0.1 * border  # a lesion lies in lung, the other lung lies beside it
+        if step > 0 and not (apart and step < TWINS):
+            continue
+        looks = "labels in another order, or the map of another slice"
+        if apart and abs(step) < TWINS:
+            looks = "a left and a right lung taken for two labels"
+        figures = [f"{means[label]:+.0f} HU in {LABELS[label]} (label {label})" for label in (more, less)]
+        return more, f"mean {figures[0]}, {figures[1]}: it looks like {looks}"
+    return 0, ""
+
+
+# ---- a set
+class Slice(NamedTuple):
+    """What is kept of an image and its map."""
+
+    image: Path
+    map: Path
+    sides: list[str]  # of the split that list it
+    shape: tuple[int, ...]
+    measured: np.ndarray  # see measure
+    fault: str
+    palette: str  # what decided, colour or value, where they differ
+    digest: bytes  # of the image's pixels
+
+
+class Set(NamedTuple):
+    """A set of slices as it was found."""
+
+    folder: Path
+    images: dict[str, Path]
+    maps: dict[str, Path]
+    split: dict[str, list[str]]  # no sides where there is no split.json
+    slices: list[Slice]  # those that have both and can be read
+    patients: dict[str, list[Slice]]  # the same by patient
+    broken: list[str]  # what is wrong with the others, and with split.json
+
+
+Finding = tuple[str, object, str]  # "error" or "note"; the file or what else it is about; what it is, and the mend
+
+
+def read_slice(image: Path, map_: Path, sides: list[str]) -> Slice:
+    """Read an image and its map. Raises Mistake where one is no such file, and where their sizes differ."""
+    hu, labels = read_image(image), read_map(map_)
+    if hu.shape != labels.shape:
+        raise Mistake(f"{map_}: {labels.shape} pixels, its image has {hu.shape}: bring both to one size")
+    mode, pixels, colours = slices.read_png(map_)
+    palette = ""
+    if mode == "P" and (pixels != labels).any():
+        palette = "its palette has an order of its own: read by colour, not by value"
+    elif mode == "P" and (colours[pixels] != slices.coloured(labels)).any():
+        palette = "its palette lacks the paper's colours: read by value, not by colour"
+    digest = hashlib.sha256(hu).digest()
+    return Slice(image, map_, sides, hu.shape, measure(hu, labels), fault(hu, labels), palette, digest)
+
+
+def read_set(folder: Path) -> Set:
+    """Read a set. Raises Mistake where there are no images or maps, and where its making was cut off."""
+    slices.check_finished(folder)
+    images, maps = (slices.list_pngs(folder / part, part) for part in ("images", "maps"))
+    found = Set(folder, images, maps, {}, [], defaultdict(list), [])
+    try:
+        if (folder / "split.json").exists():
+            found.split.update(slices.read_split(folder / "split.json"))
+    except Mistake as mistake:
+        found.broken.append(str(mistake))
+    for name in tqdm(sorted(images.keys() & maps.keys()), desc="checking slices", disable=None):
+        try:
+            sides = [side for side, names in found.split.items() if name in names]
+            found.slices.append(read_slice(images[name], maps[name], sides))
+            found.patients[patient_of(name)].append(found.slices[-1])
+        except Mistake as mistake:
+            found.broken.append(str(mistake))
+    return found
+
+
+def judge_files(found: Set) -> Iterator[Finding]:
+    """Files that cannot be read, and files without a partner."""
+    for told in found.broken:
+        where, _, what = told.partition(": ")
+        yield "error", where, what
+    for name in found.maps.keys() - found.images.keys():
+        yield "error", found.maps[name], "no image of this name: add it, or take the map away"
+    for name in found.images.keys() - found.maps.keys():
+        yield "note", found.images[name], "no map of this name, so it is not used"
+
+
+def judge_split(found: Set) -> Iterator[Finding]:
+    """Names without files or without a side, and what is to be tested though it was trained on."""
+    if not found.split:
+        return
+    path, pairs = found.folder / "split.json", found.images.keys() & found.maps.keys()
+    train, listed = {*found.split.get("train", [])}, {*itertools.chain(*found.split.values())}
+    for name in listed - pairs:
+        yield "error", name, f"listed in {path}, without image and map: add them, or take the name out"
+    for name in pairs - listed:
+        yield "note", name, f"on no side in {path}, so it is not used"
+    tested = {*itertools.chain(*(found.split[side] for side in found.split if side != "train"))}
+    for name in train & tested:
+        yield "error", name, f"trained on and tested in {path}: take it out of one side"
+    by_slice = slices.held_split(found.folder).get("drawn", {}).get("by") == "slice"  # as asked for
+    for patient in {*map(patient_of, train)} & {*map(patient_of, tested)}:
+        told = f"trained on and tested in {path}, where neighbouring slices nearly repeat"
+        yield "note" if by_slice else "error", f"patient {patient}", f"{told}: split by patient"
+
+
+def judge_sizes(found: Set) -> Iterator[Finding]:
+    """Slices that are not square, and those that do not have the size that most have."""
+    most = Counter(one.shape for one in found.slices).most_common(1)
+    for one in found.slices:
+        told = f"{one.shape[0]} x {one.shape[1]} pixels"
+        if one.shape[0] != one.shape[1]:
+            yield "error", one.image, f"{told}, not square: crop or pad image and map"
+        elif one.shape != most[0][0]:
+            yield "error", one.image, f"{told}, unlike most: bring all to one size"
+
+
+def judge_densities(found: Set) -> Iterator[Finding]:
+    """Labels whose densities a patient cannot have."""
+    for patient, its in found.patients.items():
+        label, told = densities(sum(one.measured for one in its))
+        if label:
+            yield "error", f"{found.folder}: patient {patient}", told
+
+
+def judge_slices(found: Set) -> Iterator[Finding]:
+    """Grey levels, maps of other slices, maps turned or empty, and palettes of two meanings."""
+    full = any(one.measured[0, 1:].any() for one in found.slices)
+    for one in found.slices:
+        if one.fault:
+            yield "error", one.image, one.fault
+        if one.palette:
+            yield "note", one.map, one.palette
+        if not one.measured[0, 1:].any():
+            yield "note" if full else "error", one.map, "no lung in it: figures leave it out"
+
+
+def judge_doubles(found: Set) -> Iterator[Finding]:
+    """The same image under two names."""
+    before: dict[bytes, Slice] = {}
+    for one in found.slices:
+        double = before.setdefault(one.digest, one)
+        if double is not one and one.measured[0, 1:].any():  # pure air may be alike
+            sides = {*one.sides, *double.sides}
+            kind = "error" if "train" in sides and len(sides) > 1 else "note"
+            yield kind, one.image, f"the same image as {double.image.name}: keep one"
+
+
+JUDGEMENTS = (judge_files, judge_split, judge_sizes, judge_densities, judge_slices, judge_doubles)
+
+
+# ---- table and picture
+def tabulate(found: Set) -> str:
+    """A row for each patient, then one for each side: slices, and of each label the pixels and their mean HU."""
+    row = "{:14}{:15}{:>7}{:>12}{:>6}{:>13}{:>6}{:>17}{:>6}".format
+    lines = [row("patient", "side", "slices", "lung px", "HU", "GGO px", "HU", "consolid. px", "HU")]
+    groups = []
+    for patient, its in found.patients.items():
+        groups.append((patient, "+".join(side for side in found.split if any(side in one.sides for one in its)), its))
+    for side, names in found.split.items():
+        its = [one for one in found.slices if side in one.sides]
+        groups.append((f"{len({*map(patient_of, names)})} patients", side, its))
+    for patient, side, its in groups:
+        measured = sum((one.measured for one in its), np.zeros((6, 4)))
+        means = ["-" if np.isnan(mean) else f"{mean:.0f}" for mean in means_of(measured)]
+        cells = zip(measured[0].astype(int).tolist(), means, strict=True)
+        lines.append(row(patient[-13:], side, len(its), *[*itertools.chain(*cells)][2:]))
+    return "\n".join(lines)
+
+
+def tile(one: Slice) -> np.ndarray:
+    """A slice in the lung window with the outlines of its map, RGB uint8 [256, 256, 3]."""
+    grey = np.asarray(ImageOps.pad(Image.fromarray(slices.windowed(read_image(one.image))), TILE))
+    labels = np.asarray(ImageOps.pad(Image.fromarray(read_map(one.map)), TILE, Image.Resampling.NEAREST))
+    edge = np.zeros(labels.shape, bool)
+    for axis, shift in itertools.product((0, 1), (1, -1)):
+        edge |= np.roll(labels, shift, axis) < labels
+    picture = Image.fromarray(np.where(edge[..., None], slices.coloured(labels), grey[..., None]))
+    ImageDraw.Draw(picture).text((4, 2), one.image.stem, fill=(255, 255, 0))
+    return np.asarray(picture)
+
+
+def check_set(folder: Path) -> int:
+    """Print the table and the findings of a set, and write its contact sheet; status 2 where there is an error."""
+    found = read_set(folder)
+    if found.slices:
+        most = [max(its, key=lambda one: one.measured[0, 2:].sum()) for its in found.patients.values()]
+        slices.write_contact_sheet(folder / "contact_sheet.png", [tile(one) for one in most[:SHEET]])
+        print(tabulate(found))
+    alike = defaultdict(list)  # findings that differ in names and figures alone
+    for kind, where, what in itertools.chain(*(judge(found) for judge in JUDGEMENTS)):
+        alike[kind, re.sub(r"\w*\d\w*", "", what)].append(f"{where}: {what}")
+    for (kind, _), lines in sorted(alike.items()):
+        print(f"{kind}: {min(lines)}" + (f" ({len(lines) - 1} more like this)" if len(lines) > 1 else ""))
+    errors = sum(len(lines) for (kind, _), lines in alike.items() if kind == "error")
+    print(f"{folder}: {len(found.slices)} slices, {errors} errors; look at {folder / 'contact_sheet.png'}")
+    return 2 if errors else 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Check the folder of the command line; `argv` None means the program's own."""
+    parser = slices.OneLineParser(__doc__)
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="folder with images/, maps/ and perhaps split.json")
+    return check_set(parser.parse_args(argv).folder)
+
+
+if __name__ == "__main__":
+    slices.exit_on_mistake(main)

@@ -10,12 +10,9 @@ left), y down (to the back), z from the top; the level is z as a share of the lu
 base. `slices.py` gives the format of the result.
 """
 
-import argparse
-import multiprocessing
 import os
 import signal
 import sys
-import threading
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
@@ -26,29 +23,9 @@ import numpy as np
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, only data/ itself is on it
-from data.slices import (
-    LABELS,
-    LARGEST,
-    SIDES,
-    Mistake,
-    OneLineParser,
-    check_ranges,
-    exit_on_mistake,
-    held,
-    held_split,
-    listed,
-    make_room,
-    patient_of,
-    read_image,
-    read_map,
-    slice_name,
-    write_contact_sheet,
-    write_image,
-    write_map,
-    write_split,
-)
+from data import slices
+from data.slices import LARGEST, SIDES, check_ranges, slice_name
 
-MOST = 9999  # patients in a set, and slices per patient
 HEIGHT = 250  # of the lungs, mm
 RAISED = 6  # mm by which y = 0 of the outlines lies above the picture's middle
 AIR, FAT, MUSCLE, BLOOD, LIVER, CARTILAGE, MARROW, CORTEX = -1000, -100, 50, 40, 55, 110, 200, 700  # HU
@@ -167,8 +144,6 @@ class Anatomy(NamedTuple):
 
 
 # ---- shapes
-
-
 def at_level(rows: tuple, level: float) -> list[float]:
     """Outline of an organ at a level: x, y, half width, half depth."""
     levels, *columns = zip(*rows, strict=True)
@@ -256,8 +231,6 @@ def cut_anatomy(body: Body, level: float, axis: np.ndarray) -> Anatomy:
 
 
 # ---- a patient
-
-
 def draw_waves(rng: np.random.Generator, length: float, count: int) -> Waves:
     """Draw a smooth random field whose spots are about `length` mm wide."""
     directions = rng.normal(size=(count, 3))
@@ -351,8 +324,6 @@ def draw_patient(seed: int, number: int) -> Patient:
 
 
 # ---- a slice
-
-
 def draw_body(body: Body, anatomy: Anatomy, level: float, axis: np.ndarray, patches: np.ndarray) -> np.ndarray:
     """HU float32 [H, W] of everything but the inside of the lungs."""
     x, y, skin, cavity, blood, airways, domes, _ = anatomy
@@ -468,18 +439,13 @@ def scan(hu: np.ndarray, pixel: float, noise: float, rng: np.random.Generator) -
 
 
 # ---- the data set
-
-
-def make_patient(number: int, seed: int, size: int, count: int, out: Path) -> np.ndarray:
-    """Write a patient's slices; return their pixels per label [4]."""
+def make_patient(number: int, seed: int, size: int, count: int, out: Path) -> None:
+    """Write a patient's slices."""
     patient = draw_patient(seed, number)
-    pixels = np.zeros(len(LABELS), int)
     for position, level in enumerate(np.linspace(0.96, 0.06, count), start=1):  # from the feet upwards
         hu, labels = draw_slice(patient, float(level), size)
-        write_image(out / "images" / f"{slice_name(number, position)}.png", hu)
-        write_map(out / "maps" / f"{slice_name(number, position)}.png", labels)
-        pixels += np.bincount(labels.ravel(), minlength=len(LABELS))
-    return pixels
+        slices.write_image(out / "images" / f"{slice_name(number, position)}.png", hu)
+        slices.write_map(out / "maps" / f"{slice_name(number, position)}.png", labels)
 
 
 def split_patients(patients: int, seed: int) -> dict[str, list[int]]:
@@ -490,87 +456,48 @@ def split_patients(patients: int, seed: int) -> dict[str, list[int]]:
     return {side: sorted(part) for side, part in zip(SIDES, parts, strict=True)}
 
 
-def summary(sides: dict[str, list[int]], pixels: dict[int, np.ndarray], count: int) -> str:
-    """Table of each side's patients, slices (`count` of each) and pixels of each label, from those of each patient."""
-    lines = [f"{'':9}{'patients':>9}{'slices':>8}" + "".join(f"{label:>22}" for label in LABELS)]
-    for side, numbers in sides.items():
-        counts = sum(pixels[number] for number in numbers)  # [4]
-        lines.append(f"{side:9}{len(numbers):9}{len(numbers) * count:8}" + "".join(f"{n:22}" for n in counts))
-    return "\n".join(lines)
-
-
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """The command line, checked. Raises Mistake for an unknown option or value."""
-    parser = OneLineParser(__doc__)
-    parser.add_argument("--out", type=Path, default=Path("data/phantom"), help="folder of the set")
-    parser.add_argument("--size", type=int, default=256, help="side of a slice in pixels, at least 64")
-    parser.add_argument("--patients", type=int, default=16, help="number of patients, at least 3: one for each side")
-    parser.add_argument("--slices", type=int, default=24, help="slices per patient, from base to apex")
-    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same bytes")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; does not change the result")
-    parser.add_argument("--overwrite", action="store_true", help="replace the slices of any other set in the folder")
-    args = parser.parse_args(argv)
-    check_ranges(args, size=(64, LARGEST), patients=(3, MOST), slices=(1, MOST), seed=(0, 2**63), workers=(1, 999))
-    return args
-
-
 def main(argv: list[str] | None = None) -> None:
-    """Draw a set and print its summary; raises Mistake, before anything is written, for bad arguments."""
-    args = parse_arguments(argv)
-    drawn = {
-        "source": "phantom", "by": "patient", "seed": args.seed, "size": args.size,
-        "patients": args.patients, "slices": args.slices,
-    }  # fmt: skip
-    there = held_split(args.out)
-    files = [args.out / part / f"{name}.png" for part in ("images", "maps") for name in listed(there)]
-    same = there.get("drawn") == drawn
-    if same and not args.overwrite and all(path.exists() for path in files):
-        sides = {side: names for side, names in there.items() if side in SIDES}
-        counts = [f"{side} {len({*map(patient_of, names)})}, {len(names)}" for side, names in sides.items()]
-        print(f"{args.out} already holds this set, whole (patients, slices: {'; '.join(counts)}); nothing to do")
-        return
-    with held(args.out):
-        make_room(args.out, args.overwrite, same)
-        make_set(args, drawn)
-
-
-def end_with_parent() -> None:
-    """Leave signals to the parent, and end when it is killed: an orphaned worker would wait for work for ever."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-    def watch() -> None:
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def make_set(args: argparse.Namespace, drawn: dict) -> None:
-    """Draw the patients into OUT and print a summary; `drawn` is for split.json."""
+    """Draw a set and say how large its sides are; raises Mistake, before anything is written, for bad arguments."""
+    parser = slices.OneLineParser(__doc__)
+    option = parser.add_argument
+    option("--out", type=Path, default=Path("data/phantom"), help="folder of the set")
+    option("--size", type=int, default=256, help="side of a slice in pixels, at least 64")
+    option("--patients", type=int, default=16, help="number of patients, at least 3: one for each side")
+    option("--slices", type=int, default=24, help="slices per patient, from base to apex")
+    option("--seed", type=int, default=0, help="the same seed gives the same bytes")
+    option("--workers", type=int, default=os.cpu_count(), help="processes; does not change the result")
+    option("--overwrite", action="store_true", help="replace the slices of any other set in the folder")
+    args = parser.parse_args(argv)
+    check_ranges(args, size=(64, LARGEST), patients=(3, 9999), slices=(1, 9999), seed=(0, 2**63), workers=(1, 999))
     numbers = range(1, args.patients + 1)
-    make = partial(make_patient, seed=args.seed, size=args.size, count=args.slices, out=args.out)
-    try:
-        with ProcessPoolExecutor(min(args.workers, args.patients), initializer=end_with_parent) as pool:
-            try:
-                made = list(tqdm(pool.map(make, numbers), total=args.patients, unit="patient", disable=None))
-            except BaseException:
-                for worker in multiprocessing.active_children():
-                    worker.terminate()  # in the middle of a patient; the pool notices
-                raise
-    except BrokenProcessPool as error:
-        raise Mistake(f"{args.out}: a worker was killed (out of memory?): give fewer --workers") from error
-    finally:
-        for cut in args.out.rglob(".*.png.tmp"):  # what a worker was writing when it ended
-            cut.unlink()
     sides = split_patients(args.patients, args.seed)
-    names = {s: [slice_name(n, k + 1) for n in sides[s] for k in range(args.slices)] for s in SIDES}
-    shown = [f"{slice_name(n, n * 5 % args.slices + 1)}.png" for n in numbers[:24]]  # 5: all levels in turn
-    pairs = [(read_image(args.out / "images" / name), read_map(args.out / "maps" / name)) for name in shown]
-    write_contact_sheet(args.out / "contact_sheet.png", pairs)
-    write_split(args.out / "split.json", **names, drawn=drawn)  # last: it marks the set as complete
-    print(summary(sides, dict(zip(numbers, made, strict=True)), args.slices))
+    split = {side: [slice_name(n, k + 1) for n in sides[side] for k in range(args.slices)] for side in SIDES}
+    shared = {key: vars(args)[key] for key in ("seed", "size", "patients", "slices")}
+    split["drawn"] = {"source": "phantom", "by": "patient", **shared}
+    if slices.held_split(args.out) == split and not args.overwrite:
+        print(f"{args.out} holds this set already: nothing to do")
+        return
+    with slices.held(args.out):
+        slices.make_room(args.out, args.overwrite)
+        make = partial(make_patient, seed=args.seed, size=args.size, count=args.slices, out=args.out)
+        ignored = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
+        with ProcessPoolExecutor(min(args.workers, args.patients), None, signal.signal, ignored) as pool:
+            for _ in tqdm(pool.map(make, numbers), total=args.patients, unit="patient", disable=None):
+                pass
+        shown = [slice_name(n, n * 5 % args.slices + 1) for n in numbers[:24]]  # 5: all levels in turn
+        slices.write_contact_sheet(args.out / "contact_sheet.png", [tile(args.out, name) for name in shown])
+        slices.write_split(args.out / "split.json", **split)  # last: it marks the set as complete
+    told = [f"{side} {len(sides[side])} patients, {len(split[side])} slices" for side in SIDES]
+    print(f"{args.out}: {'; '.join(told)}")
+
+
+def tile(out: Path, name: str) -> np.ndarray:
+    """A slice in the lung window above its map, RGB uint8 [2 H, W, 3], at most 256 pixels wide or a little more."""
+    hu, labels = slices.read_image(out / "images" / f"{name}.png"), slices.read_map(out / "maps" / f"{name}.png")
+    step = max(1, len(hu) // 256)
+    grey = slices.windowed(hu[::step, ::step])
+    return np.concatenate([np.repeat(grey[..., None], 3, 2), slices.coloured(labels[::step, ::step])])
 
 
 if __name__ == "__main__":
-    exit_on_mistake(main)
+    slices.exit_on_mistake(main, more=(BrokenProcessPool,))

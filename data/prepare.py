@@ -20,7 +20,8 @@ Other public sets, whose names pair the files (* stands for the name where masks
 Every volume is turned, by its affine, to radiological display: row 0 is anterior (the spine is at the
 bottom), column 0 is the patient's right. Slice P03_S041 is the 42nd from the feet in the turned volume;
 what comes before the last "_" is the patient, and a second scan of a patient goes on where the first ended.
-Every volume is read and checked before anything is written. `slices.py` gives the format of the result.
+Every volume is read and checked before anything is written. `slices.py` gives the format of the result, and
+`check.py` the judgements, the table and the contact sheet.
 """
 
 import argparse
@@ -29,7 +30,7 @@ import math
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from heapq import nsmallest
 from pathlib import Path
@@ -41,42 +42,18 @@ from scipy import ndimage
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, only data/ itself is on it
+from data import check, slices
 from data.lungs import find_lungs
-from data.slices import (
-    AIR_HU,
-    HELD,
-    LABELS,
-    LARGEST,
-    SIDES,
-    Mistake,
-    OneLineParser,
-    exit_on_mistake,
-    held,
-    held_split,
-    make_room,
-    reversals,
-    slice_name,
-    turned,
-    write_contact_sheet,
-    write_image,
-    write_map,
-    write_split,
-)
-from data.volumes import list_volumes, read_labels, read_stored, read_volume, volume_name
+from data.slices import HELD, LARGEST, SIDES, Mistake, slice_name
+from data.volumes import Note, list_volumes, read_labels, read_volume, volume_name, warn
 
 IMAGES, LUNG_MASKS, LESION_MASKS = "rp_im", "rp_lung_msk", "rp_msk"
-AIR = HELD[0]
-# Means over patients lie well inside these: lung that is not diseased -890..-717, soft tissue 0..140.
-LUNG_HU, TISSUE_HU = (-960, -450), (-100, 200)
-AUTO = "auto"
 # A public case of Radiopaedia is a patient, with one or more studies and scans: radiopaedia_CASE_STUDY_SCAN.
-CONSOLIDATION_ABOVE = -400.0  # HU
 PATIENT = r"radiopaedia_\d+(?=_)|.+"
 WAYS = 40_000_000  # of distributing patients are followed, over the square of their number: all for 14 of 600 slices
-REVERSALS = reversals(3)
-SHEET = 60  # pictures at most on a contact sheet
 
 Slice = tuple[int, int]  # (patient, position), counted upwards from the feet
+Places = dict[Slice, tuple["Scan", int]]  # where each slice comes from: its scan, and which of its slices
 
 
 class Scan(NamedTuple):
@@ -90,40 +67,31 @@ class Scan(NamedTuple):
 
 
 def find_scans(args: argparse.Namespace) -> list[Scan]:
-    """List the scans by patient number and name, without the patients excluded.
-
-    Raises Mistake for a missing or empty folder, a volume that lacks a mask, a name that --patient does not match
-    and an excluded patient that is not there. A mask without a volume only gives a warning.
-    """
-    lungs = None if args.lungs == AUTO else args.lungs
+    """List the scans by patient number and name. Raises Mistake for what is missing; a mask alone gives a warning."""
+    lungs = None if args.lungs == "auto" else args.lungs
     if args.stacked:
         ct = Path(args.images)
         return [Scan(volume_name(ct), 0, ct, Path(lungs) if lungs else None, Path(args.lesions))]
     images, masks = find_files(args.images), {each: find_files(each) for each in (lungs, args.lesions) if each}
-    there = {*images, *(patient_by(name, args.patient) for name in images if re.match(args.patient, name))}
-    if args.masked_only:
-        masked = {name: path for name, path in images.items() if all(name in files for files in masks.values())}
-        print(f"{len(masked)} of {len(images)} volumes have masks")
-        images = masked or images  # if none have, the first is reported below
     patients = {name: patient_by(name, args.patient) for name in images}
-    for absent in sorted(set(args.exclude_patient) - there):
+    for absent in sorted({*args.exclude_patient} - {*patients, *patients.values()}):
         raise Mistake(f"{missing(args.images, absent)}: not there, so patient {absent} cannot be excluded")
-    excluded = {name for name in images if {name, patients[name]} & set(args.exclude_patient)}
+    if args.masked_only:
+        masked = {name: patients[name] for name in images if all(name in files for files in masks.values())}
+        print(f"{len(masked)} of {len(images)} volumes have masks")
+        patients = masked or patients  # if none have, the first is reported below
+    kept = [name for name in patients if not {name, patients[name]} & {*args.exclude_patient}]
     for where, files in masks.items():
-        for name in images:
-            if name not in files and name not in excluded:
-                mend = f"add this mask, or leave the volume out by --exclude-patient {name} or --masked-only"
-                if not files.keys() & images.keys():
-                    mend = "names pair the files; where they differ, give a pattern such as 'DIR/*_mask.nii.gz'"
-                raise Mistake(f"{missing(where, name)}: missing; {mend}")
+        if lonely := [name for name in kept if name not in files]:
+            mend = f"add this mask, or leave the volume out by --exclude-patient {lonely[0]} or --masked-only"
+            if not files.keys() & images.keys():
+                mend = "names pair the files; where they differ, give a pattern such as 'DIR/*_mask.nii.gz'"
+            raise Mistake(f"{missing(where, lonely[0])}: missing: {mend}")
         for name in sorted(files.keys() - images.keys()):
-            print(f"warning: {files[name]}: a mask without a volume, ignored", file=sys.stderr)
+            warn(f"{files[name]}: a mask without a volume, ignored")
     numbers = number_patients({*patients.values()})
-    scans = [
-        Scan(name, numbers[patients[name]], path, masks[lungs][name] if lungs else None, masks[args.lesions][name])
-        for name, path in images.items()
-        if name not in excluded
-    ]
+    lung, lesion = masks.get(lungs), masks[args.lesions]
+    scans = [Scan(name, numbers[patients[name]], images[name], lung and lung[name], lesion[name]) for name in kept]
     return sorted(scans, key=lambda scan: (scan.patient, scan.name))
 
 
@@ -137,11 +105,8 @@ def find_files(where: str) -> dict[str, Path]:
     before, _, after = pattern.partition("*")
     if "*" in after:
         raise Mistake(f"{where}: more than one star; give the one that stands for the name")
-    files = {
-        path.name[len(before) : len(path.name) - len(after)]: path
-        for path in sorted(folder.glob(pattern))
-        if not path.name.startswith(".")
-    }
+    paths = (path for path in sorted(folder.glob(pattern)) if not path.name.startswith("."))
+    files = {path.name[len(before) : len(path.name) - len(after)]: path for path in paths}
     if not files:
         raise Mistake(f"{where}: no file there is called so; put it into quotes, with one star")
     return files
@@ -167,45 +132,36 @@ def number_patients(patients: set[str]) -> dict[str, int]:
     return {patient: number for number, patient in enumerate(sorted(patients), start=1)}
 
 
-def read_scan(
-    scan: Scan, args: argparse.Namespace, note: Callable[[str], None]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, bool]:
-    """Read and check a scan: HU [Z, H, W], labels uint8 [Z, H, W], pixel height and width in mm, was it grey.
-
-    `note` gets what was assumed. Raises Mistake for a file that cannot be used, naming it.
-    """
+def read_scan(scan: Scan, args: argparse.Namespace, note: Note) -> tuple[np.ndarray, np.ndarray, np.ndarray, bool]:
+    """Read and check a scan: HU [Z, H, W], labels uint8 [Z, H, W], pixel height and width in mm, was it grey."""
     volume = read_volume(scan.ct, note)
     lesion = read_labels(scan.lesion, (0, 1) if args.binary else (0, 1, 2, 3), volume, note)
     lung = None if scan.lung is None else read_labels(scan.lung, (0, 1, 2), volume, note) > 0
-    hu, grey = to_hu(scan.ct, volume.voxels, args)
-    nowhere = np.isnan(hu)
+    hu, grey = to_hu(volume.voxels, args.grey_window)
+    nowhere = ~np.isfinite(hu)
     if nowhere.any():
-        inside = lesion > 0 if lung is None else lung | (lesion > 0)
-        if (nowhere & inside).any():
-            raise Mistake(f"{scan.ct}: values that are no number inside the lung; get the volume again")
-        note(f"{scan.ct}: {nowhere.sum()} values are no number, outside the lung; taken as air")
-        hu[nowhere] = AIR
+        note(f"{scan.ct}: {nowhere.sum()} values are no number; taken as air")
+        hu[nowhere] = HELD[0]
+    diseased = (lesion == 1) | (lesion == 2)  # an effusion is beside the lung
     if lung is None:
-        lung = auto_lungs(scan.ct, hu, lesion, volume.millimetres, args.stacked, note)
-    if not args.unchecked:
-        check_hu(scan, hu, lung, lesion)
-    if not args.stacked:
-        note_turn(scan, hu, lesion, note)
-    hu = np.clip(hu, *HELD)  # before resizing, which would mix padding of -3024 into neighbours
+        lung = auto_lungs(hu, diseased, volume.millimetres, args.stacked)
     if args.binary:
-        lesion = part_by_density(hu, lesion, volume.millimetres, args.consolidation_above)
-    return hu, merge_masks(lung, lesion), volume.millimetres, grey
+        lesion = part_by_density(hu.clip(*HELD), lesion, volume.millimetres, args.consolidation_above)
+    labels = merge_masks(lung, lesion)
+    if not args.unchecked:
+        if not labels.any():
+            raise Mistake(f"{scan.lung or scan.ct}: no lung in it: give a lung mask, or --unchecked to go on")
+        label, told = check.densities(check.measure(hu, labels))
+        if label < 2 or check.turned(hu, lung):
+            check.check_pair(scan.ct, hu, labels)
+        if label > 1:
+            raise Mistake(f"{scan.lesion}: {told}: give its CT's lesions alone as --lesions, or --unchecked")
+    return hu.clip(*HELD), labels, volume.millimetres, grey  # before resizing, which would mix in padding of -3024
 
 
 def merge_masks(lung: np.ndarray, lesion: np.ndarray) -> np.ndarray:
-    """Merge a lung mask (0..2) and a lesion mask (0..3), any shape, into labels uint8 0..3.
-
-    Lesion overrides lung. Pleural effusion (3) is not a lesion of the lung: it keeps what the lung mask says.
-    """
-    labels = (lung > 0).astype(np.uint8)  # left and right are one
-    labels[lesion == 1] = LABELS.index("ground-glass opacity")
-    labels[lesion == 2] = LABELS.index("consolidation")
-    return labels
+    """Merge a lung mask (0..2) and a lesion mask (0..3, of which 3, effusion, changes nothing) into labels 0..3."""
+    return np.where((lesion == 1) | (lesion == 2), lesion + 1, lung > 0).astype(np.uint8)  # lesion overrides lung
 
 
 def part_by_density(hu: np.ndarray, lesion: np.ndarray, millimetres: np.ndarray, threshold: float) -> np.ndarray:
@@ -214,112 +170,28 @@ def part_by_density(hu: np.ndarray, lesion: np.ndarray, millimetres: np.ndarray,
     return np.where(lesion > 0, 1 + (smooth > threshold), 0).astype(np.uint8)
 
 
-# ---- what the numbers of a CT mean
-
-
-def to_hu(path: Path, voxels: np.ndarray, args: argparse.Namespace) -> tuple[np.ndarray, bool]:
-    """HU of a volume, and whether it held grey levels 0..255, which the grey window maps back; NaN stays.
-
-    Raises Mistake for values that can be neither: in HU, the air around and in a body is about -1000.
-    """
-    finite = voxels[~np.isnan(voxels)]
+def to_hu(voxels: np.ndarray, window: Sequence[float]) -> tuple[np.ndarray, bool]:
+    """HU of a volume, and whether it held grey levels 0..255, which the window maps back; NaN stays."""
+    finite = voxels[np.isfinite(voxels)]
     low, high = (finite.min(), finite.max()) if finite.size else (0, 0)
     if low >= -64 and 1 < high <= 320:  # spline resampling goes a little beyond 0 and 255
-        bottom, top = args.grey_window
+        bottom, top = window
         return bottom + np.clip(voxels, 0, 255).astype(np.float32) * ((top - bottom) / 255), True
-    if np.isinf([low, high]).any() or (low > AIR_HU and not args.unchecked):
-        raise Mistake(f"{path}: values {low:g} to {high:g} are neither HU nor grey levels 0..255; convert it to HU")
     return voxels.astype(np.promote_types(voxels.dtype, np.int16)), False  # a copy, which may be corrected
 
 
-def check_hu(scan: Scan, hu: np.ndarray, lung: np.ndarray, lesion: np.ndarray) -> None:
-    """Raise Mistake where the lung, or the soft tissue around it, has a density that no chest CT in HU has.
-
-    This catches a lost intercept and a misplaced lung mask.
-    """
-    inside = lung | (lesion > 0)
-    healthy = lung & (lesion == 0)
-    if np.count_nonzero(healthy) < 0.05 * np.count_nonzero(inside):
-        healthy = inside
-    if not healthy.any():
-        raise Mistake(f"{scan.lung or scan.ct}: no lung in it; give a lung mask, or --unchecked to go on")
-    mean = hu[healthy].mean()
-    if not LUNG_HU[0] <= mean <= LUNG_HU[1]:
-        cause = "see that it is HU and that the lung mask lies on it"
-        for intercept, text in ((-1024, "the intercept -1024 seems lost"), (1024, "-1024 seems added twice")):
-            if LUNG_HU[0] <= mean + intercept <= LUNG_HU[1]:
-                cause = f"{text}; convert it again"
-        raise Mistake(
-            f"{scan.ct}: mean {mean:+.0f} HU inside the lung mask, where lung is {LUNG_HU[0]} to {LUNG_HU[1]}: {cause},"
-            " or give --unchecked"
-        )
-    tissue = hu[(hu > -200) & ~inside]
-    median = np.median(tissue) if tissue.size else np.nan
-    if not TISSUE_HU[0] <= median <= TISSUE_HU[1]:
-        raise Mistake(
-            f"{scan.ct}: median {median:+.0f} HU in what is denser than fat around the lung, where soft tissue is 0 to"
-            " 100: see that it is HU (--grey-window for grey levels), or give --unchecked"
-        )
-    if scan.lung:
-        check_turn(scan, hu, healthy)
-
-
-def check_turn(scan: Scan, hu: np.ndarray, lung: np.ndarray) -> None:
-    """Raise Mistake where a lung mask, bool [Z, H, W], is turned against its CT. No affine is consulted."""
-    if told := turned(hu, lung):
-        raise Mistake(f"{scan.lung}: {told}; save both on one grid, or give --unchecked")
-
-
-def note_turn(scan: Scan, hu: np.ndarray, lesion: np.ndarray, note: Callable[[str], None]) -> None:
-    """Note where a lesion mask, uint8 [Z, H, W], fits its CT better when it is reversed: it seems turned.
-
-    What is aerated of a lesion is denser than the lung around it. On 14 volumes, a mask that lies right loses 28 HU or
-    more when it is reversed, and one that lies wrong gains as much.
-    """
-    step = max(1, hu.shape[2] // 128)
-    hu, diseased = hu[:, ::step, ::step], np.isin(lesion[:, ::step, ::step], (1, 2))  # an effusion is beside the lung
-    aerated = (hu > -1000) & (hu < -300)
-    own = hu[diseased & aerated]
-    if own.size < 300:  # too few to tell
-        return
-    found = {}
-    for axes in REVERSALS:
-        inside = hu[np.flip(diseased, axes) & aerated]
-        found[axes] = inside.mean() if inside.size > own.size / 2 else -math.inf
-    best = max(found, key=found.get)
-    if found[best] > own.mean() + 20:
-        figures = f"{own.mean():+.0f} HU, with {REVERSALS[best]} reversed {found[best]:+.0f}"
-        note(f"{scan.lesion}: the lesions' aerated part has {figures}: turned against its CT? see contact_sheet.png")
-
-
-# ---- lungs found in the CT
-
-
-def auto_lungs(
-    path: Path, hu: np.ndarray, lesion: np.ndarray, millimetres: np.ndarray, stacked: bool, note: Callable[[str], None]
-) -> np.ndarray:
-    """Find the lungs, bool [Z, H, W], each slice by itself if stacked; note where a lesion lies in no lung."""
-    diseased = (lesion == 1) | (lesion == 2)  # an effusion is beside the lung
+def auto_lungs(hu: np.ndarray, diseased: np.ndarray, millimetres: np.ndarray, stacked: bool) -> np.ndarray:
+    """Find the lungs, bool [Z, H, W], each slice by itself if stacked."""
     parts = [slice(z, z + 1) for z in range(len(hu))] if stacked else [slice(None)]
-    lungs = np.concatenate([find_lungs(hu[part], diseased[part], millimetres) for part in parts])
-    sick, healthy = diseased.sum((1, 2)), (lungs & ~diseased).sum((1, 2))
-    lost = np.flatnonzero(healthy < 0.1 * sick)  # what closing adds at the rim of a lesion is not lung
-    if lost.size:
-        note(f"{path}: hardly any lung found about the lesion in {lost.size} slices, the first {lost[0]}; look at them")
-    return lungs
-
-
-# ---- slices
+    return np.concatenate([find_lungs(hu[part], diseased[part], millimetres) for part in parts])
 
 
 def fit(pixels: np.ndarray, millimetres: np.ndarray, size: int, fill: int) -> np.ndarray:
     """Bring one slice [H, W] to [size, size] of the same type.
 
-    Proportions in mm are kept (unequal pixel sides become equal): the longer side fills the square, and what the
-    shorter leaves is `fill`. Labels uint8 take the nearest pixel, which at even factors is half a source pixel
-    below and right of the middle, by Pillow's rounding; no label is mixed, and none appears that was not there. HU
-    float32 go through Pillow's bicubic filter, which widens when downsampling (anti-aliasing), clipped to the
-    slice's own range, since it overshoots at edges; a bilinear one would blur what counts as real.
+    Proportions in mm are kept: the longer side fills the square, and what the shorter leaves is `fill`. Labels uint8
+    take the nearest pixel, so that none is mixed. HU float32 go through Pillow's bicubic filter, which widens when
+    downsampling; it overshoots at edges, so they are clipped to the slice's own range.
     """
     extent = pixels.shape * millimetres  # height, width in mm
     height, width = np.maximum(1, np.rint(size * extent / extent.max())).astype(int).tolist()
@@ -331,20 +203,17 @@ def fit(pixels: np.ndarray, millimetres: np.ndarray, size: int, fill: int) -> np
     return square
 
 
-def survey(
-    scans: list[Scan], args: argparse.Namespace
-) -> tuple[dict[Slice, np.ndarray], dict[Slice, tuple[Scan, int]], list[str]]:
+def survey(scans: list[Scan], args: argparse.Namespace) -> tuple[dict[Slice, np.ndarray], Places, list[str]]:
     """Read and check every scan, one at a time; write nothing.
 
-    Returns the pixels of each label [4] in every slice, counted at the size written (so that no lesion is promised
-    that downsampling loses), where each slice comes from (scan, z), and the names of scans of grey levels.
+    Returns the pixels of each label [4] in every slice, at the size written, where each slice comes from, and the
+    names of the scans of grey levels.
     """
     pixels, places, grey = {}, {}, []
     with tqdm(scans, desc="checking volumes", disable=None) as bar:  # closed before an error is printed
         for scan in bar:
             _, labels, millimetres, is_grey = read_scan(scan, args, note=warn)
-            if is_grey:
-                grey.append(scan.name)
+            grey += [scan.name] if is_grey else []
             start = sum(patient == scan.patient for patient, _ in pixels)  # after the patient's other scans
             for z, label_map in enumerate(labels):
                 key = (z + 1, z) if args.stacked else (scan.patient, start + z)
@@ -353,16 +222,10 @@ def survey(
     return pixels, places, grey
 
 
-def warn(text: str) -> None:
-    """Warn on stderr without breaking a progress bar."""
-    tqdm.write(f"warning: {text}", file=sys.stderr)
-
-
 def split_by_slice(kept: list[Slice], counts: list[int], rng: np.random.Generator) -> list[list[Slice]]:
     """Draw train, test and seg_test slice by slice, in exactly the `counts` asked for; the rest is left out.
 
-    With too few slices for three parts (or a third count of 0) seg_test is test; with too few even for
-    train and test, these two share all slices in proportion to their counts.
+    With too few slices for three parts seg_test is test; with too few for two, these share all in proportion.
     """
     train, test, seg_test = counts
     if len(kept) < 2:
@@ -379,15 +242,18 @@ def split_by_slice(kept: list[Slice], counts: list[int], rng: np.random.Generato
 def split_by_patient(kept: list[Slice], counts: list[int], rng: np.random.Generator) -> list[list[Slice]]:
     """Draw train, test and seg_test by whole patients; every patient is used.
 
-    The `counts` are targets, first scaled to the number of slices there are; of all ways to distribute
-    the patients, one with the smallest sum of deviations is taken, with the seed deciding ties.
-    With fewer than three patients (or a third count of 0) seg_test is test.
+    The `counts` are targets, scaled to the slices there are; of all ways to distribute the patients, one with the
+    smallest sum of deviations is taken, the seed deciding ties. With fewer than three patients seg_test is test.
     """
     sizes = Counter(patient for patient, _ in kept)
     if len(sizes) < 2:
         raise Mistake(f"patient {next(iter(sizes))} is the only one with slices to split; give --by slice")
     parts = 3 if len(sizes) > 2 and counts[2] else 2
     targets = [count * len(kept) / sum(counts[:parts]) for count in counts[:parts]]
+
+    def deviation(filled: Sequence[int], done: float = 1) -> float:
+        return sum(abs(count - target * done) for count, target in zip(filled, targets, strict=True))
+
     # Exact search: ways that give the parts the same sizes are equally good, so one is enough. That leaves at
     # most slices ** 2 / 2 ways instead of 3 ** patients. For a large set, only the most even are followed.
     order = rng.permutation(sorted(sizes)).tolist()
@@ -399,57 +265,26 @@ def split_by_patient(kept: list[Slice], counts: list[int], rng: np.random.Genera
                 after = (*filled[:part], filled[part] + sizes[patient], *filled[part + 1 :])
                 longer.setdefault(after, (*chosen, part))
         if len(longer) > (limit := max(1, WAYS // len(order) ** 2)):
-            done = sum(next(iter(longer))) / len(kept)
-            even = partial(deviation, targets=[target * done for target in targets])
+            even = partial(deviation, done=sum(next(iter(longer))) / len(kept))
             longer = {filled: longer[filled] for filled in nsmallest(limit, longer, key=even)}
         ways = longer
-    best = min(filter(all, ways), key=partial(deviation, targets=targets))
+    best = min(filter(all, ways), key=deviation)
     part_of = dict(zip(order, ways[best], strict=True))
     sides = [[key for key in kept if part_of[key[0]] == part] for part in range(parts)]
     return sides if parts == 3 else [*sides, sides[1]]
 
 
-def deviation(counts: Sequence[int], targets: list[float]) -> float:
-    """Sum of absolute differences."""
-    return sum(abs(count - target) for count, target in zip(counts, targets, strict=True))
-
-
-def write_slices(
-    args: argparse.Namespace,
-    chosen: list[Slice],
-    places: dict[Slice, tuple[Scan, int]],
-    pixels: dict[Slice, np.ndarray],
-) -> None:
-    """Write the image and the map of every slice `chosen`, then a contact sheet: each patient's most diseased slice."""
-    shown = {}  # by patient
-    for key in chosen:
-        shown[key[0]] = max(shown.get(key[0], key), key, key=lambda key: pixels[key][2:].sum())
-    pairs = {}
+def write_slices(args: argparse.Namespace, chosen: list[Slice], places: Places) -> None:
+    """Write the image and the map of every slice `chosen`."""
     with tqdm(total=len(chosen), desc="writing slices", disable=None) as bar:
         for scan, keys in itertools.groupby(chosen, key=lambda key: places[key][0]):
             hu, labels, millimetres, _ = read_scan(scan, args, note=lambda _: None)  # noted when it was checked
-            for patient, position in keys:
-                z = places[patient, position][1]
-                pixels_hu = fit(hu[z].astype(np.float32), millimetres, args.size, fill=AIR)
-                label_map = fit(labels[z], millimetres, args.size, fill=0)
-                write_image(args.out / "images" / f"{slice_name(patient, position)}.png", pixels_hu)
-                write_map(args.out / "maps" / f"{slice_name(patient, position)}.png", label_map)
-                if shown[patient] == (patient, position) and len(pairs) < SHEET:
-                    pairs[patient] = pixels_hu, label_map
+            for key in keys:
+                z, name = places[key][1], f"{slice_name(*key)}.png"
+                pixels_hu = fit(hu[z].astype(np.float32), millimetres, args.size, fill=HELD[0])
+                slices.write_image(args.out / "images" / name, pixels_hu)
+                slices.write_map(args.out / "maps" / name, fit(labels[z], millimetres, args.size, fill=0))
                 bar.update()
-    write_contact_sheet(args.out / "contact_sheet.png", [*pairs.values()])
-
-
-def summary(sides: dict[str, list[Slice]], pixels: dict[Slice, np.ndarray]) -> str:
-    """Tabulate the patients, slices and pixels of each label on each side."""
-    row = "{:8}{:>10}{:>8}{:>15}{:>11}{:>10}{:>18}".format
-    lines = [row("side", "patients", "slices", "background px", "lung px", "GGO px", "consolidation px")]
-    for side, slices in sides.items():
-        patients = {patient for patient, _ in slices}
-        lines.append(row(side, len(patients), len(slices), *sum(pixels[key] for key in slices)))
-    if sides["seg_test"] == sides["test"]:
-        lines.append("seg_test is test: too few for three parts, or none asked for")
-    return "\n".join(lines)
 
 
 def three_counts(text: str) -> list[int]:
@@ -460,18 +295,9 @@ def three_counts(text: str) -> list[int]:
     return [int(part) for part in parts]
 
 
-def regex(text: str) -> str:
-    """A pattern that compiles, or raise Mistake."""
-    try:
-        re.compile(text)
-    except re.error as error:
-        raise Mistake(f"--patient {text}: no regular expression ({error})") from error
-    return text
-
-
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Parse the command line; `argv` None means the program's own. SRC stands in for any of the three not given."""
-    parser = OneLineParser(__doc__)
+    parser = slices.OneLineParser(__doc__)
     option = parser.add_argument
     option("src", nargs="?", metavar="SRC", help=f"folder that holds {IMAGES}, {LUNG_MASKS} and {LESION_MASKS}")
     option("--images", metavar="CT", help="folder of the CTs, or a quoted pattern such as 'DIR/*_ct.nii.gz'")
@@ -480,10 +306,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     option("--stacked", action="store_true", help="the three are files, each slice in them a patient of its own")
     help_ = "lesion masks hold 0 and 1 for any lesion, divided by density; --no-binary: 1 is only ground glass"
     option("--binary", action=argparse.BooleanOptionalAction, help=help_)
-    help_ = f"where --binary divides lesions (default: {CONSOLIDATION_ABOVE:g})"
-    option("--consolidation-above", type=float, metavar="HU", help=help_)
+    option("--consolidation-above", type=float, default=-400.0, metavar="HU", help="where --binary divides lesions")
     option("--masked-only", action="store_true", help="leave out volumes without masks instead of refusing")
-    option("--patient", type=regex, default=PATIENT, metavar="REGEX", help="the part of a name that is the patient")
+    option("--patient", default=PATIENT, metavar="REGEX", help="the part of a name that is the patient")
     option("--out", type=Path, default=Path("data/radiopaedia"), help="folder to write")
     option("--by", choices=("patient", "slice"), default="patient", help="what to draw")
     option("--split", type=three_counts, default="300,73,73", help="slices in train,test,seg_test")
@@ -500,110 +325,76 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         if getattr(args, name) is None and (args.src is None or args.stacked):
             raise Mistake(f"--{name}: missing; give it, or SRC with {IMAGES}, {LUNG_MASKS} and {LESION_MASKS} in it")
         setattr(args, name, getattr(args, name) or str(Path(args.src) / folder))
-    named = {
-        "exclude-patient": args.exclude_patient,
-        "masked-only": args.masked_only,
-        "patient": args.patient != PATIENT,
-    }
-    if args.stacked and (given := [f"--{option}" for option, value in named.items() if value]):
-        raise Mistake(f"{', '.join(given)}: slices of a stack have no names to choose them by; leave it out")
-    if args.consolidation_above is not None and not args.binary:
-        raise Mistake("--consolidation-above: it divides the lesions of --binary masks; give that too, or leave it out")
-    if args.consolidation_above is None:
-        args.consolidation_above = CONSOLIDATION_ABOVE
-    if not 1 <= args.size <= LARGEST or args.seed < 0 or not args.grey_window[0] < args.grey_window[1]:
+    if args.stacked and args.exclude_patient:
+        raise Mistake("--exclude-patient: slices of a stack have no names to choose them by")
+    if not 1 <= args.size <= LARGEST or args.seed < 0 or not -math.inf < args.grey_window[0] < args.grey_window[1]:
         raise Mistake(f"--size must be 1 to {LARGEST}, --seed at least 0 and --grey-window LOW below HIGH")
-    if not all(math.isfinite(hu) for hu in (*args.grey_window, args.consolidation_above)):
-        raise Mistake("--grey-window and --consolidation-above: give HU that are finite")
     return args
 
 
-def check_kinds(scans: list[Scan], args: argparse.Namespace) -> None:
-    """Raise Mistake where no mask distinguishes consolidation and --[no-]binary does not say why."""
-    if args.binary is not None:
-        return
-    lesion = False
-    for scan in scans:
-        _, stored = read_stored(scan.lesion)
-        if (stored > 1.5).any():
-            return
-        lesion |= bool((stored > 0.5).any())
-    if lesion:
-        raise Mistake(
-            f"{args.lesions}: no mask holds a 2, consolidation: give --binary if 1 is any lesion, to be parted by"
-            " density, or --no-binary if 1 is ground glass alone"
-        )
-
-
-def provenance(args: argparse.Namespace, places: dict[Slice, tuple[Scan, int]], grey: list[str]) -> dict:
+def provenance(args: argparse.Namespace, places: Places, grey: list[str]) -> dict:
     """How a set is drawn, for split.json; "patients" lists the scans of each patient number."""
     patients = {}
     for (patient, _), (scan, z) in places.items():
         patients.setdefault(str(patient), {})[f"{scan.name}[{z}]" if args.stacked else scan.name] = None
     return {
-        "source": told(args.src or args.images),
+        "source": Path(args.src or args.images).resolve().name,
         "patients": {patient: [*names] for patient, names in patients.items()},
         "excluded": sorted(set(args.exclude_patient)),
         "grey_volumes": grey,
-        "lungs": AUTO if args.lungs == AUTO else told(args.lungs),
-        "lesions": told(args.lesions),
+        "lungs": Path(args.lungs).name,
+        "lesions": Path(args.lesions).name,
         "consolidation_above": args.consolidation_above if args.binary else None,
         "by": "slice" if args.stacked else args.by,
         **{key: vars(args)[key] for key in ("grey_window", "split", "size", "all_slices", "unchecked", "seed")},
     }
 
 
-def told(where: str) -> str:
-    """A folder or file as split.json names it, without the folders above; a pattern with its own folder."""
-    path = Path(where).resolve()
-    return f"{path.parent.name}/{path.name}" if "*" in path.name else path.name
-
-
-def remarks(args: argparse.Namespace, drawn: dict) -> list[str]:
+def remarks(args: argparse.Namespace, split: dict) -> Iterator[str]:
     """Lines about what was not in the files but assumed or derived."""
-    lines = []
+    drawn = split["drawn"]
     if drawn["grey_volumes"]:
         low, high = args.grey_window
-        names = ", ".join(drawn["grey_volumes"])
-        lines.append(f"grey levels 0..255 mapped back to {low:g}..{high:g} HU in volumes {names}")
-    if args.lungs == AUTO:
-        lines.append("lungs found in the CT, not drawn by a radiologist; contact_sheet.png shows them")
+        yield f"grey levels 0..255 mapped back to {low:g}..{high:g} HU in volumes {', '.join(drawn['grey_volumes'])}"
     if args.binary:
-        threshold = f"{args.consolidation_above:g} HU"
-        lines.append(f"lesions parted by density: consolidation where, smoothed by 1 mm, it is above {threshold}")
+        yield f"lesions parted by density: consolidation is above {args.consolidation_above:g} HU, smoothed by 1 mm"
     if any([number] != names for number, names in drawn["patients"].items()):
-        lines.append("patients are numbered in the order of their names; split.json lists them")
-    if args.stacked:
-        lines.append("each slice is counted as a patient: slices of one person may be on two sides")
-    return [*lines, f"split by {drawn['by']}; slices asked for: {', '.join(map(str, args.split))}"]
+        yield "patients are numbered in the order of their names; split.json lists them"
+    if split["seg_test"] == split["test"]:
+        yield "seg_test is test: too few for three parts, or none asked for"
+    yield f"split by {drawn['by']}; slices asked for: {', '.join(map(str, args.split))}"
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Prepare a dataset and print its summary; raises Mistake, before anything is written, for bad input."""
+def main(argv: list[str] | None = None) -> int:
+    """Prepare a dataset and check it; raises Mistake, before anything is written, for bad input."""
     args = parse_arguments(argv)
     scans = find_scans(args)
-    check_kinds(scans, args)
     pixels, places, grey = survey(scans, args)
     kept = [key for key, counts in pixels.items() if args.all_slices or counts[2:].any()]
     if not kept:
         where = args.src or args.images
         raise Mistake(f"{where}: no slice left after selection; give --all-slices or exclude fewer patients")
 
+    _, _, glass, dense = sum(pixels.values())
+    if args.binary is None and glass and not dense:
+        mend = "--binary if 1 is any lesion, to be parted by density, or --no-binary if 1 is ground glass alone"
+        raise Mistake(f"{args.lesions}: no mask holds a 2, consolidation: give {mend}")
+
     draw = split_by_slice if args.by == "slice" else split_by_patient
-    drawn_sides = draw(kept, args.split, np.random.default_rng(args.seed))
-    sides = {side: sorted(slices) for side, slices in zip(SIDES, drawn_sides, strict=True)}
+    sides = dict(zip(SIDES, map(sorted, draw(kept, args.split, np.random.default_rng(args.seed))), strict=True))
     chosen = sorted(set().union(*sides.values()))
-    split = {side: [slice_name(*key) for key in slices] for side, slices in sides.items()}
+    split = {side: [slice_name(*key) for key in keys] for side, keys in sides.items()}
     split["drawn"] = provenance(args, places, grey)
 
-    with held(args.out):
-        make_room(args.out, args.overwrite, same=held_split(args.out) == split)
-        write_slices(args, chosen, places, pixels)
-        write_split(args.out / "split.json", **split)  # last: it marks the set as complete
-
-    print(f"{len(scans)} volumes, {len(pixels)} slices: {len(kept)} selected, {len(chosen)} written to {args.out}")
-    print("\n".join([*remarks(args, split["drawn"]), summary(sides, pixels)]))
+    with slices.held(args.out):
+        slices.make_room(args.out, args.overwrite, same=slices.held_split(args.out) == split)
+        write_slices(args, chosen, places)
+        slices.write_split(args.out / "split.json", **split)  # last: it marks the set as complete
+        print(f"{len(scans)} volumes, {len(pixels)} slices: {len(kept)} selected, {len(chosen)} written to {args.out}")
+        print("\n".join(remarks(args, split)))
+        status = check.check_set(args.out)
+    return 0 if args.unchecked else status
 
 
 if __name__ == "__main__":
-    exit_on_mistake(main)
+    slices.exit_on_mistake(main)

@@ -1,8 +1,4 @@
-"""ONNX Runtime without telemetry, for all that import it: `from data.runtime import ort`.
-
-Its official builds from 1.29 on keep records in the user's home and send them: of the machine, and of each model its
-file's name, its graph's name and hashes.
-"""
+"""ONNX Runtime without telemetry, which from 1.29 on tells of machine and models: `from data.runtime import ort`."""
 
 import os
 

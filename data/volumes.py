@@ -6,10 +6,9 @@ bottom), columns to the patient's left. `.nii` and `.nii.gz` are told apart by t
 
 import gzip
 import itertools
-import math
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,14 +18,14 @@ from nibabel.filebasedimages import ImageFileError
 from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
 from nibabel.spatialimages import HeaderDataError
 from nibabel.wrapstruct import WrapStructError
+from tqdm import tqdm
 
-from data.slices import LARGEST, NIFTI, Mistake, write_bytes
+from data.slices import NIFTI, Mistake, write_bytes
 
 DISPLAY = axcodes2ornt("LPS")  # columns to the left, rows to the back, slices upwards
-HEADER = 540  # bytes of the longer header, NIfTI-2's
-MOST = 2**31  # bytes of a volume: 1,000 slices of 512 x 512 in float64
-PIECE = SPARE = 2**20  # bytes unpacked at a time; and bytes that may follow the voxels, unused
-PACKED, MOST_EMPTY = 2**16, 100  # bytes read at a time; and empty streams allowed in a file
+GZIP = b"\x1f\x8b"  # the first two bytes of a gzip file
+BROKEN = (OSError, EOFError, ValueError, MemoryError, zlib.error, ImageFileError, HeaderDataError, WrapStructError)
+Note = Callable[[str], None]  # is given what the user should know
 UNEQUAL, TILT = 1.5, 35  # sides of a pixel, as a ratio, and degrees, beyond which slices are hardly axial ones
 # The fields of a header that say where the voxels lie. The rest is not passed on: free text may name a patient.
 GRID_FIELDS = (
@@ -59,13 +58,14 @@ class Volume(NamedTuple):
     @property
     def millimetres(self) -> np.ndarray:
         """Height and width of a pixel [2]."""
-        sizes = nib.affines.voxel_sizes(self.affine)[np.argsort(self.turn[:, 0])]  # of W, H, Z
+        unit = {1: 1000, 3: 0.001}.get(int(self.header["xyzt_units"]) & 7, 1)  # metres, micrometres; else millimetres
+        sizes = nib.affines.voxel_sizes(self.affine)[np.argsort(self.turn[:, 0])] * unit  # of W, H, Z
         return sizes[[1, 0]]
 
 
 def warn(text: str) -> None:
-    """Say something that the user should know on stderr; the run goes on."""
-    print(f"warning: {text}", file=sys.stderr)
+    """Say something that the user should know on stderr, without breaking a progress bar; the run goes on."""
+    tqdm.write(f"warning: {text}", file=sys.stderr)
 
 
 def list_volumes(folder: Path) -> dict[str, Path]:
@@ -74,17 +74,15 @@ def list_volumes(folder: Path) -> dict[str, Path]:
     Raises Mistake for a missing folder, one without a volume, and two files of the same name.
     """
     if not folder.is_dir():
-        raise Mistake(f"{folder}: no such folder; give a folder of .nii or .nii.gz files")
+        raise Mistake(f"{folder}: no such folder: give a folder of .nii or .nii.gz files")
     found: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
-        if path.name.startswith(".") or not path.name.lower().endswith(NIFTI) or not path.is_file():
-            continue
-        name = volume_name(path)
-        if name in found:
-            raise Mistake(f"{path}: {found[name].name} has the same name; remove one of them")
-        found[name] = path
+        if not path.name.startswith(".") and path.name.lower().endswith(NIFTI) and path.is_file():
+            if other := found.get(volume_name(path)):
+                raise Mistake(f"{path}: {other.name} has the same name: remove one of them")
+            found[volume_name(path)] = path
     if not found:
-        raise Mistake(f"{folder}: holds no volume; put .nii or .nii.gz files there")
+        raise Mistake(f"{folder}: holds no volume: put .nii or .nii.gz files there")
     return dict(sorted(found.items()))
 
 
@@ -93,19 +91,16 @@ def volume_name(path: Path) -> str:
     return path.name[: -len(".nii.gz" if path.name.lower().endswith(".gz") else ".nii")]
 
 
-def read_volume(path: Path, note: Callable[[str], None] = warn) -> Volume:
-    """Read a volume of any real type, whatever its storage order; a last axis of one is dropped.
+def read_volume(path: Path, note: Note = warn) -> Volume:
+    """Read a volume of any real type, whatever its storage order; `note` is told how it may lie wrong.
 
-    A header that does not say how the patient lies gets a `note`, and so do slices unlike axial ones. Raises Mistake
-    for a file that is missing, not NIfTI, damaged, not a 3-D volume or without a usable affine.
+    Raises Mistake for a file that is missing, not NIfTI, damaged, not a 3-D volume or without a usable affine.
     """
     header, stored = read_stored(path)
     return placed(path, header, stored, note)
 
 
-def read_label_volume(
-    path: Path, allowed: tuple[int, ...], note: Callable[[str], None] = warn
-) -> tuple[Volume, np.ndarray]:
+def read_label_volume(path: Path, allowed: tuple[int, ...], note: Note = warn) -> tuple[Volume, np.ndarray]:
     """Read a label volume without its CT: the Volume, and its labels uint8 [Z, H, W] in display.
 
     Values within 0.01 of an `allowed` label are that label. Raises Mistake as `read_volume` does, and for any other.
@@ -115,36 +110,31 @@ def read_label_volume(
     return volume, volume.voxels
 
 
-def read_labels(path: Path, allowed: tuple[int, ...], like: Volume, note: Callable[[str], None] = warn) -> np.ndarray:
-    """Read the mask of a CT, laid on the CT's grid: uint8 [Z, H, W] in display.
+def read_labels(path: Path, allowed: tuple[int, ...], like: Volume, note: Note = warn) -> np.ndarray:
+    """Read the mask of a CT, laid on the CT's grid: uint8 [Z, H, W] in display; values as in `read_label_volume`.
 
-    Values within 0.01 of an `allowed` label are that label. The mask's own affine is used if it puts the voxels where
-    the CT's are, in whatever storage order. If it does not (as in masks saved from an array, with an identity affine),
-    a mask of the CT's stored shape is taken voxel by voxel and a `note` says so.
-    Raises Mistake as `read_volume` does, for any other value, and where neither grid nor shape fits the CT.
+    The mask's own affine is used if it puts the voxels where the CT's are, in whatever storage order. If it does not
+    (as in masks saved from an array, with an identity affine), a mask of the CT's stored shape is taken voxel by voxel
+    and a `note` says so. Raises Mistake as the other readers do, and where neither grid nor shape fits the CT.
     """
     header, stored = read_stored(path)
     labels = whole_labels(path, stored, allowed)
     affine = header.get_best_affine()
     laid = lay_on_grid(labels, affine, like) if is_usable(affine) else None
-    if laid is not None and (has_affine(header) or np.array_equal(laid, labels)):
+    if laid is not None and (header["sform_code"] or header["qform_code"] or np.array_equal(laid, labels)):
         return to_display(laid, like)
     if labels.shape != like.shape:
-        raise Mistake(
-            f"{path}: {labels.shape} voxels at other places than its CT's {like.shape}; bring both to one grid"
-        )
+        raise Mistake(f"{path}: {labels.shape} voxels elsewhere than its CT's {like.shape}: bring both to one grid")
     note(f"{path}: its affine does not put it on its CT's grid; taken voxel by voxel as the CT is stored")
     return to_display(labels, like)
 
 
 def write_volume(path: Path, like: Volume, hu: np.ndarray) -> None:
-    """Write HU int16 [Z, H, W] in display on the grid, and in the storage order, of `like`, as .nii or .nii.gz.
-
-    The file is whole or absent. Raises Mistake for another suffix, and where it cannot be written.
-    """
+    """Write HU int16 [Z, H, W] in display on the grid, and in the storage order, of `like`, as .nii or .nii.gz."""
     if not path.name.lower().endswith(NIFTI):
         raise Mistake(f"{path}: volumes are written as .nii or .nii.gz")
-    stored = apply_orientation(hu.astype(np.int16).transpose(2, 1, 0), stored_turn(like))
+    to_file = ornt_transform(DISPLAY, io_orientation(like.affine))
+    stored = apply_orientation(hu.astype(np.int16).transpose(2, 1, 0), to_file)
     image = nib.Nifti1Image(stored, like.affine)
     for field in GRID_FIELDS:
         image.header[field] = like.header[field]
@@ -155,124 +145,45 @@ def write_volume(path: Path, like: Volume, hu: np.ndarray) -> None:
 
 def read_stored(path: Path) -> tuple[nib.Nifti1Header, np.ndarray]:
     """Header, and voxels [3 axes] in the file's own order. Raises Mistake as `read_volume` does."""
-    pieces = unpacked(path)
-    content = bytearray()
-    while len(content) < HEADER and (piece := next(pieces, b"")):
-        content += piece
-    header, shape, dtype, announced = read_header(path, bytes(content))
-    for piece in pieces:  # no more than the header announces: a small file may unpack to any size
-        content += piece
-        if len(content) > announced + SPARE:
-            raise Mistake(f"{path}: damaged, it holds more than the {announced} bytes of its header; get it again")
-    if announced > len(content):  # checked before allocating what a damaged header announces
-        raise Mistake(f"{path}: cut short or damaged ({len(content)} of {announced} bytes); get the file again")
-    stored = np.ndarray(shape, dtype, content, header.get_data_offset(), order="F")
-    stored = nib.volumeutils.apply_read_scaling(stored, *header.get_slope_inter())
-    return header, stored.astype(stored.dtype.newbyteorder("="), copy=False)
-
-
-def read_header(path: Path, content: bytes) -> tuple[nib.Nifti1Header, tuple[int, ...], np.dtype, int]:
-    """Header at the beginning of a file, shape [3 axes] and type of its voxels, and the bytes up to their end.
-
-    Extensions, which may hold anything, are not read. Raises Mistake as `read_volume` does.
-    """
-    kinds = [kind for kind in (nib.Nifti1Header, nib.Nifti2Header) if kind.may_contain_header(content)]
-    if not kinds:
-        raise Mistake(f"{path}: no NIfTI file; put a real .nii or .nii.gz there")
     try:
-        header = kinds[0](content[: kinds[0].sizeof_hdr])
-        shape, dtype, offset = header.get_data_shape(), header.get_data_dtype(), header.get_data_offset()
-        header.get_slope_inter(), header.get_best_affine()
-    except (ImageFileError, HeaderDataError, WrapStructError, ValueError, OverflowError) as error:
-        raise Mistake(f"{path}: no NIfTI file that can be read ({error}); save it again") from error
-    told = f"{dtype} {shape}"
-    while len(shape) > 3 and shape[-1] == 1:
-        shape = shape[:-1]
-    if len(shape) != 3 or min(shape) < 1 or dtype.kind not in "iuf":
-        raise Mistake(f"{path}: {told} is no 3-D volume of numbers; give one value a voxel, one scan")
-    announced = offset + math.prod(shape) * dtype.itemsize
-    scaled = header.get_slope_inter() not in ((None, None), (1, 0))  # to float64
-    taken = max(announced, 8 * math.prod(shape) * scaled)
-    if taken > MOST or max(shape) > LARGEST:
-        limits = f"{MOST:,} bytes and {LARGEST} a side"
-        raise Mistake(f"{path}: {told} takes {taken:,} bytes, above the limits of {limits}: is it one scan?")
-    if offset < kinds[0].sizeof_hdr:
-        raise Mistake(f"{path}: its voxels are said to begin at byte {offset:.0f}, in the header; save it again")
-    return header, shape, dtype, announced
+        content = path.read_bytes()
+        if content.startswith(GZIP):
+            content = gzip.decompress(content)
+        kind = nib.Nifti2Image if nib.Nifti2Header.may_contain_header(content) else nib.Nifti1Image
+        image = kind.from_bytes(content)
+        stored = np.asanyarray(image.dataobj)
+    except BROKEN as error:
+        told = " ".join(str(error).split())
+        raise Mistake(f"{path}: no NIfTI file that can be read ({told}): get it again") from error
+    told = f"{stored.dtype} {stored.shape}"
+    while stored.ndim > 3 and stored.shape[-1] == 1:
+        stored = stored[..., 0]
+    if stored.ndim != 3 or not stored.size or stored.dtype.kind not in "iuf":
+        raise Mistake(f"{path}: {told} is no 3-D volume of numbers: give one value a voxel, one scan")
+    return image.header, stored.astype(stored.dtype.newbyteorder("="), copy=False)
 
 
-def unpacked(path: Path) -> Iterator[bytes]:
-    """Bytes of a file in pieces, decompressed if they are gzip; as in gunzip, what follows the stream is ignored.
-
-    Raises Mistake for a file that cannot be read and a stream that is cut short or fails its checksum.
-    """
-    try:
-        with open(path, "rb") as file:
-            pieces = iter(lambda: file.read(PACKED), b"")
-            yield from gunzipped(path, pieces) if is_gzip(file.peek(2)) else pieces
-    except OSError as error:
-        raise Mistake(f"{path}: cannot be read ({error.strerror}); see to the file") from error
-
-
-def gunzipped(path: Path, packed: Iterator[bytes]) -> Iterator[bytes]:
-    """Bytes of gzip streams, one after the other, in pieces of up to PIECE. Raises Mistake as `unpacked` does."""
-    rest, empty = next(packed), 0
-    while is_gzip(rest):
-        stream, found = zlib.decompressobj(wbits=31), 0  # gzip; checks the checksum at the stream's end
-        while not stream.eof:
-            if not rest and not (rest := next(packed, b"")):
-                raise Mistake(f"{path}: cut short or damaged (the stream has no end); get the file again")
-            try:
-                piece = stream.decompress(rest, PIECE)
-            except zlib.error as error:
-                raise Mistake(f"{path}: cut short or damaged ({error}); get the file again") from error
-            rest, found = stream.unconsumed_tail, found + len(piece)
-            if piece:
-                yield piece
-        rest = stream.unused_data
-        empty += not found
-        if empty > MOST_EMPTY:
-            raise Mistake(f"{path}: damaged, of streams without a byte in them; get the file again")
-        if len(rest) < 2:
-            rest += next(packed, b"")
-
-
-def is_gzip(content: bytes) -> bool:
-    """Whether content is gzip, by its first two bytes."""
-    return content.startswith(b"\x1f\x8b")
-
-
-def placed(path: Path, header: nib.Nifti1Header, stored: np.ndarray, note: Callable[[str], None]) -> Volume:
+def placed(path: Path, header: nib.Nifti1Header, stored: np.ndarray, note: Note) -> Volume:
     """Turn a stored array to display by its own header. Raises Mistake where the affine is not usable."""
     volume = Volume(stored, header)
     if not is_usable(volume.affine):
-        raise Mistake(f"{path}: no usable affine; save it again with a program that knows the scan's geometry")
+        raise Mistake(f"{path}: no usable affine: save it again with a program that knows the scan's geometry")
     spacing_alone = np.array_equal(volume.affine, np.diag(np.abs(volume.affine.diagonal())))  # of no scanner: no origin
-    if not has_affine(header) or spacing_alone:
+    made_up = not header["sform_code"] and not header["qform_code"]  # by nibabel
+    if made_up or spacing_alone:
         axes = "".join(nib.aff2axcodes(volume.affine))
         note(f"{path}: does not say how the patient lies; taken as {axes}: see that the spine comes out at the bottom")
-    if unlike := unlike_axial(volume):
+    width, height, _ = np.take(volume.shape, np.argsort(volume.turn[:, 0]))
+    if 4 * min(width, height) < max(width, height):  # an array [Z, Y, X] saved without an affine
+        raise Mistake(f"{path}: slices of {height} x {width} pixels: its axes seem exchanged: save it with its affine")
+    height, width = volume.millimetres
+    tilt = np.degrees(nib.affines.obliquity(volume.affine)).max()  # of a gantry up to 30
+    unlike = f"slices tilted by {tilt:.0f} degrees" if tilt > TILT else ""
+    if max(height, width) > UNEQUAL * min(height, width):  # of coronal slices, or sagittal ones
+        unlike = f"pixels of {height:.3g} x {width:.3g} mm"
+    if unlike:
         note(f"{path}: {unlike}: networks here see axial slices of square pixels; resample it to such, or look closely")
     return volume._replace(voxels=to_display(stored, volume))
-
-
-def unlike_axial(volume: Volume) -> str:
-    """In words, by what a volume's slices are not axial ones of square pixels, such as coronal ones; "" where they are.
-
-    A gantry is tilted by up to 30 degrees, and pixels of axial slices are square.
-    """
-    height, width = volume.millimetres
-    if max(height, width) > UNEQUAL * min(height, width):
-        return f"pixels of {height:.3g} x {width:.3g} mm"
-    columns, rows = volume.affine[:3, np.argsort(volume.turn[:, 0])[:2]].T  # the way that each goes on, in the world
-    normal = np.cross(columns, rows)
-    tilt = math.degrees(math.acos(min(1, abs(normal[2]) / np.linalg.norm(normal))))
-    return f"slices tilted by {tilt:.0f} degrees" if tilt > TILT else ""
-
-
-def has_affine(header: nib.Nifti1Header) -> bool:
-    """Whether a header gives an affine; where it does not, nibabel makes one up."""
-    return bool(header["sform_code"] > 0 or header["qform_code"] > 0)
 
 
 def is_usable(affine: np.ndarray) -> bool:
@@ -288,7 +199,7 @@ def whole_labels(path: Path, stored: np.ndarray, allowed: tuple[int, ...]) -> np
     if not known.all():
         voxel = tuple(int(i) for i in np.unravel_index(known.argmin(), stored.shape))
         labels = ", ".join(map(str, allowed))
-        raise Mistake(f"{path}: unknown label {stored[voxel]:.6g} at voxel {voxel}; correct it to one of {labels}")
+        raise Mistake(f"{path}: unknown label {stored[voxel]:.6g} at voxel {voxel}: correct it to one of {labels}")
     return nearest.astype(np.uint8)
 
 
@@ -307,8 +218,3 @@ def lay_on_grid(stored: np.ndarray, affine: np.ndarray, like: Volume) -> np.ndar
 def to_display(stored: np.ndarray, like: Volume) -> np.ndarray:
     """Turn an array in the stored order of `like` to [Z, H, W] in display."""
     return apply_orientation(stored, like.turn).transpose(2, 1, 0)
-
-
-def stored_turn(volume: Volume) -> np.ndarray:
-    """nibabel's orientation array [3, 2] from [W, H, Z] in display back to the file's own axes."""
-    return ornt_transform(DISPLAY, io_orientation(volume.affine))

@@ -1,20 +1,16 @@
 """The readers and writers of `data/slices.py` on files as paint programs, scripts and people leave them."""
 
-import errno
 import itertools
 import json
 import os
-import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, draw_chest
+from conftest import ROOT
 from PIL import Image
 
-import covidgan
 from data import slices
 from data.slices import Mistake
 
@@ -45,39 +41,9 @@ def test_colour_decides_whatever_the_order_of_the_palette(tmp_path, order):
     np.testing.assert_array_equal(slices.read_map(path), LABELS)
 
 
-def test_colours_that_no_pixel_has_do_not_matter(tmp_path):
-    palette = [WHITE, GREEN, (1, 2, 3), BLACK, RED, (255, 0, 255), BLUE]
-    path = indexed(tmp_path / "map.png", np.array([3, 4, 6, 1])[LABELS], palette)
-    np.testing.assert_array_equal(slices.read_map(path), LABELS)
-
-
-def test_a_palette_cut_to_the_colours_in_use_is_read_by_colour(tmp_path):
-    path = indexed(tmp_path / "map.png", [[0, 1], [1, 1]], [BLUE, BLACK])
-    assert slices.read_map(path).tolist() == [[2, 0], [0, 0]]
-
-
-def test_a_slice_without_lung_is_empty_whatever_the_index_of_black(tmp_path):
-    assert not slices.read_map(indexed(tmp_path / "map.png", np.full((4, 4), 2), [WHITE, (9, 9, 9), BLACK])).any()
-
-
 @pytest.mark.parametrize("palette", [[(i, i, i) for i in range(256)], [(0, 0, 0), (128, 0, 0), (0, 128, 0), (9, 9, 9)]])
 def test_a_palette_without_the_papers_colours_only_dresses_label_values_up(tmp_path, palette):
     np.testing.assert_array_equal(slices.read_map(indexed(tmp_path / "map.png", LABELS, palette)), LABELS)
-
-
-NEARLY_RED, NEARLY_BLUE, NEARLY_GREEN = (237, 28, 36), (63, 72, 204), (34, 177, 76)  # of a common paint program
-
-
-@pytest.mark.parametrize("order", [(3, 2, 1, 0), (0, 2, 1, 3), (1, 0, 2, 3)])
-def test_a_palette_of_nearly_the_papers_colours_in_another_order_is_refused(tmp_path, order):
-    nearly = [BLACK, NEARLY_RED, NEARLY_BLUE, NEARLY_GREEN]
-    path = indexed(tmp_path / "map.png", np.argsort(order)[LABELS], [nearly[label] for label in order])
-    for read in (slices.read_map, lambda path: covidgan.read_map(path, 4)):
-        with pytest.raises((Mistake, covidgan.Mistake), match=r"map\.png: colour \[\d+, \d+, \d+\] at row"):
-            read(path)
-    path = indexed(tmp_path / "map.png", LABELS, nearly)  # where both say the same
-    np.testing.assert_array_equal(slices.read_map(path), LABELS)
-    np.testing.assert_array_equal(covidgan.read_map(path, 4), LABELS)
 
 
 @pytest.mark.parametrize("save", ["grey", "RGB", "RGBA", "palette of a full colour picture"])
@@ -90,12 +56,6 @@ def test_one_map_in_every_form_gives_the_same_labels(tmp_path, save):
     }
     pictures[save].save(tmp_path / "map.png")
     np.testing.assert_array_equal(slices.read_map(tmp_path / "map.png"), LABELS)
-
-
-def test_a_colour_that_is_not_the_papers_is_named_with_its_pixel(tmp_path):
-    path = indexed(tmp_path / "map.png", [[0, 1], [2, 1]], [BLACK, RED, (254, 0, 0)])
-    with pytest.raises(Mistake, match=r"map\.png: colour \[254, 0, 0\] at row 1, column 0"):
-        slices.read_map(path)
 
 
 def test_what_was_erased_is_background_though_its_colour_is_left_below(tmp_path):
@@ -111,22 +71,40 @@ def test_what_was_erased_is_background_though_its_colour_is_left_below(tmp_path)
         np.testing.assert_array_equal(slices.read_map(path), expected)
 
 
-def test_a_transparent_background_changes_no_label(tmp_path):
-    path = indexed(tmp_path / "map.png", LABELS, PAPER, transparency=0)
-    np.testing.assert_array_equal(slices.read_map(path), LABELS)
-
-
 @pytest.mark.parametrize("mode", ["1", "LA", "I;16"])
 def test_a_picture_of_another_kind_is_no_map(tmp_path, mode):
     picture = Image.fromarray(LABELS.astype(np.uint16)) if mode == "I;16" else Image.fromarray(LABELS).convert(mode)
     picture.save(tmp_path / "map.png")
-    with pytest.raises(Mistake, match=r"map\.png: a PNG of mode .* is no label map"):
+    indexed(tmp_path / "black.png", np.full((4, 4), 2), [WHITE, (9, 9, 9), BLACK])  # a slice without lung
+    assert not slices.read_map(tmp_path / "black.png").any()
+    with pytest.raises(Mistake, match=r"colour \[254, 0, 0\] at row 1, column 0"):
+        slices.read_map(indexed(tmp_path / "nearly.png", [[0, 1], [2, 1]], [BLACK, RED, (254, 0, 0)]))
+    with pytest.raises(Mistake, match=r"map\.png: .*mode"):
         slices.read_map(tmp_path / "map.png")
+
+
+@pytest.mark.parametrize("spoil", [lambda png: png[:60], lambda png: b"", lambda png: b"\xff\xd8\xff\xe0" + png])
+def test_what_is_no_whole_png_is_named(tmp_path, spoil):
+    slices.write_map(tmp_path / "map.png", LABELS)
+    (tmp_path / "map.png").write_bytes(spoil((tmp_path / "map.png").read_bytes()))
+    for path in (tmp_path / "map.png", tmp_path / "absent.png"):
+        with pytest.raises(Mistake, match=str(path)):
+            slices.read_map(path)
+
+
+def test_a_png_larger_than_any_slice_is_refused_and_8_bits_are_no_image(tmp_path):
+    Image.new("I;16", (slices.LARGEST + 1, 1)).save(tmp_path / "wide.png")
+    Image.fromarray(LABELS).save(tmp_path / "grey.png")
+    Image.new("I;16", (4, 4), 4096).save(tmp_path / "high.png")
+    for name, told in (("wide", "4097 x 1"), ("grey", "mode L"), ("high", "4096")):
+        with pytest.raises(Mistake, match=rf"{name}\.png: .*{told}"):
+            slices.read_image(tmp_path / f"{name}.png")
 
 
 def test_what_is_written_is_read_again(tmp_path):
     slices.write_map(tmp_path / "map.png", LABELS)
     np.testing.assert_array_equal(slices.read_map(tmp_path / "map.png"), LABELS)
+    assert (tmp_path / "map.png").read_bytes()[24:26] == bytes([8, 3])  # 8-bit palette
     slices.write_image(tmp_path / "image.png", np.array([[-2000.0, -1024.4], [0.6, 9999]]))
     assert slices.read_image(tmp_path / "image.png").tolist() == [[-1024, -1024], [1, 3071]]
 
@@ -148,22 +126,15 @@ def test_pngs_are_listed_in_any_case_and_dot_files_are_no_data(tmp_path):
     assert listed["b"] == tmp_path / "b.PNG"
 
 
-def test_two_pngs_of_one_name_are_refused(tmp_path):
-    with pytest.raises(Mistake, match=r"a\.png: a\.PNG has the same name"):
-        slices.list_pngs(touch(tmp_path, "a.png", "a.PNG"), "maps")
-
-
-@pytest.mark.parametrize("name", ["a.jpg", "a.JPEG"])
-def test_jpeg_is_told_to_change_labels(tmp_path, name):
-    with pytest.raises(Mistake, match=f"{tmp_path}: JPEG, which changes .*give the maps as PNG"):
-        slices.list_pngs(touch(tmp_path, name), "maps")
-
-
-def test_a_folder_that_is_absent_or_without_a_png_is_named(tmp_path):
-    with pytest.raises(Mistake, match="absent: no such folder"):
-        slices.list_pngs(tmp_path / "absent", "images")
-    with pytest.raises(Mistake, match="empty: no PNG in it"):
-        slices.list_pngs(touch(tmp_path / "empty", "._a.png"), "images")
+@pytest.mark.parametrize(
+    ("files", "told"),
+    [(["a.png", "a.PNG"], "a.png: a.PNG"), (["a.JPEG"], "JPEG"), (["._a.png"], "no PNG"), (None, "no such folder")],
+)
+def test_a_folder_that_holds_no_set_of_pngs_is_told(tmp_path, files, told):
+    if files:
+        touch(tmp_path / "maps", *files)
+    with pytest.raises(Mistake, match=rf"maps.*{told}"):
+        slices.list_pngs(tmp_path / "maps", "maps")
 
 
 # split.json
@@ -180,10 +151,6 @@ def test_a_split_is_read_with_or_without_endings_and_byte_order_mark(tmp_path):
     expected = {"train": ["P01_S001", "P01_S002"], "test": ["P02_S001"], "seg_test": []}
     for encoding in ("utf-8", "utf-8-sig"):
         assert slices.read_split(split_file(tmp_path, split, encoding)) == expected
-
-
-def test_a_side_that_is_not_there_is_left_out(tmp_path):
-    assert slices.read_split(split_file(tmp_path, {"test": ["a"]})) == {"test": ["a"]}
 
 
 @pytest.mark.parametrize(
@@ -203,19 +170,20 @@ def test_a_name_that_is_no_slices_name_is_told(tmp_path, name):
         slices.read_split(split_file(tmp_path, {"train": ["P01_S001", name]}))
 
 
+@pytest.mark.parametrize("split", [{"train": ["a", "b", "a.png"]}, {"train": ["a", "b"], "test": ["c", "a.PNG"]}])
+def test_a_name_that_is_listed_twice_or_on_two_sides_is_told(tmp_path, split):
+    with pytest.raises(Mistake, match=r"split\.json: a is"):
+        slices.read_split(split_file(tmp_path, split))
+
+
 # Writing
 
 
-def test_a_file_that_cannot_be_written_is_named_and_the_old_one_stays(tmp_path, monkeypatch):
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+def test_a_file_that_cannot_be_written_is_named_and_the_old_one_stays(tmp_path):
     path = tmp_path / "map.png"
     path.write_bytes(b"old")
-
-    def full(self, content):
-        with open(self, "wb") as stream:
-            stream.write(content[:10])
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(Path, "write_bytes", full)
+    (tmp_path / ".map.png.tmp").symlink_to("/dev/full")
     with pytest.raises(Mistake, match=rf"^{path}: cannot be written \(No space left on device\)"):
         slices.write_map(path, LABELS)
     assert [(each.name, each.read_bytes()) for each in tmp_path.iterdir()] == [("map.png", b"old")]
@@ -234,141 +202,73 @@ def names(folder):
 
 def test_a_whole_set_gives_way_only_to_itself_or_on_request(tmp_path):
     make_set(tmp_path, unfinished=False)
-    assert names(tmp_path) == ["maps/P01_S001.png", "split.json"]
-    with pytest.raises(Mistake, match="of another set"):
+    (tmp_path / "maps" / ".P01_S002.png.tmp").touch()  # of a run that was killed
+    with pytest.raises(Mistake, match="--overwrite"):
         slices.make_room(tmp_path, overwrite=False)
-    assert names(tmp_path) == ["maps/P01_S001.png", "split.json"]
     slices.make_room(tmp_path, overwrite=False, same=True)
-    assert names(tmp_path) == [".unfinished"]
-    make_set(tmp_path, unfinished=False)
+    assert names(tmp_path) == [".unfinished", "maps/P01_S001.png"]
     slices.make_room(tmp_path, overwrite=True)
     assert names(tmp_path) == [".unfinished"]
 
 
-def test_an_unfinished_set_gives_way_with_a_word(tmp_path, capsys):
+def test_an_unfinished_set_gives_way_and_is_no_set_before(tmp_path):
     make_set(tmp_path, unfinished=True)
+    for place in (tmp_path, tmp_path / "maps"):
+        with pytest.raises(Mistake, match=str(tmp_path)):
+            slices.check_finished(place)
     slices.make_room(tmp_path, overwrite=False)
     assert names(tmp_path) == [".unfinished"]
-    assert str(tmp_path) in capsys.readouterr().err
+    make_set(tmp_path, unfinished=False)
+    slices.check_finished(tmp_path)
 
 
-@pytest.mark.parametrize("unfinished", [True, False])
 @pytest.mark.parametrize("own", ["notes.txt", "maps/mine.png", "images/sub/P01_S001.png", "P01_S001.png"])
-def test_a_users_own_file_is_never_removed(tmp_path, unfinished, own):
-    make_set(tmp_path, unfinished)
+def test_a_users_own_file_is_never_removed(tmp_path, own):
     (tmp_path / own).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / own).write_text("mine")
     with pytest.raises(Mistake, match="--overwrite"):
-        slices.make_room(tmp_path, overwrite=False, same=True)
+        slices.make_room(tmp_path, overwrite=False)
     slices.make_room(tmp_path, overwrite=True)
     assert (tmp_path / own).read_text() == "mine"
 
 
-@pytest.mark.parametrize("own", ["maps/P77_S001.png", "images/P77_Smine.png"])
-def test_slices_that_a_user_has_added_to_a_set_are_not_removed_with_it(tmp_path, own):
-    make_set(tmp_path, unfinished=False)
-    (tmp_path / own).write_text("mine")
-    with pytest.raises(Mistake, match=rf"{own}: of another set"):
-        slices.make_room(tmp_path, overwrite=False, same=True)
-    assert names(tmp_path) == sorted(["maps/P01_S001.png", own, "split.json"])
-
-
-def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+def test_a_folder_has_one_writer_and_the_lock_goes_with_it(tmp_path):
+    with slices.held(tmp_path / "out"):
+        with pytest.raises(Mistake, match="out"), slices.held(tmp_path / "out"):
+            pass
+        with slices.held(tmp_path / "out", ".other.lock"):
+            pass
+    assert names(tmp_path) == []
     (tmp_path / "file").touch()
-    with pytest.raises(Mistake, match=rf"^{tmp_path}/file: cannot be made a folder"):
-        slices.make_room(tmp_path / "file", overwrite=False)
+    with pytest.raises(Mistake, match="file"), slices.held(tmp_path / "file"):
+        pass
 
 
-def test_a_map_is_an_8_bit_palette_png(tmp_path):
-    slices.write_map(tmp_path / "map.png", np.eye(40, dtype=np.uint8) * 3)
-    header = (tmp_path / "map.png").read_bytes()[16:33]  # width, height, bits, colour type
-    assert (int.from_bytes(header[:4]), header[8], header[9]) == (40, 8, 3)
-
-
-STOPPED_TWICE = """
-import sys, time
-from pathlib import Path
-from data.slices import exit_on_mistake
+PROGRAM = """
+import sys
+from data.slices import Mistake, OneLineParser, exit_on_mistake
 def program(argv):
-    try:
-        print("ready", flush=True)
-        time.sleep(60)
-    finally:
-        print("clearing", flush=True)
-        time.sleep(0.5)
-        print("cleared", flush=True)
-exit_on_mistake(program)
+    parser = OneLineParser("about")
+    parser.add_argument("--overwrite", action="store_true")
+    parser.parse_args(argv)
+    {}
+exit_on_mistake(program, more=(KeyError,))
 """
 
 
-def test_a_second_signal_does_not_stop_what_clears_up_after_the_first():
-    pipe = subprocess.PIPE
-    process = subprocess.Popen([sys.executable, "-c", STOPPED_TWICE], cwd=ROOT, stdout=pipe, stderr=pipe, text=True)
-    assert process.stdout.readline() == "ready\n"
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        process.send_signal(signum)
-        if signum == signal.SIGTERM:
-            assert process.stdout.readline() == "clearing\n"
-    out, told = process.communicate(timeout=30)
-    assert (out, told, process.returncode) == ("cleared\n", "stopped\n", 130)
-
-
-# ---- maps turned against their slices
-
-
-@pytest.mark.parametrize("shift", [-11, -6, 0, 6, 11])
-@pytest.mark.parametrize("noise", [0, 30])
-def test_a_body_beside_the_middle_of_its_slice_is_not_called_turned(shift, noise):
-    """Where half of what its lungs would be turned onto is the air around it."""
-    hu, labels = draw_chest(6)
-    small = [
-        np.pad(picture[:, ::2, ::2], ((0, 0), (16, 16), (16, 16)), constant_values=air)
-        for picture, air in ((hu, -1000), (labels, 0))
-    ]
-    hu, labels = (np.roll(picture, shift, 1) for picture in small)
-    hu = hu + np.random.default_rng(0).normal(0, noise, hu.shape)
-    assert slices.turned(hu, labels == 1) is None
-    assert slices.turned(hu[0], labels[0] == 1) is None
-    assert shift or "turned" in slices.turned(hu, labels[:, ::-1] == 1)
-
-
-def test_one_lung_alone_that_is_denser_than_the_other_is_not_called_turned():
-    hu, labels = draw_chest()
-    right = (labels == 1) & (np.arange(64) < 32)
-    hu[right] = -600
-    assert slices.turned(hu, right) is None
-
-
-# ---- what a program prints
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="POSIX")
-@pytest.mark.parametrize("module", ["covidgan", "data.slices"])
 @pytest.mark.parametrize(
-    ("streams", "status", "told"),
+    ("line", "options", "status", "told"),
     [
-        ("> /dev/full", 2, "error: standard output: [Errno 28] No space left on device\n"),
-        (">&-", 0, ""),
-        ("2>&- <&-", 0, ""),
-        ("maps > /dev/full", 2, "error: maps: not there\n"),
+        ("return 3", (), 3, ""),
+        ("raise Mistake('maps: not there')", (), 2, "maps: not there"),
+        ("open('/not/there')", (), 2, "/not/there"),
+        ("raise KeyError('two\\nlines')", (), 2, "two"),
+        ("raise MemoryError", (), 2, "out of memory"),
+        ("pass", ("--over",), 2, "--over"),  # no abbreviation
     ],
-    ids=["full", "closed", "stderr closed", "full, and another mistake"],
 )
-def test_nobody_who_listens_is_no_traceback(module, streams, status, told):
-    program = f"""from {module} import Mistake, exit_on_mistake
-def main(argv):
-    print('so far')
-    if argv:
-        raise Mistake(argv[0] + ': not there')
-exit_on_mistake(main)"""
-    command = f'{sys.executable} -c "{program}" {streams}'
-    buffered = {**os.environ, "PYTHONUNBUFFERED": ""}
-    done = subprocess.run(command, shell=True, cwd=ROOT, env=buffered, capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stderr) == (status, told)
-
-
-def test_a_package_named_data_elsewhere_is_not_taken_for_ours(tmp_path):
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data/__init__.py").touch()
-    command, path = [sys.executable, ROOT / "infer_onnx.py", "-h"], {**os.environ, "PYTHONPATH": str(tmp_path)}
-    assert subprocess.run(command, env=path, capture_output=True, timeout=60).returncode == 0
+def test_a_mistake_ends_in_one_line_and_status_2(line, options, status, told):
+    command = [sys.executable, "-c", PROGRAM.format(line), *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == status and told in done.stderr
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 if told else done.stderr == ""

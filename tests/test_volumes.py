@@ -95,7 +95,6 @@ AS_PEOPLE_HAVE_THEM = {
     "not compressed": lambda path: path.write_bytes(gzip.decompress(path.read_bytes())),
     "compressed twice as long": in_two_streams,
     "zeros behind the stream": lambda path: path.write_bytes(path.read_bytes() + bytes(700)),
-    "garbage behind the stream": lambda path: path.write_bytes(path.read_bytes() + b"<html>"),
     "NIfTI-2": as_nifti_2,
     "big-endian": as_big_endian,
     "a last axis of one": with_a_last_axis_of_one,
@@ -110,43 +109,28 @@ def test_a_file_as_people_have_them_is_read(tmp_path, change):
     np.testing.assert_array_equal(volume.voxels, numbered())
     assert volume.voxels.dtype.isnative
     np.testing.assert_allclose(volume.millimetres, (0.7, 0.5))
-
-
-def test_a_nii_that_is_gzip_is_read(tmp_path):
-    save(tmp_path / "1.nii.gz", *stored_as(numbered(), "RAS")).rename(tmp_path / "1.nii")
-    np.testing.assert_array_equal(volumes.read_volume(tmp_path / "1.nii").voxels, numbered())
+    path = path.rename(tmp_path / "2.nii")  # whatever it is called
+    np.testing.assert_array_equal(volumes.read_volume(path).voxels, numbered())
 
 
 BROKEN = {
-    "AppleDouble": (lambda whole: APPLE_DOUBLE, "no NIfTI"),
-    "nothing": (lambda whole: b"", "no NIfTI"),
-    "a header alone": (lambda whole: gzip.decompress(whole)[:352], "cut short or damaged"),
-    "cut short": (lambda whole: whole[:-30], "cut short or damaged"),
-    "without its checksum": (lambda whole: whole[:-8], "cut short or damaged"),
-    "with another checksum": (lambda whole: whole[:-8] + bytes(4) + whole[-4:], "cut short or damaged"),
-    "with another length": (lambda whole: whole[:-4] + bytes(4), "cut short or damaged"),
-    "cut short, not compressed": (lambda whole: gzip.decompress(whole)[:-1], "cut short or damaged"),
-    "of a petabyte, says its header": (
-        lambda whole: gzip.decompress(whole)[:42] + b"\xff\x7f" * 3 + gzip.decompress(whole)[48:],
-        "takes 70,362,301,923,678 bytes, above the",
-    ),
+    "AppleDouble": lambda whole: APPLE_DOUBLE,
+    "nothing": lambda whole: b"",
+    "a header alone": lambda whole: gzip.decompress(whole)[:352],
+    "cut short": lambda whole: whole[:-30],
+    "of a petabyte, says its header": lambda whole: gzip.decompress(whole).replace(b"\5\0\4\0\3\0", b"\xff\x7f" * 3, 1),
+    "of colours": lambda whole: nib.Nifti1Image(np.zeros((5, 4, 3), [(c, "u1") for c in "RGB"]), np.eye(4)).to_bytes(),
+    "a series in time": lambda whole: nib.Nifti1Image(np.zeros((5, 4, 3, 2), np.int16), np.eye(4)).to_bytes(),
 }
 
 
-@pytest.mark.parametrize(("change", "complaint"), BROKEN.values(), ids=BROKEN)
-def test_a_broken_file_is_named_in_one_line(tmp_path, change, complaint):
+@pytest.mark.parametrize("change", BROKEN.values(), ids=BROKEN)
+def test_a_broken_file_is_named_in_one_line(tmp_path, change):
     path = save(tmp_path / "1.nii.gz", *stored_as(numbered(), "LPS"))
     path.write_bytes(change(path.read_bytes()))
     with pytest.raises(Mistake) as error:
         volumes.read_volume(path)
-    assert (
-        str(error.value).startswith(f"{path}: ") and complaint in str(error.value) and "\n" not in error.value.args[0]
-    )
-
-
-def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(Mistake, match=r"1\.nii: cannot be read \(No such file"):
-        volumes.read_volume(tmp_path / "1.nii")
+    assert str(error.value).startswith(f"{path}: ") and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("spoil", [lambda affine: affine * [[0], [1], [1], [1]], lambda affine: affine * np.nan])
@@ -193,6 +177,19 @@ def test_slices_unlike_axial_ones_are_told(tmp_path, capsys, sizes, tilt, told, 
     assert said.startswith(f"warning: {path}: {told}") if told else said == ""
 
 
+@pytest.mark.parametrize(("unit", "per"), [(1, 0.001), (2, 1), (3, 1000)])
+def test_metres_and_micrometres_are_told_by_the_header(tmp_path, unit, per):
+    array, affine = stored_as(numbered(), "LPS")
+    path = save(tmp_path / "1.nii.gz", array, np.diag([per, per, per, 1]) @ affine, xyzt_units=unit)
+    np.testing.assert_allclose(volumes.read_volume(path).millimetres, (0.7, 0.5), rtol=1e-5)
+
+
+def test_an_array_saved_in_the_order_z_y_x_is_refused(tmp_path):
+    path = save(tmp_path / "1.nii.gz", numbered((3, 16, 16)), np.eye(4))
+    with pytest.raises(Mistake, match=r"1\.nii\.gz: .*axes"):
+        volumes.read_volume(path, note=str)
+
+
 # Masks
 
 
@@ -202,15 +199,6 @@ def test_a_mask_stored_in_another_order_lies_on_its_ct_without_a_word(tmp_path, 
     labels = volumes.read_labels(path, (0, 1, 2), ct)
     np.testing.assert_array_equal(labels, ct.voxels % 3)
     assert labels.dtype == np.uint8 and capsys.readouterr().err == ""
-
-
-def test_a_mask_of_an_oblique_ct_may_be_stored_in_another_order(tmp_path):
-    array = np.arange(60, dtype=np.int16).reshape(5, 4, 3)
-    ct = volumes.read_volume(save(tmp_path / "ct.nii.gz", array, OBLIQUE))
-    flip = np.array([[-1, 0, 0, 4], [0, 0, 1, 0], [0, 1, 0, 0], [0, 0, 0, 1]])  # x backwards, y and z exchanged
-    mask = (array[::-1].transpose(0, 2, 1) % 2).astype(np.uint8)
-    path = save(tmp_path / "mask.nii.gz", mask, OBLIQUE @ flip)
-    np.testing.assert_array_equal(volumes.read_labels(path, (0, 1), ct), ct.voxels % 2)
 
 
 def lost_affine(affine, kind):
@@ -239,12 +227,6 @@ def test_a_mask_without_any_affine_is_taken_as_its_ct_is_stored(tmp_path, capsys
     path = save(tmp_path / "mask.nii.gz", array, affine, sform=0)
     np.testing.assert_array_equal(volumes.read_labels(path, (0, 1, 2), ct), ct.voxels)
     assert "mask.nii.gz" in capsys.readouterr().err
-
-
-def test_a_mask_of_the_same_place_to_a_thousandth_needs_no_warning(tmp_path, ct, capsys):
-    array, affine = stored_as((numbered() % 3).astype(np.uint8), "LAS")
-    volumes.read_labels(save(tmp_path / "mask.nii.gz", array, np.round(affine + 0.0004, 3)), (0, 1, 2), ct)
-    assert capsys.readouterr().err == ""
 
 
 def test_a_mask_of_neither_grid_nor_shape_is_refused(tmp_path, ct):
@@ -293,7 +275,8 @@ def test_what_is_written_lies_where_its_model_lies(tmp_path, codes):
     np.testing.assert_array_equal(new.affine, old.affine)
     np.testing.assert_array_equal(np.asanyarray(new.dataobj), -np.asanyarray(old.dataobj))
     assert (new.get_data_dtype(), new.header["sform_code"], new.header["qform_code"]) == (np.int16, 2, 0)
-    assert b"SECRET" not in b"".join(volumes.unpacked(tmp_path / f"new{ending}"))
+    content = (tmp_path / f"new{ending}").read_bytes()
+    assert b"SECRET" not in (gzip.decompress(content) if ending == ".nii.gz" else content)
 
 
 @pytest.mark.parametrize(("sform", "qform"), [(1, 1), (0, 1), (1, 0), (0, 0)])
@@ -325,12 +308,6 @@ def test_the_header_says_int16_hu_and_holds_no_free_text(tmp_path):
     assert (tmp_path / "again.nii.gz").read_bytes() == first  # no time of day in it
 
 
-def test_another_ending_is_refused_before_anything_is_written(tmp_path, ct):
-    with pytest.raises(Mistake, match=r"new\.png: "):
-        volumes.write_volume(tmp_path / "new.png", ct, ct.voxels)
-    assert [path.name for path in tmp_path.iterdir()] == ["ct.nii.gz"]
-
-
 # Folders
 
 
@@ -346,12 +323,6 @@ def test_volumes_are_listed_by_name_and_dot_files_are_no_data(tmp_path):
     listed = volumes.list_volumes(tmp_path)
     assert list(listed) == ["a.b", "b", "c"]
     assert listed["a.b"] == tmp_path / "a.b.NII"
-
-
-def test_two_files_of_one_name_are_refused(tmp_path):
-    touch(tmp_path, "a.nii", "a.nii.gz")
-    with pytest.raises(Mistake, match=r"a\.nii\.gz: a\.nii has the same name"):
-        volumes.list_volumes(tmp_path)
 
 
 def test_a_folder_that_is_not_there_or_holds_no_volume_is_named(tmp_path):
