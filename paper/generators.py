@@ -1,12 +1,12 @@
 """The generators that the paper's tables compare: which there are, and how one is trained.
 
-A generator is a row, trained with a seed into OUT/ROW_OPTIMISER_SEED. Tables III and IV take what Table II has trained.
+A generator is a row, trained with a seed into OUT/ROW_OPTIMISER_SEED. Tables III to V take what Table II has trained.
 All see the same number of samples at full size: one with two stages there sees half of them in each.
 """
 
 import argparse
+import dataclasses
 import itertools
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ RIVALS = ("pix2pix", "pix2pixHD", "SPADE", "SEAN")
 CHOOSE, REPORT = "test", "seg_test"  # sides
 KIDS = "lung KID 1280"  # of each optimiser, among what is kept
 FIRST_SEED = 0  # of the runs that choose an optimiser
-KEPT = 8  # checkpoints per stage of the first seed's runs, to follow KID
+INTERVALS = 8  # checkpoints and panels of a stage
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,15 @@ class Row:
         return ["-m", self.kind.__module__, *[self.method] * (self.method in rivals.METHODS)]
 
 
+def ours(switches: str = "", preset: str = "paper") -> Row:
+    """A row of ours, with one part of the method changed."""
+    return Row("covidgan", ("--preset", preset, *switches.split()))
+
+
 def rival(name: str, *options: str) -> Row:
     """A rival's row; where its authors set Adam differently from the paper, both are tried."""
-    ours = rivals.RivalConfig
-    paper = dict.fromkeys("dg", (ours.lr, (ours.adam_beta1, ours.adam_beta2)))
+    defaults = rivals.RivalConfig
+    paper = dict.fromkeys("dg", (defaults.lr, (defaults.adam_beta1, defaults.adam_beta2)))
     optimisers = ("paper",) if rivals.METHODS[name].own == paper else ("own", "paper")
     return Row(name, ("--preset", "paper", *options), optimisers)
 
@@ -57,19 +62,12 @@ def rival(name: str, *options: str) -> Row:
 LOOP = covidgan.LoopConfig
 CLEAN = ("--noise", "0", "--contrast", str(LOOP.contrast), "--ema", str(LOOP.ema))
 ROWS: dict[str, Row] = {
-    "covidgan": Row("covidgan", ("--preset", "paper")),
-    "covidgan-best": Row("covidgan", ("--preset", "best")),
+    "covidgan": ours(),
+    "covidgan-best": ours(preset="best"),
     **{name: rival(name) for name in RIVALS},
-    "covidgan-clean": Row("covidgan", ("--preset", "paper", *CLEAN)),
+    "covidgan-clean": ours(" ".join(CLEAN)),
     **{f"{name}-clean": rival(name, *CLEAN) for name in RIVALS},
 }
-
-
-def ours(switches: str) -> Row:
-    """Our row with one part of the method changed."""
-    return Row("covidgan", ("--preset", "paper", *switches.split()))
-
-
 # Table V's, besides covidgan itself
 ABLATIONS: dict[str, Row] = {
     "without-DESUM": ours("--desum sum"),
@@ -114,46 +112,17 @@ def folder(name: str, optimiser: str, seed: int, args: argparse.Namespace) -> Pa
 
 
 def train(name: str, optimiser: str, seed: int, args: argparse.Namespace) -> Path:
-    """Train a row's run, or go on with it; returns its folder.
-
-    For Table II's rows, the first seed's checkpoints are kept along the way, whichever command makes the run.
-    """
-    row, out, size = row_of(name), folder(name, optimiser, seed, args), runs.size_of(args.reference)
-    stage = round(args.samples / full_size(row.kind, covidgan.parse_config([*row.options], row.kind)))  # samples of one
-    scale = {"ngf": args.ngf, "ndf": args.ngf, "batch": args.batch, "epochs": 2, "epoch-len": stage // 2}
-    given = {"data": args.data, "size": size, "seed": seed, **scale, "interval": stage // args.batch // KEPT}
-    given["dtype"] = args.dtype
-    if taken := [f"--{key}" for key in given if f"--{key}" in row.options]:
-        raise Mistake(f"row {name}: {', '.join(taken)} would be the table's own, the same for all rows: leave it out")
-    options = [*row.options, *itertools.chain(*[(f"--{key}", str(value)) for key, value in given.items()])]
-    options += ["--optimiser", optimiser] if row.method in rivals.METHODS else []
-    c = covidgan.parse_config(options, row.kind)
-    dtype = "bfloat16" if covidgan.uses_bf16(c, covidgan.pick_device(c)) else "float32"
-    runs.train(row.program, options, out, options_of(name), keep=name in ROWS and seed == FIRST_SEED, dtype=dtype)
+    """Train a row's run, or go on with it; returns its folder."""
+    row, out = row_of(name), folder(name, optimiser, seed, args)
+    c = covidgan.parse_config([*row.options], row.kind)
+    stage = round(args.samples / full_size(row.kind, c))  # samples of one
+    given = {"data": args.data, "size": runs.size_of(args.reference), "ngf": args.ngf, "ndf": args.ngf, "seed": seed}
+    given |= {"batch": args.batch, "epochs": 2, "epoch-len": stage // 2, "interval": stage // args.batch // INTERVALS}
+    given |= {"dtype": args.dtype} | ({"optimiser": optimiser} if row.method in rivals.METHODS else {})
+    options = [*itertools.chain(*[(f"--{key}", str(value)) for key, value in given.items()]), *row.options]
+    bf16 = covidgan.uses_bf16(dataclasses.replace(c, dtype=args.dtype), covidgan.pick_device(c))
+    runs.train(row.program, options, out, options_of(name), dtype="bfloat16" if bf16 else "float32")
     return out
-
-
-def optimiser_of(name: str, args: argparse.Namespace) -> str:
-    """The optimiser of a row: among the candidates, the one with the lowest lung KID on the side that chooses.
-
-    It is chosen once, by runs of one seed as published, for the clean row too, and kept beside the tables.
-    """
-    if len(tried := row_of(name).optimisers) == 1:
-        return tried[0]
-    published = published_of(name)
-
-    def kid(optimiser: str) -> float:
-        out, features = train(published, optimiser, FIRST_SEED, args), runs.feature_network(args.out)
-        value = runs.measure(out, args.reference, CHOOSE, features)["features"]["lung KID 1280"]["value"]
-        if value is None:
-            raise Mistake(f"{args.reference}: too few slices on side {CHOOSE} to choose an optimiser by their KID")
-        return value
-
-    kept = runs.kept_measures(args.results, choice := f"optimiser_{published}")
-    if kept is None:
-        kept = {KIDS: {optimiser: kid(optimiser) for optimiser in tried}}
-        runs.keep_measures(args.results, choice, kept)
-    return min(kept[KIDS], key=kept[KIDS].get)
 
 
 def published_of(name: str) -> str:
@@ -161,11 +130,30 @@ def published_of(name: str) -> str:
     return published if (published := name.removesuffix("-clean")) in ROWS else name
 
 
+def optimiser_of(name: str, args: argparse.Namespace) -> str:
+    """The optimiser of a row: among the candidates, the one with the lowest lung KID on the side that chooses.
+
+    It is chosen once, by runs of one seed as published, for the clean row too, and kept beside the tables.
+    """
+    published, tried = published_of(name), row_of(name).optimisers
+
+    def kid(optimiser: str) -> float:
+        out, features = train(published, optimiser, FIRST_SEED, args), runs.feature_network(args.out)
+        value = runs.measure(out, args.reference, CHOOSE, features)["features"][KIDS]["value"]
+        if value is None:
+            raise Mistake(f"{args.reference}: too few slices on side {CHOOSE} to choose an optimiser by their KID")
+        return value
+
+    if len(tried) == 1:
+        return tried[0]
+    kept = runs.keep(args.results, f"optimiser_{published}", lambda: {KIDS: {one: kid(one) for one in tried}})
+    return min(kept[KIDS], key=kept[KIDS].get)
+
+
 def tried_optimisers(args: argparse.Namespace) -> dict[str, dict[str, float]]:
     """For each row with several optimisers, the lung KID by which one was chosen; for the record."""
-    several = [name for name, row in ROWS.items() if len(row.optimisers) > 1]
-    kept = {name: runs.kept_measures(args.results, f"optimiser_{name}") for name in several}
-    return {name: choice[KIDS] for name, choice in kept.items() if choice}
+    paths = {name: args.results / "runs" / f"optimiser_{name}.json" for name in ROWS}
+    return {name: runs.read_json(path)[KIDS] for name, path in paths.items() if path.exists()}
 
 
 def trained(name: str, seed: int, args: argparse.Namespace) -> Path:
@@ -173,23 +161,6 @@ def trained(name: str, seed: int, args: argparse.Namespace) -> Path:
     return train(name, optimiser_of(name, args), seed, args)
 
 
-def commit_of(name: str, seed: int, args: argparse.Namespace) -> str:
-    """The commit at which a row's generator was trained."""
-    return runs.begun(folder(name, optimiser_of(name, args), seed, args))["commit"]
-
-
 def measured(run: Path, args: argparse.Namespace) -> dict[str, Any]:
     """eval.py's results of a generator on the patients that are reported."""
     return runs.measure(run, args.reference, REPORT, runs.feature_network(args.out))
-
-
-def whole_runs(names: Iterable[str], args: argparse.Namespace) -> list[tuple[str, int, Path]]:
-    """Row, seed and folder of the rows' runs under --out that are fully trained, with their chosen optimisers."""
-    found = []
-    chosen = tried_optimisers(args)
-    for name in names:
-        if len(row_of(name).optimisers) > 1 and published_of(name) not in chosen:
-            continue
-        runs_of = runs.seeded(args.out, f"{name}_{optimiser_of(name, args)}")
-        found += [(name, seed, out) for seed, out in runs_of.items() if (out / "results.json").exists()]
-    return found

@@ -1,14 +1,14 @@
-"""What a trained generator is worth: the figures of its images, its cost, and how it came to them.
+"""What a trained generator is worth: the figures of its images, and its cost.
 
 RESULTS/runs/ holds one small file for each run, and the tables are made of these files alone: a row that is trained on
-another machine, or a year later, stands beside the others, whose weights need not be there. What is measured again
-replaces its file.
+another machine, or a year later, stands beside the others, whose weights need not be there.
 """
 
 import argparse
 import itertools
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,13 @@ import numpy as np
 import torch
 
 import covidgan
-import export
-from data.runtime import ort
+import infer_onnx
 from data.slices import Mistake, read_split, write_image
 from paper import generators, rivals, runs
 from paper.generators import REPORT
 
-FLOORS = {"label means": covidgan.mean_paint, "nearest training case": covidgan.nearest_copy}
+Floor = Callable[[covidgan.Slices, torch.Tensor, covidgan.LoopConfig], torch.Tensor]
+FLOORS: dict[str, Floor] = {"label means": covidgan.mean_paint, "nearest training case": covidgan.nearest_copy}
 FID, KID = "FID 24", "KID 1280"  # by features of that many dimensions, for FID fewer than any side here has slices
 BETTER = {FID: "lower", "FID 32": "lower", KID: "lower"} | {"PSNR": "higher", "SSIM": "higher"}
 BETTER |= {"RMSE": "lower", "NRMSE": "lower"}
@@ -40,46 +40,40 @@ def load_side(data: Path, side: str) -> covidgan.Slices:
     return covidgan.load_slices(data, read_split(data / "split.json")[side], c)
 
 
-def write_slices(out: Path, names: list[str], images: torch.Tensor) -> None:
-    """Write windowed lungs [N, 1, S, S] in [-1, 1] as slices in HU, from which eval.py takes the lung."""
+def restored(run: Path, kind: type[covidgan.Method]) -> covidgan.Method:
+    """The method that a run has trained, ready to synthesize."""
+    return covidgan.restore(covidgan.read_checkpoint(run / "ckpt.pt", kind), kind)[0]
+
+
+def figures_of_lungs(out: Path, names: list[str], images: torch.Tensor, args: argparse.Namespace) -> Figures:
+    """Figures of windowed lungs [N, 1, S, S] in [-1, 1], written as slices in HU, of which eval.py takes the lung."""
     hu = covidgan.LoopConfig.level + images[:, 0].numpy() * covidgan.LoopConfig.width / 2
-    out.mkdir(parents=True, exist_ok=True)
+    (out / "images").mkdir(parents=True, exist_ok=True)
     for name, one in zip(names, hu, strict=True):
-        write_image(out / f"{name}.png", one)
+        write_image(out / "images" / f"{name}.png", one)
+    return figures_of(runs.compare(args.reference, out / "images", runs.feature_network(args.out), out))
 
 
-def measure_floor(name: str, args: argparse.Namespace) -> dict[str, Any]:
-    """eval.py's results for a floor: no network, and what every network has to beat."""
-    out = args.out / name.replace(" ", "_")
+def keep_floor(name: str, args: argparse.Namespace) -> Figures:
+    """A floor's figures, measured if they are not kept yet: no network, and what every network has to beat."""
+    note = name.replace(" ", "_")
 
-    def make() -> dict[str, Any]:
+    def make() -> dict[str, Figures]:
         train_side, side = load_side(args.reference, "train"), load_side(args.reference, REPORT)
-        write_slices(out / "images", side.names, FLOORS[name](train_side, side.labels, covidgan.Config()))
-        return compare_lungs(out, args)
+        images = FLOORS[name](train_side, side.labels, covidgan.Config())
+        return {"figures": figures_of_lungs(args.out / note, side.names, images, args)}
 
-    return runs.once(out / "results.json", make)
+    return runs.keep(args.results, note, make)["figures"]
 
 
 @torch.no_grad()
-def measure_self(run: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """eval.py's results for SEAN in the style of the very slices that it is to synthesize, as its authors test it."""
-    out = run / "self"
-
-    def make() -> dict[str, Any]:
-        method = export.load_method(covidgan.read_checkpoint(run / "ckpt.pt", rivals.Sean), rivals.Sean)
-        side, images = load_side(args.reference, REPORT), []
-        for hu, labels in zip(side.hu.split(8), side.labels.split(8), strict=True):
-            real = covidgan.lung_target(covidgan.window(hu, method.c), labels)
-            images.append(method.synthesize_self(covidgan.one_hot(labels, method.c.n_labels), real))
-        write_slices(out / "images", side.names, torch.cat(images))
-        return compare_lungs(out, args)
-
-    return runs.once(out / "results.json", make)
-
-
-def compare_lungs(out: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """Compare OUT/images with the real slices of the same names."""
-    return runs.compare(args.reference, out / "images", runs.feature_network(args.out), out)
+def figures_in_own_style(run: Path, args: argparse.Namespace) -> Figures:
+    """SEAN's in the style of the very slices that it is to synthesize, as its authors test it."""
+    method, side, images = restored(run, rivals.Sean), load_side(args.reference, REPORT), []
+    for hu, labels in zip(side.hu.split(8), side.labels.split(8), strict=True):
+        real = covidgan.lung_target(covidgan.window(hu, method.c), labels)
+        images.append(method.synthesize_self(covidgan.one_hot(labels, method.c.n_labels), real))
+    return figures_of_lungs(run / "self", side.names, torch.cat(images), args)
 
 
 # ------------------------------------------------------------------------------------------------ what a run is worth
@@ -99,55 +93,46 @@ def figures_of(results: dict[str, Any]) -> Figures:
     return found
 
 
-def keep_floor(name: str, args: argparse.Namespace) -> Figures:
-    """A floor's figures, measured if they are not kept yet."""
-    kept = runs.kept_measures(args.results, note := name.replace(" ", "_"))
-    if kept is None:
-        kept = {"figures": figures_of(measure_floor(name, args))}
-        runs.keep_measures(args.results, note, kept)
-    return kept["figures"]
-
-
 def keep_generator(name: str, seed: int, args: argparse.Namespace) -> None:
-    """Train a row's generator with a seed, measure it, and keep its measurements. Raises Mistake."""
-    run, optimiser = generators.trained(name, seed, args), generators.optimiser_of(name, args)
-    told = {"optimiser": optimiser, "options": generators.options_of(name), **cost_of(name, seed, run)}
-    told["figures"] = figures_of(generators.measured(run, args))
-    if generators.row_of(name).method == "SEAN":
-        told[IN_OWN_STYLE] = figures_of(measure_self(run, args))
-    runs.keep_measures(args.results, f"{name}_{seed}", told | {"progress": progress_of(run, args)})
+    """Train and measure a row's generator with a seed, if its measurements are not kept yet. Raises Mistake."""
+
+    def make() -> dict[str, Any]:
+        run, optimiser = generators.trained(name, seed, args), generators.optimiser_of(name, args)
+        told = {"optimiser": optimiser, "options": generators.options_of(name), **cost_of(name, seed, run)}
+        told["figures"] = figures_of(generators.measured(run, args))
+        if generators.row_of(name).method == "SEAN":
+            told[IN_OWN_STYLE] = figures_in_own_style(run, args)
+        return told
+
+    runs.keep(args.results, f"{name}_{seed}", make)
 
 
 def kept_generators(name: str, args: argparse.Namespace) -> dict[int, dict[str, Any]]:
     """What a row's generators have measured, by seed. Raises Mistake for one that was trained otherwise."""
-    kept = runs.kept_seeds(args.results, name)
+    kept = runs.kept(args.results, name)
     for seed, one in kept.items():
-        check_options(f"{name}_{seed}", one["options"], generators.options_of(name), args)
+        check_options(f"{name}_{seed}", one["options"], generators.options_of(name))
     return kept
 
 
-def check_options(run: str, kept: str, now: str, args: argparse.Namespace) -> None:
-    """Raise Mistake where a run was measured before its row's options were changed."""
+def check_options(run: str, kept: str, now: str) -> None:
+    """Raise Mistake where a run was measured before its row's options were changed: it would bear their name."""
     if kept != now:
-        path = runs.measures_file(args.results, run)
-        raise Mistake(
-            f"{path}: trained with {kept!r}, its row now has {now!r}: give the row another name, or delete it"
-        )
+        raise Mistake(f"{run}.json: trained with {kept!r}, its row now has {now!r}: rename the row, or delete the file")
 
 
 def cost_of(name: str, seed: int, run: Path) -> dict[str, Any]:
     """What a run cost and what its generator costs."""
-    method = generators.row_of(name).kind
-    trained = export.load_method(covidgan.read_checkpoint(run / "ckpt.pt", method), method)
-    c, begun = trained.c, runs.begun(run)
+    kind, begun = generators.row_of(name).kind, runs.begun(run)
+    method = restored(run, kind)
     return {
         "method": name,
         "seed": seed,
         "seconds": runs.seconds(run),
         "dtype": begun["dtype"],
-        "samples": round(generators.full_size(method, c) * c.epochs * c.epoch_len),
-        "parameters": sum(p.numel() for p in trained.generator().parameters()),
-        "synthesis": synthesis_seconds(runs.export(run), c.size),
+        "samples": round(generators.full_size(kind, method.c) * method.c.epochs * method.c.epoch_len),
+        "parameters": sum(p.numel() for p in method.generator().parameters()),
+        "synthesis": synthesis_seconds(runs.export(run), method.c.size),
         "d_at_end": loss_of_d(run),
         "commit": begun["commit"],
         "machine": begun["machine"],
@@ -165,25 +150,10 @@ def loss_of_d(run: Path) -> float | None:
 
 def synthesis_seconds(model: Path, size: int) -> float:
     """CPU seconds per slice on one thread, ONNX Runtime: median of nine, whatever else the machine does."""
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = 1
-    session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    labels = np.ones((1, size, size), np.uint8)
-    seconds = []
+    session, _ = infer_onnx.open_session(model, "cpu", threads=1)
+    labels, seconds = np.ones((1, size, size), np.uint8), []
     for _ in range(9):
         start = time.process_time()
         session.run(None, {"map": labels})
         seconds.append(time.process_time() - start)
     return float(np.median(seconds))
-
-
-def progress_of(run: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Lung KID along a run whose checkpoints were kept, at full size: by CPU seconds of training."""
-    points = []
-    for seconds in runs.kept_seconds(run):
-        checkpoint = covidgan.read_weights(run / "kept" / seconds / "ckpt.pt")
-        if checkpoint["stage"] in ("g1", "g2"):
-            continue  # no whole generator yet
-        results = generators.measured(run / "kept" / seconds, args)
-        points.append({"seconds": int(seconds), "KID": results["features"][f"lung {KID}"]["value"]})
-    return points

@@ -11,16 +11,16 @@ is why real ones are taken from --reference: a larger original would be sharper 
 
 import argparse
 import itertools
-import json
 import math
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-import eval as evaluation
 import infer_onnx
-from data.slices import LABELS, Mistake, read_split, write_bytes, write_image, write_map, write_split
+from data.slices import LABELS, Mistake, read_image, read_map, read_split, write_image, write_map, write_split
+from eval import LESIONS
 from paper import generators, runs
 
 SIDE = "test"  # its slices and maps train a U-Net
@@ -49,6 +49,14 @@ class Mix:
 
 
 Members = dict[str, list[str]]  # names of a mix's slices: real, replaced, added, augmented
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a U-Net finds on real slices: figures in %, "GGO Dice" and so on, of each slice, NaN: not defined."""
+
+    names: list[str]
+    figures: dict[str, np.ndarray]  # [N] each
 
 
 def members(mix: Mix, names: list[str], whole: list[str], variants: list[str], seed: int) -> Members:
@@ -85,50 +93,25 @@ def members(mix: Mix, names: list[str], whole: list[str], variants: list[str], s
 # ------------------------------------------------------------------------------------------------ slices of all kinds
 
 
-def synthetic_slices(mix: Mix, seed: int, args: argparse.Namespace, variants: int = 0) -> Path:
-    """Dataset of complete synthetic slices by a mix's generator, of SIDE's maps or that many augmentations of each."""
+def synthetic_slices(mix: Mix, seed: int, args: argparse.Namespace, kind: str) -> Path:
+    """Dataset of complete synthetic slices by a mix's generator, of SIDE's maps; kind "variants": of augmented maps."""
     run = generators.trained(mix.generator, seed, args)
-    complete = ["--complement", args.reference]
-    if not variants:
-        return runs.synthesize(run, args.reference, SIDE, "complete", complete)
-    return runs.synthesize(run, args.reference, SIDE, "variants", [*complete, "--variants", variants, "--seed", seed])
+    several = ["--variants", VARIANTS, "--seed", seed] if kind == "variants" else []
+    return runs.synthesize(run, args.reference, SIDE, kind, "--complement", args.reference, *several)
 
 
 def augmented_slices(seed: int, args: argparse.Namespace) -> Path:
     """Dataset of SIDE's real slices under the augmentations that the synthetic variants of a seed have."""
     out = args.out / f"augmented_{SIDE}_{seed}"
-    with runs.making(out):
-        make_augmented(out, seed, args)
-    return out
-
-
-def make_augmented(out: Path, seed: int, args: argparse.Namespace) -> None:
-    """Write those of `augmented_slices` that are not there yet."""
     for part in ("images", "maps"):
         (out / part).mkdir(parents=True, exist_ok=True)
     maps = infer_onnx.find_maps(args.reference, SIDE)
     reals = infer_onnx.find_reals(args.reference, maps)
     for job in infer_onnx.plan(maps, VARIANTS):
-        image = out / "images" / f"{job.name}.png"
-        if image.exists():
-            continue
         if made := infer_onnx.load(job, len(LABELS), reals, seed, unchecked=True):  # None: no lung is left in it
-            write_map(out / "maps" / image.name, made.labels)
-            write_image(image, made.real)
-
-
-def split_of(args: argparse.Namespace) -> dict[str, list[str]]:
-    """Names of the reference's sides. Raises Mistake where there are none to train on, or none to test on."""
-    path = args.reference / "split.json"
-    split = read_split(path)
-    if not (split.get(SIDE) and tested_sides(split)):
-        raise Mistake(f"{path}: {SIDE} trains a U-Net, {' and '.join(TESTED)} test it: prepare a set with these sides")
-    return split
-
-
-def tested_sides(split: dict[str, list[str]]) -> list[str]:
-    """Those of TESTED that hold slices."""
-    return [side for side in TESTED if split.get(side)]
+            write_map(out / "maps" / f"{job.name}.png", made.labels)
+            write_image(out / "images" / f"{job.name}.png", made.real)
+    return out
 
 
 def names_in(dataset: Path | None) -> list[str]:
@@ -146,38 +129,39 @@ def folder(mix: Mix, seed: int, args: argparse.Namespace) -> Path:
     return args.out / f"{unet_of(mix)}_{seed}"
 
 
+def tested_sides(args: argparse.Namespace) -> dict[str, list[str]]:
+    """Names of those of TESTED that hold slices."""
+    split = read_split(args.reference / "split.json")
+    return {side: split[side] for side in TESTED if split.get(side)}
+
+
 def dataset(mix: Mix, seed: int, args: argparse.Namespace) -> Path:
     """The mix as a dataset of links in the U-Net's folder, made if it is not there yet.
 
     Its train side is the mix, its test side real slices to look at; split.json says which is which. Raises Mistake.
     """
     out = folder(mix, seed, args) / "data"
-    with runs.making(out):
-        if not (out / "split.json").exists():
-            make_dataset(out, mix, seed, args)
-    return out
-
-
-def make_dataset(out: Path, mix: Mix, seed: int, args: argparse.Namespace) -> None:
-    """Link the slices of `dataset`."""
-    split = split_of(args)
+    if (out / "split.json").exists():
+        return out
     sources = {
         "real": args.reference,
-        "replaced": synthetic_slices(mix, seed, args) if mix.replaced else None,
-        "added": synthetic_slices(mix, seed, args, VARIANTS) if mix.added else None,
+        "replaced": synthetic_slices(mix, seed, args, "complete") if mix.replaced else None,
+        "added": synthetic_slices(mix, seed, args, "variants") if mix.added else None,
         "augmented": augmented_slices(seed, args) if mix.augmented else None,
     }
     variants = names_in(sources["added"] or sources["augmented"])
-    found = members(mix, split[SIDE], names_in(sources["replaced"]), variants, seed)
-    looked_at = split[tested_sides(split)[-1]]
+    names = read_split(args.reference / "split.json")[SIDE]
+    found = members(mix, names, names_in(sources["replaced"]), variants, seed)
+    *_, looked_at = tested_sides(args).values()
     for part in ("images", "maps"):
         (out / part).mkdir(parents=True, exist_ok=True)
-        for kind, names in [*found.items(), ("real", looked_at)]:
-            for name in names:
+        for kind, several in [*found.items(), ("real", looked_at)]:
+            for name in several:
                 link = out / part / f"{name}.png"
                 link.unlink(missing_ok=True)
                 link.symlink_to((sources[kind] / part / link.name).resolve())
     write_split(out / "split.json", [*itertools.chain(*found.values())], looked_at, [], found)
+    return out
 
 
 # ------------------------------------------------------------------------------------------------ the U-Net
@@ -185,17 +169,13 @@ def make_dataset(out: Path, mix: Mix, seed: int, args: argparse.Namespace) -> No
 
 def train(mix: Mix, seed: int, args: argparse.Namespace) -> Path:
     """Train the U-Net of a mix, or go on with it; returns its folder. Raises Mistake."""
-    out = folder(mix, seed, args)
-    if (out / "results.json").exists():  # its generator need not be there any more
-        runs.check_row(out, options_of(mix))
-        return out
     size, length = runs.size_of(args.reference), args.unet_samples
     given = {"data": dataset(mix, seed, args), "size": size, "channels": args.channels, "seed": seed}
     given |= {"batch": args.batch, "epochs": 2, "epoch-len": length // 2, "dtype": args.dtype}
-    given["interval"] = length // args.batch // generators.KEPT
+    given["interval"] = length // args.batch // generators.INTERVALS
     options = ["--preset", "paper", "--unchecked"]  # real slices were checked with the generator's data
     options += itertools.chain(*[(f"--{key}", str(value)) for key, value in given.items()])
-    runs.train(["-m", "paper.segment"], options, out, options_of(mix))
+    runs.train(["-m", "paper.segment"], options, out := folder(mix, seed, args), options_of(mix))
     return out
 
 
@@ -204,59 +184,45 @@ def options_of(mix: Mix) -> str:
     return generators.options_of(mix.generator) if mix.replaced or mix.added else ""
 
 
-@dataclass(frozen=True)
-class Scores:
-    """What a U-Net finds on real slices: eval.py's figures, "GGO Dice" and so on, of each slice, NaN: not defined."""
+def overlap(predicted: np.ndarray, truth: np.ndarray) -> dict[str, float]:
+    """Dice, sensitivity and specificity of masks, bool [H, W], over the full frame, in %.
 
-    names: list[str]
-    figures: dict[str, np.ndarray]  # [N] each
+    Dice of two empty masks is 100; sensitivity is NaN where the truth is empty, specificity where it is full.
+    """
+    both, found, true = (int(mask.sum()) for mask in (predicted & truth, predicted, truth))
+    outside, rejected = truth.size - true, truth.size - found - true + both
+    return {
+        "Dice": 200 * both / (found + true) if found + true else 100.0,
+        "sensitivity": 100 * both / true if true else math.nan,
+        "specificity": 100 * rejected / outside if outside else math.nan,
+    }
 
 
 def find_lesions(unet: Path, data: Path, names: list[str]) -> Scores:
     """Test an exported U-Net on real slices of a dataset; those without lung are left out, as in eval.py."""
-    wanted = {*names}
-    pairs = [pair for pair in evaluation.find_pairs(data, data) if pair.name in wanted]
-    meter, kept = evaluation.Segmentation(unet, "auto"), []
-    for together, batch in evaluation.batches(pairs, 1):
-        meter.update(batch)
-        kept += [pair.name for pair in together]
-    real = {row.removeprefix("real "): np.concatenate(parts) for row, parts in meter.found.items() if row[:4] == "real"}
-    return Scores(kept, real)
+    session, _ = infer_onnx.open_session(unet, "auto", kind="unet")
+    tested, found = [], defaultdict(list)
+    for name in sorted(names):
+        hu, labels = read_image(data / "images" / f"{name}.png"), read_map(data / "maps" / f"{name}.png")
+        if not labels.any():
+            continue
+        tested.append(name)
+        (segmented,) = session.run(["map"], {"ct": hu[None]})
+        for lesion, of_lesion in LESIONS.items():
+            predicted, truth = np.isin(segmented[0], of_lesion), np.isin(labels, of_lesion)
+            for metric, value in overlap(predicted, truth).items():
+                found[f"{lesion} {metric}"].append(value)
+    return Scores(tested, {figure: np.array(values) for figure, values in found.items()})
 
 
 def score(mix: Mix, seed: int, args: argparse.Namespace) -> dict[str, Scores]:
-    """Train the U-Net of a mix, export it and test it, except what is done already: its scores on each side.
-
-    Raises Mistake.
-    """
-    out, split, found = train(mix, seed, args), split_of(args), {}
-    for side in tested_sides(split):
-        with runs.making(file := out / f"scores_{side}.json"):
-            if not file.exists():
-                write_scores(file, export(out), args.reference, split[side])
-        found[side] = read_scores(file)
-    return found
-
-
-def export(out: Path) -> Path:
-    """The U-Net of a run as a file, exported if it is not yet."""
-    return runs.exported(out / "unet.onnx", out / "unet.pt")
-
-
-def write_scores(file: Path, unet: Path, data: Path, names: list[str]) -> None:
-    """Test an exported U-Net on real slices and write what it finds."""
-    found = find_lesions(unet, data, names)
-    figures = {row: [None if math.isnan(v) else float(v) for v in values] for row, values in found.figures.items()}
-    write_bytes(file, (json.dumps({"names": found.names, "figures": figures}) + "\n").encode())
-
-
-def read_scores(file: Path) -> Scores:
-    """Read what `write_scores` wrote."""
-    held = json.loads(file.read_text())
-    return Scores(held["names"], {row: np.array(values, float) for row, values in held["figures"].items()})
+    """Train the U-Net of a mix, export it and test it: its scores on each side. Raises Mistake."""
+    out = train(mix, seed, args)
+    unet = runs.exported(out / "unet.onnx", out / "unet.pt")
+    return {side: find_lesions(unet, args.reference, names) for side, names in tested_sides(args).items()}
 
 
 def composition(mix: Mix, seed: int, args: argparse.Namespace) -> dict[str, int]:
     """How many slices of each kind the mix of a U-Net has."""
-    drawn = json.loads((folder(mix, seed, args) / "data" / "split.json").read_text())["drawn"]
+    drawn = runs.read_json(folder(mix, seed, args) / "data" / "split.json")["drawn"]
     return {kind: len(names) for kind, names in drawn.items()}

@@ -15,24 +15,23 @@ are for one U-Net, averaged over the seeds; the deviation over seeds is in brack
 
 import argparse
 import itertools
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
 
-import eval as evaluation
-from data.slices import SIDES, patient_of
-from paper import generators, measures, mixes, runs
+from data.slices import SIDES
+from eval import LESIONS
+from paper import generators, measures, mixes, report, runs
 from paper.mixes import Mix, Scores
-from paper.report import Table, apart, grid
+from paper.report import apart, grid, interval
 
 FOLDS = 10
 METRICS = ("Dice", "sensitivity", "specificity")
-FIGURES = [f"{lesion} {metric}" for lesion in evaluation.LESIONS for metric in METRICS]  # as eval.py names them
+FIGURES = [f"{lesion} {metric}" for lesion in LESIONS for metric in METRICS]
 HEADLINE = "infection Dice"  # by which rows are compared
+OF_PATIENTS = f"{HEADLINE} of patients"  # among what is kept: by patient two U-Nets are compared
 IMAGES = {"FID 24": 4, "KID 1280": 4, "PSNR": 2}  # Table V's figures of complete images, and their decimals
 FEW = {"20": 20, "50": 50, "all": 0}  # real slices; all: about 100 of the public set of 14 patients
 TOLD = {
@@ -116,17 +115,6 @@ def few_against(row: str) -> list[str]:
     return [other for other in (f"{n} real", f"{n} + augmented") if other != row and not row.endswith("real")]
 
 
-@dataclass(frozen=True)
-class Experiment:
-    """A table of U-Nets: its rows, the sides reported, what each row is compared with, and the paper's figures."""
-
-    rows: dict[str, Mix]
-    against: Callable[[str], list[str]]
-    paper: dict[str, str]
-    sides: tuple[str, ...] = mixes.TESTED
-    images: bool = False  # whether the images are measured too, as in Table V
-
-
 def against_first(rows: dict[str, Mix]) -> Callable[[str], list[str]]:
     """Compare every row with the first, and a rival's with those of ours that swap as much."""
     first = next(iter(rows))
@@ -135,8 +123,66 @@ def against_first(rows: dict[str, Mix]) -> Callable[[str], list[str]]:
     return lambda row: [] if row == first else [first, *ours] if row in rival else [first]
 
 
+@dataclass(frozen=True)
+class Experiment:
+    """A table of U-Nets: its rows, what each is compared with, the paper's figures, and the sides reported."""
+
+    rows: dict[str, Mix]
+    against: Callable[[str], list[str]]
+    paper: dict[str, str]
+    sides: tuple[str, ...] = mixes.TESTED
+    images: bool = False  # whether the images are measured too, as in Table V
+
+    @property
+    def sides_needed(self) -> tuple[str, ...]:
+        """Sides that the datasets must have."""
+        return SIDES if self.images or "train" not in self.sides else ("train", mixes.SIDE)
+
+    def told(self, row: str) -> str:
+        """What --list says of a row: its mix, and how its generator is trained."""
+        return f"{self.rows[row].name:36} {mixes.options_of(self.rows[row])}".rstrip()
+
+    def make(self, row: str, seed: int, args: argparse.Namespace) -> None:
+        """Train and measure a row with a seed, and its generator, unless they are kept already. Raises Mistake."""
+        mix = self.rows[row]
+        runs.keep(args.results, f"{mixes.unet_of(mix)}_{seed}", lambda: measure(mix, seed, args))
+        if self.images:
+            measures.keep_generator(mix.generator, seed, args)
+
+    def collect(self, args: argparse.Namespace) -> dict[str, Any]:
+        """All that is known of the table, from the measurements that are kept."""
+        kept = {row: found for row, mix in self.rows.items() if (found := kept_unets(mix, args))}
+        sides = [side for side in mixes.tested_sides(args) if side in self.sides]
+        records, differences = [], []
+        for side, (row, found) in itertools.product(sides, kept.items()):
+            records += lesion_records(row, side, found)
+            compared = [difference(row, other, side, found, kept.get(other, {})) for other in self.against(row)]
+            differences += [one for one in compared if one]
+        for row, mix in self.rows.items() if self.images else ():
+            records += image_records(row, mix, args)
+        return {
+            "setting": setting(kept, sides, args),
+            "rows": {row: self.told(row) for row in dict.fromkeys(one["row"] for one in records)},
+            "records": records,
+            "paper": paper_records(self),
+            "differences": differences,
+            "differences of images": image_differences(records, self.against),
+        }
+
+    def markdown(self, table: dict[str, Any]) -> list[str]:
+        """The table, for people to read."""
+        lines = images_told(table) if self.images else []
+        for side in table["setting"]["U-Net tested on"]:
+            lines += side_told(table, side, [HEADLINE] if self.images else FIGURES)
+        if self.paper:
+            heads = [*dict.fromkeys(f"{one['class']} {one['metric']}" for one in table["paper"])]
+            rows = [[row, *cells] for row, _, *cells in of_rows(table["paper"], None, heads)]
+            lines += ["**The paper's**, on other data and by a U-Net of full width", "", *grid(["row", *heads], rows)]
+        return lines
+
+
 ROWS_5, ROWS_BETA = half_swapped(generators.ABLATIONS), half_swapped(generators.POLICIES)
-EXPERIMENTS = {
+TABLES = {
     "3": Experiment(ROWS_3, against_first(ROWS_3), PAPER_3),
     "4": Experiment(ROWS_4, against_first(ROWS_4), PAPER_4),
     "5": Experiment(ROWS_5, against_first(ROWS_5), PAPER_5, images=True),
@@ -144,27 +190,30 @@ EXPERIMENTS = {
     "beta": Experiment(ROWS_BETA, against_first(ROWS_BETA), {}, images=True),
 }
 
+# ------------------------------------------------------------------------------------------------ what is kept
 
-def make(experiment: Experiment, name: str, seed: int, args: argparse.Namespace) -> None:
-    """Train and measure a row with a seed, and its generator if it is not there yet, and keep it. Raises Mistake."""
-    mix = experiment.rows[name]
+
+def measure(mix: Mix, seed: int, args: argparse.Namespace) -> dict[str, Any]:
+    """Train and test the U-Net of a mix: what is kept of it."""
     scores, out = mixes.score(mix, seed, args), mixes.folder(mix, seed, args)
-    told = {
+    begun = runs.begun(out)
+    return {
         "options of generator": mixes.options_of(mix),
-        "parameters": json.loads((out / "results.json").read_text())["parameters"],
+        "parameters": runs.read_json(out / "results.json")["parameters"],
         "seconds": runs.seconds(out),
-        "commit": runs.begun(out)["commit"],
-        "machine": runs.begun(out)["machine"],
-        "commit of generator": generators.commit_of(mix.generator, seed, args) if mixes.options_of(mix) else None,
+        "commit": begun["commit"],
+        "machine": begun["machine"],
         "slices": mixes.composition(mix, seed, args),
         "sides": {side: summary(found) for side, found in scores.items()},
     }
-    runs.keep_measures(args.results, f"{mixes.unet_of(mix)}_{seed}", told)
-    if experiment.images:
-        measures.keep_generator(mix.generator, seed, args)
 
 
-# ------------------------------------------------------------------------------------------------ figures
+def kept_unets(mix: Mix, args: argparse.Namespace) -> Kept:
+    """What the U-Nets of a mix have measured. Raises Mistake where its generator was trained otherwise."""
+    kept = runs.kept(args.results, mixes.unet_of(mix))
+    for seed, one in kept.items():
+        measures.check_options(f"{mixes.unet_of(mix)}_{seed}", one["options of generator"], mixes.options_of(mix))
+    return kept
 
 
 def folds(n: int) -> list[np.ndarray]:
@@ -175,36 +224,23 @@ def folds(n: int) -> list[np.ndarray]:
 def over_folds(values: np.ndarray) -> tuple[float | None, float | None]:
     """Mean of the folds' means and half its 95 % interval, of slices' values [n], NaN left out; None if too few."""
     parts = [values[part][~np.isnan(values[part])] for part in folds(len(values))]
-    mean, half, _ = evaluation.interval([float(part.mean()) for part in parts if len(part)])
-    return mean, half
-
-
-def over_patients(values: np.ndarray, names: list[str]) -> tuple[float | None, float | None]:
-    """Mean of the patients' means and half its 95 % interval, of slices' values [n]; None where there are too few."""
-    found = evaluation.estimate(values, names)
-    return found["patients_mean"], found["patients_interval"]
+    return interval([float(part.mean()) for part in parts if len(part)])
 
 
 def summary(scores: Scores) -> dict[str, Any]:
-    """What is kept of a U-Net's scores on a side, in %: each figure over folds and over patients, and the headline of
-    each patient, by which two U-Nets are compared; also how many slices are without a pixel of each lesion."""
-    percent = {name: 100 * values for name, values in scores.figures.items()}
+    """What is kept of a U-Net's scores on a side: each figure over folds and over patients, the patients' headlines
+    without their names, which may be of people, and how many slices are without a pixel of each lesion."""
+    patients = {name: report.by_patient(values, scores.names) for name, values in scores.figures.items()}
+    figures = {name: (*over_folds(values), *interval(patients[name])) for name, values in scores.figures.items()}
+    without = {lesion: int(np.isnan(scores.figures[f"{lesion} sensitivity"]).sum()) for lesion in LESIONS}
     return {
-        "figures": {
-            name: dict(zip(FIGURE, (*over_folds(values), *over_patients(values, scores.names)), strict=True))
-            for name, values in percent.items()
-        },
-        f"{HEADLINE} of patients": of_patients(percent[HEADLINE], scores.names),
-        "slices without": {
-            lesion: int(np.isnan(percent[f"{lesion} sensitivity"]).sum()) for lesion in evaluation.LESIONS
-        },
+        "figures": {name: dict(zip(FIGURE, figure, strict=True)) for name, figure in figures.items()},
+        OF_PATIENTS: patients[HEADLINE],
+        "slices without": without,
     }
 
 
-def of_patients(values: np.ndarray, names: list[str]) -> list[float]:
-    """Each patient's mean of slices' values [n], none of which is NaN; without the names, which may be of people."""
-    patients = [patient_of(name) for name in names]
-    return [float(values[np.array(patients) == patient].mean()) for patient in dict.fromkeys(patients)]
+# ------------------------------------------------------------------------------------------------ figures
 
 
 def averaged(values: list[float | None]) -> float | None:
@@ -212,23 +248,34 @@ def averaged(values: list[float | None]) -> float | None:
     return None if None in values or not values else float(np.mean(values))
 
 
-def spread(means: list[float | None]) -> float | None:
-    """Standard deviation over the seeds; None for one."""
-    return float(np.std(means, ddof=1)) if len(means) > 1 and None not in means else None
-
-
 def record(where: Record, seeds: list[int], figures: list[tuple[float | None, ...]]) -> Record:
     """A figure of a row: mean and interval, and both over patients, averaged over the seeds, and the means' spread."""
     columns = [list(values) for values in zip(*figures, strict=True)]
+    means = columns[0]
+    spread = float(np.std(means, ddof=1)) if len(means) > 1 and None not in means else None
     found = dict(zip(FIGURE, map(averaged, columns), strict=True))
-    return where | found | {"seeds": seeds, "of seeds": columns[0], "sd_seeds": spread(columns[0])}
+    return where | found | {"seeds": seeds, "of seeds": means, "sd_seeds": spread}
 
 
-def lesion_record(row: str, lesion: str, metric: str, side: str, found: Kept) -> Record:
-    """A figure of a row's U-Nets on a side, in %."""
-    held = [one["sides"][side]["figures"][f"{lesion} {metric}"] for one in found.values()]
-    where = {"row": row, "class": lesion, "metric": metric, "side": side}
-    return record(where, [*found], [tuple(one[key] for key in FIGURE) for one in held])
+def lesion_records(row: str, side: str, found: Kept) -> list[Record]:
+    """The figures of a row's U-Nets on a side, in %."""
+    records = []
+    for lesion, metric in itertools.product(LESIONS, METRICS):
+        held = [one["sides"][side]["figures"][f"{lesion} {metric}"] for one in found.values()]
+        where = {"row": row, "class": lesion, "metric": metric, "side": side}
+        records.append(record(where, [*found], [tuple(one[key] for key in FIGURE) for one in held]))
+    return records
+
+
+def image_records(row: str, mix: Mix, args: argparse.Namespace) -> list[Record]:
+    """FID, KID and PSNR of the complete images of a row's generators; empty where none was measured yet."""
+    kept, records = measures.kept_generators(mix.generator, args), []
+    keys = ("value", "interval", "patients_mean", "patients_interval")  # a figure of features has a value alone
+    for metric in IMAGES if kept else ():
+        figures = [one["figures"][f"complete {metric}"] for one in kept.values()]
+        where = {"row": row, "class": "complete", "side": generators.REPORT, "metric": metric}
+        records.append(record(where, [*kept], [tuple(figure.get(key) for key in keys) for figure in figures]))
+    return records
 
 
 def difference(row: str, other: str, side: str, ours: Kept, theirs: Kept) -> Record | None:
@@ -240,27 +287,23 @@ def difference(row: str, other: str, side: str, ours: Kept, theirs: Kept) -> Rec
     shared = sorted(ours.keys() & theirs.keys())
     if not shared:
         return None
-    both = {seed: (ours[seed]["sides"][side], theirs[seed]["sides"][side]) for seed in shared}
-    folds = [np.subtract(*(one["figures"][HEADLINE]["mean"] for one in pair)).item() for pair in both.values()]
+    pairs = {seed: (ours[seed]["sides"][side], theirs[seed]["sides"][side]) for seed in shared}
+    folds = [a["figures"][HEADLINE]["mean"] - b["figures"][HEADLINE]["mean"] for a, b in pairs.values()]
     told = {"row": row, "against": other, "side": side, "metric": HEADLINE}
     told |= {"over folds": float(np.mean(folds)), "seeds over folds": shared, "of seeds over folds": folds}
-    told |= {"ci95_seeds over folds": evaluation.interval(folds)[1]}
-    key = f"{HEADLINE} of patients"
-    kept = {seed: pair for seed, pair in both.items() if all(key in one for one in pair)}
-    return told | over_the_same_patients([[one[key] for one in pair] for pair in kept.values()]) | {"seeds": [*kept]}
-
-
-def over_the_same_patients(pairs: list[list[list[float]]]) -> Record:
-    """A difference over patients of each seed's pair of U-Nets, [seeds][2][patients]; None where there is no seed."""
-    if not pairs:
-        return {"difference": None, "ci95_patients": None, "ci95_seeds": None, "of seeds": [], "clear": False}
-    patients = np.array([np.subtract(*pair) for pair in pairs])
-    means = patients.mean(1).tolist()
-    mean, half, _ = evaluation.interval(patients.mean(0).tolist())
-    half_seeds = evaluation.interval(means)[1]
+    told |= {"ci95_seeds over folds": interval(folds)[1]}
+    kept = {
+        seed: (a[OF_PATIENTS], b[OF_PATIENTS])
+        for seed, (a, b) in pairs.items()
+        if OF_PATIENTS in a and OF_PATIENTS in b
+    }
+    patients = np.array([np.subtract(a, b) for a, b in kept.values()])  # [seeds, patients]
+    means = [float(values.mean()) for values in patients]
+    mean, half = interval(patients.mean(0).tolist()) if kept else (None, None)
+    half_seeds = interval(means)[1]
     clear = half is not None and half_seeds is not None and abs(mean) > max(half, half_seeds)
-    told = {"difference": mean, "ci95_patients": half, "ci95_seeds": half_seeds}
-    return told | {"of seeds": means, "clear": bool(clear)}
+    told |= {"difference": mean, "ci95_patients": half, "ci95_seeds": half_seeds}
+    return told | {"of seeds": means, "clear": bool(clear), "seeds": [*kept]}
 
 
 def image_differences(records: list[Record], against: Callable[[str], list[str]]) -> list[Record]:
@@ -270,30 +313,16 @@ def image_differences(records: list[Record], against: Callable[[str], list[str]]
     for (row, metric), ours in of.items():
         for theirs in (of[other, metric] for other in against(row) if (other, metric) in of):
             if None not in [*ours["of seeds"], *theirs["of seeds"]]:
-                difference, ci95 = apart(ours["of seeds"], theirs["of seeds"])
-                told = {"row": row, "against": theirs["row"], "metric": metric, "difference": difference, "ci95": ci95}
+                mean, half = apart(ours["of seeds"], theirs["of seeds"])
+                told = {"row": row, "against": theirs["row"], "metric": metric, "difference": mean, "ci95": half}
                 found.append(told | {"seeds": ours["seeds"], "seeds of other": theirs["seeds"]})
-    return found
-
-
-def image_records(row: str, mix: Mix, args: argparse.Namespace) -> list[Record]:
-    """FID, KID and PSNR of the complete images of a row's generators; empty where none was measured yet."""
-    kept = measures.kept_generators(mix.generator, args)
-    where = {"row": row, "class": "complete", "side": generators.REPORT}
-    keys = ("value", "interval", "patients_mean", "patients_interval")  # a figure of features has a value alone
-    found = []
-    for metric in IMAGES if kept else []:
-        figures = [one["figures"][f"complete {metric}"] for one in kept.values()]
-        each = [tuple(figure.get(key) for key in keys) for figure in figures]
-        found.append(record(where | {"metric": metric}, [*kept], each))
     return found
 
 
 def paper_records(experiment: Experiment) -> list[Record]:
     """The paper's figures, with e, which is less than 1e-5, as 1e-5."""
-    heads = [("complete", "FID"), ("complete", "PSNR"), ("infection", "Dice")]
-    if not experiment.images:
-        heads = [*itertools.product(evaluation.LESIONS, METRICS)]
+    lesions = [*itertools.product(LESIONS, METRICS)]
+    heads = [("complete", "FID"), ("complete", "PSNR"), ("infection", "Dice")] if experiment.images else lesions
     found = []
     for row, figures in experiment.paper.items():
         for (lesion, metric), figure in zip(heads, figures.split(), strict=True):
@@ -303,58 +332,17 @@ def paper_records(experiment: Experiment) -> list[Record]:
     return found
 
 
-def collect(experiment: Experiment, args: argparse.Namespace) -> dict[str, Any]:
-    """All that is known of a table, from the measurements that are kept."""
-    kept = {row: runs.kept_seeds(args.results, mixes.unet_of(mix)) for row, mix in experiment.rows.items()}
-    kept = {row: found for row, found in kept.items() if found}
-    for row, found in kept.items():
-        for seed, one in found.items():
-            mix = experiment.rows[row]
-            now = mixes.options_of(mix)
-            measures.check_options(f"{mixes.unet_of(mix)}_{seed}", one["options of generator"], now, args)
-    sides = [side for side in mixes.tested_sides(mixes.split_of(args)) if side in experiment.sides]
-    records, differences = [], []
-    for side, (row, found) in itertools.product(sides, kept.items()):
-        for lesion, metric in itertools.product(evaluation.LESIONS, METRICS):
-            records.append(lesion_record(row, lesion, metric, side, found))
-        for other in experiment.against(row):
-            differences.append(difference(row, other, side, found, kept.get(other, {})))
-    if experiment.images:
-        records += [one for row, mix in experiment.rows.items() for one in image_records(row, mix, args)]
-    known = dict.fromkeys(one["row"] for one in records)
-    return {
-        "setting": setting(kept, sides, args),
-        "rows": {row: listed_row(experiment.rows[row]) for row in known},
-        "records": records,
-        "paper": paper_records(experiment),
-        "differences": [one for one in differences if one],
-        "differences of images": image_differences(records, experiment.against),
-    }
-
-
 def setting(kept: dict[str, Kept], sides: list[str], args: argparse.Namespace) -> dict[str, Any]:
     """What the figures hold for."""
     unets = [one for found in kept.values() for one in found.values()]
-    first = {row: next(iter(found.values())) for row, found in kept.items()}
-    return {
+    return report.setting(args, unets) | {
         "unit": "% of Dice, sensitivity, specificity",
-        "data": runs.sides_of(args.reference),
         "U-Net trained on": mixes.SIDE,
         "U-Net tested on": {side: TOLD[side] for side in sides},
-        "slices": {row: one["slices"] for row, one in first.items()},
-        "size": runs.size_of(args.reference),
-        "U-Net": {
-            "channels": args.channels,
-            "samples": args.unet_samples,
-            "parameters": sorted({one["parameters"] for one in unets}),
-        },
-        "generators": {"ngf, ndf": args.ngf, "samples at full size": args.samples},
-        "batch": args.batch,
-        "features": runs.FEATURES,
+        "slices": {row: next(iter(found.values()))["slices"] for row, found in kept.items()},
+        "U-Net": {"channels": args.channels, "samples": args.unet_samples},
+        "parameters of U-Nets": sorted({one["parameters"] for one in unets}),
         "CPU seconds of a U-Net": averaged([one["seconds"] for one in unets if one["seconds"] is not None]),
-        "commits": sorted({one["commit"] for one in unets}),
-        "machines of U-Nets, as far as kept": sorted({one["machine"] for one in unets if "machine" in one}),
-        "commits of generators": sorted({one["commit of generator"] for one in unets} - {None}),
         "slices without": {side: next((one["sides"][side]["slices without"] for one in unets), {}) for side in sides},
     }
 
@@ -362,29 +350,30 @@ def setting(kept: dict[str, Kept], sides: list[str], args: argparse.Namespace) -
 # ------------------------------------------------------------------------------------------------ for people to read
 
 
+def shown(one: Record, mean: str, half: str, digits: int) -> str:
+    """A mean ± its interval, where there is one."""
+    return f"{one[mean]:.{digits}f}" + (f" ± {one[half]:.{digits}f}" if one.get(half) is not None else "")
+
+
 def cell(one: Record | None, digits: int = 2) -> str:
     """mean ± interval over folds (the same over patients) [deviation over seeds], as far as known."""
     if not one or one["mean"] is None:
         return "-"
-
-    def shown(mean: str, half: str) -> str:
-        spread = f" ± {one[half]:.{digits}f}" if one.get(half) is not None else ""
-        return f"{one[mean]:.{digits}f}{spread}"
-
-    of_patients = f" ({shown('mean_patients', 'ci95_patients')})" if one.get("ci95_patients") is not None else ""
-    seeds = f" [{one['sd_seeds']:.{digits}f}]" if one.get("sd_seeds") is not None else ""
-    return shown("mean", "ci95") + of_patients + seeds
+    text = shown(one, "mean", "ci95", digits)
+    if one.get("ci95_patients") is not None:
+        text += f" ({shown(one, 'mean_patients', 'ci95_patients', digits)})"
+    return text + (f" [{one['sd_seeds']:.{digits}f}]" if one.get("sd_seeds") is not None else "")
 
 
 def of_rows(records: list[Record], side: str | None, heads: list[str]) -> list[list[str]]:
     """Lines of a table: each row's name, its seeds, and a cell for each head, "class metric"."""
     held = {(one["row"], f"{one['class']} {one['metric']}"): one for one in records if side in (None, one.get("side"))}
+    digits = [(IMAGES | {"FID": 4}).get(head.partition(" ")[2], 2) for head in heads]  # FID: the paper's
     lines = []
-    for row in dict.fromkeys(row for row, _ in held):
-        seeds = next((held[row, head]["seeds"] for head in heads if "seeds" in held.get((row, head), {})), ["-"])
-        digits = [(IMAGES | {"FID": 4}).get(head.partition(" ")[2], 2) for head in heads]  # FID: the paper's
-        cells = [cell(held.get((row, head)), d) for head, d in zip(heads, digits, strict=True)]
-        lines.append([row, ", ".join(map(str, seeds)), *cells])
+    for row in dict.fromkeys(row for row, head in held if head in heads):
+        ones = [held.get((row, head)) for head in heads]
+        seeds = next((one["seeds"] for one in ones if one and "seeds" in one), ["-"])
+        lines.append([row, ", ".join(map(str, seeds)), *map(cell, ones, digits)])
     return lines
 
 
@@ -398,24 +387,18 @@ def slices_told(counts: dict[str, int]) -> str:
     return " + ".join(f"{n} {kind}" for kind, n in kinds.items() if n)
 
 
-def empty_told(counts: dict[str, int]) -> list[str]:
-    """A line about slices without a lesion, whose Dice counts as 100 or 0; none where each slice has every lesion."""
-    told = [f"{n} without {lesion}" for lesion, n in counts.items() if n]
-    return [f"Slices {', '.join(told)}: their Dice is 100 where none is found, else 0.", ""] if told else []
-
-
-def images_apart(differences: list[Record]) -> list[str]:
-    """Lines about the differences of images, one per row; clear: beyond the 95 % interval over the seeds."""
-    lines = []
-    for row, other in dict.fromkeys((one["row"], one["against"]) for one in differences):
-        told = []
-        for one in (one for one in differences if (one["row"], one["against"]) == (row, other)):
-            digits, half = IMAGES[one["metric"]], one["ci95"]
-            verdict = " clear" if half is not None and abs(one["difference"]) > half else ""
-            spread = f" ± {half:.{digits}f}{verdict}" if half is not None else ", one seed, no verdict"
-            told.append(f"{one['metric']} {one['difference']:+.{digits}f}{spread}")
-        seeds, theirs = (", ".join(map(str, one[key])) for key in ("seeds", "seeds of other"))
-        lines.append(f"- {row} (seeds {seeds}) against {other} ({theirs}): {'; '.join(told)}")
+def side_told(table: dict[str, Any], side: str, heads: list[str]) -> list[str]:
+    """The figures of U-Nets on a side, and their differences, as Markdown."""
+    counts, without = (table["setting"][key] for key in ("slices", "slices without"))
+    rows = [[row, slices_told(counts[row]), *cells] for row, *cells in of_rows(table["records"], side, heads)]
+    spread = "%, mean ± 95 % interval over folds (over patients) [deviation over seeds]"
+    lines = [f"**Tested on {side}**: {TOLD[side]}. {spread}", ""]
+    if empty := [f"{n} without {lesion}" for lesion, n in without[side].items() if n]:
+        lines += [f"Slices {', '.join(empty)}: their Dice is 100 where none is found, else 0.", ""]
+    lines += grid(["row", "trained on", "seeds", *heads], rows)
+    if differences := [told_apart(one) for one in table["differences"] if one["side"] == side]:
+        clear = "clear: beyond the 95 % intervals over patients and over seeds"
+        lines += [f"{HEADLINE}, differences over patients; {clear}:", "", *differences, ""]
     return lines
 
 
@@ -435,51 +418,25 @@ def told_apart(one: Record) -> str:
     return f"{head} {one['difference']:+.2f}{half} ({folds}; {several}){verdict}"
 
 
-def markdown(experiment: Experiment, table: dict[str, Any]) -> str:
-    """A table for people to read."""
-    lines, sides = [], table["setting"]["U-Net tested on"]
-    if experiment.images:
-        heads = [f"complete {metric}" for metric in IMAGES]
-        judge = f"FID and KID by features of {runs.FEATURES} of so many dimensions; PSNR ± 95 % interval over slices"
-        judge += " (over patients); [deviation over seeds]"
-        lines += [f"**Images**, of {TOLD[generators.REPORT]}; {judge}", ""]
-        lines += grid(["row", "seeds", *IMAGES], of_rows(table["records"], generators.REPORT, heads))
-        lines += [*images_apart(table["differences of images"]), ""]
-    for side, told in sides.items():
-        heads = [HEADLINE] if experiment.images else FIGURES
-        segmented = [one for one in table["records"] if one["class"] != "complete"]
-        spread = "± 95 % interval over folds (over patients) [deviation over seeds]"
-        lines += [f"**Tested on {side}**: {told}. %, mean {spread}", ""]
-        lines += empty_told(table["setting"]["slices without"][side])
-        counts = table["setting"]["slices"]
-        rows = [[row, slices_told(counts[row]), *cells] for row, *cells in of_rows(segmented, side, heads)]
-        lines += grid(["row", "trained on", "seeds", *heads], rows)
-        differences = [told_apart(one) for one in table["differences"] if one["side"] == side]
-        clear = "clear: beyond the 95 % intervals over patients and over seeds"
-        lines += [f"{HEADLINE}, differences over patients; {clear}:", "", *differences, ""] if differences else []
-    if table["paper"]:
-        heads = [*dict.fromkeys(f"{one['class']} {one['metric']}" for one in table["paper"])]
-        lines += ["**The paper's**, on other data and by a U-Net of full width", ""]
-        lines += grid(["row", *heads], [[row, *cells] for row, _, *cells in of_rows(table["paper"], None, heads)])
-    lines += [f"Setting: `{json.dumps(table['setting'])}`"]
-    return "\n".join(lines)
+def images_told(table: dict[str, Any]) -> list[str]:
+    """The figures of images, and their differences, as Markdown; clear: beyond the 95 % interval over the seeds."""
+    judge = f"FID and KID by features of {runs.FEATURES} of so many dimensions"
+    spread = "PSNR ± 95 % interval over slices (over patients); [deviation over seeds]"
+    lines = [f"**Images**, of {TOLD[generators.REPORT]}; {judge}; {spread}", ""]
+    heads = [f"complete {metric}" for metric in IMAGES]
+    lines += grid(["row", "seeds", *IMAGES], of_rows(table["records"], generators.REPORT, heads))
+    pairs = itertools.groupby(table["differences of images"], key=lambda one: (one["row"], one["against"]))
+    for (row, other), group in pairs:
+        ones = [*group]
+        told = [image_apart(one) for one in ones]
+        seeds, theirs = (", ".join(map(str, ones[0][key])) for key in ("seeds", "seeds of other"))
+        lines.append(f"- {row} (seeds {seeds}) against {other} ({theirs}): {'; '.join(told)}")
+    return [*lines, ""]
 
 
-def listed(experiment: Experiment) -> dict[str, str]:
-    """What --list says of each row."""
-    return {row: listed_row(mix) for row, mix in experiment.rows.items()}
-
-
-def listed_row(mix: Mix) -> str:
-    """A mix's name and how its generator is trained."""
-    return f"{mix.name:36} {mixes.options_of(mix)}".rstrip()
-
-
-def table(experiment: Experiment) -> Table:
-    """An experiment as paper/tables.py takes it."""
-    sides = SIDES if experiment.images or experiment.sides != mixes.TESTED else ("train", mixes.SIDE)
-    made, found, told = (partial(work, experiment) for work in (make, collect, markdown))
-    return Table(listed(experiment), made, lambda row: mixes.unet_of(experiment.rows[row]), found, told, sides=sides)
-
-
-TABLES: dict[str, Table] = {key: table(experiment) for key, experiment in EXPERIMENTS.items()}
+def image_apart(one: Record) -> str:
+    """A difference of images."""
+    digits, half = IMAGES[one["metric"]], one["ci95"]
+    verdict = " clear" if half is not None and abs(one["difference"]) > half else ""
+    spread = f" ± {half:.{digits}f}{verdict}" if half is not None else ", one seed, no verdict"
+    return f"{one['metric']} {one['difference']:+.{digits}f}{spread}"
