@@ -1,25 +1,31 @@
-"""The generators that the paper's tables compare: which there are, and how one is trained.
+"""The generators that the paper's tables compare: which there are, how one is trained, and what it is worth.
 
-A generator is a row, trained with a seed into OUT/ROW_OPTIMISER_SEED. Tables III to V take what Table II has trained.
-All see the same number of samples at full size: one with two stages there sees half of them in each.
+A generator is a row, trained with a seed into OUT/ROW_SEED. Tables III to V take what Table II has trained. All see the
+same number of samples at full size: one with two stages there sees half of them in each. What one has measured is kept
+as RESULTS/runs/ROW_SEED.json, of which alone the tables are made: rows that were trained on another machine, or a year
+ago, stand beside the others, and their weights need not be there.
 """
 
 import argparse
-import dataclasses
 import itertools
-from dataclasses import dataclass
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
 import covidgan
-from data.slices import Mistake
+import infer_onnx
+from data.slices import read_split, write_image
 from paper import rivals, runs
 from paper.methods import METHODS
 
 RIVALS = ("pix2pix", "pix2pixHD", "SPADE", "SEAN")
-CHOOSE, REPORT = "test", "seg_test"  # sides
-KIDS = "lung KID 1280"  # of each optimiser, among what is kept
-FIRST_SEED = 0  # of the runs that choose an optimiser
+REPORT = "seg_test"  # side
 INTERVALS = 8  # checkpoints and panels of a stage
 
 
@@ -29,7 +35,6 @@ class Row:
 
     method: str  # its name in checkpoints
     options: tuple[str, ...]
-    optimisers: tuple[str, ...] = ("paper",)  # Adam's settings to choose between
 
     @property
     def kind(self) -> type[covidgan.Method]:
@@ -49,24 +54,17 @@ def ours(switches: str = "", preset: str = "paper") -> Row:
     return Row("covidgan", ("--preset", preset, *switches.split()))
 
 
-def rival(name: str, *options: str) -> Row:
-    """A rival's row; where its authors set Adam differently from the paper, both are tried."""
-    defaults = rivals.RivalConfig
-    paper = dict.fromkeys("dg", (defaults.lr, (defaults.adam_beta1, defaults.adam_beta2)))
-    optimisers = ("paper",) if rivals.METHODS[name].own == paper else ("own", "paper")
-    return Row(name, ("--preset", "paper", *options), optimisers)
-
-
 # As published: noise on the target, D sees whole images, no average of the weights. Clean: what is part of no method
-# and helped ours, applied to all alike.
+# and helped ours, applied to all alike. All rivals have the paper's Adam, which SPADE and SEAN did better with than
+# with their authors': of lower lung KID on the side "test", kept as optimiser_SPADE.json and optimiser_SEAN.json.
 LOOP = covidgan.LoopConfig
-CLEAN = ("--noise", "0", "--contrast", str(LOOP.contrast), "--ema", str(LOOP.ema))
+CLEAN = f"--noise 0 --contrast {LOOP.contrast} --ema {LOOP.ema}"
 ROWS: dict[str, Row] = {
     "covidgan": ours(),
     "covidgan-best": ours(preset="best"),
-    **{name: rival(name) for name in RIVALS},
-    "covidgan-clean": ours(" ".join(CLEAN)),
-    **{f"{name}-clean": rival(name, *CLEAN) for name in RIVALS},
+    **{name: Row(name, ("--preset", "paper")) for name in RIVALS},
+    "covidgan-clean": ours(CLEAN),
+    **{f"{name}-clean": Row(name, ("--preset", "paper", *CLEAN.split())) for name in RIVALS},
 }
 # Table V's, besides covidgan itself
 ABLATIONS: dict[str, Row] = {
@@ -90,6 +88,8 @@ POLICIES: dict[str, Row] = {
     "beta-0.9": ours("--dfm fixed --beta 0.9"),
 }
 
+# ------------------------------------------------------------------------------------------------ how one is trained
+
 
 def row_of(name: str) -> Row:
     """A row by its name, from whichever table."""
@@ -106,61 +106,133 @@ def full_size(kind: type[covidgan.Method], c: covidgan.LoopConfig) -> float:
     return sum(kind.length(c, stage) for stage in kind.stages(c) if stage != "g1")
 
 
-def folder(name: str, optimiser: str, seed: int, args: argparse.Namespace) -> Path:
-    """The folder of a run."""
-    return args.out / f"{name}_{optimiser}_{seed}"
-
-
-def train(name: str, optimiser: str, seed: int, args: argparse.Namespace) -> Path:
-    """Train a row's run, or go on with it; returns its folder."""
-    row, out = row_of(name), folder(name, optimiser, seed, args)
+def train(name: str, seed: int, args: argparse.Namespace) -> Path:
+    """Train a row's run, or go on with it; returns its folder. Raises Mistake."""
+    row, out = row_of(name), args.out / f"{name}_{seed}"
     c = covidgan.parse_config([*row.options], row.kind)
     stage = round(args.samples / full_size(row.kind, c))  # samples of one
     given = {"data": args.data, "size": runs.size_of(args.reference), "ngf": args.ngf, "ndf": args.ngf, "seed": seed}
     given |= {"batch": args.batch, "epochs": 2, "epoch-len": stage // 2, "interval": stage // args.batch // INTERVALS}
-    given |= {"dtype": args.dtype} | ({"optimiser": optimiser} if row.method in rivals.METHODS else {})
-    options = [*itertools.chain(*[(f"--{key}", str(value)) for key, value in given.items()]), *row.options]
-    bf16 = covidgan.uses_bf16(dataclasses.replace(c, dtype=args.dtype), covidgan.pick_device(c))
+    options = [*row.options, *runs.as_options(given | {"dtype": args.dtype})]
+    bf16 = covidgan.uses_bf16(replace(c, dtype=args.dtype), covidgan.pick_device(c))
     runs.train(row.program, options, out, options_of(name), dtype="bfloat16" if bf16 else "float32")
     return out
 
 
-def published_of(name: str) -> str:
-    """The row as published of a clean row, where there is one; else the row itself."""
-    return published if (published := name.removesuffix("-clean")) in ROWS else name
+# ------------------------------------------------------------------------------------------------ what one is worth
+
+Floor = Callable[[covidgan.Slices, torch.Tensor, covidgan.LoopConfig], torch.Tensor]
+FLOORS: dict[str, Floor] = {"label means": covidgan.mean_paint, "nearest training case": covidgan.nearest_copy}
+FID, KID = "FID 24", "KID 1280"  # by features of that many dimensions, for FID fewer than any side here has slices
+BETTER = {FID: "lower", "FID 32": "lower", KID: "lower", "PSNR": "higher", "SSIM": "higher"}
+BETTER |= {"RMSE": "lower", "NRMSE": "lower"}
+REGIONS = ("complete", "lung")
+
+IN_OWN_STYLE = "figures in the style of the slices themselves"  # SEAN's, as its authors test it
+Figures = dict[str, dict[str, float | None]]  # "lung PSNR" and so on -> value, of pixels also what is beside it
 
 
-def optimiser_of(name: str, args: argparse.Namespace) -> str:
-    """The optimiser of a row: among the candidates, the one with the lowest lung KID on the side that chooses.
+def keep_floor(name: str, args: argparse.Namespace) -> Figures:
+    """A floor's figures, measured if they are not kept yet: no network, and what every network has to beat."""
+    note = name.replace(" ", "_")
 
-    It is chosen once, by runs of one seed as published, for the clean row too, and kept beside the tables.
-    """
-    published, tried = published_of(name), row_of(name).optimisers
+    def make() -> dict[str, Figures]:
+        train_side, side = load_side(args.reference, "train"), load_side(args.reference, REPORT)
+        images = FLOORS[name](train_side, side.labels, covidgan.Config())
+        return {"figures": figures_of_lungs(args.out / note, side.names, images, args)}
 
-    def kid(optimiser: str) -> float:
-        out, features = train(published, optimiser, FIRST_SEED, args), runs.feature_network(args.out)
-        value = runs.measure(out, args.reference, CHOOSE, features)["features"][KIDS]["value"]
-        if value is None:
-            raise Mistake(f"{args.reference}: too few slices on side {CHOOSE} to choose an optimiser by their KID")
-        return value
-
-    if len(tried) == 1:
-        return tried[0]
-    kept = runs.keep(args.results, f"optimiser_{published}", lambda: {KIDS: {one: kid(one) for one in tried}})
-    return min(kept[KIDS], key=kept[KIDS].get)
+    return runs.keep(args.results, note, make)["figures"]
 
 
-def tried_optimisers(args: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """For each row with several optimisers, the lung KID by which one was chosen; for the record."""
-    paths = {name: args.results / "runs" / f"optimiser_{name}.json" for name in ROWS}
-    return {name: runs.read_json(path)[KIDS] for name, path in paths.items() if path.exists()}
+def keep(name: str, seed: int, args: argparse.Namespace) -> None:
+    """Train and measure a row's generator with a seed, if its measurements are not kept yet. Raises Mistake."""
+
+    def make() -> dict[str, Any]:
+        run = train(name, seed, args)
+        method = restored(run, row_of(name).kind)
+        told = {"options": options_of(name), "method": name, "seed": seed, **cost_of(run, method)}
+        told["figures"] = figures_of(runs.measure(run, args.reference, REPORT, runs.feature_network(args.out)))
+        if isinstance(method, rivals.Sean):
+            told[IN_OWN_STYLE] = figures_in_own_style(run, method, args)
+        return told
+
+    runs.keep(args.results, f"{name}_{seed}", make)
 
 
-def trained(name: str, seed: int, args: argparse.Namespace) -> Path:
-    """The folder of a row's generator with its chosen optimiser, trained if it is not yet."""
-    return train(name, optimiser_of(name, args), seed, args)
+def kept(name: str, args: argparse.Namespace) -> dict[int, dict[str, Any]]:
+    """What a row's generators have measured, by seed. Raises Mistake for one that was trained otherwise."""
+    return runs.kept(args.results, name, "options", options_of(name))
 
 
-def measured(run: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """eval.py's results of a generator on the patients that are reported."""
-    return runs.measure(run, args.reference, REPORT, runs.feature_network(args.out))
+def load_side(data: Path, side: str) -> covidgan.Slices:
+    """A side of a dataset, at the dataset's own size."""
+    c = covidgan.Config(data=str(data), size=runs.size_of(data))
+    return covidgan.load_slices(data, read_split(data / "split.json")[side], c)
+
+
+def restored(run: Path, kind: type[covidgan.Method]) -> covidgan.Method:
+    """The method that a run has trained, ready to synthesize."""
+    return covidgan.restore(covidgan.read_checkpoint(run / "ckpt.pt", kind), kind)[0]
+
+
+def figures_of(results: dict[str, Any]) -> Figures:
+    """Of eval.py's results what the tables show; a value is None where it refuses one, such as FID of few slices."""
+    found: Figures = {}
+    for region, metric in itertools.product(REGIONS, BETTER):
+        name = f"{region} {metric}"
+        if metric.startswith(("FID", "KID")):
+            found[name] = {"value": results["features"][name]["value"]}
+        else:
+            row = results["pixels"][name]
+            beside = {key: row[key] for key in ("interval", "patients_mean", "patients_interval")}
+            found[name] = {"value": row["mean"], **beside}
+    return found
+
+
+def figures_of_lungs(out: Path, names: list[str], images: torch.Tensor, args: argparse.Namespace) -> Figures:
+    """Figures of windowed lungs [N, 1, S, S] in [-1, 1], written as slices in HU, of which eval.py takes the lung."""
+    hu = LOOP.level + images[:, 0].numpy() * LOOP.width / 2
+    (out / "images").mkdir(parents=True, exist_ok=True)
+    for name, one in zip(names, hu, strict=True):
+        write_image(out / "images" / f"{name}.png", one)
+    return figures_of(runs.compare(args.reference, out / "images", runs.feature_network(args.out), out))
+
+
+@torch.no_grad()
+def figures_in_own_style(run: Path, sean: rivals.Sean, args: argparse.Namespace) -> Figures:
+    """SEAN's in the style of the very slices that it is to synthesize, as its authors test it."""
+    side, images = load_side(args.reference, REPORT), []
+    for hu, labels in zip(side.hu.split(8), side.labels.split(8), strict=True):
+        real = covidgan.lung_target(covidgan.window(hu, sean.c), labels)
+        images.append(sean.synthesize_self(covidgan.one_hot(labels, sean.c.n_labels), real))
+    return figures_of_lungs(run / "self", side.names, torch.cat(images), args)
+
+
+def cost_of(run: Path, method: covidgan.Method) -> dict[str, Any]:
+    """What a run cost and what its generator costs."""
+    c = method.c
+    return {
+        **{key: runs.begun(run)[key] for key in ("seconds", "dtype", "commit", "machine")},
+        "samples": round(full_size(type(method), c) * c.epochs * c.epoch_len),
+        "parameters": sum(p.numel() for p in method.generator().parameters()),
+        "synthesis": synthesis_seconds(runs.export(run), c.size),
+        "d_at_end": loss_of_d(run),
+    }
+
+
+def loss_of_d(run: Path) -> float | None:
+    """D's loss at a run's end: the mean over the last tenth of the last stage's steps; None for a method without D."""
+    steps = [json.loads(line) for line in (run / "stats.jsonl").read_text().splitlines()]
+    last = [step["d"] for step in steps if step["stage"] == steps[-1]["stage"] and "d" in step]
+    return float(np.mean(last[-max(1, len(last) // 10) :])) if last else None
+
+
+def synthesis_seconds(model: Path, size: int) -> float:
+    """CPU seconds per slice on one thread, ONNX Runtime: median of nine, whatever else the machine does."""
+    session, _ = infer_onnx.open_session(model, "cpu", threads=1)
+    labels, seconds = np.ones((1, size, size), np.uint8), []
+    for _ in range(9):
+        start = time.process_time()
+        session.run(None, {"map": labels})
+        seconds.append(time.process_time() - start)
+    return float(np.median(seconds))

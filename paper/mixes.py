@@ -95,7 +95,7 @@ def members(mix: Mix, names: list[str], whole: list[str], variants: list[str], s
 
 def synthetic_slices(mix: Mix, seed: int, args: argparse.Namespace, kind: str) -> Path:
     """Dataset of complete synthetic slices by a mix's generator, of SIDE's maps; kind "variants": of augmented maps."""
-    run = generators.trained(mix.generator, seed, args)
+    run = generators.train(mix.generator, seed, args)
     several = ["--variants", VARIANTS, "--seed", seed] if kind == "variants" else []
     return runs.synthesize(run, args.reference, SIDE, kind, "--complement", args.reference, *several)
 
@@ -174,8 +174,8 @@ def train(mix: Mix, seed: int, args: argparse.Namespace) -> Path:
     given |= {"batch": args.batch, "epochs": 2, "epoch-len": length // 2, "dtype": args.dtype}
     given["interval"] = length // args.batch // generators.INTERVALS
     options = ["--preset", "paper", "--unchecked"]  # real slices were checked with the generator's data
-    options += itertools.chain(*[(f"--{key}", str(value)) for key, value in given.items()])
-    runs.train(["-m", "paper.segment"], options, out := folder(mix, seed, args), options_of(mix))
+    out = folder(mix, seed, args)
+    runs.train(["-m", "paper.segment"], [*options, *runs.as_options(given)], out, options_of(mix))
     return out
 
 

@@ -3,6 +3,7 @@
 import argparse
 import math
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -41,16 +42,17 @@ def apart(a: list[float], b: list[float]) -> tuple[float, float | None]:
     return difference, half
 
 
-def setting(args: argparse.Namespace, kept: list[dict[str, Any]]) -> dict[str, Any]:
-    """What the figures of a table hold for, of what is kept of its runs."""
+def setting(args: argparse.Namespace, kept: Iterable[dict[int, dict[str, Any]]]) -> dict[str, Any]:
+    """What the figures of a table hold for; kept: what the runs of each row have measured, by seed."""
+    every = [one for seeds in kept for one in seeds.values()]
     return {
         "data": runs.sides_of(args.reference),
         "size": runs.size_of(args.reference),
         "generators": {"ngf, ndf": args.ngf, "samples at full size": args.samples},
         "batch": args.batch,
         "features": runs.FEATURES,
-        "commits": sorted({one["commit"] for one in kept}),
-        "machines, as far as kept": sorted({one["machine"] for one in kept if "machine" in one}),
+        "commits": sorted({one["commit"] for one in every}),
+        "machines, as far as kept": sorted({one["machine"] for one in every if "machine" in one}),
     }
 
 

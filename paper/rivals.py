@@ -71,7 +71,7 @@ class Rival(covidgan.Method):
     presets = PRESETS
     own: ClassVar[dict[str, Adam]]  # its authors' Adam for each player
     curves = (("d", "gan"), ("fm",))
-    architecture = ("n_labels", "ngf", "ndf")
+    factor: ClassVar[int]  # what sides of a map must be multiples of
     g: nn.Module
     d: nn.Module
 
@@ -81,15 +81,16 @@ class Rival(covidgan.Method):
         return ("whole",)
 
     @classmethod
+    def multiple(cls, c: RivalConfig) -> int:
+        """Of what height and width of a map must be multiples."""
+        return cls.factor
+
+    @classmethod
     def checks(cls, c: RivalConfig) -> list[tuple[bool, str]]:
-        """Widths that can be built, and Adam's settings given only once."""
+        """Adam's settings are given only once."""
         paper = (RivalConfig.lr, RivalConfig.adam_beta1, RivalConfig.adam_beta2)
-        untouched = (c.lr, c.adam_beta1, c.adam_beta2) == paper
-        return [
-            (min(c.ngf, c.ndf) >= 4 and max(c.ngf, c.ndf) <= 1024, "--ngf, --ndf: give 4 to 1024"),
-            (c.ngf % 2 == 0, f"--ngf {c.ngf}: give an even number"),
-            (c.optimiser == "paper" or untouched, "--lr, --adam-beta1, --adam-beta2: they go with --optimiser paper"),
-        ]
+        fine = c.optimiser == "paper" or (c.lr, c.adam_beta1, c.adam_beta2) == paper
+        return [(fine, "--lr, --adam-beta1, --adam-beta2: they go with --optimiser paper")]
 
     def players(self, stage: str) -> dict[str, Player]:
         """G and D, each with its authors' Adam or the paper's."""
@@ -159,18 +160,12 @@ class Vgg(nn.Module):
     """VGG19 (Simonyan, Zisserman, ICLR 2015) up to relu5_1, for the VGG loss of pix2pixHD, SPADE and SEAN; never moves.
 
     Its weights are torchvision's vgg19-dcbb9e9d.pth, 575 MB, in PyTorch's download cache. Fed as these methods do: in
-    [-1, 1], not by ImageNet's mean and deviation. Raises Mistake where the weights are missing or not VGG19's.
+    [-1, 1], not by ImageNet's mean and deviation. Raises Mistake where the weights are missing.
     """
 
     URL = "https://download.pytorch.org/models/vgg19-dcbb9e9d.pth"
     WIDTHS = (64, 64, "M", 128, 128, "M", 256, 256, 256, 256, "M", 512, 512, 512, 512, "M", 512)
-    WEIGHTS: ClassVar = {
-        1: 1 / 32,
-        6: 1 / 16,
-        11: 1 / 8,
-        20: 1 / 4,
-        29: 1.0,
-    }  # layer, relu1_1 to relu5_1 -> weight of its distance
+    WEIGHTS: ClassVar = {1: 1 / 32, 6: 1 / 16, 11: 1 / 8, 20: 1 / 4, 29: 1.0}  # relu1_1 to relu5_1: of their distances
 
     def __init__(self) -> None:
         super().__init__()
@@ -182,10 +177,8 @@ class Vgg(nn.Module):
         path = Path(torch.hub.get_dir(), "checkpoints", self.URL.rpartition("/")[2])
         if not path.is_file():
             raise Mistake(f"{path}: not there: --lambda-vgg needs {self.URL} in that place")
-        held, wanted = covidgan.read_weights(path), self.state_dict()
-        if not all(name in held and held[name].shape == weight.shape for name, weight in wanted.items()):
-            raise Mistake(f"{path}: no weights of torchvision's VGG19: fetch {self.URL} again")
-        self.load_state_dict({name: held[name] for name in wanted})
+        held = torch.load(path, map_location="cpu", weights_only=True)
+        self.load_state_dict({name: held[name] for name in self.state_dict()})
         self.requires_grad_(False)
 
     def seen(self, image: Tensor) -> list[Tensor]:  # [B, 1, H, W]
@@ -277,7 +270,6 @@ class Pix2pix(Rival):
 
     name, options = "pix2pix", Pix2pixConfig
     own: ClassVar = dict.fromkeys("dg", (2e-4, (0.5, 0.999)))
-    architecture = (*Rival.architecture, "size")
     curves = (("d", "gan"), ("l1",))
 
     def __init__(self, c: Pix2pixConfig) -> None:
@@ -349,12 +341,6 @@ class Matching(Rival):
         """The network of the VGG loss; not made in __init__, or it would be part of every checkpoint."""
         return Vgg().to(next(self.parameters()).device)
 
-    @classmethod
-    def checks(cls, c: MatchingConfig) -> list[tuple[bool, str]]:
-        """Require loss weights of 0 or more."""
-        fine = min(c.lambda_fm, c.lambda_vgg) >= 0
-        return [*super().checks(c), (fine, "--lambda-fm, --lambda-vgg: give 0 or more")]
-
     def players(self, stage: str) -> dict[str, Player]:
         """As every rival's; loads the VGG network, if asked for, before any step."""
         if self.c.lambda_vgg:
@@ -381,23 +367,13 @@ class Pix2pixHD(Matching):
 
     name, options = "pix2pixHD", Pix2pixHDConfig
     own: ClassVar = dict.fromkeys("dg", (2e-4, (0.5, 0.999)))
-    architecture = (*Rival.architecture, "n_blocks")
+    factor = 16
 
     def __init__(self, c: Pix2pixHDConfig) -> None:
         super().__init__(c)
         self.g = HDGenerator(c.n_labels, c.ngf, c.n_blocks)
         self.d = Scales([covidgan.PatchGAN(c.n_labels + 1, c.ndf) for _ in range(2)])
         self.apply(partial(start, draw=normal))
-
-    @classmethod
-    def multiple(cls, c: Pix2pixHDConfig) -> int:
-        """Four halvings."""
-        return 16
-
-    @classmethod
-    def checks(cls, c: Pix2pixHDConfig) -> list[tuple[bool, str]]:
-        """Require a trunk of some depth."""
-        return [*super().checks(c), (1 <= c.n_blocks <= 100, f"--n-blocks {c.n_blocks}: give 1 to 100")]
 
     def losses(self, onehot: Tensor, target: Tensor, stage: str) -> dict[str, Tensor]:
         """Least squares summed over the scales, D's halved; G's as `generator_losses` has it."""
@@ -532,7 +508,8 @@ def spectral_patches(c_in: int, ndf: int, strides: tuple[int, ...]) -> Scales:
 class Spade(Matching):
     """SPADE without its image encoder; hinge loss and feature matching; D's rate is four times G's."""
 
-    name, options, alone = "SPADE", MatchingConfig, True  # for its batch norm, and SEAN's codes
+    name, options, factor = "SPADE", MatchingConfig, 32
+    alone = True  # for its batch norm, and SEAN's codes
     own: ClassVar = {"d": (4e-4, (0.0, 0.9)), "g": (1e-4, (0.0, 0.9))}
 
     def __init__(self, c: MatchingConfig) -> None:
@@ -545,11 +522,6 @@ class Spade(Matching):
         """Generator and discriminators."""
         g = SpadeGenerator(c.n_labels, c.ngf, lambda width, k: SpadeNorm(width, c.n_labels, c.ngf))
         return g, spectral_patches(c.n_labels + 1, c.ndf, (2, 2, 2, 1))
-
-    @classmethod
-    def multiple(cls, c: MatchingConfig) -> int:
-        """Five doublings."""
-        return 32
 
     def image(self, onehot: Tensor, target: Tensor) -> Tensor:
         """The synthesis of a training step [B, 1, H, W]."""

@@ -56,55 +56,46 @@ def call(*arguments: str | Path) -> None:
 # ------------------------------------------------------------------------------------------------ training
 
 
-def train(program: list[str], options: list[str], out: Path, row: str, **told: str) -> None:
-    """Train into a folder, or go on there, unless it is whole; CPU seconds are added up in OUT/seconds.json.
+def as_options(given: dict[str, Any]) -> list[str]:
+    """A command line's options and their values, by their names."""
+    return [word for name, value in given.items() for word in (f"--{name}", str(value))]
 
-    row: the run's options without data and scale. These, the repository's commit, the machine and what else is told
-    are noted in OUT/begun.json. Raises Mistake, also where the row has changed since.
+
+def train(program: list[str], options: list[str], out: Path, row: str, **told: str) -> None:
+    """Train into a folder, or go on there, unless it is whole. Raises Mistake, also where its row has changed since.
+
+    row: the run's options without data and scale. These, the repository's commit, the machine, what else is told, and
+    CPU seconds, unless a GPU did the work or it was stopped, are noted in OUT/begun.json.
     """
-    note, started, spent = out / "begun.json", (out / "ckpt.pt").exists(), seconds(out)
+    note, started = out / "begun.json", (out / "ckpt.pt").exists()
     if note.exists() and (was := begun(out)["row"]) != row:
         raise Mistake(f"{out}: trained with {was!r}, its row now has {row!r}: give the row another name, or delete it")
     if (out / "results.json").exists():
         return
-    if not started:
-        spent = 0.0
-        out.mkdir(parents=True, exist_ok=True)
-        write_json(note, {"row": row, "commit": commit(), "machine": machine(), **told})
-    before = cpu_seconds()
-    (out / "seconds.json").unlink(missing_ok=True)  # until the end: a kill loses what was spent
-    try:
-        call(*program, "--out", out, *(["--resume"] if started else options))
-    finally:
-        if spent is not None and not torch.cuda.is_available():  # of a GPU, CPU seconds tell nothing
-            write_json(out / "seconds.json", spent + cpu_seconds() - before)
-
-
-def cpu_seconds() -> float:
-    """CPU seconds of all scripts run so far, of all their threads."""
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime
-
-
-def seconds(out: Path) -> float | None:
-    """CPU seconds that a run's training took; None where a GPU did the work, or a kill has lost the count."""
-    path = out / "seconds.json"
-    return read_json(path) if path.exists() else None
+    if started:
+        return call(*program, "--out", out, "--resume")
+    out.mkdir(parents=True, exist_ok=True)
+    about = {"row": row, "commit": commit(), "machine": machine(), **told, "seconds": None}
+    write_json(note, about)
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    call(*program, "--out", out, *options)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    if not torch.cuda.is_available():
+        write_json(note, about | {"seconds": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime})
 
 
 def begun(out: Path) -> dict[str, Any]:
-    """How a run was begun: "row", "commit", "machine" and what else was told of it."""
+    """How a run was begun: "row", "commit", "machine", "seconds" and what else was told of it."""
     return read_json(out / "begun.json")
 
 
 def commit() -> str:
-    """The repository's commit, with -dirty where a program differs from it; "unknown" outside git."""
-    if not shutil.which("git"):
+    """The repository's commit, with -dirty where a program differs from it; "unknown" without git."""
+    if not (ROOT / ".git").exists() or not shutil.which("git"):
         return "unknown"
-    told = partial(subprocess.run, capture_output=True, text=True, cwd=ROOT)
-    name = told(["git", "rev-parse", "--short=12", "HEAD"]).stdout.strip()
+    told = partial(subprocess.run, stdout=subprocess.PIPE, text=True, cwd=ROOT, check=True)
     changed = told(["git", "status", "--porcelain", "--untracked-files=no", "--", "*.py"]).stdout
-    return name + "-dirty" * bool(changed) or "unknown"
+    return told(["git", "rev-parse", "--short=12", "HEAD"]).stdout.strip() + "-dirty" * bool(changed)
 
 
 def machine() -> str:
@@ -181,32 +172,36 @@ def keep(results: Path, name: str, make: Callable[[], dict[str, Any]]) -> dict[s
     return read_json(path)
 
 
-def kept(results: Path, name: str) -> dict[int, dict[str, Any]]:
-    """What runs NAME_SEED have measured, by seed; other endings, such as those of copies put aside, do not count."""
+def kept(results: Path, name: str, key: str, options: str) -> dict[int, dict[str, Any]]:
+    """What runs NAME_SEED have measured, by seed; other endings, such as those of copies put aside, do not count.
+
+    key: where a run has how its generator was trained. Raises Mistake where that is not by these options: the figures
+    would bear another row's name.
+    """
     ending = re.compile(re.escape(name) + r"_(\d+)\.json")
-    found = {int(match[1]): path for path in (results / "runs").iterdir() if (match := ending.fullmatch(path.name))}
-    return {seed: read_json(found[seed]) for seed in sorted(found)}
+    paths = {int(match[1]): path for path in (results / "runs").iterdir() if (match := ending.fullmatch(path.name))}
+    found = {seed: read_json(paths[seed]) for seed in sorted(paths)}
+    for seed, one in found.items():
+        if one[key] != options:
+            told = f"trained with {one[key]!r}, its row now has {options!r}"
+            raise Mistake(f"{paths[seed]}: {told}: rename the row, or delete the file")
+    return found
 
 
 # ------------------------------------------------------------------------------------------------ what is measured on
 
 
 def check_sides(data: Path, reference: Path, needed: Iterable[str] = SIDES) -> None:
-    """Raise Mistake unless both datasets split the same slices alike, and no slice is on two sides.
+    """Raise Mistake unless both datasets split the same slices alike, and the sides needed hold some.
 
-    Otherwise a generator trained on one would be measured on its own training slices in the other. needed: sides that
-    must hold slices.
+    Otherwise a generator trained on one would be measured on its own training slices in the other.
     """
     split, judged = (read_split(folder / "split.json") for folder in (data, reference))
     for side in needed:
         if not judged.get(side):
             raise Mistake(f"{reference / 'split.json'}: no names under {side}: prepare a set of {', '.join(SIDES)}")
-    for side in judged:
-        if {*split.get(side, [])} != {*judged[side]}:
-            raise Mistake(f"{data}, {reference}: not the same slices under {side}: prepare both alike, but for --size")
-    names = [name for side in judged.values() for name in side]
-    if len({*names}) < len(names):
-        raise Mistake(f"{reference / 'split.json'}: a slice is on two sides: prepare a set whose sides are apart")
+    if any({*split.get(side, [])} != {*judged[side]} for side in judged):
+        raise Mistake(f"{data}, {reference}: not split alike: prepare both alike, but for --size")
 
 
 def keep_setting(folder: Path, args: Any, *names: str) -> None:

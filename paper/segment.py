@@ -91,7 +91,6 @@ class Segmentation(covidgan.Method):
     """The U-Net as a method of covidgan's loop: one player, one stage. Its target is the map, its input the slice."""
 
     name, options, presets, alone = "unet", UNetConfig, PRESETS, True
-    architecture = ("n_labels", "channels")
     curves = (("loss",),)
 
     def __init__(self, c: UNetConfig) -> None:
@@ -110,16 +109,8 @@ class Segmentation(covidgan.Method):
 
     @classmethod
     def checks(cls, c: UNetConfig) -> list[tuple[bool, str]]:
-        """Rule out what it cannot be built or trained with."""
-        return [
-            (1 <= c.channels <= 1024, f"--channels {c.channels}: give 1 to 1024"),
-            (c.dice >= 0, f"--dice {c.dice:g}: give 0 or more"),
-        ]
-
-    @classmethod
-    def idle(cls, c: UNetConfig) -> dict[str, str]:
-        """Options of what it does not have."""
-        return super().idle(c) | {"contrast": "a U-Net, which has no D"}
+        """A width that can be built."""
+        return [(c.channels >= 1, f"--channels {c.channels}: give 1 or more")]
 
     def players(self, stage: str) -> dict[str, covidgan.Player]:
         """A single player that moves all of it."""

@@ -52,7 +52,6 @@ class Study(covidgan.Covidgan):
     """The paper's method with the switches under study."""
 
     name, options = "covidgan-study", StudyConfig
-    architecture = (*covidgan.Covidgan.architecture, "spectral", "noise_inputs", "position")
 
     def __init__(self, c: StudyConfig) -> None:
         super().__init__(c)

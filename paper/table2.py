@@ -1,8 +1,8 @@
 """Table II: how good are the images? covidgan and its four rivals, on the same slices, with the same metrics.
 
-Trains on the train side of --data at the size of --reference; side "test" chooses a rival's optimiser, side "seg_test"
-is reported. What preset "best" and the clean rows add to the rows as published was also chosen by "test", but with
-figures of "seg_test" in view (paper/fidelity.md). The picture is OUT/table2.png, since it may show patients.
+Trains on the train side of --data at the size of --reference; side "seg_test" is reported. What preset "best" and the
+clean rows add to the rows as published was chosen by side "test", but with figures of "seg_test" in view
+(paper/fidelity.md). The picture is OUT/table2.png, since it may show patients.
 """
 
 import argparse
@@ -15,9 +15,8 @@ import numpy as np
 
 import covidgan
 from data.slices import SIDES, coloured, png, read_image, windowed, write_bytes
-from paper import generators, measures, report
-from paper.generators import CHOOSE, KIDS, REPORT, RIVALS, ROWS
-from paper.measures import BETTER, FID, FLOORS, IN_OWN_STYLE, KID, REGIONS, Figures
+from paper import generators, report
+from paper.generators import BETTER, FID, FLOORS, IN_OWN_STYLE, KID, REGIONS, REPORT, RIVALS, ROWS, Figures
 from paper.report import apart, grid, over_seeds
 
 DIGITS = {FID: 2, "FID 32": 4, KID: 4, "PSNR": 2, "SSIM": 4, "RMSE": 4, "NRMSE": 4}
@@ -50,22 +49,22 @@ class Images:
 
     def make(self, row: str, seed: int, args: argparse.Namespace) -> None:
         """Train and measure a row with a seed, if it is not kept yet. Raises Mistake."""
-        measures.keep_generator(row, seed, args)
+        generators.keep(row, seed, args)
 
     def collect(self, args: argparse.Namespace) -> dict[str, Any]:
         """All that is known of Table II, from the measurements that are kept."""
         records, costs = [], []
         for name in FLOORS:
-            records += records_of(name, None, measures.keep_floor(name, args))
-        found = {name: kept for name in ROWS if (kept := measures.kept_generators(name, args))}
+            records += records_of(name, None, generators.keep_floor(name, args))
+        found = {name: kept for name in ROWS if (kept := generators.kept(name, args))}
         for name, seeds in found.items():
             for seed, one in seeds.items():
                 records += records_of(name, seed, one["figures"])
-                records += records_of(self_of(name), seed, one.get(IN_OWN_STYLE, {}))
+                records += records_of(name.replace("SEAN", "SEAN-self"), seed, one.get(IN_OWN_STYLE, {}))
                 costs.append({key: one[key] for key in COSTS})
         ours = [name for name in ROWS if name.startswith("covidgan")]
         return {
-            "setting": setting(args, found),
+            "setting": {"reported": REPORT, **report.setting(args, found.values())},
             "rows": {name: self.told(name) for name in found},
             "records": records,
             "paper": paper_records(),
@@ -95,24 +94,6 @@ def records_of(method: str, seed: int | None, figures: Figures) -> list[Record]:
             record = {"method": method, "seed": seed, "region": region, "metric": metric, "value": value}
             found.append(record | {"better": BETTER[metric]})
     return found
-
-
-def self_of(name: str) -> str:
-    """A row's name where it takes the style of the slices themselves: SEAN-self, SEAN-self-clean."""
-    published = generators.published_of(name)
-    return f"{published}-self{name.removeprefix(published)}"
-
-
-def setting(args: argparse.Namespace, found: dict[str, dict[int, dict[str, Any]]]) -> dict[str, Any]:
-    """What the figures hold for."""
-    several = {name: {one["optimiser"] for one in seeds.values()} for name, seeds in found.items()}
-    return report.setting(args, [one for seeds in found.values() for one in seeds.values()]) | {
-        "reported": REPORT,
-        "chosen on": CHOOSE,
-        "seeds": {name: [*seeds] for name, seeds in found.items()},
-        "optimisers": {name: " and ".join(sorted(optimisers)) for name, optimisers in several.items()},
-        f"{KIDS} by which an optimiser was chosen": generators.tried_optimisers(args),
-    }
 
 
 def paper_records() -> list[Record]:
@@ -211,7 +192,7 @@ def verdicts(table: dict[str, Any]) -> list[str]:
 
 def draw(path: Path, args: argparse.Namespace) -> None:
     """Draw one row per case, zoomed on its lesion, as Fig. 6: map | real slice | completed by each method."""
-    side, rows, folders = measures.load_side(args.reference, REPORT), [], {}
+    side, rows, folders = generators.load_side(args.reference, REPORT), [], {}
     for name in ROWS:
         for folder in sorted(args.out.glob(f"{name}_*/synthetic_{REPORT}/images")):
             folders.setdefault(name, folder)  # of the first seed

@@ -23,7 +23,7 @@ import numpy as np
 
 from data.slices import SIDES
 from eval import LESIONS
-from paper import generators, measures, mixes, report, runs
+from paper import generators, mixes, report, runs
 from paper.mixes import Mix, Scores
 from paper.report import apart, grid, interval
 
@@ -32,6 +32,7 @@ METRICS = ("Dice", "sensitivity", "specificity")
 FIGURES = [f"{lesion} {metric}" for lesion in LESIONS for metric in METRICS]
 HEADLINE = "infection Dice"  # by which rows are compared
 OF_PATIENTS = f"{HEADLINE} of patients"  # among what is kept: by patient two U-Nets are compared
+KEY = "options of generator"  # among what is kept
 IMAGES = {"FID 24": 4, "KID 1280": 4, "PSNR": 2}  # Table V's figures of complete images, and their decimals
 FEW = {"20": 20, "50": 50, "all": 0}  # real slices; all: about 100 of the public set of 14 patients
 TOLD = {
@@ -147,11 +148,15 @@ class Experiment:
         mix = self.rows[row]
         runs.keep(args.results, f"{mixes.unet_of(mix)}_{seed}", lambda: measure(mix, seed, args))
         if self.images:
-            measures.keep_generator(mix.generator, seed, args)
+            generators.keep(mix.generator, seed, args)
 
     def collect(self, args: argparse.Namespace) -> dict[str, Any]:
         """All that is known of the table, from the measurements that are kept."""
-        kept = {row: found for row, mix in self.rows.items() if (found := kept_unets(mix, args))}
+        kept = {
+            row: found
+            for row, mix in self.rows.items()
+            if (found := runs.kept(args.results, mixes.unet_of(mix), KEY, mixes.options_of(mix)))
+        }
         sides = [side for side in mixes.tested_sides(args) if side in self.sides]
         records, differences = [], []
         for side, (row, found) in itertools.product(sides, kept.items()):
@@ -198,22 +203,12 @@ def measure(mix: Mix, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     scores, out = mixes.score(mix, seed, args), mixes.folder(mix, seed, args)
     begun = runs.begun(out)
     return {
-        "options of generator": mixes.options_of(mix),
+        KEY: mixes.options_of(mix),
         "parameters": runs.read_json(out / "results.json")["parameters"],
-        "seconds": runs.seconds(out),
-        "commit": begun["commit"],
-        "machine": begun["machine"],
+        **{key: begun[key] for key in ("seconds", "commit", "machine")},
         "slices": mixes.composition(mix, seed, args),
         "sides": {side: summary(found) for side, found in scores.items()},
     }
-
-
-def kept_unets(mix: Mix, args: argparse.Namespace) -> Kept:
-    """What the U-Nets of a mix have measured. Raises Mistake where its generator was trained otherwise."""
-    kept = runs.kept(args.results, mixes.unet_of(mix))
-    for seed, one in kept.items():
-        measures.check_options(f"{mixes.unet_of(mix)}_{seed}", one["options of generator"], mixes.options_of(mix))
-    return kept
 
 
 def folds(n: int) -> list[np.ndarray]:
@@ -269,7 +264,7 @@ def lesion_records(row: str, side: str, found: Kept) -> list[Record]:
 
 def image_records(row: str, mix: Mix, args: argparse.Namespace) -> list[Record]:
     """FID, KID and PSNR of the complete images of a row's generators; empty where none was measured yet."""
-    kept, records = measures.kept_generators(mix.generator, args), []
+    kept, records = generators.kept(mix.generator, args), []
     keys = ("value", "interval", "patients_mean", "patients_interval")  # a figure of features has a value alone
     for metric in IMAGES if kept else ():
         figures = [one["figures"][f"complete {metric}"] for one in kept.values()]
@@ -335,7 +330,7 @@ def paper_records(experiment: Experiment) -> list[Record]:
 def setting(kept: dict[str, Kept], sides: list[str], args: argparse.Namespace) -> dict[str, Any]:
     """What the figures hold for."""
     unets = [one for found in kept.values() for one in found.values()]
-    return report.setting(args, unets) | {
+    return report.setting(args, kept.values()) | {
         "unit": "% of Dice, sensitivity, specificity",
         "U-Net trained on": mixes.SIDE,
         "U-Net tested on": {side: TOLD[side] for side in sides},
