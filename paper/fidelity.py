@@ -13,12 +13,11 @@ again. The same command resumes a stopped study.
 
 import argparse
 import itertools
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from data.slices import Mistake, OneLineParser, check_ranges, held
+from data.slices import held
 from paper import report, runs
 from paper.report import grid, over_seeds
 
@@ -77,7 +76,7 @@ def measure(row: str, seed: int, args: argparse.Namespace) -> list[Record]:
     runs.train(["-m", "paper.study"], [*runs.as_options(given), *SCALE, *options], out, " ".join(options))
     records = []
     for side in SIDES:
-        results = runs.measure(out, args.reference, side, runs.feature_network(args.out))
+        results = runs.measure(out, args.reference, side)
         found = {"seconds": runs.begun(out)["seconds"]}
         for column, (table, name, key, factor, _) in FIGURES.items():
             value = results[table][name][key]  # None where eval.py refuses it, such as FD of few slices
@@ -104,28 +103,12 @@ def markdown(records: list[Record]) -> list[str]:
     return grid(head, lines)
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
-    """The command line, checked. Raises Mistake."""
-    parser = OneLineParser(__doc__)
-    option = parser.add_argument
-    option("--data", type=Path, default=Path("data/ct"), help="dataset to train on, best at twice the size")
-    option("--reference", type=Path, default=Path("data/ct128"), help="the same, of the size to train and measure at")
-    option("--rows", nargs="*", default=list(ROWS), metavar="ROW", help="rows that --list shows (default: all)")
-    option("--seeds", nargs="+", type=int, default=[0], metavar="N")
-    option("--epochs", type=int, default=2, help="per stage: 2; 1 makes every row half as long, into another --out")
-    option("--out", type=Path, default=Path("out/fidelity"), help="folder of the runs")
-    option("--results", type=Path, default=runs.ROOT / "paper" / "results", help="folder of the JSON")
-    option("--list", action="store_true", help="show the rows and what they try")
-    args = parser.parse_args(argv)
-    if unknown := [row for row in args.rows if row not in ROWS]:
-        raise Mistake(f"--rows {unknown[0]:.80}: give of {', '.join(ROWS)}")
-    check_ranges(args, epochs=(1, 1000))
-    return args
-
-
 def main(argv: list[str]) -> None:
     """Train and measure the rows asked for; print the table and write its JSON. Raises Mistake."""
-    args = parse(argv)
+    parser = runs.parser(__doc__, "out/fidelity", [0])
+    parser.add_argument("--epochs", type=int, default=2, help="per stage; 1 makes every row half as long")
+    args = parser.parse_args(argv)
+    runs.choose_rows(args, ROWS)
     if args.list:
         print("\n".join(f"{row:16} {about:60} {' '.join(options)}" for row, (about, options) in ROWS.items()))
         return

@@ -10,7 +10,6 @@ import argparse
 import itertools
 import json
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,6 @@ import covidgan
 import infer_onnx
 from data.slices import read_split, write_image
 from paper import rivals, runs
-from paper.methods import METHODS
 
 RIVALS = ("pix2pix", "pix2pixHD", "SPADE", "SEAN")
 REPORT = "seg_test"  # side
@@ -31,27 +29,21 @@ INTERVALS = 8  # checkpoints and panels of a stage
 
 @dataclass(frozen=True)
 class Row:
-    """A method as a table trains it."""
+    """A method as a table trains it: by which script, and with which options besides data and scale."""
 
-    method: str  # its name in checkpoints
+    kind: type[covidgan.Method]
+    program: tuple[str, ...]
     options: tuple[str, ...]
-
-    @property
-    def kind(self) -> type[covidgan.Method]:
-        """Its method."""
-        return covidgan.Covidgan if self.method == "covidgan" else METHODS[self.method]
-
-    @property
-    def program(self) -> list[str]:
-        """The script that trains it."""
-        if self.method == "covidgan":
-            return [str(runs.ROOT / "covidgan.py")]
-        return ["-m", self.kind.__module__, *[self.method] * (self.method in rivals.METHODS)]
 
 
 def ours(switches: str = "", preset: str = "paper") -> Row:
     """A row of ours, with one part of the method changed."""
-    return Row("covidgan", ("--preset", preset, *switches.split()))
+    return Row(covidgan.Covidgan, (str(runs.ROOT / "covidgan.py"),), ("--preset", preset, *switches.split()))
+
+
+def rival(name: str, switches: str = "") -> Row:
+    """A rival's row."""
+    return Row(rivals.METHODS[name], ("-m", "paper.rivals", name), ("--preset", "paper", *switches.split()))
 
 
 # As published: noise on the target, D sees whole images, no average of the weights. Clean: what is part of no method
@@ -62,9 +54,9 @@ CLEAN = f"--noise 0 --contrast {LOOP.contrast} --ema {LOOP.ema}"
 ROWS: dict[str, Row] = {
     "covidgan": ours(),
     "covidgan-best": ours(preset="best"),
-    **{name: Row(name, ("--preset", "paper")) for name in RIVALS},
+    **{name: rival(name) for name in RIVALS},
     "covidgan-clean": ours(CLEAN),
-    **{f"{name}-clean": Row(name, ("--preset", "paper", *CLEAN.split())) for name in RIVALS},
+    **{f"{name}-clean": rival(name, CLEAN) for name in RIVALS},
 }
 # Table V's, besides covidgan itself
 ABLATIONS: dict[str, Row] = {
@@ -87,8 +79,6 @@ POLICIES: dict[str, Row] = {
     "beta-0.1": ours("--dfm fixed --beta 0.1"),
     "beta-0.9": ours("--dfm fixed --beta 0.9"),
 }
-
-# ------------------------------------------------------------------------------------------------ how one is trained
 
 
 def row_of(name: str) -> Row:
@@ -115,17 +105,14 @@ def train(name: str, seed: int, args: argparse.Namespace) -> Path:
     given |= {"batch": args.batch, "epochs": 2, "epoch-len": stage // 2, "interval": stage // args.batch // INTERVALS}
     options = [*row.options, *runs.as_options(given | {"dtype": args.dtype})]
     bf16 = covidgan.uses_bf16(replace(c, dtype=args.dtype), covidgan.pick_device(c))
-    runs.train(row.program, options, out, options_of(name), dtype="bfloat16" if bf16 else "float32")
+    runs.train([*row.program], options, out, options_of(name), dtype="bfloat16" if bf16 else "float32")
     return out
 
 
-# ------------------------------------------------------------------------------------------------ what one is worth
-
-Floor = Callable[[covidgan.Slices, torch.Tensor, covidgan.LoopConfig], torch.Tensor]
-FLOORS: dict[str, Floor] = {"label means": covidgan.mean_paint, "nearest training case": covidgan.nearest_copy}
+FLOORS = {"label means": covidgan.mean_paint, "nearest training case": covidgan.nearest_copy}
 FID, KID = "FID 24", "KID 1280"  # by features of that many dimensions, for FID fewer than any side here has slices
-BETTER = {FID: "lower", "FID 32": "lower", KID: "lower", "PSNR": "higher", "SSIM": "higher"}
-BETTER |= {"RMSE": "lower", "NRMSE": "lower"}
+DIGITS = {FID: 2, "FID 32": 4, KID: 4, "PSNR": 2, "SSIM": 4, "RMSE": 4, "NRMSE": 4}  # metric -> decimals
+BETTER = {metric: "higher" if metric in ("PSNR", "SSIM") else "lower" for metric in DIGITS}
 REGIONS = ("complete", "lung")
 
 IN_OWN_STYLE = "figures in the style of the slices themselves"  # SEAN's, as its authors test it
@@ -150,8 +137,8 @@ def keep(name: str, seed: int, args: argparse.Namespace) -> None:
     def make() -> dict[str, Any]:
         run = train(name, seed, args)
         method = restored(run, row_of(name).kind)
-        told = {"options": options_of(name), "method": name, "seed": seed, **cost_of(run, method)}
-        told["figures"] = figures_of(runs.measure(run, args.reference, REPORT, runs.feature_network(args.out)))
+        figures = figures_of(runs.measure(run, args.reference, REPORT))
+        told = {"options": options_of(name), "method": name, "seed": seed, "figures": figures, **cost_of(run, method)}
         if isinstance(method, rivals.Sean):
             told[IN_OWN_STYLE] = figures_in_own_style(run, method, args)
         return told
@@ -162,6 +149,21 @@ def keep(name: str, seed: int, args: argparse.Namespace) -> None:
 def kept(name: str, args: argparse.Namespace) -> dict[int, dict[str, Any]]:
     """What a row's generators have measured, by seed. Raises Mistake for one that was trained otherwise."""
     return runs.kept(args.results, name, "options", options_of(name))
+
+
+def records_of(method: str, seed: int | None, figures: Figures) -> list[dict[str, Any]]:
+    """A record for each region and metric that has a value."""
+    found = []
+    for region, metric in itertools.product(REGIONS, DIGITS):
+        if (value := figures.get(f"{region} {metric}", {}).get("value")) is not None:
+            found.append({"method": method, "seed": seed, "region": region, "metric": metric, "value": value})
+    return found
+
+
+def records(name: str, told: str, args: argparse.Namespace, which: str = "figures") -> list[dict[str, Any]]:
+    """The kept figures of a row's generators, where they have them, as records of a method told by this name."""
+    found = {seed: one[which] for seed, one in kept(name, args).items() if which in one}
+    return [record for seed, figures in found.items() for record in records_of(told, seed, figures)]
 
 
 def load_side(data: Path, side: str) -> covidgan.Slices:
@@ -178,7 +180,7 @@ def restored(run: Path, kind: type[covidgan.Method]) -> covidgan.Method:
 def figures_of(results: dict[str, Any]) -> Figures:
     """Of eval.py's results what the tables show; a value is None where it refuses one, such as FID of few slices."""
     found: Figures = {}
-    for region, metric in itertools.product(REGIONS, BETTER):
+    for region, metric in itertools.product(REGIONS, DIGITS):
         name = f"{region} {metric}"
         if metric.startswith(("FID", "KID")):
             found[name] = {"value": results["features"][name]["value"]}
@@ -195,7 +197,7 @@ def figures_of_lungs(out: Path, names: list[str], images: torch.Tensor, args: ar
     (out / "images").mkdir(parents=True, exist_ok=True)
     for name, one in zip(names, hu, strict=True):
         write_image(out / "images" / f"{name}.png", one)
-    return figures_of(runs.compare(args.reference, out / "images", runs.feature_network(args.out), out))
+    return figures_of(runs.compare(args.reference, out / "images", out, args.out))
 
 
 @torch.no_grad()
@@ -215,7 +217,7 @@ def cost_of(run: Path, method: covidgan.Method) -> dict[str, Any]:
         **{key: runs.begun(run)[key] for key in ("seconds", "dtype", "commit", "machine")},
         "samples": round(full_size(type(method), c) * c.epochs * c.epoch_len),
         "parameters": sum(p.numel() for p in method.generator().parameters()),
-        "synthesis": synthesis_seconds(runs.export(run), c.size),
+        "synthesis": synthesis_seconds(run / "generator.onnx", c.size),
         "d_at_end": loss_of_d(run),
     }
 

@@ -40,12 +40,17 @@ class Mix:
     generator: str = "covidgan"  # its name in paper/generators.py
 
     @property
+    def options(self) -> str:
+        """How its generator is trained; "" where it has no synthetic slices."""
+        return generators.options_of(self.generator) if self.replaced or self.added else ""
+
+    @property
     def name(self) -> str:
-        """A name for its folder."""
+        """The name of its U-Nets: of their folders, and among what is kept."""
         shares = {"replaced": self.replaced, "added": self.added, "augmented": self.augmented}
         parts = [f"{kind}{100 * share:.0f}" for kind, share in shares.items() if share]
         parts += [self.generator] if self.replaced or self.added else []
-        return "-".join([f"real{self.real or ''}", *parts])
+        return "-".join([f"unet_real{self.real or ''}", *parts])
 
 
 Members = dict[str, list[str]]  # names of a mix's slices: real, replaced, added, augmented
@@ -66,31 +71,28 @@ def members(mix: Mix, names: list[str], whole: list[str], variants: list[str], s
     Raises Mistake where there are too few.
     """
     if mix.real > len(names):
-        raise Mistake(f"{mix.real} real slices wanted, there are {len(names)}: leave the row out")
+        raise Mistake(f"{mix.name}: {mix.real} real slices wanted, there are {len(names)}: leave it out")
     order = [names[k] for k in np.random.default_rng(seed).permutation(len(names))]
     chosen = order[: mix.real or None]
-    able, made = {*whole}, {*variants}
-    swappable = [name for name in chosen if name in able]
     turns = [f"{name}v{k:02d}" for k in range(1, VARIANTS + 1) for name in chosen]  # as infer_onnx.py names them
-    turns = [name for name in turns if name in made]
+    swappable, turns = ([name for name in of if name in {*made}] for of, made in ((chosen, whole), (turns, variants)))
 
-    def first(share: float, of: list[str], what: str) -> list[str]:
+    def first(share: float, of: list[str]) -> list[str]:
         wanted = round(share * len(chosen))
         if wanted > len(of):
-            told = f"{wanted} {what} slices wanted beside {len(chosen)} real ones, there are {len(of)}"
-            raise Mistake(f"{told}: leave the row out")
+            raise Mistake(
+                f"{mix.name}: {wanted} synthetic or augmented slices wanted, there are {len(of)}: leave it out"
+            )
         return of[:wanted]
 
-    replaced = first(mix.replaced, swappable, "synthetic")
+    replaced = first(mix.replaced, swappable)
+    real = [name for name in chosen if name not in {*replaced}]
     return {
-        "real": [name for name in chosen if name not in {*replaced}],
+        "real": real,
         "replaced": replaced,
-        "added": first(mix.added, turns, "synthetic"),
-        "augmented": first(mix.augmented, turns, "augmented"),
+        "added": first(mix.added, turns),
+        "augmented": first(mix.augmented, turns),
     }
-
-
-# ------------------------------------------------------------------------------------------------ slices of all kinds
 
 
 def synthetic_slices(mix: Mix, seed: int, args: argparse.Namespace, kind: str) -> Path:
@@ -119,14 +121,9 @@ def names_in(dataset: Path | None) -> list[str]:
     return sorted(path.stem for path in (dataset / "images").glob("*.png")) if dataset else []
 
 
-def unet_of(mix: Mix) -> str:
-    """The name of a mix's U-Nets: of their folders, and among what is kept."""
-    return f"unet_{mix.name}"
-
-
 def folder(mix: Mix, seed: int, args: argparse.Namespace) -> Path:
     """The folder of a U-Net's run."""
-    return args.out / f"{unet_of(mix)}_{seed}"
+    return args.out / f"{mix.name}_{seed}"
 
 
 def tested_sides(args: argparse.Namespace) -> dict[str, list[str]]:
@@ -164,9 +161,6 @@ def dataset(mix: Mix, seed: int, args: argparse.Namespace) -> Path:
     return out
 
 
-# ------------------------------------------------------------------------------------------------ the U-Net
-
-
 def train(mix: Mix, seed: int, args: argparse.Namespace) -> Path:
     """Train the U-Net of a mix, or go on with it; returns its folder. Raises Mistake."""
     size, length = runs.size_of(args.reference), args.unet_samples
@@ -175,13 +169,8 @@ def train(mix: Mix, seed: int, args: argparse.Namespace) -> Path:
     given["interval"] = length // args.batch // generators.INTERVALS
     options = ["--preset", "paper", "--unchecked"]  # real slices were checked with the generator's data
     out = folder(mix, seed, args)
-    runs.train(["-m", "paper.segment"], [*options, *runs.as_options(given)], out, options_of(mix))
+    runs.train(["-m", "paper.segment"], [*options, *runs.as_options(given)], out, mix.options)
     return out
-
-
-def options_of(mix: Mix) -> str:
-    """How a mix's generator is trained; "" where it has no synthetic slices."""
-    return generators.options_of(mix.generator) if mix.replaced or mix.added else ""
 
 
 def overlap(predicted: np.ndarray, truth: np.ndarray) -> dict[str, float]:
@@ -220,9 +209,3 @@ def score(mix: Mix, seed: int, args: argparse.Namespace) -> dict[str, Scores]:
     out = train(mix, seed, args)
     unet = runs.exported(out / "unet.onnx", out / "unet.pt")
     return {side: find_lesions(unet, args.reference, names) for side, names in tested_sides(args).items()}
-
-
-def composition(mix: Mix, seed: int, args: argparse.Namespace) -> dict[str, int]:
-    """How many slices of each kind the mix of a U-Net has."""
-    drawn = runs.read_json(folder(mix, seed, args) / "data" / "split.json")["drawn"]
-    return {kind: len(names) for kind, names in drawn.items()}

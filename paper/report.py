@@ -3,7 +3,6 @@
 import argparse
 import math
 from collections import defaultdict
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,9 @@ from scipy import stats
 
 from data.slices import patient_of, write_bytes
 from paper import runs
+
+# The paper's Tables II to V as printed, their columns in order: table -> row -> figures. "e" is less than 1e-5.
+PAPER: dict[str, dict[str, str]] = runs.read_json(Path(__file__).with_name("published.json"))
 
 
 def interval(values: list[float]) -> tuple[float | None, float | None]:
@@ -42,18 +44,35 @@ def apart(a: list[float], b: list[float]) -> tuple[float, float | None]:
     return difference, half
 
 
-def setting(args: argparse.Namespace, kept: Iterable[dict[int, dict[str, Any]]]) -> dict[str, Any]:
-    """What the figures of a table hold for; kept: what the runs of each row have measured, by seed."""
-    every = [one for seeds in kept for one in seeds.values()]
+def setting(args: argparse.Namespace, kept: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the figures of a table hold for, of what is kept of its runs."""
     return {
         "data": runs.sides_of(args.reference),
         "size": runs.size_of(args.reference),
         "generators": {"ngf, ndf": args.ngf, "samples at full size": args.samples},
         "batch": args.batch,
         "features": runs.FEATURES,
-        "commits": sorted({one["commit"] for one in every}),
-        "machines, as far as kept": sorted({one["machine"] for one in every if "machine" in one}),
+        "commits": sorted({one["commit"] for one in kept}),
+        "machines, as far as kept": sorted({one["machine"] for one in kept if "machine" in one}),
     }
+
+
+def over_records(records: list[dict[str, Any]]) -> dict[tuple[str, str, str], list[float]]:
+    """Values over the seeds of each method, region and metric of images."""
+    values = defaultdict(list)
+    for one in records:
+        values[one["method"], one["region"], one["metric"]].append(one["value"])
+    return values
+
+
+def quality(records: list[dict[str, Any]], region: str, digits: dict[str, int]) -> list[str]:
+    """A region's figures of images as Markdown, mean +- standard deviation over the seeds; digits: of each metric."""
+    values, lines = over_records(records), []
+    for method in dict.fromkeys(one["method"] for one in records):
+        seeds = dict.fromkeys("-" if one["seed"] is None else one["seed"] for one in records if one["method"] == method)
+        cells = [over_seeds(values.get((method, region, metric)), n) for metric, n in digits.items()]
+        lines.append([method, ", ".join(map(str, seeds)), *cells])
+    return grid(["row", "seeds", *digits], lines)
 
 
 def over_seeds(values: list[float] | None, digits: int) -> str:
@@ -73,6 +92,5 @@ def write(results: Path, name: str, table: dict[str, Any], lines: list[str]) -> 
     """Print a table, and write it as RESULTS/NAME.json and, for people, as RESULTS/NAME.md."""
     text = "\n".join(lines).rstrip() + "\n"
     print(text)
-    results.mkdir(parents=True, exist_ok=True)
     runs.write_json(results / f"{name}.json", table)
     write_bytes(results / f"{name}.md", f"# {name}\n\n{text}".encode())

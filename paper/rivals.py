@@ -2,7 +2,6 @@
 
     python -m paper.rivals pix2pix --data data/radiopaedia --size 128           # or pix2pixHD, SPADE, SEAN; preset demo
     python -m paper.rivals SPADE --data data/radiopaedia --preset paper --out out/SPADE
-    python -m paper.rivals SEAN --ngf 16 --ndf 16                               # all widths a quarter of the published
     python export.py out/SPADE                                                  # and everything else as for covidgan
 
 Theirs are the networks, losses and optimiser settings, from their papers and public code, written anew:
@@ -11,12 +10,10 @@ Theirs are the networks, losses and optimiser settings, from their papers and pu
     SPADE       Park, Liu, Wang, Zhu, CVPR 2019                 SpadeGenerator, SpadeNorm; hinge
     SEAN        Zhu, Abdal, Qin, Wonka, CVPR 2020               SeanGenerator, AceNorm, StyleEncoder
 Data, augmentation, what D sees (--contrast), schedule, average of the weights, checkpoints and pictures are the
-loop's, the same for all five; so is its order: one synthesis per step, from which all losses are computed before any
-player moves.
+loop's. So is its order: one synthesis per step, from which all losses are computed before any player moves.
 
-The VGG loss of pix2pixHD, SPADE and SEAN is off unless --lambda-vgg 10 asks for it. It needs a network trained on a
-million photographs, which is a download, knows no CT, and would give help that pix2pix and covidgan do not have;
-pix2pixHD's authors also report results without it. Instance edges are left out, since a label map has no instances.
+The VGG loss of pix2pixHD, SPADE and SEAN is off unless --lambda-vgg 10 asks for it: its network is a download, knows
+no CT, and would help three methods alone. Instance edges are left out, since a label map has no instances.
 """
 
 import functools
@@ -37,8 +34,6 @@ from covidgan import Mistake, Player, ResidualBlock, down, gan_losses, head, ste
 
 Adam = tuple[float, tuple[float, float]]  # learning rate, betas
 Normed = Callable[[nn.Conv2d], list[nn.Module]]  # a convolution to itself, possibly changed, and a norm
-
-# --------------------------------------------------------------------------------------------------- what rivals share
 
 
 @dataclass(frozen=True)
@@ -224,10 +219,7 @@ class Pix2pixConfig(RivalConfig):
 
 
 class OneImageNorm(nn.InstanceNorm2d):
-    """Batch norm as pix2pix's authors train and test it, on batches of one: each image by its own statistics.
-
-    On larger batches this stays true to their method, and a slice does not depend on others in its batch.
-    """
+    """Batch norm as pix2pix's authors train and test it, on batches of one: each image by its own statistics."""
 
     def __init__(self, c: int) -> None:
         super().__init__(c, affine=True)
@@ -360,10 +352,7 @@ class Matching(Rival):
 
 
 class Pix2pixHD(Matching):
-    """pix2pixHD: global generator against two scales of covidgan's own PatchGAN; LSGAN and feature matching.
-
-    Biases start at 0, its authors' at PyTorch's draw; most of them stand before an instance norm, which removes them.
-    """
+    """pix2pixHD: global generator against two scales of covidgan's own PatchGAN; LSGAN and feature matching."""
 
     name, options = "pix2pixHD", Pix2pixHDConfig
     own: ClassVar = dict.fromkeys("dg", (2e-4, (0.5, 0.999)))
@@ -702,8 +691,6 @@ class Sean(Spade):
         """Image [B, 1, H, W] in the style of real lungs [B, 1, H, W] in [-1, 1], floor outside, of the same maps."""
         return self.g(onehot, self.g.encoder(real, onehot)[0])[0]
 
-
-# ----------------------------------------------------------------------------------------------------------------- main
 
 METHODS: dict[str, type[covidgan.Method]] = {method.name: method for method in (Pix2pix, Pix2pixHD, Spade, Sean)}
 

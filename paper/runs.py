@@ -5,6 +5,7 @@ it was begun, generator.onnx, synthetic_SIDE/ and eval_SIDE/. A stopped training
 What runs have measured is kept in RESULTS/runs, one small file each, of which all tables are made.
 """
 
+import argparse
 import hashlib
 import json
 import os
@@ -22,7 +23,17 @@ from typing import Any
 import torch
 
 import covidgan
-from data.slices import SIDES, Mistake, exit_on_mistake, list_pngs, patient_of, read_image, read_split, write_bytes
+from data.slices import (
+    SIDES,
+    Mistake,
+    OneLineParser,
+    exit_on_mistake,
+    list_pngs,
+    patient_of,
+    read_image,
+    read_split,
+    write_bytes,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 FEATURES = "efficientnet-lite0"  # for FID and KID: Inception's weights are a download
@@ -40,9 +51,30 @@ def run_script(main: Callable[[list[str]], None]) -> None:
     exit_on_mistake(program)
 
 
+def parser(about: str, out: str, seeds: list[int]) -> OneLineParser:
+    """The options of a study: its data, rows and folders."""
+    made = OneLineParser(about)
+    option = made.add_argument
+    option("--data", type=Path, default=Path("data/ct"), help="dataset to train on, best at twice the size")
+    option("--reference", type=Path, default=Path("data/ct128"), help="the same, of the size to train and measure at")
+    option("--rows", nargs="*", metavar="ROW", help="rows that --list shows; none: only write (default: all)")
+    option("--seeds", nargs="+", type=int, default=seeds, metavar="N")
+    option("--out", type=Path, default=Path(out), help="folder of the runs")
+    option("--results", type=Path, default=ROOT / "paper" / "results", help="folder of the tables")
+    option("--list", action="store_true", help="show the rows and what they are")
+    return made
+
+
+def choose_rows(args: argparse.Namespace, rows: Iterable[str]) -> None:
+    """Take all rows where none are named. Raises Mistake for one that there is not."""
+    args.rows = [*rows] if args.rows is None else args.rows
+    if unknown := [row for row in args.rows if row not in rows]:
+        raise Mistake(f"--rows {unknown[0]:.80}: give of {', '.join(rows)}")
+
+
 def call(*arguments: str | Path) -> None:
     """Run a script of the repository with this Python. Raises Mistake where it fails, having said why."""
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    path = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
     script = subprocess.Popen([sys.executable, *map(str, arguments)], env=os.environ | {"PYTHONPATH": path})
     try:
         script.wait()
@@ -51,9 +83,6 @@ def call(*arguments: str | Path) -> None:
         status = script.wait()
     if status:
         raise Mistake(f"{' '.join(map(str, arguments))}: stopped with status {status}, see above")
-
-
-# ------------------------------------------------------------------------------------------------ training
 
 
 def as_options(given: dict[str, Any]) -> list[str]:
@@ -73,20 +102,26 @@ def train(program: list[str], options: list[str], out: Path, row: str, **told: s
     if (out / "results.json").exists():
         return
     if started:
-        return call(*program, "--out", out, "--resume")
+        call(*program, "--out", out, "--resume")
+        return
     out.mkdir(parents=True, exist_ok=True)
     about = {"row": row, "commit": commit(), "machine": machine(), **told, "seconds": None}
     write_json(note, about)
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    before = cpu_seconds()
     call(*program, "--out", out, *options)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     if not torch.cuda.is_available():
-        write_json(note, about | {"seconds": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime})
+        write_json(note, about | {"seconds": cpu_seconds() - before})
 
 
 def begun(out: Path) -> dict[str, Any]:
     """How a run was begun: "row", "commit", "machine", "seconds" and what else was told of it."""
     return read_json(out / "begun.json")
+
+
+def cpu_seconds() -> float:
+    """CPU seconds of all scripts run so far, of all their threads."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def commit() -> str:
@@ -104,21 +139,8 @@ def machine() -> str:
         return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
     info = Path("/proc/cpuinfo")
     names = re.findall("model name\t: (.*)", info.read_text()) if info.exists() else []
-    name = names[0] if names else platform.processor() or platform.machine()
+    name = [*names, platform.processor() or platform.machine()][0]
     return f"{name}, {torch.backends.cpu.get_cpu_capability()}, threads: {torch.get_num_threads()}"
-
-
-# ------------------------------------------------------------------------------------------------ measuring
-
-
-def feature_network(folder: Path) -> Path:
-    """The feature network for FID and KID, made if it is not there yet."""
-    return exported(folder / "features.onnx", "--features", FEATURES)
-
-
-def export(out: Path) -> Path:
-    """The generator of a run as a file, exported if it is not yet."""
-    return exported(out / "generator.onnx", out / "ckpt.pt")
 
 
 def exported(file: Path, *what: str | Path) -> Path:
@@ -130,25 +152,25 @@ def exported(file: Path, *what: str | Path) -> Path:
 
 def synthesize(out: Path, data: Path, side: str, kind: str = "synthetic", *options: str | Path) -> Path:
     """Synthesize a side of a dataset with a run's generator and more options of infer_onnx.py; returns the folder."""
-    synthetic = out / f"{kind}_{side}"
-    places = [data, "--side", side, "--model", export(out), "--out", synthetic]
+    synthetic, model = out / f"{kind}_{side}", exported(out / "generator.onnx", out / "ckpt.pt")
+    places = [data, "--side", side, "--model", model, "--out", synthetic]
     call(ROOT / "infer_onnx.py", *places, "--unchecked", *options)
     return synthetic
 
 
-def compare(data: Path, synthetic: Path, features: Path, out: Path) -> dict[str, Any]:
-    """Compare synthetic slices with the real ones of a dataset: eval.py's results, written as OUT/results.json."""
-    results = out / "results.json"
+def compare(data: Path, synthetic: Path, out: Path, runs: Path) -> dict[str, Any]:
+    """Compare synthetic slices with the real ones of a dataset: eval.py's results, written as OUT/results.json.
+
+    runs: the folder of all runs, which share the network for FID and KID.
+    """
+    results, features = out / "results.json", exported(runs / "features.onnx", "--features", FEATURES)
     call(ROOT / "eval.py", data, synthetic, "--features", features, "--out", out, "--json", results)
     return read_json(results)
 
 
-def measure(out: Path, data: Path, side: str, features: Path) -> dict[str, Any]:
+def measure(out: Path, data: Path, side: str) -> dict[str, Any]:
     """Synthesize a side of a dataset with a trained run and compare it with the real slices: eval.py's results."""
-    return compare(data, synthesize(out, data, side), features, out / f"eval_{side}")
-
-
-# ------------------------------------------------------------------------------------------------ what is kept
+    return compare(data, synthesize(out, data, side), out / f"eval_{side}", out.parent)
 
 
 def read_json(path: Path) -> Any:
@@ -161,6 +183,7 @@ def read_json(path: Path) -> Any:
 
 def write_json(path: Path, content: Any) -> None:
     """Write a value as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(path, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
 
 
@@ -188,9 +211,6 @@ def kept(results: Path, name: str, key: str, options: str) -> dict[int, dict[str
     return found
 
 
-# ------------------------------------------------------------------------------------------------ what is measured on
-
-
 def check_sides(data: Path, reference: Path, needed: Iterable[str] = SIDES) -> None:
     """Raise Mistake unless both datasets split the same slices alike, and the sides needed hold some.
 
@@ -204,7 +224,7 @@ def check_sides(data: Path, reference: Path, needed: Iterable[str] = SIDES) -> N
         raise Mistake(f"{data}, {reference}: not split alike: prepare both alike, but for --size")
 
 
-def keep_setting(folder: Path, args: Any, *names: str) -> None:
+def keep_setting(folder: Path, args: argparse.Namespace, *names: str) -> None:
     """Write FOLDER/setting.json: what all that is in it has in common. Raises Mistake where it is another.
 
     names: options that count. Of the datasets their sizes and split do.
@@ -215,10 +235,9 @@ def keep_setting(folder: Path, args: Any, *names: str) -> None:
     told["split of both"] = hashlib.sha256(split).hexdigest()[:16]
     path = folder / "setting.json"
     there = read_json(path) if path.exists() else told
-    for name, value in told.items():
-        if there.get(name) != value:
-            raise Mistake(f"{path}: made with {name} {there.get(name)}, not {value}: give that, or another folder")
-    folder.mkdir(parents=True, exist_ok=True)
+    for name in told:
+        if there.get(name) != told[name]:
+            raise Mistake(f"{path}: made with {name} {there.get(name)}, not {told[name]}: give that, or another folder")
     write_json(path, told)
 
 

@@ -7,7 +7,6 @@ clean rows add to the rows as published was chosen by side "test", but with figu
 
 import argparse
 import itertools
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +15,14 @@ import numpy as np
 import covidgan
 from data.slices import SIDES, coloured, png, read_image, windowed, write_bytes
 from paper import generators, report
-from paper.generators import BETTER, FID, FLOORS, IN_OWN_STYLE, KID, REGIONS, REPORT, RIVALS, ROWS, Figures
-from paper.report import apart, grid, over_seeds
+from paper.generators import BETTER, DIGITS, FID, FLOORS, IN_OWN_STYLE, REGIONS, REPORT, RIVALS, ROWS
+from paper.report import PAPER, apart, grid
 
-DIGITS = {FID: 2, "FID 32": 4, KID: 4, "PSNR": 2, "SSIM": 4, "RMSE": 4, "NRMSE": 4}
 # The paper's four metrics, with 4 rivals and 2 regions its 32 comparisons. Its "RMSE" is over the real slice's own RMS,
 # as its PSNR shows: NRMSE here.
 COMPARED = (FID, "PSNR", "SSIM", "NRMSE")
 COSTS = ("method", "seed", "seconds", "samples", "parameters", "synthesis", "d_at_end", "commit", "machine")
 ZOOM = 0.4  # share of a slice's side that the picture shows, around the lesion
-
-# Table II: method -> FID, PSNR, SSIM, RMSE of the complete images and of the lungs alone
-PAPER = {
-    "covidgan": (0.0327, 26.89, 0.8936, 0.0813, 0.3641, 28.17, 0.8959, 0.2747),
-    "SEAN": (0.0341, 26.69, 0.8922, 0.0837, 0.3575, 28.02, 0.8952, 0.2795),
-    "SPADE": (0.0389, 26.50, 0.8903, 0.0854, 0.4812, 27.79, 0.8928, 0.2864),
-    "pix2pixHD": (0.0430, 26.63, 0.8893, 0.0840, 0.4283, 27.82, 0.8910, 0.2856),
-    "pix2pix": (0.0611, 26.56, 0.8870, 0.0913, 8.4077, 26.56, 0.8855, 0.3301),
-}
 
 Record = dict[str, Any]
 
@@ -45,7 +34,7 @@ class Images:
 
     def told(self, row: str) -> str:
         """What --list says of a row."""
-        return f"{ROWS[row].method} {generators.options_of(row)}"
+        return f"{ROWS[row].kind.name} {generators.options_of(row)}"
 
     def make(self, row: str, seed: int, args: argparse.Namespace) -> None:
         """Train and measure a row with a seed, if it is not kept yet. Raises Mistake."""
@@ -53,68 +42,32 @@ class Images:
 
     def collect(self, args: argparse.Namespace) -> dict[str, Any]:
         """All that is known of Table II, from the measurements that are kept."""
-        records, costs = [], []
+        records = []
         for name in FLOORS:
-            records += records_of(name, None, generators.keep_floor(name, args))
-        found = {name: kept for name in ROWS if (kept := generators.kept(name, args))}
-        for name, seeds in found.items():
-            for seed, one in seeds.items():
-                records += records_of(name, seed, one["figures"])
-                records += records_of(name.replace("SEAN", "SEAN-self"), seed, one.get(IN_OWN_STYLE, {}))
-                costs.append({key: one[key] for key in COSTS})
+            records += generators.records_of(name, None, generators.keep_floor(name, args))
+        for name in ROWS:
+            records += generators.records(name, name, args)
+            records += generators.records(name, name.replace("SEAN", "SEAN-self"), args, IN_OWN_STYLE)
+        kept = [one for name in ROWS for one in generators.kept(name, args).values()]
         ours = [name for name in ROWS if name.startswith("covidgan")]
         return {
-            "setting": {"reported": REPORT, **report.setting(args, found.values())},
-            "rows": {name: self.told(name) for name in found},
+            "setting": {"reported": REPORT, **report.setting(args, kept)},
+            "rows": {one["method"]: self.told(one["method"]) for one in kept},
             "records": records,
-            "paper": paper_records(),
-            "costs": costs,
+            "paper": PAPER["2"],
+            "costs": [{key: one[key] for key in COSTS} for one in kept],
             "comparisons": [comparison(records, one, block) for one in ours for block in ("", "-clean")],
         }
 
     def markdown(self, table: dict[str, Any]) -> list[str]:
         """The table, for people to read."""
-        paper = [
-            [method, *(f"{figure:.{2 if figure > 20 else 4}f}" for figure in row)] for method, row in PAPER.items()
-        ]
+        lines = []
+        for region in REGIONS:
+            lines += [f"**{region}**", "", *report.quality(table["records"], region, DIGITS)]
         heads = [f"{region} {metric}" for region in REGIONS for metric in ("FID", "PSNR", "SSIM", "RMSE (our NRMSE)")]
-        lines = [line for region in REGIONS for line in quality(table["records"], region)]
-        lines += ["**The paper's**, on other data, its FID of another network", "", *grid(["method", *heads], paper)]
+        paper = grid(["method", *heads], [[method, *figures.split()] for method, figures in PAPER["2"].items()])
+        lines += ["**The paper's**, on other data, its FID of another network", "", *paper]
         return [*lines, "**Costs**", "", *costs_of(table["costs"]), "**Comparisons**", "", *verdicts(table)]
-
-
-# ----------------------------------------------------------------------------------------------- all that is known
-
-
-def records_of(method: str, seed: int | None, figures: Figures) -> list[Record]:
-    """A record for each region and metric that has a value."""
-    found = []
-    for region, metric in itertools.product(REGIONS, BETTER if figures else ()):
-        if (value := figures[f"{region} {metric}"]["value"]) is not None:
-            record = {"method": method, "seed": seed, "region": region, "metric": metric, "value": value}
-            found.append(record | {"better": BETTER[metric]})
-    return found
-
-
-def paper_records() -> list[Record]:
-    """The paper's Table II."""
-    heads = [*itertools.product(REGIONS, ("FID", "PSNR", "SSIM", "RMSE"))]
-    return [
-        {"method": method, "region": region, "metric": metric, "value": value}
-        for method, values in PAPER.items()
-        for (region, metric), value in zip(heads, values, strict=True)
-    ]
-
-
-# ----------------------------------------------------------------------------------------------- what the figures say
-
-
-def by_method(records: list[Record]) -> dict[tuple[str, str, str], list[float]]:
-    """Values over the seeds of each method, region and metric."""
-    values = defaultdict(list)
-    for record in records:
-        values[record["method"], record["region"], record["metric"]].append(record["value"])
-    return values
 
 
 def comparison(records: list[Record], ours: str, block: str) -> dict[str, Any]:
@@ -123,7 +76,7 @@ def comparison(records: list[Record], ours: str, block: str) -> dict[str, Any]:
     Clearly: beyond the 95 % interval of the difference of the two means over the seeds, by Welch's t; of one seed
     nothing is clear.
     """
-    values, told = by_method(records), []
+    values, told = report.over_records(records), []
     for name, region, metric in itertools.product(RIVALS, REGIONS, COMPARED):
         a, b = values.get((ours, region, metric)), values.get((name + block, region, metric))
         if a and b:
@@ -142,15 +95,6 @@ def comparison(records: list[Record], ours: str, block: str) -> dict[str, Any]:
         "clearly behind": sum(one["lead"] < 0 for one in clear),
         "each": told,
     }
-
-
-def quality(records: list[Record], region: str) -> list[str]:
-    """A region's figures for all methods as Markdown: means and standard deviations over the seeds."""
-    values, lines = by_method(records), []
-    for method in dict.fromkeys(record["method"] for record in records):
-        seeds = "-" if method in FLOORS else len(values[method, region, "PSNR"])
-        lines.append([method, seeds, *(over_seeds(values.get((method, region, m)), DIGITS[m]) for m in BETTER)])
-    return [f"**{region}**", "", *grid(["method", "seeds", *BETTER], lines)]
 
 
 def costs_of(found: list[Record]) -> list[str]:
@@ -185,9 +129,6 @@ def verdicts(table: dict[str, Any]) -> list[str]:
         verdict = f"{seeds}, clearly behind in {one['clearly behind']}" if one["tested"] else "one seed, no verdict"
         lines.append(f"{told}; {verdict}")
     return lines
-
-
-# ------------------------------------------------------------------------------------------------- the picture
 
 
 def draw(path: Path, args: argparse.Namespace) -> None:

@@ -12,16 +12,15 @@
     python -m paper.tables beta                                # beyond the paper: who moves beta
 
 The heads of paper/table2.py and paper/table345.py say what each does. What a run has measured is kept in RESULTS/runs:
-a row and seed that is there is not made again, and a table shows all that is there. So give an empty --results to make
-the rows anew. All of it has one setting, RESULTS/runs/setting.json, as all runs under --out have. A table is written as
+a row and seed that is there is not made again, and a table shows all that is there. To make the rows anew, give an
+empty --results. All that is there has one setting, as all runs under --out have. A table is written as
 RESULTS/tableN.json and tableN.md, and reuses what another has trained.
 """
 
 import argparse
 import itertools
-from pathlib import Path
 
-from data.slices import Mistake, OneLineParser, check_ranges, held
+from data.slices import Mistake, held
 from paper import generators, report, runs, table2, table345
 
 SETTING = ("ngf", "samples", "channels", "unet_samples", "batch")  # what all runs in --out share
@@ -30,31 +29,20 @@ TABLES = {"2": table2.Images(), **table345.TABLES}
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """The command line, checked. Raises Mistake."""
-    parser = OneLineParser(__doc__)
+    parser = runs.parser(__doc__, "out/tables", [0, 1, 2])
     option = parser.add_argument
     option("table", choices=list(TABLES), help="its number in the paper, or one beyond the paper")
-    option("--data", type=Path, default=Path("data/ct"), help="dataset to train on, best at twice the size")
-    option("--reference", type=Path, default=Path("data/ct128"), help="the same, of the size to train and measure at")
-    option("--rows", nargs="*", metavar="ROW", help="rows that --list shows; none: only write (default: all)")
-    option("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N")
     option("--ngf", type=int, default=16, help="channels of the first layers, G's and D's: 64 as published")
     option("--samples", type=int, default=12_000, help="samples that each generator sees at full size")
     option("--channels", type=int, default=16, help="channels of the U-Net's first level: 64 as published")
     option("--unet-samples", type=int, default=4_000, help="samples that each U-Net sees, however many slices it has")
     option("--batch", type=int, default=4)
-    option("--out", type=Path, default=Path("out/tables"), help="folder of the runs")
-    option("--results", type=Path, default=runs.ROOT / "paper" / "results", help="folder of the tables")
     option("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of training, as in covidgan.py")
-    option("--list", action="store_true", help="show the rows and what they are")
     args = parser.parse_args(argv)
-    rows = TABLES[args.table].rows
-    args.rows = list(rows) if args.rows is None else args.rows
-    if unknown := [row for row in args.rows if row not in rows]:
-        raise Mistake(f"--rows {unknown[0]:.80}: give of {', '.join(rows)}")
-    least = 2 * generators.INTERVALS * max(1, args.batch)  # each of two stages sees half
-    check_ranges(args, batch=(1, 1000), samples=(least, 10**9))
-    if args.unet_samples < least:
-        raise Mistake(f"--unet-samples {args.unet_samples}: give {least} or more")
+    runs.choose_rows(args, TABLES[args.table].rows)
+    least = 2 * generators.INTERVALS * args.batch  # each of two stages sees half
+    if args.batch < 1 or min(args.samples, args.unet_samples) < least:
+        raise Mistake(f"--samples, --unet-samples: give {2 * generators.INTERVALS} batches or more")
     return args
 
 

@@ -33,9 +33,6 @@ PAPER = {"alpha": "adapts to the slice (§III-C.1)", "beta": "adapts to the inpu
 Course = list[dict[str, Any]]  # "step" from the run's start, "stage", "alpha", "beta"; means of some steps each
 
 
-# ------------------------------------------------------------------------------------------------ along training
-
-
 def course(run: Path) -> Course:
     """alpha and beta along a run of covidgan.py, in about POINTS means. Raises Mistake where the run has none."""
     path = run / "stats.jsonl"
@@ -60,12 +57,9 @@ def settled(points: Course, name: str, stage: str) -> dict[str, float]:
     return {"end": end, "after": max(away, default=before) - before, "min": min(values), "max": max(values)}
 
 
-# ------------------------------------------------------------------------------------------------ slice by slice
-
-
 def alphas(run: Path, data: Path, side: str) -> dict[str, tuple[float, float]]:
     """Slice -> alpha of a run's generator, and the share of lesion in the lung, for a side's slices with lung."""
-    session, _ = infer_onnx.open_session(runs.export(run), "auto")
+    session, _ = infer_onnx.open_session(runs.exported(run / "generator.onnx", run / "ckpt.pt"), "auto")
     found = {}
     for name, path in infer_onnx.find_maps(data, side).items():
         labels = read_map(path)
@@ -115,9 +109,6 @@ def of_run(run: Path, data: Path, side: str) -> dict[str, Any]:
         "course": points,
         "slices": {"alpha": alpha.tolist(), "lesion": share.tolist()},
     }
-
-
-# ------------------------------------------------------------------------------------------------ for people to read
 
 
 def with_interval(found: dict[str, Any] | None) -> str:
