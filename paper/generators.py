@@ -10,12 +10,11 @@ import argparse
 import itertools
 import json
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 import covidgan
 import infer_onnx
@@ -24,7 +23,6 @@ from paper import rivals, runs
 
 RIVALS = ("pix2pix", "pix2pixHD", "SPADE", "SEAN")
 REPORT = "seg_test"  # side
-INTERVALS = 8  # checkpoints and panels of a stage
 
 
 @dataclass(frozen=True)
@@ -49,7 +47,7 @@ def rival(name: str, switches: str = "") -> Row:
 # As published: noise on the target, D sees whole images, no average of the weights. Clean: what is part of no method
 # and helped ours, applied to all alike. All rivals have the paper's Adam, which SPADE and SEAN did better with than
 # with their authors': of lower lung KID on the side "test", kept as optimiser_SPADE.json and optimiser_SEAN.json.
-LOOP = covidgan.LoopConfig
+LOOP = covidgan.LoopConfig()
 CLEAN = f"--noise 0 --contrast {LOOP.contrast} --ema {LOOP.ema}"
 ROWS: dict[str, Row] = {
     "covidgan": ours(),
@@ -102,10 +100,9 @@ def train(name: str, seed: int, args: argparse.Namespace) -> Path:
     c = covidgan.parse_config([*row.options], row.kind)
     stage = round(args.samples / full_size(row.kind, c))  # samples of one
     given = {"data": args.data, "size": runs.size_of(args.reference), "ngf": args.ngf, "ndf": args.ngf, "seed": seed}
-    given |= {"batch": args.batch, "epochs": 2, "epoch-len": stage // 2, "interval": stage // args.batch // INTERVALS}
+    given |= {"batch": args.batch, "epochs": 2, "epoch-len": stage // 2, "interval": runs.interval(stage, args)}
     options = [*row.options, *runs.as_options(given | {"dtype": args.dtype})]
-    bf16 = covidgan.uses_bf16(replace(c, dtype=args.dtype), covidgan.pick_device(c))
-    runs.train([*row.program], options, out, options_of(name), dtype="bfloat16" if bf16 else "float32")
+    runs.train([*row.program], options, out, options_of(name))
     return out
 
 
@@ -115,33 +112,40 @@ DIGITS = {FID: 2, "FID 32": 4, KID: 4, "PSNR": 2, "SSIM": 4, "RMSE": 4, "NRMSE":
 BETTER = {metric: "higher" if metric in ("PSNR", "SSIM") else "lower" for metric in DIGITS}
 REGIONS = ("complete", "lung")
 
-IN_OWN_STYLE = "figures in the style of the slices themselves"  # SEAN's, as its authors test it
-Figures = dict[str, dict[str, float | None]]  # "lung PSNR" and so on -> value, of pixels also what is beside it
+IN_OWN_STYLE = "figures in the style of the slices themselves"  # kept of SEAN as its authors test it
+Figures = dict[str, dict[str, float | None]]  # "lung PSNR" and so on -> "value"
 
 
-def keep_floor(name: str, args: argparse.Namespace) -> Figures:
-    """A floor's figures, measured if they are not kept yet: no network, and what every network has to beat."""
+def load_side(data: Path, side: str) -> covidgan.Slices:
+    """A side of a dataset, at the dataset's own size."""
+    c = covidgan.Config(data=str(data), size=runs.size_of(data))
+    return covidgan.load_slices(data, read_split(data / "split.json")[side], c)
+
+
+def keep_floor(name: str, args: argparse.Namespace) -> dict[str, Figures]:
+    """A floor's "figures", measured if they are not kept yet: no network, and what every network has to beat."""
     note = name.replace(" ", "_")
+    out = args.out / note / "images"
 
     def make() -> dict[str, Figures]:
         train_side, side = load_side(args.reference, "train"), load_side(args.reference, REPORT)
-        images = FLOORS[name](train_side, side.labels, covidgan.Config())
-        return {"figures": figures_of_lungs(args.out / note, side.names, images, args)}
+        lungs = FLOORS[name](train_side, side.labels, LOOP)[:, 0].numpy()  # [N, S, S] in [-1, 1]
+        out.mkdir(parents=True, exist_ok=True)
+        for case, lung in zip(side.names, lungs, strict=True):  # of which eval.py takes the lung
+            write_image(out / f"{case}.png", LOOP.level + lung * LOOP.width / 2)
+        return {"figures": figures_of(runs.compare(args.reference, out, out.parent, args.out))}
 
-    return runs.keep(args.results, note, make)["figures"]
+    return runs.keep(args.results, note, make)
 
 
 def keep(name: str, seed: int, args: argparse.Namespace) -> None:
     """Train and measure a row's generator with a seed, if its measurements are not kept yet. Raises Mistake."""
 
     def make() -> dict[str, Any]:
-        run = train(name, seed, args)
-        method = restored(run, row_of(name).kind)
+        run, kind = train(name, seed, args), row_of(name).kind
+        method, _ = covidgan.restore(covidgan.read_checkpoint(run / "ckpt.pt", kind), kind)
         figures = figures_of(runs.measure(run, args.reference, REPORT))
-        told = {"options": options_of(name), "method": name, "seed": seed, "figures": figures, **cost_of(run, method)}
-        if isinstance(method, rivals.Sean):
-            told[IN_OWN_STYLE] = figures_in_own_style(run, method, args)
-        return told
+        return {"options": options_of(name), "method": name, "seed": seed, "figures": figures, **cost_of(run, method)}
 
     runs.keep(args.results, f"{name}_{seed}", make)
 
@@ -151,70 +155,27 @@ def kept(name: str, args: argparse.Namespace) -> dict[int, dict[str, Any]]:
     return runs.kept(args.results, name, "options", options_of(name))
 
 
-def records_of(method: str, seed: int | None, figures: Figures) -> list[dict[str, Any]]:
-    """A record for each region and metric that has a value."""
+def records_of(method: str, kept: dict[int | None, dict[str, Any]], key: str = "figures") -> list[dict[str, Any]]:
+    """Of what is kept by seed a record for each region and metric that has a value, of a method told by this name."""
     found = []
-    for region, metric in itertools.product(REGIONS, DIGITS):
-        if (value := figures.get(f"{region} {metric}", {}).get("value")) is not None:
+    for (seed, one), region, metric in itertools.product(kept.items(), REGIONS, DIGITS):
+        if (value := one.get(key, {}).get(f"{region} {metric}", {}).get("value")) is not None:
             found.append({"method": method, "seed": seed, "region": region, "metric": metric, "value": value})
     return found
 
 
-def records(name: str, told: str, args: argparse.Namespace, which: str = "figures") -> list[dict[str, Any]]:
-    """The kept figures of a row's generators, where they have them, as records of a method told by this name."""
-    found = {seed: one[which] for seed, one in kept(name, args).items() if which in one}
-    return [record for seed, figures in found.items() for record in records_of(told, seed, figures)]
-
-
-def load_side(data: Path, side: str) -> covidgan.Slices:
-    """A side of a dataset, at the dataset's own size."""
-    c = covidgan.Config(data=str(data), size=runs.size_of(data))
-    return covidgan.load_slices(data, read_split(data / "split.json")[side], c)
-
-
-def restored(run: Path, kind: type[covidgan.Method]) -> covidgan.Method:
-    """The method that a run has trained, ready to synthesize."""
-    return covidgan.restore(covidgan.read_checkpoint(run / "ckpt.pt", kind), kind)[0]
-
-
 def figures_of(results: dict[str, Any]) -> Figures:
     """Of eval.py's results what the tables show; a value is None where it refuses one, such as FID of few slices."""
-    found: Figures = {}
-    for region, metric in itertools.product(REGIONS, DIGITS):
-        name = f"{region} {metric}"
-        if metric.startswith(("FID", "KID")):
-            found[name] = {"value": results["features"][name]["value"]}
-        else:
-            row = results["pixels"][name]
-            beside = {key: row[key] for key in ("interval", "patients_mean", "patients_interval")}
-            found[name] = {"value": row["mean"], **beside}
-    return found
-
-
-def figures_of_lungs(out: Path, names: list[str], images: torch.Tensor, args: argparse.Namespace) -> Figures:
-    """Figures of windowed lungs [N, 1, S, S] in [-1, 1], written as slices in HU, of which eval.py takes the lung."""
-    hu = LOOP.level + images[:, 0].numpy() * LOOP.width / 2
-    (out / "images").mkdir(parents=True, exist_ok=True)
-    for name, one in zip(names, hu, strict=True):
-        write_image(out / "images" / f"{name}.png", one)
-    return figures_of(runs.compare(args.reference, out / "images", out, args.out))
-
-
-@torch.no_grad()
-def figures_in_own_style(run: Path, sean: rivals.Sean, args: argparse.Namespace) -> Figures:
-    """SEAN's in the style of the very slices that it is to synthesize, as its authors test it."""
-    side, images = load_side(args.reference, REPORT), []
-    for hu, labels in zip(side.hu.split(8), side.labels.split(8), strict=True):
-        real = covidgan.lung_target(covidgan.window(hu, sean.c), labels)
-        images.append(sean.synthesize_self(covidgan.one_hot(labels, sean.c.n_labels), real))
-    return figures_of_lungs(run / "self", side.names, torch.cat(images), args)
+    pixels = {name: row["mean"] for name, row in results["pixels"].items()}
+    values = pixels | {name: row["value"] for name, row in results["features"].items()}
+    return {name: {"value": values[name]} for name in map(" ".join, itertools.product(REGIONS, DIGITS))}
 
 
 def cost_of(run: Path, method: covidgan.Method) -> dict[str, Any]:
     """What a run cost and what its generator costs."""
     c = method.c
     return {
-        **{key: runs.begun(run)[key] for key in ("seconds", "dtype", "commit", "machine")},
+        **runs.begun(run),
         "samples": round(full_size(type(method), c) * c.epochs * c.epoch_len),
         "parameters": sum(p.numel() for p in method.generator().parameters()),
         "synthesis": synthesis_seconds(run / "generator.onnx", c.size),

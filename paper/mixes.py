@@ -56,14 +56,6 @@ class Mix:
 Members = dict[str, list[str]]  # names of a mix's slices: real, replaced, added, augmented
 
 
-@dataclass(frozen=True)
-class Scores:
-    """What a U-Net finds on real slices: figures in %, "GGO Dice" and so on, of each slice, NaN: not defined."""
-
-    names: list[str]
-    figures: dict[str, np.ndarray]  # [N] each
-
-
 def members(mix: Mix, names: list[str], whole: list[str], variants: list[str], seed: int) -> Members:
     """Which slices a mix holds: of the side's `names`, those `whole` with a synthetic slice, and `variants` of maps.
 
@@ -121,23 +113,11 @@ def names_in(dataset: Path | None) -> list[str]:
     return sorted(path.stem for path in (dataset / "images").glob("*.png")) if dataset else []
 
 
-def folder(mix: Mix, seed: int, args: argparse.Namespace) -> Path:
-    """The folder of a U-Net's run."""
-    return args.out / f"{mix.name}_{seed}"
-
-
-def tested_sides(args: argparse.Namespace) -> dict[str, list[str]]:
-    """Names of those of TESTED that hold slices."""
-    split = read_split(args.reference / "split.json")
-    return {side: split[side] for side in TESTED if split.get(side)}
-
-
-def dataset(mix: Mix, seed: int, args: argparse.Namespace) -> Path:
-    """The mix as a dataset of links in the U-Net's folder, made if it is not there yet.
+def dataset(out: Path, mix: Mix, seed: int, args: argparse.Namespace) -> Path:
+    """The mix as a dataset of links, made if it is not there yet.
 
     Its train side is the mix, its test side real slices to look at; split.json says which is which. Raises Mistake.
     """
-    out = folder(mix, seed, args) / "data"
     if (out / "split.json").exists():
         return out
     sources = {
@@ -147,9 +127,9 @@ def dataset(mix: Mix, seed: int, args: argparse.Namespace) -> Path:
         "augmented": augmented_slices(seed, args) if mix.augmented else None,
     }
     variants = names_in(sources["added"] or sources["augmented"])
-    names = read_split(args.reference / "split.json")[SIDE]
-    found = members(mix, names, names_in(sources["replaced"]), variants, seed)
-    *_, looked_at = tested_sides(args).values()
+    split = read_split(args.reference / "split.json")
+    found = members(mix, split[SIDE], names_in(sources["replaced"]), variants, seed)
+    looked_at = split[TESTED[-1]]
     for part in ("images", "maps"):
         (out / part).mkdir(parents=True, exist_ok=True)
         for kind, several in [*found.items(), ("real", looked_at)]:
@@ -163,12 +143,11 @@ def dataset(mix: Mix, seed: int, args: argparse.Namespace) -> Path:
 
 def train(mix: Mix, seed: int, args: argparse.Namespace) -> Path:
     """Train the U-Net of a mix, or go on with it; returns its folder. Raises Mistake."""
-    size, length = runs.size_of(args.reference), args.unet_samples
-    given = {"data": dataset(mix, seed, args), "size": size, "channels": args.channels, "seed": seed}
+    out, size, length = args.out / f"{mix.name}_{seed}", runs.size_of(args.reference), args.unet_samples
+    given = {"data": dataset(out / "data", mix, seed, args), "size": size, "channels": args.channels, "seed": seed}
     given |= {"batch": args.batch, "epochs": 2, "epoch-len": length // 2, "dtype": args.dtype}
-    given["interval"] = length // args.batch // generators.INTERVALS
+    given["interval"] = runs.interval(length, args)
     options = ["--preset", "paper", "--unchecked"]  # real slices were checked with the generator's data
-    out = folder(mix, seed, args)
     runs.train(["-m", "paper.segment"], [*options, *runs.as_options(given)], out, mix.options)
     return out
 
@@ -187,11 +166,14 @@ def overlap(predicted: np.ndarray, truth: np.ndarray) -> dict[str, float]:
     }
 
 
-def find_lesions(unet: Path, data: Path, names: list[str]) -> Scores:
-    """Test an exported U-Net on real slices of a dataset; those without lung are left out, as in eval.py."""
-    session, _ = infer_onnx.open_session(unet, "auto", kind="unet")
+def find_lesions(run: Path, data: Path, side: str) -> tuple[list[str], dict[str, np.ndarray]]:
+    """Test a trained U-Net on a dataset's real slices of a side: their names, and of each figure the slices' values.
+
+    Those without lung are left out, as in eval.py.
+    """
+    session, _ = infer_onnx.open_session(runs.exported(run / "unet.onnx", run / "unet.pt"), "auto", kind="unet")
     tested, found = [], defaultdict(list)
-    for name in sorted(names):
+    for name in sorted(read_split(data / "split.json")[side]):
         hu, labels = read_image(data / "images" / f"{name}.png"), read_map(data / "maps" / f"{name}.png")
         if not labels.any():
             continue
@@ -201,11 +183,4 @@ def find_lesions(unet: Path, data: Path, names: list[str]) -> Scores:
             predicted, truth = np.isin(segmented[0], of_lesion), np.isin(labels, of_lesion)
             for metric, value in overlap(predicted, truth).items():
                 found[f"{lesion} {metric}"].append(value)
-    return Scores(tested, {figure: np.array(values) for figure, values in found.items()})
-
-
-def score(mix: Mix, seed: int, args: argparse.Namespace) -> dict[str, Scores]:
-    """Train the U-Net of a mix, export it and test it: its scores on each side. Raises Mistake."""
-    out = train(mix, seed, args)
-    unet = runs.exported(out / "unet.onnx", out / "unet.pt")
-    return {side: find_lesions(unet, args.reference, names) for side, names in tested_sides(args).items()}
+    return tested, {figure: np.array(values) for figure, values in found.items()}

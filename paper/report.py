@@ -1,6 +1,5 @@
 """What the tables have in common: intervals over seeds and patients, and how a table is written."""
 
-import argparse
 import math
 from collections import defaultdict
 from pathlib import Path
@@ -42,19 +41,6 @@ def apart(a: list[float], b: list[float]) -> tuple[float, float | None]:
         within = stats.ttest_ind(a, b, equal_var=False).confidence_interval(0.95)
         half = float(within.high - within.low) / 2
     return difference, half
-
-
-def setting(args: argparse.Namespace, kept: list[dict[str, Any]]) -> dict[str, Any]:
-    """What the figures of a table hold for, of what is kept of its runs."""
-    return {
-        "data": runs.sides_of(args.reference),
-        "size": runs.size_of(args.reference),
-        "generators": {"ngf, ndf": args.ngf, "samples at full size": args.samples},
-        "batch": args.batch,
-        "features": runs.FEATURES,
-        "commits": sorted({one["commit"] for one in kept}),
-        "machines, as far as kept": sorted({one["machine"] for one in kept if "machine" in one}),
-    }
 
 
 def over_records(records: list[dict[str, Any]]) -> dict[tuple[str, str, str], list[float]]:

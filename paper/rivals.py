@@ -21,7 +21,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -154,8 +153,8 @@ def feature_matching(real: list[list[Tensor]], fake: list[list[Tensor]]) -> Tens
 class Vgg(nn.Module):
     """VGG19 (Simonyan, Zisserman, ICLR 2015) up to relu5_1, for the VGG loss of pix2pixHD, SPADE and SEAN; never moves.
 
-    Its weights are torchvision's vgg19-dcbb9e9d.pth, 575 MB, in PyTorch's download cache. Fed as these methods do: in
-    [-1, 1], not by ImageNet's mean and deviation. Raises Mistake where the weights are missing.
+    Its weights are torchvision's, 575 MB, fetched into PyTorch's download cache if they are not there. Fed as these
+    methods do: in [-1, 1], not by ImageNet's mean and deviation.
     """
 
     URL = "https://download.pytorch.org/models/vgg19-dcbb9e9d.pth"
@@ -169,10 +168,7 @@ class Vgg(nn.Module):
             layers += [nn.MaxPool2d(2)] if width == "M" else [nn.Conv2d(c, width, 3, padding=1), nn.ReLU()]
             c = c if width == "M" else width
         self.features = nn.Sequential(*layers)
-        path = Path(torch.hub.get_dir(), "checkpoints", self.URL.rpartition("/")[2])
-        if not path.is_file():
-            raise Mistake(f"{path}: not there: --lambda-vgg needs {self.URL} in that place")
-        held = torch.load(path, map_location="cpu", weights_only=True)
+        held = torch.hub.load_state_dict_from_url(self.URL, map_location="cpu", weights_only=True)
         self.load_state_dict({name: held[name] for name in self.state_dict()})
         self.requires_grad_(False)
 
@@ -206,9 +202,6 @@ def start(layer: nn.Module, draw: Callable[[Tensor], Tensor]) -> None:
 
 normal = partial(nn.init.normal_, mean=0.0, std=0.02)  # pix2pix, pix2pixHD
 xavier = partial(nn.init.xavier_normal_, gain=0.02)  # SPADE, SEAN
-
-
-# -------------------------------------------------------------------------------------------------------------- pix2pix
 
 
 @dataclass(frozen=True)
@@ -296,9 +289,6 @@ class Pix2pix(Rival):
         return {"d": d, "g": gan + self.c.lambda_l1 * l1, "gan": gan, "l1": l1}
 
 
-# ------------------------------------------------------------------------------------------------------------ pix2pixHD
-
-
 @dataclass(frozen=True)
 class Pix2pixHDConfig(MatchingConfig):
     """pix2pixHD with only its global generator: `--netG global`, trained at one size."""
@@ -333,12 +323,6 @@ class Matching(Rival):
         """The network of the VGG loss; not made in __init__, or it would be part of every checkpoint."""
         return Vgg().to(next(self.parameters()).device)
 
-    def players(self, stage: str) -> dict[str, Player]:
-        """As every rival's; loads the VGG network, if asked for, before any step."""
-        if self.c.lambda_vgg:
-            _ = self.vgg
-        return super().players(stage)
-
     def generator_losses(
         self, gan: Tensor, real: list[list[Tensor]], fake: list[list[Tensor]], image: Tensor, target: Tensor
     ) -> dict[str, Tensor]:
@@ -370,9 +354,6 @@ class Pix2pixHD(Matching):
         real, fake = (self.d(onehot, self.seen_by_d(x, onehot)) for x in (target, image))
         d, gan = gan_losses(real, fake, "lsgan")
         return {"d": d, **self.generator_losses(gan, real, fake, image, target)}
-
-
-# ---------------------------------------------------------------------------------------------------------------- SPADE
 
 
 def conv3(c_in: int, c_out: int, **more: Any) -> nn.Conv2d:
@@ -522,9 +503,6 @@ class Spade(Matching):
         real, fake = (self.d(onehot, self.seen_by_d(x, onehot)) for x in (target, image))
         d, gan = (loss / len(real) for loss in gan_losses(real, fake, "hinge"))
         return {"d": 2 * d, **self.generator_losses(gan, real, fake, image, target)}
-
-
-# ----------------------------------------------------------------------------------------------------------------- SEAN
 
 
 class StyleEncoder(nn.Module):

@@ -29,7 +29,6 @@ from data.slices import (
     OneLineParser,
     exit_on_mistake,
     list_pngs,
-    patient_of,
     read_image,
     read_split,
     write_bytes,
@@ -85,16 +84,21 @@ def call(*arguments: str | Path) -> None:
         raise Mistake(f"{' '.join(map(str, arguments))}: stopped with status {status}, see above")
 
 
+def interval(samples: int, args: argparse.Namespace) -> int:
+    """Steps between two panels and checkpoints: eight a stage."""
+    return max(1, samples // args.batch // 8)
+
+
 def as_options(given: dict[str, Any]) -> list[str]:
     """A command line's options and their values, by their names."""
     return [word for name, value in given.items() for word in (f"--{name}", str(value))]
 
 
-def train(program: list[str], options: list[str], out: Path, row: str, **told: str) -> None:
+def train(program: list[str], options: list[str], out: Path, row: str) -> None:
     """Train into a folder, or go on there, unless it is whole. Raises Mistake, also where its row has changed since.
 
-    row: the run's options without data and scale. These, the repository's commit, the machine, what else is told, and
-    CPU seconds, unless a GPU did the work or it was stopped, are noted in OUT/begun.json.
+    row: the run's options without data and scale. These, the repository's commit, the machine, and CPU seconds, unless
+    a GPU did the work or it was stopped, are noted in OUT/begun.json.
     """
     note, started = out / "begun.json", (out / "ckpt.pt").exists()
     if note.exists() and (was := begun(out)["row"]) != row:
@@ -105,7 +109,7 @@ def train(program: list[str], options: list[str], out: Path, row: str, **told: s
         call(*program, "--out", out, "--resume")
         return
     out.mkdir(parents=True, exist_ok=True)
-    about = {"row": row, "commit": commit(), "machine": machine(), **told, "seconds": None}
+    about = {"row": row, "commit": commit(), "machine": machine(), "seconds": None}
     write_json(note, about)
     before = cpu_seconds()
     call(*program, "--out", out, *options)
@@ -114,7 +118,7 @@ def train(program: list[str], options: list[str], out: Path, row: str, **told: s
 
 
 def begun(out: Path) -> dict[str, Any]:
-    """How a run was begun: "row", "commit", "machine", "seconds" and what else was told of it."""
+    """How a run was begun: its row, commit, machine and seconds."""
     return read_json(out / "begun.json")
 
 
@@ -211,17 +215,17 @@ def kept(results: Path, name: str, key: str, options: str) -> dict[int, dict[str
     return found
 
 
-def check_sides(data: Path, reference: Path, needed: Iterable[str] = SIDES) -> None:
-    """Raise Mistake unless both datasets split the same slices alike, and the sides needed hold some.
+def check_sides(data: Path, reference: Path) -> None:
+    """Raise Mistake unless both datasets have all sides, of the same slices.
 
     Otherwise a generator trained on one would be measured on its own training slices in the other.
     """
     split, judged = (read_split(folder / "split.json") for folder in (data, reference))
-    for side in needed:
+    for side in SIDES:
         if not judged.get(side):
             raise Mistake(f"{reference / 'split.json'}: no names under {side}: prepare a set of {', '.join(SIDES)}")
-    if any({*split.get(side, [])} != {*judged[side]} for side in judged):
-        raise Mistake(f"{data}, {reference}: not split alike: prepare both alike, but for --size")
+        if {*split.get(side, [])} != {*judged[side]}:
+            raise Mistake(f"{data}, {reference}: not the same slices under {side}: prepare both alike, but for --size")
 
 
 def keep_setting(folder: Path, args: argparse.Namespace, *names: str) -> None:
@@ -239,12 +243,6 @@ def keep_setting(folder: Path, args: argparse.Namespace, *names: str) -> None:
         if there.get(name) != told[name]:
             raise Mistake(f"{path}: made with {name} {there.get(name)}, not {told[name]}: give that, or another folder")
     write_json(path, told)
-
-
-def sides_of(reference: Path) -> dict[str, dict[str, int]]:
-    """How many slices and patients each side of a dataset has, for the record of a setting."""
-    split = read_split(reference / "split.json")
-    return {side: {"slices": len(s), "patients": len({*map(patient_of, s)})} for side, s in split.items()}
 
 
 def size_of(data: Path) -> int:

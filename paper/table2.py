@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 import covidgan
-from data.slices import SIDES, coloured, png, read_image, windowed, write_bytes
-from paper import generators, report
-from paper.generators import BETTER, DIGITS, FID, FLOORS, IN_OWN_STYLE, REGIONS, REPORT, RIVALS, ROWS
+from data.slices import coloured, png, read_image, windowed, write_bytes
+from paper import generators, report, runs
+from paper.generators import BETTER, DIGITS, FID, FLOORS, IN_OWN_STYLE, REGIONS, REPORT, RIVALS, ROWS, records_of
 from paper.report import PAPER, apart, grid
 
 # The paper's four metrics, with 4 rivals and 2 regions its 32 comparisons. Its "RMSE" is over the real slice's own RMS,
@@ -30,7 +30,7 @@ Record = dict[str, Any]
 class Images:
     """Table II as paper/tables.py takes it."""
 
-    rows, sides_needed = ROWS, SIDES
+    rows = ROWS
 
     def told(self, row: str) -> str:
         """What --list says of a row."""
@@ -42,20 +42,20 @@ class Images:
 
     def collect(self, args: argparse.Namespace) -> dict[str, Any]:
         """All that is known of Table II, from the measurements that are kept."""
-        records = []
+        records, every = [], []
         for name in FLOORS:
-            records += generators.records_of(name, None, generators.keep_floor(name, args))
+            records += records_of(name, {None: generators.keep_floor(name, args)})
         for name in ROWS:
-            records += generators.records(name, name, args)
-            records += generators.records(name, name.replace("SEAN", "SEAN-self"), args, IN_OWN_STYLE)
-        kept = [one for name in ROWS for one in generators.kept(name, args).values()]
+            kept = generators.kept(name, args)
+            every += kept.values()
+            records += records_of(name, kept) + records_of(name.replace("SEAN", "SEAN-self"), kept, IN_OWN_STYLE)
         ours = [name for name in ROWS if name.startswith("covidgan")]
         return {
-            "setting": {"reported": REPORT, **report.setting(args, kept)},
-            "rows": {one["method"]: self.told(one["method"]) for one in kept},
+            "setting": runs.read_json(args.results / "runs" / "setting.json"),
+            "rows": {one["method"]: self.told(one["method"]) for one in every},
             "records": records,
             "paper": PAPER["2"],
-            "costs": [{key: one[key] for key in COSTS} for one in kept],
+            "costs": [{key: one[key] for key in COSTS} for one in every],
             "comparisons": [comparison(records, one, block) for one in ours for block in ("", "-clean")],
         }
 

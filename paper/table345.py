@@ -7,7 +7,7 @@ paper, "few" asks whether synthetic slices help where real ones are few, and mor
 real slices do; the generators are Table II's, which have seen the whole training side. "beta" is Table V for who moves
 beta, which the paper does not say.
 
-Dice and the like are mean +- 95 % interval as in the paper, over ten folds of the test slices. Beside it is the interval
+Dice and the like are mean +- 95 % interval as in the paper, over ten folds of the test slices. Beside it stands that
 over patients, about the mean of their means: go by that, as slices of a patient are alike. Both are for one U-Net,
 averaged over the seeds; the deviation over seeds is in brackets. Where a map has no lesion, Dice is 100 if none is
 found, else 0. The head of paper/mixes.py says which sides train and test.
@@ -21,11 +21,10 @@ from typing import Any
 
 import numpy as np
 
-from data.slices import SIDES
 from eval import LESIONS
 from paper import generators, mixes, report, runs
 from paper.generators import DIGITS, FID, KID
-from paper.mixes import Mix, Scores
+from paper.mixes import Mix
 from paper.report import PAPER, apart, by_patient, grid, interval
 
 FOLDS = 10
@@ -98,11 +97,6 @@ class Experiment:
     sides: tuple[str, ...] = mixes.TESTED
     images: bool = False  # whether the images are measured too, as in Table V
 
-    @property
-    def sides_needed(self) -> tuple[str, ...]:
-        """Sides that the datasets must have."""
-        return SIDES if self.images or "train" not in self.sides else ("train", mixes.SIDE)
-
     def told(self, row: str) -> str:
         """What --list says of a row: its mix, and how its generator is trained."""
         return f"{self.rows[row].name:36} {self.rows[row].options}".rstrip()
@@ -118,19 +112,17 @@ class Experiment:
         """All that is known of the table, from the measurements that are kept."""
         kept = {row: runs.kept(args.results, mix.name, KEY, mix.options) for row, mix in self.rows.items()}
         kept = {row: found for row, found in kept.items() if found}
-        sides = [side for side in mixes.tested_sides(args) if side in self.sides]
         unets = [one for found in kept.values() for one in found.values()]
         records, differences, images = [], [], []
-        for side, (row, found) in itertools.product(sides, kept.items()):
+        for side, (row, found) in itertools.product(self.sides, kept.items()):
             records += records_of(row, side, found)
             compared = [difference(row, other, side, found, kept.get(other, {})) for other in self.against(row)]
             differences += [one for one in compared if one]
         for row, mix in self.rows.items() if self.images else ():
-            images += generators.records(mix.generator, row, args)
+            images += generators.records_of(row, generators.kept(mix.generator, args))
         return {
-            "setting": report.setting(args, unets)
-            | {"U-Net": {"channels": args.channels, "samples": args.unet_samples, "trained on": mixes.SIDE}}
-            | {"slices without": {side: unets[0]["sides"][side]["slices without"] for side in sides if unets}},
+            "setting": runs.read_json(args.results / "runs" / "setting.json"),
+            "slices without": {side: unets[0]["sides"][side]["slices without"] for side in self.sides if unets},
             "rows": {row: self.told(row) for row in kept},
             "slices": {row: next(iter(found.values()))["slices"] for row, found in kept.items()},
             "records": records,
@@ -144,7 +136,7 @@ class Experiment:
         """The table, for people to read."""
         heads = [HEADLINE] if self.images else FIGURES
         lines = images_told(table) if self.images else []
-        for side in table["setting"]["slices without"]:
+        for side in table["slices without"]:
             lines += side_told(table, side, heads)
         if self.paper:
             heads = ["complete FID", "complete PSNR", HEADLINE] if self.images else FIGURES
@@ -165,14 +157,14 @@ TABLES = {
 
 def measure(mix: Mix, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     """Train and test the U-Net of a mix: what is kept of it."""
-    scores, out = mixes.score(mix, seed, args), mixes.folder(mix, seed, args)
+    out = mixes.train(mix, seed, args)
     drawn = runs.read_json(out / "data" / "split.json")["drawn"]
     return {
         KEY: mix.options,
         "parameters": runs.read_json(out / "results.json")["parameters"],
-        **{key: runs.begun(out)[key] for key in ("seconds", "commit", "machine")},
+        **runs.begun(out),
         "slices": {kind: len(names) for kind, names in drawn.items()},
-        "sides": {side: summary(found) for side, found in scores.items()},
+        "sides": {side: summary(*mixes.find_lesions(out, args.reference, side)) for side in mixes.TESTED},
     }
 
 
@@ -187,12 +179,15 @@ def over_folds(values: np.ndarray) -> tuple[float | None, float | None]:
     return interval([float(part.mean()) for part in parts if len(part)])
 
 
-def summary(scores: Scores) -> dict[str, Any]:
+def summary(names: list[str], scores: dict[str, np.ndarray]) -> dict[str, Any]:
     """What is kept of a U-Net's scores on a side: each figure over folds and over patients, the patients' headlines
-    without their names, which may be of people, and how many slices are without a pixel of each lesion."""
-    patients = {name: by_patient(values, scores.names) for name, values in scores.figures.items()}
-    figures = {name: (*over_folds(values), *interval(patients[name])) for name, values in scores.figures.items()}
-    without = {lesion: int(np.isnan(scores.figures[f"{lesion} sensitivity"]).sum()) for lesion in LESIONS}
+    without their names, which may be of people, and how many slices are without a pixel of each lesion.
+
+    scores: of each figure, "GGO Dice" and so on, in %, those of the slices of these names, NaN: not defined.
+    """
+    patients = {name: by_patient(values, names) for name, values in scores.items()}
+    figures = {name: (*over_folds(values), *interval(patients[name])) for name, values in scores.items()}
+    without = {lesion: int(np.isnan(scores[f"{lesion} sensitivity"]).sum()) for lesion in LESIONS}
     named = {name: dict(zip(FIGURE, figure, strict=True)) for name, figure in figures.items()}
     return {"figures": named, OF_PATIENTS: patients[HEADLINE], "slices without": without}
 
@@ -272,7 +267,7 @@ def side_told(table: dict[str, Any], side: str, heads: list[str]) -> list[str]:
     """The figures of U-Nets on a side, and their differences, as Markdown."""
     spread = "%, mean ± 95 % interval over folds (over patients) [deviation over seeds]"
     lines = [f"**Tested on {side}**: {TOLD[side]}. {spread}", ""]
-    without = table["setting"]["slices without"][side]
+    without = table["slices without"][side]
     if empty := [f"{n} without {lesion}" for lesion, n in without.items() if n]:
         lines += [f"Slices {', '.join(empty)}: their Dice is 100 where none is found, else 0.", ""]
     ours = [one for one in table["records"] if one["side"] == side and f"{one['class']} {one['metric']}" in heads]
@@ -298,11 +293,11 @@ def told_apart(one: Record) -> str:
     if one["difference"] is None:
         return f"{head} {folds}; over patients not known"
     half = f" ± {one['ci95_patients']:.2f}" if one["ci95_patients"] is not None else ""
-    several, verdict = "one seed, no verdict", ""
-    if len(one["seeds"]) > 1:
-        several = f"seeds {', '.join(f'{mean:+.2f}' for mean in one['of seeds'])}, ± {one['ci95_seeds']:.2f}"
-        verdict = ": clear" if one["clear"] else ": cannot be told from noise"
-    return f"{head} {one['difference']:+.2f}{half} ({folds}; {several}){verdict}"
+    if len(one["seeds"]) == 1:
+        return f"{head} {one['difference']:+.2f}{half} ({folds}; one seed, no verdict)"
+    seeds = f"seeds {', '.join(f'{mean:+.2f}' for mean in one['of seeds'])}, ± {one['ci95_seeds']:.2f}"
+    verdict = "clear" if one["clear"] else "cannot be told from noise"
+    return f"{head} {one['difference']:+.2f}{half} ({folds}; {seeds}): {verdict}"
 
 
 def images_told(table: dict[str, Any]) -> list[str]:

@@ -28,8 +28,6 @@ POINTS = 200  # per curve
 FEWEST = 4  # slices for a correlation: Fisher's interval needs more than three
 CLOSE = 0.02  # a weight this near to its end value has settled
 
-PAPER = {"alpha": "adapts to the slice (§III-C.1)", "beta": "adapts to the input (§III-C.2)"}  # words, not figures
-
 Course = list[dict[str, Any]]  # "step" from the run's start, "stage", "alpha", "beta"; means of some steps each
 
 
@@ -48,13 +46,20 @@ def course(run: Path) -> Course:
     return points
 
 
-def settled(points: Course, name: str, stage: str) -> dict[str, float]:
-    """Where a weight ends in a stage, after how many of its steps it stays there, and between what it was."""
-    of_stage = [point for point in points if point["stage"] == stage]
-    before = max([point["step"] for point in points if point["step"] < of_stage[0]["step"]], default=0)
-    end, values = of_stage[-1][name], [point[name] for point in of_stage]
-    away = [point["step"] for point in of_stage if abs(point[name] - end) > CLOSE]
-    return {"end": end, "after": max(away, default=before) - before, "min": min(values), "max": max(values)}
+def settled(points: Course, name: str, still: float) -> dict[str, dict[str, float]]:
+    """Where a weight ends in each stage that moves it, after how many of its steps it stays there, and its range.
+
+    still: its value in a stage that has nothing to weigh.
+    """
+    found, before = {}, 0
+    for stage, group in itertools.groupby(points, key=lambda point: point["stage"]):
+        steps, values = zip(*[(point["step"], point[name]) for point in group], strict=True)
+        if {*values} != {still}:
+            away = [step for step, value in zip(steps, values, strict=True) if abs(value - values[-1]) > CLOSE]
+            after = max(away, default=before) - before
+            found[stage] = {"end": values[-1], "after": after, "min": min(values), "max": max(values)}
+        before = steps[-1]
+    return found
 
 
 def alphas(run: Path, data: Path, side: str) -> dict[str, tuple[float, float]]:
@@ -94,29 +99,22 @@ def of_run(run: Path, data: Path, side: str) -> dict[str, Any]:
     """All that is known about a run."""
     points, found = course(run), alphas(run, data, side)
     alpha, share = np.array([*found.values()]).T
-    spread = {"mean": alpha.mean(), "sd": alpha.std(), "min": alpha.min(), "max": alpha.max()}
-    idle = {"alpha": 1.0, "beta": 0.0}  # values in a stage that has nothing to weigh
-    moved = {
-        name: [*dict.fromkeys(point["stage"] for point in points if point[name] != still)]
-        for name, still in idle.items()
-    }
     return {
         "run": run.name,
-        "alpha": {name: float(value) for name, value in spread.items()},
+        "alpha": {"mean": alpha.mean(), "sd": alpha.std(), "min": alpha.min(), "max": alpha.max()},
         "correlation": correlation(alpha, share),
         "within patients": within_patients(alpha, share, [*found]),
-        "settled": {name: {stage: settled(points, name, stage) for stage in stages} for name, stages in moved.items()},
+        "settled": {"alpha": settled(points, "alpha", still=1.0), "beta": settled(points, "beta", still=0.0)},
         "course": points,
         "slices": {"alpha": alpha.tolist(), "lesion": share.tolist()},
     }
 
 
 def with_interval(found: dict[str, Any] | None) -> str:
-    """r and its interval."""
-    if found is None:
-        return "-"
-    ends = f" ({found['low']:+.2f} to {found['high']:+.2f})" if found["low"] is not None else ""
-    return f"{found['r']:+.2f}{ends}"
+    """r and its interval, as far as known."""
+    if found is None or found["low"] is None:
+        return f"{found['r']:+.2f}" if found else "-"
+    return f"{found['r']:+.2f} ({found['low']:+.2f} to {found['high']:+.2f})"
 
 
 def markdown(studies: list[dict[str, Any]]) -> list[str]:
@@ -164,8 +162,7 @@ def main(argv: list[str]) -> None:
         "data": f"side {args.side}, {len(studies[0]['slices']['alpha'])} slices, {runs.size_of(args.data)} pixels",
         "commits": {run.name: runs.begun(run)["commit"] for run in args.runs if (run / "begun.json").exists()},
     }
-    table = {"setting": setting, "records": studies, "paper": PAPER}
-    report.write(args.results, "weighting", table, markdown(studies))
+    report.write(args.results, "weighting", {"setting": setting, "records": studies}, markdown(studies))
     draw(studies, args.results / "weighting.png")
 
 
