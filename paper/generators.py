@@ -100,7 +100,7 @@ def train(name: str, seed: int, args: argparse.Namespace) -> Path:
     c = covidgan.parse_config([*row.options], row.kind)
     stage = round(args.samples / full_size(row.kind, c))  # samples of one
     given = {"data": args.data, "size": runs.size_of(args.reference), "ngf": args.ngf, "ndf": args.ngf, "seed": seed}
-    given |= {"batch": args.batch, "epochs": 2, "epoch-len": stage // 2, "interval": runs.interval(stage, args)}
+    given |= {"batch": args.batch, "epochs": 2, "epoch-len": stage // 2, "interval": max(1, stage // args.batch // 8)}
     options = [*row.options, *runs.as_options(given | {"dtype": args.dtype})]
     runs.train([*row.program], options, out, options_of(name))
     return out

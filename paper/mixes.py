@@ -1,12 +1,11 @@
 """What a U-Net of Tables III to V trains on, real and synthetic slices together, and what it then finds (§IV-B.2).
 
-It trains on the slices of SIDE, whose maps no generator has trained on, and is tested on real slices. The paper says in
-its Table I that these are a third set, and in its text that they are the generators' training set: both are tested. On
-the latter the generators have seen the very slices, so that a synthetic slice may carry over what a U-Net should not
-know; "seg_test" holds patients that neither network has seen, where the split is by patient.
+It trains on the slices of SIDE, whose maps no generator has trained on. The paper says in its Table I that a third set
+tests it, and in its text that the generators' training set does: both are tested. On the latter a synthetic slice may
+carry over what a U-Net should not know; "seg_test" holds patients that neither network has seen.
 
-Whatever it trains on, a U-Net sees the same number of samples. All slices have one size and the same resolution, which
-is why real ones are taken from --reference: a larger original would be sharper than a synthetic slice.
+Whatever it trains on, a U-Net sees the same number of samples. Real slices are those of --reference: a larger original
+would be sharper than a synthetic slice.
 """
 
 import argparse
@@ -146,7 +145,7 @@ def train(mix: Mix, seed: int, args: argparse.Namespace) -> Path:
     out, size, length = args.out / f"{mix.name}_{seed}", runs.size_of(args.reference), args.unet_samples
     given = {"data": dataset(out / "data", mix, seed, args), "size": size, "channels": args.channels, "seed": seed}
     given |= {"batch": args.batch, "epochs": 2, "epoch-len": length // 2, "dtype": args.dtype}
-    given["interval"] = runs.interval(length, args)
+    given["interval"] = max(1, length // args.batch // 8)
     options = ["--preset", "paper", "--unchecked"]  # real slices were checked with the generator's data
     runs.train(["-m", "paper.segment"], [*options, *runs.as_options(given)], out, mix.options)
     return out

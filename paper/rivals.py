@@ -190,10 +190,7 @@ class Vgg(nn.Module):
 
 @torch.no_grad()
 def start(layer: nn.Module, draw: Callable[[Tensor], Tensor]) -> None:
-    """Draw a convolution's or linear layer's weight, and set its bias to zero; for nn.Module.apply.
-
-    Under spectral norm `layer.weight` is computed, so that anything drawn into it is lost: see `spectral`.
-    """
+    """Draw a layer's weight and set its bias to zero, for nn.Module.apply; not under spectral norm: see `spectral`."""
     if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d | nn.Linear) and not parametrize.is_parametrized(layer):
         draw(layer.weight)
         if layer.bias is not None:
@@ -220,10 +217,7 @@ class OneImageNorm(nn.InstanceNorm2d):
 
 
 class UNet(nn.Module):
-    """The generator `unet_256`: stride-2 convolutions down to the innermost map and up again, every skip concatenated.
-
-    Dropout is its only noise. The authors keep it on in synthesis; here it is off then, so that one map is one slice.
-    """
+    """The generator `unet_256`, every skip concatenated. Dropout, its only noise, is off in synthesis, not as theirs."""
 
     def __init__(self, n_labels: int, ngf: int, levels: int) -> None:
         super().__init__()
@@ -441,8 +435,7 @@ class SpadeBlock(nn.Module):
 class SpadeGenerator(nn.Module):
     """SPADE's generator `normal`: a map of 1/32 of the size becomes features, which seven blocks bring to full size.
 
-    `norm(c, k)` makes a norm of c channels for block k. The published one outputs its training size whatever the
-    map's size; here the image follows the map, and is the same at the training size.
+    `norm(c, k)` makes a norm of c channels for block k. The published one always outputs its training size.
     """
 
     STRIDES = (32, 16, 16, 8, 4, 2, 1)  # the map's size over a block's
@@ -579,10 +572,7 @@ class FixedStyle(nn.Module):
 
 
 class AceNorm(SpadeNorm):
-    """SEAN's normalisation (its Fig. 3): SPADE's with noise before it, and modulation blended from map and styles.
-
-    Noise is drawn only in training, so that one map is one slice. In the last block there are no styles.
-    """
+    """SEAN's normalisation (its Fig. 3): SPADE's with noise before it, in training, and with styles blended in."""
 
     def __init__(self, c: int, n_labels: int, ngf: int, styled: bool) -> None:
         super().__init__(c, n_labels, ngf)
@@ -648,8 +638,7 @@ class SeanGenerator(nn.Module):
 class Sean(Spade):
     """SEAN: trained to rebuild a slice from its map and its own style; synthesizes in the training images' mean style.
 
-    Its authors encode the very image to be synthesized, so that it has seen the answer: `synthesize_self` does this,
-    and tables call it "SEAN-self". The fair row, and what is exported, knows only the map.
+    Its authors encode the very image to be synthesized, which has then seen the answer: `synthesize_self` does this.
     """
 
     name = "SEAN"

@@ -84,11 +84,6 @@ def call(*arguments: str | Path) -> None:
         raise Mistake(f"{' '.join(map(str, arguments))}: stopped with status {status}, see above")
 
 
-def interval(samples: int, args: argparse.Namespace) -> int:
-    """Steps between two panels and checkpoints: eight a stage."""
-    return max(1, samples // args.batch // 8)
-
-
 def as_options(given: dict[str, Any]) -> list[str]:
     """A command line's options and their values, by their names."""
     return [word for name, value in given.items() for word in (f"--{name}", str(value))]

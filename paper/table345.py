@@ -1,16 +1,13 @@
 """Tables III, IV and V, and beyond them: are synthetic slices of use, and which part of the method pays off?
 
-Table III swaps a share of a U-Net's real slices for synthetic ones of the same maps; Table IV adds synthetic slices of
-augmented maps. Table V changes one part of the method at a time: FID and PSNR of its images, and infection Dice of a
-U-Net with half of its slices swapped, which is what the paper's Table V repeats from its Table III (89.19). Beyond the
-paper, "few" asks whether synthetic slices help where real ones are few, and more than the same augmentations of the
-real slices do; the generators are Table II's, which have seen the whole training side. "beta" is Table V for who moves
-beta, which the paper does not say.
+Table III swaps a share of a U-Net's real slices for synthetic ones of the same maps. Table IV adds synthetic slices of
+augmented maps. Table V changes one part of the method at a time: figures of its images, and infection Dice of a U-Net
+with half of its slices swapped, as in Table III. Beyond the paper, "few" asks whether synthetic slices help where real
+ones are few, and more than plain augmentation does; "beta" is Table V for who moves beta.
 
-Dice and the like are mean +- 95 % interval as in the paper, over ten folds of the test slices. Beside it stands that
-over patients, about the mean of their means: go by that, as slices of a patient are alike. Both are for one U-Net,
-averaged over the seeds; the deviation over seeds is in brackets. Where a map has no lesion, Dice is 100 if none is
-found, else 0. The head of paper/mixes.py says which sides train and test.
+Figures are mean +- 95 % interval as in the paper, over ten folds of the test slices. Beside it stands that over
+patients, about the mean of their means: go by that, as slices of a patient are alike. Both are for one U-Net, averaged
+over the seeds; the deviation over seeds is in brackets. The head of paper/mixes.py says which sides train and test.
 """
 
 import argparse
@@ -192,11 +189,6 @@ def summary(names: list[str], scores: dict[str, np.ndarray]) -> dict[str, Any]:
     return {"figures": named, OF_PATIENTS: patients[HEADLINE], "slices without": without}
 
 
-def averaged(values: list[float | None]) -> float | None:
-    """Mean over the seeds; None where one has none."""
-    return None if None in values else float(np.mean(values))
-
-
 def records_of(row: str, side: str, found: Kept) -> list[Record]:
     """The figures of a row's U-Nets on a side, in %: averaged over the seeds, and the deviation of their means."""
     records = []
@@ -205,7 +197,9 @@ def records_of(row: str, side: str, found: Kept) -> list[Record]:
         means = [one["mean"] for one in held]
         spread = float(np.std(means, ddof=1)) if len(means) > 1 and None not in means else None
         told = {"row": row, "class": lesion, "metric": metric, "side": side, "seeds": [*found]}
-        told |= {key: averaged([one[key] for one in held]) for key in FIGURE}
+        for key in FIGURE:
+            values = [one[key] for one in held]
+            told[key] = None if None in values else float(np.mean(values))
         records.append(told | {"of seeds": means, "sd_seeds": spread})
     return records
 
@@ -307,12 +301,10 @@ def images_told(table: dict[str, Any]) -> list[str]:
     lines += report.quality(table["images"], "complete", {metric: DIGITS[metric] for metric in IMAGES})
     pairs = itertools.groupby(table["differences of images"], key=lambda one: (one["row"], one["against"]))
     for (row, other), group in pairs:
-        lines.append(f"- {row} against {other}: {'; '.join(map(image_apart, group))}")
+        told = []
+        for one in group:
+            digits, half = DIGITS[one["metric"]], one["ci95"]
+            spread = f" ± {half:.{digits}f}{' clear' * one['clear']}" if half is not None else ", one seed, no verdict"
+            told.append(f"{one['metric']} {one['difference']:+.{digits}f}{spread}")
+        lines.append(f"- {row} against {other}: {'; '.join(told)}")
     return [*lines, ""]
-
-
-def image_apart(one: Record) -> str:
-    """A difference of images."""
-    digits, half = DIGITS[one["metric"]], one["ci95"]
-    spread = f" ± {half:.{digits}f}{' clear' * one['clear']}" if half is not None else ", one seed, no verdict"
-    return f"{one['metric']} {one['difference']:+.{digits}f}{spread}"

@@ -1,12 +1,10 @@
 """What do the weighting networks learn? alpha of DESUM (Eq. 1) and beta of DFM (Eq. 4), along training and by slice.
 
-    python -m paper.weighting out/tables/covidgan_paper_0 out/tables/covidgan_paper_1 --data data/ct128
-    python -m paper.weighting out/tables/beta-*_paper_0 --data data/ct128 --results out/policies
+    python -m paper.weighting out/tables/covidgan_0 out/tables/covidgan_1 --data data/ct128 --results out/results
 
-For each run, trained by covidgan.py: the course of both from stats.jsonl, and alpha of every slice of a side from its
-exported generator, beside the share of lesion in the slice's lung. The paper says that alpha adapts to the slice: its
-correlation with that share is given over all slices, and within patients, whose slices differ in lesion and little
-else. Written as RESULTS/weighting.json and weighting.md, and drawn as weighting.png beside them; what was there goes.
+For each run of covidgan.py: the course of both, and alpha of every slice of a side, beside the share of lesion in its
+lung. The paper says that alpha adapts to the slice: their correlation is given over all slices, and within patients.
+Written as RESULTS/weighting.json, .md and .png; what was there goes.
 """
 
 import itertools
