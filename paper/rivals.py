@@ -217,7 +217,7 @@ class OneImageNorm(nn.InstanceNorm2d):
 
 
 class UNet(nn.Module):
-    """The generator `unet_256`, every skip concatenated. Dropout, its only noise, is off in synthesis, not as theirs."""
+    """The generator `unet_256`, every skip concatenated. Dropout is off in synthesis, where its authors keep it on."""
 
     def __init__(self, n_labels: int, ngf: int, levels: int) -> None:
         super().__init__()
