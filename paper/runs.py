@@ -89,7 +89,7 @@ def as_options(given: dict[str, Any]) -> list[str]:
     return [word for name, value in given.items() for word in (f"--{name}", str(value))]
 
 
-def train(program: list[str], options: list[str], out: Path, row: str) -> None:
+def train(program: list[str], options: list[str], out: Path, row: str = "") -> None:
     """Train into a folder, or go on there, unless it is whole. Raises Mistake, also where its row has changed since.
 
     row: the run's options without data and scale. These, the repository's commit, the machine, and CPU seconds, unless

@@ -164,5 +164,10 @@ class SegmentationTrainer(covidgan.Trainer):
         print(f"wrote {self.out}/: unet.pt, ckpt.pt, stats.jsonl, curves.png and panels")
 
 
+def main(argv: list[str]) -> None:
+    """Train the U-Net as the command line says, and write OUT/unet.pt and OUT/results.json. Raises Mistake."""
+    covidgan.main(argv, Segmentation, SegmentationTrainer)
+
+
 if __name__ == "__main__":
-    covidgan.exit_on_mistake(lambda argv: covidgan.main(argv, Segmentation, SegmentationTrainer))
+    covidgan.exit_on_mistake(main)

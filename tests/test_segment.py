@@ -18,11 +18,6 @@ def config(toy, out, **given):
     return segment.UNetConfig(**small | {"data": str(toy.folder), "out": str(out)} | given)
 
 
-def train(arguments):
-    """Train by the command line."""
-    covidgan.main(arguments, segment.Segmentation, segment.SegmentationTrainer)
-
-
 def test_the_published_unet_has_31036676_parameters_and_16_times_fewer_at_a_quarter_of_the_widths():
     with torch.device("meta"):
         full, quarter = (sum(p.numel() for p in segment.UNet(4, width).parameters()) for width in (64, 16))
@@ -68,7 +63,7 @@ def test_soft_dice_is_0_for_the_map_itself_and_1_where_no_pixel_agrees():
 def trained(toy, tmp_path_factory):
     """A run on the toy data, whose labels tell themselves apart by their HU; its folder."""
     out = tmp_path_factory.mktemp("unet") / "out"
-    train([*OPTIONS.split(), "--epoch-len", "480", "--lr", "1e-2", "--data", str(toy.folder), "--out", str(out)])
+    segment.main([*OPTIONS.split(), "--epoch-len", "480", "--lr", "1e-2", "--data", str(toy.folder), "--out", str(out)])
     return out
 
 

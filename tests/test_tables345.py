@@ -181,16 +181,3 @@ def test_within_patients_what_differs_between_them_does_not_count():
     expected = np.tanh([np.mean(own), np.mean(own) - half, np.mean(own) + half])
     assert (found["r"], found["low"], found["high"]) == pytest.approx(expected) and found["n"] == 6
     assert found["high"] < 0 < weighting.correlation(x, y)["low"]
-
-
-def test_a_course_has_the_means_of_its_steps_and_says_where_beta_settles(tmp_path):
-    with (tmp_path / "stats.jsonl").open("w") as file:
-        for stage, length in (("g2", 300), ("joint", 600)):
-            for step in range(1, length + 1):
-                beta = 0.5 - 0.4 * min(1, step / 90) if stage == "g2" else 0.1
-                print(json.dumps({"stage": stage, "alpha": 0.5 if stage == "joint" else 1.0, "beta": beta}), file=file)
-    points = weighting.course(tmp_path)
-    assert len(points) <= weighting.POINTS + 2 and points[-1]["step"] == 900
-    beta = weighting.settled(points, "beta", 0.0)
-    assert beta["g2"]["end"] == pytest.approx(0.1) and beta["g2"]["after"] == pytest.approx(85, abs=5)
-    assert beta["joint"]["after"] == 0 and [*weighting.settled(points, "alpha", 1.0)] == ["joint"]
