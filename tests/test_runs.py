@@ -43,7 +43,7 @@ def test_what_a_run_cost_is_noted_and_one_that_was_begun_by_another_row_is_not_t
     before = runs.cpu_seconds()
     runs.train(program, [], tmp_path / "run", "--gan lsgan")
     told = runs.begun(tmp_path / "run")
-    assert 0 < told["seconds"] == pytest.approx(runs.cpu_seconds() - before) and told["machine"] == runs.machine()
+    assert 0 < told["seconds"] <= runs.cpu_seconds() - before and told["machine"] == runs.machine()
     with pytest.raises(Mistake, match=r"lsgan.*hinge"):
         runs.train(program, [], tmp_path / "run", "--gan hinge")
 
