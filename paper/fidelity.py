@@ -7,20 +7,17 @@
     python -m paper.fidelity --list
 
 Trains on the train side of --data at the size of --reference, chooses by the side "test" and also reports "seg_test",
-each row beside its cost. All that is complete under --out enters the table, whichever rows were asked for, and
---results/fidelity-EPOCHS.json, which is refused where it would lose runs. The same command resumes a stopped study.
+each row beside its cost. Written as RESULTS/fidelity-EPOCHS.json and .md; a row and seed that is there is not made
+again. The same command resumes a stopped study.
 """
 
 import argparse
 import itertools
-import json
-from pathlib import Path
+from collections import defaultdict
 from typing import Any
 
-import numpy as np
-
-from data.slices import Mistake, OneLineParser, exit_on_mistake, write_bytes
-from paper import runs
+from data.slices import held
+from paper import report, runs
 from paper.report import grid, over_seeds
 
 HALF, WHOLE = ["--epoch-len", "2100"], ["--epoch-len", "4200"]  # for two epochs per stage, see --epochs
@@ -40,19 +37,15 @@ FIGURES = {  # column -> table of eval.py's results, row, key, factor, decimals
 ROWS: dict[str, tuple[str, list[str]]] = {
     "paper": ("preset paper as it is: noise on the target, no average", [*HALF, "--preset", "paper"]),
     "base": ("the paper's losses and rate, clean targets, average", [*HALF, *CLEAN_TARGETS]),
-    "lung": ("D sees the lung alone, as it is", [*HALF, *CLEAN_TARGETS, "--contrast", "1"]),
     "contrast": ("D sees the lung alone, four times enlarged", [*HALF, *CLEAN_TARGETS, "--contrast", "4"]),
     "best-half": ("preset best: that, beta fixed at 0.1, lambda 3", [*HALF, *BEST]),
     "best": ("preset best, twice as long", [*WHOLE, *BEST]),
-    "base-whole": ("base, twice as long", [*WHOLE, *CLEAN_TARGETS]),
     # best-half with one thing changed
     "uncut": ("D sees whole images", [*HALF, *BEST, "--contrast", "0"]),
     "contrast-6": ("D sees the lung six times enlarged", [*HALF, *BEST, "--contrast", "6"]),
     "beta": ("beta fixed at 0.5", [*HALF, *BEST, "--beta", "0.5"]),
     "lambda-10": ("lambda 10", [*HALF, *BEST, "--lambda-dfm", "10"]),
-    "lambda-1": ("lambda 1", [*HALF, *BEST, "--lambda-dfm", "1"]),
     "rate": ("learning rate 6e-4", [*HALF, *BEST, "--lr", "6e-4"]),
-    "ttur": ("D at 4e-4, G at 1e-4", [*HALF, *BEST, "--lr", "1e-4", "--d-speed", "4"]),
     "share": ("g1 and g2 a quarter as long, at its time", [*BEST, "--epoch-len", "2750", "--individual", "0.25"]),
     "joint": ("no individual training, at its time", [*BEST, "--epoch-len", "4200", "--individual", "0"]),
     "batch-1": ("batch 1, at its time", [*BEST, "--epoch-len", "1200", "--batch", "1"]),
@@ -67,115 +60,69 @@ ROWS: dict[str, tuple[str, list[str]]] = {
 }
 
 
-def run(row: str, seed: int, args: argparse.Namespace, size: int) -> dict[str, dict[str, Any]]:
-    """Train a row with a seed and measure it on both sides: side -> column -> value, and its CPU seconds."""
-    out = args.out / f"{row}_{seed}"
-    length = ["--epochs", args.epochs, "--interval", 250 * args.epochs]
-    options = ["--data", args.data, "--size", size, "--seed", seed, *length, *SCALE, *ROWS[row][1]]
-    runs.train(["-m", "paper.study"], [*map(str, options)], out, " ".join(ROWS[row][1]))
-    features = runs.feature_network(args.out)
-    measured = {}
+Record = dict[str, Any]
+
+
+def measure(row: str, seed: int, args: argparse.Namespace) -> list[Record]:
+    """Train a row with a seed and measure it on both sides: a record of each figure, and of its CPU seconds."""
+    out, options = args.out / f"{row}_{seed}", ROWS[row][1]
+    given = {"data": args.data, "size": runs.size_of(args.reference), "seed": seed}
+    given |= {"epochs": args.epochs, "interval": 250 * args.epochs}
+    runs.train(["-m", "paper.study"], [*runs.as_options(given), *SCALE, *options], out, " ".join(options))
+    records = []
     for side in SIDES:
-        results = runs.measure(out, args.reference, side, features)
-        measured[side] = {}
+        results = runs.measure(out, args.reference, side)
+        found = {"seconds": runs.begun(out)["seconds"]}
         for column, (table, name, key, factor, _) in FIGURES.items():
             value = results[table][name][key]  # None where eval.py refuses it, such as FD of few slices
-            measured[side][column] = value if value is None else factor * value
-        measured[side]["seconds"] = runs.seconds(out)
-    return measured
+            found[column] = value if value is None else factor * value
+        where = {"row": row, "seed": seed, "side": side}
+        records += [where | {"metric": metric, "value": value} for metric, value in found.items()]
+    return records
 
 
-def known(seeds: list[dict[str, dict[str, Any]]], side: str, column: str) -> list[float]:
-    """Values of a column over the seeds that have one."""
-    return [one[side][column] for one in seeds if one[side][column] is not None]
-
-
-def summary(measured: dict[str, list[dict[str, dict[str, Any]]]]) -> list[str]:
-    """Lines of a table in Markdown: a row's mean over its seeds, +- its standard deviation where there are several."""
+def markdown(records: list[Record]) -> list[str]:
+    """Lines of a table: a row's mean over its seeds, +- its standard deviation where there are several."""
     head = ["row", "seeds", *(f"{column} ({side})" for side in ("chosen on", "not") for column in FIGURES), "CPU s"]
     lines = []
-    for row, seeds in measured.items():
-        cells = [over_seeds(known(seeds, side, column), FIGURES[column][-1]) for side in SIDES for column in FIGURES]
-        cost = known(seeds, "test", "seconds")
-        lines.append([row, len(seeds), *cells, f"{np.mean(cost):.0f}" if cost else "-"])
-    return grid(head, lines)[:-1]
+    for row in dict.fromkeys(one["row"] for one in records):
+        ours = [one for one in records if one["row"] == row]
 
-
-def as_json(measured: dict[str, dict[int, dict[str, dict[str, Any]]]], args: argparse.Namespace) -> dict[str, Any]:
-    """All figures, one record each, and what they hold for; "paper" is empty, as it has no such study."""
-    found = [(row, seed, side) for row, seeds in measured.items() for seed in seeds for side in SIDES]
-    outs = [args.out / f"{row}_{seed}" for row, seeds in measured.items() for seed in seeds]
-    setting = {
-        "epochs": args.epochs,
-        "size": runs.size_of(args.reference),
-        "data": runs.sides_of(args.reference),
-        "features": runs.FEATURES,
-        "rows": {row: " ".join([*SCALE, *ROWS[row][1]]) for row in measured},
-        "commits": sorted({runs.begun(out)["commit"] for out in outs}),
-    }
-    records = [
-        {"row": row, "seed": seed, "side": side, "metric": metric, "value": value}
-        for row, seed, side in found
-        for metric, value in measured[row][seed][side].items()
-    ]
-    return {"setting": setting, "records": records, "paper": []}
-
-
-def parse(argv: list[str]) -> argparse.Namespace:
-    """The command line, checked. Raises Mistake."""
-    parser = OneLineParser(__doc__)
-    option = parser.add_argument
-    option("--data", type=Path, default=Path("data/ct"), help="dataset to train on, best at twice the size")
-    option("--reference", type=Path, default=Path("data/ct128"), help="the same, of the size to train and measure at")
-    option("--rows", nargs="+", default=list(ROWS), metavar="ROW", help="rows that --list shows (default: all)")
-    option("--seeds", nargs="+", type=int, default=[0], metavar="N")
-    option("--epochs", type=int, default=2, help="per stage: 2; 1 makes every row half as long, into another --out")
-    option("--out", type=Path, default=Path("out/fidelity"), help="folder of the runs")
-    option("--results", type=Path, default=runs.ROOT / "paper" / "results", help="folder of the JSON")
-    option("--list", action="store_true", help="show the rows and what they try")
-    args = parser.parse_args(argv)
-    if unknown := [row for row in args.rows if row not in ROWS]:
-        raise Mistake(f"--rows {unknown[0][:80]}: give of {', '.join(ROWS)}")
-    if min(args.seeds) < 0:
-        raise Mistake(f"--seeds {min(args.seeds)}: give 0 or more")
-    return args
-
-
-def trained_seeds(row: str, args: argparse.Namespace) -> list[int]:
-    """Seeds of a row's runs under --out that are fully trained."""
-    return [seed for seed, out in runs.seeded(args.out, row).items() if (out / "results.json").exists()]
-
-
-def check_rows(path: Path, args: argparse.Namespace) -> None:
-    """Raise Mistake where the JSON would lose a run: one that is neither under --out nor made now."""
-    there = runs.read_measures(path).get("records", []) if path.exists() else []
-    found = {(record["row"], record["seed"]) for record in there}
-    found -= {(row, seed) for row in ROWS for seed in trained_seeds(row, args)}
-    if lost := sorted(found - {*itertools.product(args.rows, args.seeds)}):
-        told = ", ".join(f"{row} {seed}" for row, seed in lost)
-        raise Mistake(f"{path} has runs that {args.out} has not: {told}: make these too, or give another --results")
+        values = defaultdict(list)
+        for one in ours:
+            values[one["side"], one["metric"]] += [one["value"]] if one["value"] is not None else []
+        cells = [over_seeds(values[side, column], FIGURES[column][-1]) for side in SIDES for column in FIGURES]
+        cost = over_seeds(values["test", "seconds"], 0).partition(" ")[0]
+        lines.append([row, len({one["seed"] for one in ours}), *cells, cost])
+    return grid(head, lines)
 
 
 def main(argv: list[str]) -> None:
     """Train and measure the rows asked for; print the table and write its JSON. Raises Mistake."""
-    args = parse(argv)
+    parser = runs.parser(__doc__, "out/fidelity", [0])
+    parser.add_argument("--epochs", type=int, default=2, help="per stage; 1 makes every row half as long")
+    args = parser.parse_args(argv)
+    runs.choose_rows(args, ROWS)
     if args.list:
         print("\n".join(f"{row:16} {about:60} {' '.join(options)}" for row, (about, options) in ROWS.items()))
         return
     runs.check_sides(args.data, args.reference)
-    check_rows(path := args.results / f"fidelity-{args.epochs}.json", args)
-    runs.keep_setting(args.out, args.data, args.reference, {"epochs": args.epochs})
-    size = runs.size_of(args.reference)
-    for seed, row in itertools.product(args.seeds, args.rows):
-        run(row, seed, args, size)
-    measured = {}
-    for row in ROWS:
-        seeds = trained_seeds(row, args)
-        measured |= {row: {seed: run(row, seed, args, size) for seed in seeds}} if seeds else {}
-    with runs.making(path):
-        write_bytes(path, (json.dumps(as_json(measured, args), indent=1) + "\n").encode())
-    print("\n".join(summary({row: [*seeds.values()] for row, seeds in measured.items()})))
+    path = args.results / f"fidelity-{args.epochs}.json"
+    table = runs.read_json(path) if path.exists() else {"setting": {"commits": []}, "records": []}
+    records, commits = table["records"], {*table["setting"]["commits"]}
+    there = {(one["row"], one["seed"]) for one in records}
+    with held(args.out):
+        runs.keep_setting(args.out, args, "epochs")
+        for seed, row in itertools.product(args.seeds, args.rows):
+            if (row, seed) not in there:
+                records += measure(row, seed, args)
+                commits.add(runs.begun(args.out / f"{row}_{seed}")["commit"])
+    records.sort(key=lambda one: (list(ROWS).index(one["row"]), one["seed"]))
+    rows = dict.fromkeys(one["row"] for one in records)
+    setting = {"epochs": args.epochs, "features": runs.FEATURES, "commits": sorted(commits)}
+    setting |= {"rows": {row: " ".join([*SCALE, *ROWS[row][1]]) for row in rows}}
+    report.write(args.results, path.stem, {"setting": setting, "records": records, "paper": []}, markdown(records))
 
 
 if __name__ == "__main__":
-    exit_on_mistake(main)
+    runs.run_script(main)

@@ -1,75 +1,61 @@
-"""The generators that the paper's tables compare: which there are, and how one is trained.
+"""The generators that the paper's tables compare: which there are, how one is trained, and what it is worth.
 
-A generator is a row, trained with a seed into OUT/ROW_OPTIMISER_SEED. Tables III and IV take what Table II has trained.
-All see the same number of samples at full size: one with two stages there sees half of them in each.
+A generator is a row, trained with a seed into OUT/ROW_SEED. Tables III to V take what Table II has trained. All see the
+same number of samples at full size: one with two stages there sees half of them in each. What one has measured is kept
+as RESULTS/runs/ROW_SEED.json, of which alone the tables are made: rows that were trained on another machine, or a year
+ago, stand beside the others, and their weights need not be there.
 """
 
 import argparse
 import itertools
-from collections.abc import Iterable
+import json
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 import covidgan
-from data.slices import Mistake
+import infer_onnx
+from data.slices import read_split, write_image
 from paper import rivals, runs
-from paper.methods import METHODS
 
 RIVALS = ("pix2pix", "pix2pixHD", "SPADE", "SEAN")
-CHOOSE, REPORT = "test", "seg_test"  # sides
-KIDS = "lung KID 1280"  # of each optimiser, among what is kept
-FIRST_SEED = 0  # of the runs that choose an optimiser
-KEPT = 8  # checkpoints per stage of the first seed's runs, to follow KID
+REPORT = "seg_test"  # side
 
 
 @dataclass(frozen=True)
 class Row:
-    """A method as a table trains it."""
+    """A method as a table trains it: by which script, and with which options besides data and scale."""
 
-    method: str  # its name in checkpoints
+    kind: type[covidgan.Method]
+    program: tuple[str, ...]
     options: tuple[str, ...]
-    optimisers: tuple[str, ...] = ("paper",)  # Adam's settings to choose between
-
-    @property
-    def kind(self) -> type[covidgan.Method]:
-        """Its method."""
-        return covidgan.Covidgan if self.method == "covidgan" else METHODS[self.method]
-
-    @property
-    def program(self) -> list[str]:
-        """The script that trains it."""
-        if self.method == "covidgan":
-            return [str(runs.ROOT / "covidgan.py")]
-        return ["-m", self.kind.__module__, *[self.method] * (self.method in rivals.METHODS)]
 
 
-def rival(name: str, *options: str) -> Row:
-    """A rival's row; where its authors set Adam differently from the paper, both are tried."""
-    ours = rivals.RivalConfig
-    paper = dict.fromkeys("dg", (ours.lr, (ours.adam_beta1, ours.adam_beta2)))
-    optimisers = ("paper",) if rivals.METHODS[name].own == paper else ("own", "paper")
-    return Row(name, ("--preset", "paper", *options), optimisers)
+def ours(switches: str = "", preset: str = "paper") -> Row:
+    """A row of ours, with one part of the method changed."""
+    return Row(covidgan.Covidgan, (str(runs.ROOT / "covidgan.py"),), ("--preset", preset, *switches.split()))
+
+
+def rival(name: str, switches: str = "") -> Row:
+    """A rival's row."""
+    return Row(rivals.METHODS[name], ("-m", "paper.rivals", name), ("--preset", "paper", *switches.split()))
 
 
 # As published: noise on the target, D sees whole images, no average of the weights. Clean: what is part of no method
-# and helped ours, applied to all alike.
-LOOP = covidgan.LoopConfig
-CLEAN = ("--noise", "0", "--contrast", str(LOOP.contrast), "--ema", str(LOOP.ema))
+# and helped ours, applied to all alike. All rivals have the paper's Adam, which SPADE and SEAN did better with than
+# with their authors': of lower lung KID on the side "test", kept as optimiser_SPADE.json and optimiser_SEAN.json.
+LOOP = covidgan.LoopConfig()
+CLEAN = f"--noise 0 --contrast {LOOP.contrast} --ema {LOOP.ema}"
 ROWS: dict[str, Row] = {
-    "covidgan": Row("covidgan", ("--preset", "paper")),
-    "covidgan-best": Row("covidgan", ("--preset", "best")),
+    "covidgan": ours(),
+    "covidgan-best": ours(preset="best"),
     **{name: rival(name) for name in RIVALS},
-    "covidgan-clean": Row("covidgan", ("--preset", "paper", *CLEAN)),
-    **{f"{name}-clean": rival(name, *CLEAN) for name in RIVALS},
+    "covidgan-clean": ours(CLEAN),
+    **{f"{name}-clean": rival(name, CLEAN) for name in RIVALS},
 }
-
-
-def ours(switches: str) -> Row:
-    """Our row with one part of the method changed."""
-    return Row("covidgan", ("--preset", "paper", *switches.split()))
-
-
 # Table V's, besides covidgan itself
 ABLATIONS: dict[str, Row] = {
     "without-DESUM": ours("--desum sum"),
@@ -108,88 +94,108 @@ def full_size(kind: type[covidgan.Method], c: covidgan.LoopConfig) -> float:
     return sum(kind.length(c, stage) for stage in kind.stages(c) if stage != "g1")
 
 
-def folder(name: str, optimiser: str, seed: int, args: argparse.Namespace) -> Path:
-    """The folder of a run."""
-    return args.out / f"{name}_{optimiser}_{seed}"
-
-
-def train(name: str, optimiser: str, seed: int, args: argparse.Namespace) -> Path:
-    """Train a row's run, or go on with it; returns its folder.
-
-    For Table II's rows, the first seed's checkpoints are kept along the way, whichever command makes the run.
-    """
-    row, out, size = row_of(name), folder(name, optimiser, seed, args), runs.size_of(args.reference)
-    stage = round(args.samples / full_size(row.kind, covidgan.parse_config([*row.options], row.kind)))  # samples of one
-    scale = {"ngf": args.ngf, "ndf": args.ngf, "batch": args.batch, "epochs": 2, "epoch-len": stage // 2}
-    given = {"data": args.data, "size": size, "seed": seed, **scale, "interval": stage // args.batch // KEPT}
-    given["dtype"] = args.dtype
-    if taken := [f"--{key}" for key in given if f"--{key}" in row.options]:
-        raise Mistake(f"row {name}: {', '.join(taken)} would be the table's own, the same for all rows: leave it out")
-    options = [*row.options, *itertools.chain(*[(f"--{key}", str(value)) for key, value in given.items()])]
-    options += ["--optimiser", optimiser] if row.method in rivals.METHODS else []
-    c = covidgan.parse_config(options, row.kind)
-    dtype = "bfloat16" if covidgan.uses_bf16(c, covidgan.pick_device(c)) else "float32"
-    runs.train(row.program, options, out, options_of(name), keep=name in ROWS and seed == FIRST_SEED, dtype=dtype)
+def train(name: str, seed: int, args: argparse.Namespace) -> Path:
+    """Train a row's run, or go on with it; returns its folder. Raises Mistake."""
+    row, out = row_of(name), args.out / f"{name}_{seed}"
+    c = covidgan.parse_config([*row.options], row.kind)
+    stage = round(args.samples / full_size(row.kind, c))  # samples of one
+    given = {"data": args.data, "size": runs.size_of(args.reference), "ngf": args.ngf, "ndf": args.ngf, "seed": seed}
+    given |= {"batch": args.batch, "epochs": 2, "epoch-len": stage // 2, "interval": max(1, stage // args.batch // 8)}
+    options = [*row.options, *runs.as_options(given | {"dtype": args.dtype})]
+    runs.train([*row.program], options, out, options_of(name))
     return out
 
 
-def optimiser_of(name: str, args: argparse.Namespace) -> str:
-    """The optimiser of a row: among the candidates, the one with the lowest lung KID on the side that chooses.
+FLOORS = {"label means": covidgan.mean_paint, "nearest training case": covidgan.nearest_copy}
+FID, KID = "FID 24", "KID 1280"  # by features of that many dimensions, for FID fewer than any side here has slices
+DIGITS = {FID: 2, "FID 32": 4, KID: 4, "PSNR": 2, "SSIM": 4, "RMSE": 4, "NRMSE": 4}  # metric -> decimals
+BETTER = {metric: "higher" if metric in ("PSNR", "SSIM") else "lower" for metric in DIGITS}
+REGIONS = ("complete", "lung")
 
-    It is chosen once, by runs of one seed as published, for the clean row too, and kept beside the tables.
-    """
-    if len(tried := row_of(name).optimisers) == 1:
-        return tried[0]
-    published = published_of(name)
-
-    def kid(optimiser: str) -> float:
-        out, features = train(published, optimiser, FIRST_SEED, args), runs.feature_network(args.out)
-        value = runs.measure(out, args.reference, CHOOSE, features)["features"]["lung KID 1280"]["value"]
-        if value is None:
-            raise Mistake(f"{args.reference}: too few slices on side {CHOOSE} to choose an optimiser by their KID")
-        return value
-
-    kept = runs.kept_measures(args.results, choice := f"optimiser_{published}")
-    if kept is None:
-        kept = {KIDS: {optimiser: kid(optimiser) for optimiser in tried}}
-        runs.keep_measures(args.results, choice, kept)
-    return min(kept[KIDS], key=kept[KIDS].get)
+IN_OWN_STYLE = "figures in the style of the slices themselves"  # kept of SEAN as its authors test it
+Figures = dict[str, dict[str, float | None]]  # "lung PSNR" and so on -> "value"
 
 
-def published_of(name: str) -> str:
-    """The row as published of a clean row, where there is one; else the row itself."""
-    return published if (published := name.removesuffix("-clean")) in ROWS else name
+def load_side(data: Path, side: str) -> covidgan.Slices:
+    """A side of a dataset, at the dataset's own size."""
+    c = covidgan.Config(data=str(data), size=runs.size_of(data))
+    return covidgan.load_slices(data, read_split(data / "split.json")[side], c)
 
 
-def tried_optimisers(args: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """For each row with several optimisers, the lung KID by which one was chosen; for the record."""
-    several = [name for name, row in ROWS.items() if len(row.optimisers) > 1]
-    kept = {name: runs.kept_measures(args.results, f"optimiser_{name}") for name in several}
-    return {name: choice[KIDS] for name, choice in kept.items() if choice}
+def keep_floor(name: str, args: argparse.Namespace) -> dict[str, Figures]:
+    """A floor's "figures", measured if they are not kept yet: no network, and what every network has to beat."""
+    note = name.replace(" ", "_")
+    out = args.out / note / "images"
+
+    def make() -> dict[str, Figures]:
+        train_side, side = load_side(args.reference, "train"), load_side(args.reference, REPORT)
+        lungs = FLOORS[name](train_side, side.labels, LOOP)[:, 0].numpy()  # [N, S, S] in [-1, 1]
+        out.mkdir(parents=True, exist_ok=True)
+        for case, lung in zip(side.names, lungs, strict=True):  # of which eval.py takes the lung
+            write_image(out / f"{case}.png", LOOP.level + lung * LOOP.width / 2)
+        return {"figures": figures_of(runs.compare(args.reference, out, out.parent, args.out))}
+
+    return runs.keep(args.results, note, make)
 
 
-def trained(name: str, seed: int, args: argparse.Namespace) -> Path:
-    """The folder of a row's generator with its chosen optimiser, trained if it is not yet."""
-    return train(name, optimiser_of(name, args), seed, args)
+def keep(name: str, seed: int, args: argparse.Namespace) -> None:
+    """Train and measure a row's generator with a seed, if its measurements are not kept yet. Raises Mistake."""
+
+    def make() -> dict[str, Any]:
+        run, kind = train(name, seed, args), row_of(name).kind
+        method, _ = covidgan.restore(covidgan.read_checkpoint(run / "ckpt.pt", kind), kind)
+        figures = figures_of(runs.measure(run, args.reference, REPORT))
+        return {"options": options_of(name), "method": name, "seed": seed, "figures": figures, **cost_of(run, method)}
+
+    runs.keep(args.results, f"{name}_{seed}", make)
 
 
-def commit_of(name: str, seed: int, args: argparse.Namespace) -> str:
-    """The commit at which a row's generator was trained."""
-    return runs.begun(folder(name, optimiser_of(name, args), seed, args))["commit"]
+def kept(name: str, args: argparse.Namespace) -> dict[int, dict[str, Any]]:
+    """What a row's generators have measured, by seed. Raises Mistake for one that was trained otherwise."""
+    return runs.kept(args.results, name, "options", options_of(name))
 
 
-def measured(run: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """eval.py's results of a generator on the patients that are reported."""
-    return runs.measure(run, args.reference, REPORT, runs.feature_network(args.out))
-
-
-def whole_runs(names: Iterable[str], args: argparse.Namespace) -> list[tuple[str, int, Path]]:
-    """Row, seed and folder of the rows' runs under --out that are fully trained, with their chosen optimisers."""
+def records_of(method: str, kept: dict[int | None, dict[str, Any]], key: str = "figures") -> list[dict[str, Any]]:
+    """Of what is kept by seed a record for each region and metric that has a value, of a method told by this name."""
     found = []
-    chosen = tried_optimisers(args)
-    for name in names:
-        if len(row_of(name).optimisers) > 1 and published_of(name) not in chosen:
-            continue
-        runs_of = runs.seeded(args.out, f"{name}_{optimiser_of(name, args)}")
-        found += [(name, seed, out) for seed, out in runs_of.items() if (out / "results.json").exists()]
+    for (seed, one), region, metric in itertools.product(kept.items(), REGIONS, DIGITS):
+        if (value := one.get(key, {}).get(f"{region} {metric}", {}).get("value")) is not None:
+            found.append({"method": method, "seed": seed, "region": region, "metric": metric, "value": value})
     return found
+
+
+def figures_of(results: dict[str, Any]) -> Figures:
+    """Of eval.py's results what the tables show; a value is None where it refuses one, such as FID of few slices."""
+    pixels = {name: row["mean"] for name, row in results["pixels"].items()}
+    values = pixels | {name: row["value"] for name, row in results["features"].items()}
+    return {name: {"value": values[name]} for name in map(" ".join, itertools.product(REGIONS, DIGITS))}
+
+
+def cost_of(run: Path, method: covidgan.Method) -> dict[str, Any]:
+    """What a run cost and what its generator costs."""
+    c = method.c
+    return {
+        **runs.begun(run),
+        "samples": round(full_size(type(method), c) * c.epochs * c.epoch_len),
+        "parameters": sum(p.numel() for p in method.generator().parameters()),
+        "synthesis": synthesis_seconds(run / "generator.onnx", c.size),
+        "d_at_end": loss_of_d(run),
+    }
+
+
+def loss_of_d(run: Path) -> float | None:
+    """D's loss at a run's end: the mean over the last tenth of the last stage's steps; None for a method without D."""
+    steps = [json.loads(line) for line in (run / "stats.jsonl").read_text().splitlines()]
+    last = [step["d"] for step in steps if step["stage"] == steps[-1]["stage"] and "d" in step]
+    return float(np.mean(last[-max(1, len(last) // 10) :])) if last else None
+
+
+def synthesis_seconds(model: Path, size: int) -> float:
+    """CPU seconds per slice on one thread, ONNX Runtime: median of nine, whatever else the machine does."""
+    session, _ = infer_onnx.open_session(model, "cpu", threads=1)
+    labels, seconds = np.ones((1, size, size), np.uint8), []
+    for _ in range(9):
+        start = time.process_time()
+        session.run(None, {"map": labels})
+        seconds.append(time.process_time() - start)
+    return float(np.median(seconds))

@@ -1,41 +1,34 @@
-"""What paper/tables.py takes as a table of the paper, and how one is written for people."""
+"""What the tables have in common: intervals over seeds and patients, and how a table is written."""
 
-import argparse
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from scipy import stats
 
-from data.slices import SIDES, write_bytes
+from data.slices import patient_of, write_bytes
+from paper import runs
+
+# The paper's Tables II to V as printed, their columns in order: table -> row -> figures. "e" is less than 1e-5.
+PAPER: dict[str, dict[str, str]] = runs.read_json(Path(__file__).with_name("published.json"))
 
 
-@dataclass(frozen=True)
-class Table:
-    """A table: its rows, how one is made, and how all that exists becomes JSON, Markdown and perhaps a picture."""
-
-    rows: dict[str, str]  # name -> what --list says of it
-    make: Callable[[str, int, argparse.Namespace], Any]  # a row with a seed: train and measure what is missing
-    kept: Callable[[str], str]  # a row's name among what is kept of runs
-    collect: Callable[[argparse.Namespace], dict[str, Any]]  # "setting", "records", "paper" and more
-    markdown: Callable[[dict[str, Any]], str]
-    draw: Callable[[Path, argparse.Namespace], None] | None = None
-    sides: tuple[str, ...] = SIDES  # that the datasets must have
+def interval(values: list[float]) -> tuple[float | None, float | None]:
+    """Mean of values and half its 95 % interval, by Student's t; None where there are too few."""
+    n = len(values)
+    half = float(stats.t.ppf(0.975, n - 1) * stats.sem(values)) if n > 1 else None
+    return float(np.mean(values)) if n else None, half
 
 
-def grid(head: list[str], lines: list[list[Any]]) -> list[str]:
-    """Lines of a Markdown table, and an empty line."""
-    return [f"| {' | '.join(map(str, line))} |" for line in (head, ["---"] * len(head), *lines)] + [""]
-
-
-def over_seeds(values: list[float] | None, digits: int) -> str:
-    """Mean +- standard deviation over the seeds, - for none."""
-    if not values:
-        return "-"
-    spread = f" +- {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.{digits}f}{spread}"
+def by_patient(values: np.ndarray, names: list[str]) -> list[float]:
+    """Each patient's mean of slices' values [n], NaN left out: slices of one patient are alike."""
+    patients = defaultdict(list)
+    for name, value in zip(names, values, strict=True):
+        if not math.isnan(value):
+            patients[patient_of(name)].append(value)
+    return [float(np.mean(group)) for group in patients.values()]
 
 
 def apart(a: list[float], b: list[float]) -> tuple[float, float | None]:
@@ -50,13 +43,40 @@ def apart(a: list[float], b: list[float]) -> tuple[float, float | None]:
     return difference, half
 
 
-def write_readme(path: Path, what: str, text: str) -> None:
-    """Put a text between its two marks in a README.md; one that has none is left as it is, with a note."""
-    begin, end = f"<!-- {what} -->", f"<!-- end of {what} -->"
-    content = path.read_text() if path.exists() else ""
-    before, found, rest = content.partition(begin)
-    _, closed, after = rest.partition(end)
-    if found and closed:
-        write_bytes(path, f"{before}{begin}\n\n{text}\n\n{end}{after}".encode())
-    elif content:
-        print(f"{path}: left as it is: without {begin} and {end}, between which it would stand")
+def over_records(records: list[dict[str, Any]]) -> dict[tuple[str, str, str], list[float]]:
+    """Values over the seeds of each method, region and metric of images."""
+    values = defaultdict(list)
+    for one in records:
+        values[one["method"], one["region"], one["metric"]].append(one["value"])
+    return values
+
+
+def quality(records: list[dict[str, Any]], region: str, digits: dict[str, int]) -> list[str]:
+    """A region's figures of images as Markdown, mean +- standard deviation over the seeds; digits: of each metric."""
+    values, lines = over_records(records), []
+    for method in dict.fromkeys(one["method"] for one in records):
+        seeds = dict.fromkeys("-" if one["seed"] is None else one["seed"] for one in records if one["method"] == method)
+        cells = [over_seeds(values.get((method, region, metric)), n) for metric, n in digits.items()]
+        lines.append([method, ", ".join(map(str, seeds)), *cells])
+    return grid(["row", "seeds", *digits], lines)
+
+
+def over_seeds(values: list[float] | None, digits: int) -> str:
+    """Mean +- standard deviation over the seeds, - for none."""
+    if not values:
+        return "-"
+    spread = f" +- {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.{digits}f}{spread}"
+
+
+def grid(head: list[str], lines: list[list[Any]]) -> list[str]:
+    """Lines of a Markdown table, and an empty line."""
+    return [f"| {' | '.join(map(str, line))} |" for line in (head, ["---"] * len(head), *lines)] + [""]
+
+
+def write(results: Path, name: str, table: dict[str, Any], lines: list[str]) -> None:
+    """Print a table, and write it as RESULTS/NAME.json and, for people, as RESULTS/NAME.md."""
+    text = "\n".join(lines).rstrip() + "\n"
+    print(text)
+    runs.write_json(results / f"{name}.json", table)
+    write_bytes(results / f"{name}.md", f"# {name}\n\n{text}".encode())

@@ -2,7 +2,6 @@
 
     python -m paper.rivals pix2pix --data data/radiopaedia --size 128           # or pix2pixHD, SPADE, SEAN; preset demo
     python -m paper.rivals SPADE --data data/radiopaedia --preset paper --out out/SPADE
-    python -m paper.rivals SEAN --ngf 16 --ndf 16                               # all widths a quarter of the published
     python export.py out/SPADE                                                  # and everything else as for covidgan
 
 Theirs are the networks, losses and optimiser settings, from their papers and public code, written anew:
@@ -11,12 +10,10 @@ Theirs are the networks, losses and optimiser settings, from their papers and pu
     SPADE       Park, Liu, Wang, Zhu, CVPR 2019                 SpadeGenerator, SpadeNorm; hinge
     SEAN        Zhu, Abdal, Qin, Wonka, CVPR 2020               SeanGenerator, AceNorm, StyleEncoder
 Data, augmentation, what D sees (--contrast), schedule, average of the weights, checkpoints and pictures are the
-loop's, the same for all five; so is its order: one synthesis per step, from which all losses are computed before any
-player moves.
+loop's. So is its order: one synthesis per step, from which all losses are computed before any player moves.
 
-The VGG loss of pix2pixHD, SPADE and SEAN is off unless --lambda-vgg 10 asks for it. It needs a network trained on a
-million photographs, which is a download, knows no CT, and would give help that pix2pix and covidgan do not have;
-pix2pixHD's authors also report results without it. Instance edges are left out, since a label map has no instances.
+The VGG loss of pix2pixHD, SPADE and SEAN is off unless --lambda-vgg 10 asks for it: its network is a download, knows
+no CT, and would help three methods alone. Instance edges are left out, since a label map has no instances.
 """
 
 import functools
@@ -24,7 +21,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -37,8 +33,6 @@ from covidgan import Mistake, Player, ResidualBlock, down, gan_losses, head, ste
 
 Adam = tuple[float, tuple[float, float]]  # learning rate, betas
 Normed = Callable[[nn.Conv2d], list[nn.Module]]  # a convolution to itself, possibly changed, and a norm
-
-# --------------------------------------------------------------------------------------------------- what rivals share
 
 
 @dataclass(frozen=True)
@@ -71,7 +65,7 @@ class Rival(covidgan.Method):
     presets = PRESETS
     own: ClassVar[dict[str, Adam]]  # its authors' Adam for each player
     curves = (("d", "gan"), ("fm",))
-    architecture = ("n_labels", "ngf", "ndf")
+    factor: ClassVar[int]  # what sides of a map must be multiples of
     g: nn.Module
     d: nn.Module
 
@@ -81,15 +75,16 @@ class Rival(covidgan.Method):
         return ("whole",)
 
     @classmethod
+    def multiple(cls, c: RivalConfig) -> int:
+        """Of what height and width of a map must be multiples."""
+        return cls.factor
+
+    @classmethod
     def checks(cls, c: RivalConfig) -> list[tuple[bool, str]]:
-        """Widths that can be built, and Adam's settings given only once."""
+        """Adam's settings are given only once."""
         paper = (RivalConfig.lr, RivalConfig.adam_beta1, RivalConfig.adam_beta2)
-        untouched = (c.lr, c.adam_beta1, c.adam_beta2) == paper
-        return [
-            (min(c.ngf, c.ndf) >= 4 and max(c.ngf, c.ndf) <= 1024, "--ngf, --ndf: give 4 to 1024"),
-            (c.ngf % 2 == 0, f"--ngf {c.ngf}: give an even number"),
-            (c.optimiser == "paper" or untouched, "--lr, --adam-beta1, --adam-beta2: they go with --optimiser paper"),
-        ]
+        fine = c.optimiser == "paper" or (c.lr, c.adam_beta1, c.adam_beta2) == paper
+        return [(fine, "--lr, --adam-beta1, --adam-beta2: they go with --optimiser paper")]
 
     def players(self, stage: str) -> dict[str, Player]:
         """G and D, each with its authors' Adam or the paper's."""
@@ -158,19 +153,13 @@ def feature_matching(real: list[list[Tensor]], fake: list[list[Tensor]]) -> Tens
 class Vgg(nn.Module):
     """VGG19 (Simonyan, Zisserman, ICLR 2015) up to relu5_1, for the VGG loss of pix2pixHD, SPADE and SEAN; never moves.
 
-    Its weights are torchvision's vgg19-dcbb9e9d.pth, 575 MB, in PyTorch's download cache. Fed as these methods do: in
-    [-1, 1], not by ImageNet's mean and deviation. Raises Mistake where the weights are missing or not VGG19's.
+    Its weights are torchvision's, 575 MB, fetched into PyTorch's download cache if they are not there. Fed as these
+    methods do: in [-1, 1], not by ImageNet's mean and deviation.
     """
 
     URL = "https://download.pytorch.org/models/vgg19-dcbb9e9d.pth"
     WIDTHS = (64, 64, "M", 128, 128, "M", 256, 256, 256, 256, "M", 512, 512, 512, 512, "M", 512)
-    WEIGHTS: ClassVar = {
-        1: 1 / 32,
-        6: 1 / 16,
-        11: 1 / 8,
-        20: 1 / 4,
-        29: 1.0,
-    }  # layer, relu1_1 to relu5_1 -> weight of its distance
+    WEIGHTS: ClassVar = {1: 1 / 32, 6: 1 / 16, 11: 1 / 8, 20: 1 / 4, 29: 1.0}  # relu1_1 to relu5_1: of their distances
 
     def __init__(self) -> None:
         super().__init__()
@@ -179,13 +168,8 @@ class Vgg(nn.Module):
             layers += [nn.MaxPool2d(2)] if width == "M" else [nn.Conv2d(c, width, 3, padding=1), nn.ReLU()]
             c = c if width == "M" else width
         self.features = nn.Sequential(*layers)
-        path = Path(torch.hub.get_dir(), "checkpoints", self.URL.rpartition("/")[2])
-        if not path.is_file():
-            raise Mistake(f"{path}: not there: --lambda-vgg needs {self.URL} in that place")
-        held, wanted = covidgan.read_weights(path), self.state_dict()
-        if not all(name in held and held[name].shape == weight.shape for name, weight in wanted.items()):
-            raise Mistake(f"{path}: no weights of torchvision's VGG19: fetch {self.URL} again")
-        self.load_state_dict({name: held[name] for name in wanted})
+        held = torch.hub.load_state_dict_from_url(self.URL, map_location="cpu", weights_only=True)
+        self.load_state_dict({name: held[name] for name in self.state_dict()})
         self.requires_grad_(False)
 
     def seen(self, image: Tensor) -> list[Tensor]:  # [B, 1, H, W]
@@ -206,10 +190,7 @@ class Vgg(nn.Module):
 
 @torch.no_grad()
 def start(layer: nn.Module, draw: Callable[[Tensor], Tensor]) -> None:
-    """Draw a convolution's or linear layer's weight, and set its bias to zero; for nn.Module.apply.
-
-    Under spectral norm `layer.weight` is computed, so that anything drawn into it is lost: see `spectral`.
-    """
+    """Draw a layer's weight and set its bias to zero, for nn.Module.apply; not under spectral norm: see `spectral`."""
     if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d | nn.Linear) and not parametrize.is_parametrized(layer):
         draw(layer.weight)
         if layer.bias is not None:
@@ -220,9 +201,6 @@ normal = partial(nn.init.normal_, mean=0.0, std=0.02)  # pix2pix, pix2pixHD
 xavier = partial(nn.init.xavier_normal_, gain=0.02)  # SPADE, SEAN
 
 
-# -------------------------------------------------------------------------------------------------------------- pix2pix
-
-
 @dataclass(frozen=True)
 class Pix2pixConfig(RivalConfig):
     """pix2pix. Its U-Net's halvings follow from --size: see Pix2pix.levels."""
@@ -231,10 +209,7 @@ class Pix2pixConfig(RivalConfig):
 
 
 class OneImageNorm(nn.InstanceNorm2d):
-    """Batch norm as pix2pix's authors train and test it, on batches of one: each image by its own statistics.
-
-    On larger batches this stays true to their method, and a slice does not depend on others in its batch.
-    """
+    """Batch norm as pix2pix's authors train and test it, on batches of one: each image by its own statistics."""
 
     def __init__(self, c: int) -> None:
         super().__init__(c, affine=True)
@@ -242,10 +217,7 @@ class OneImageNorm(nn.InstanceNorm2d):
 
 
 class UNet(nn.Module):
-    """The generator `unet_256`: stride-2 convolutions down to the innermost map and up again, every skip concatenated.
-
-    Dropout is its only noise. The authors keep it on in synthesis; here it is off then, so that one map is one slice.
-    """
+    """The generator `unet_256`, every skip concatenated. Dropout is off in synthesis, where its authors keep it on."""
 
     def __init__(self, n_labels: int, ngf: int, levels: int) -> None:
         super().__init__()
@@ -277,7 +249,6 @@ class Pix2pix(Rival):
 
     name, options = "pix2pix", Pix2pixConfig
     own: ClassVar = dict.fromkeys("dg", (2e-4, (0.5, 0.999)))
-    architecture = (*Rival.architecture, "size")
     curves = (("d", "gan"), ("l1",))
 
     def __init__(self, c: Pix2pixConfig) -> None:
@@ -310,9 +281,6 @@ class Pix2pix(Rival):
         d, gan = gan_losses(self.d(onehot, target), self.d(onehot, image), "bce")
         l1 = F.l1_loss(image, target) / (self.c.contrast or 1)
         return {"d": d, "g": gan + self.c.lambda_l1 * l1, "gan": gan, "l1": l1}
-
-
-# ------------------------------------------------------------------------------------------------------------ pix2pixHD
 
 
 @dataclass(frozen=True)
@@ -349,18 +317,6 @@ class Matching(Rival):
         """The network of the VGG loss; not made in __init__, or it would be part of every checkpoint."""
         return Vgg().to(next(self.parameters()).device)
 
-    @classmethod
-    def checks(cls, c: MatchingConfig) -> list[tuple[bool, str]]:
-        """Require loss weights of 0 or more."""
-        fine = min(c.lambda_fm, c.lambda_vgg) >= 0
-        return [*super().checks(c), (fine, "--lambda-fm, --lambda-vgg: give 0 or more")]
-
-    def players(self, stage: str) -> dict[str, Player]:
-        """As every rival's; loads the VGG network, if asked for, before any step."""
-        if self.c.lambda_vgg:
-            _ = self.vgg
-        return super().players(stage)
-
     def generator_losses(
         self, gan: Tensor, real: list[list[Tensor]], fake: list[list[Tensor]], image: Tensor, target: Tensor
     ) -> dict[str, Tensor]:
@@ -374,14 +330,11 @@ class Matching(Rival):
 
 
 class Pix2pixHD(Matching):
-    """pix2pixHD: global generator against two scales of covidgan's own PatchGAN; LSGAN and feature matching.
-
-    Biases start at 0, its authors' at PyTorch's draw; most of them stand before an instance norm, which removes them.
-    """
+    """pix2pixHD: global generator against two scales of covidgan's own PatchGAN; LSGAN and feature matching."""
 
     name, options = "pix2pixHD", Pix2pixHDConfig
     own: ClassVar = dict.fromkeys("dg", (2e-4, (0.5, 0.999)))
-    architecture = (*Rival.architecture, "n_blocks")
+    factor = 16
 
     def __init__(self, c: Pix2pixHDConfig) -> None:
         super().__init__(c)
@@ -389,25 +342,12 @@ class Pix2pixHD(Matching):
         self.d = Scales([covidgan.PatchGAN(c.n_labels + 1, c.ndf) for _ in range(2)])
         self.apply(partial(start, draw=normal))
 
-    @classmethod
-    def multiple(cls, c: Pix2pixHDConfig) -> int:
-        """Four halvings."""
-        return 16
-
-    @classmethod
-    def checks(cls, c: Pix2pixHDConfig) -> list[tuple[bool, str]]:
-        """Require a trunk of some depth."""
-        return [*super().checks(c), (1 <= c.n_blocks <= 100, f"--n-blocks {c.n_blocks}: give 1 to 100")]
-
     def losses(self, onehot: Tensor, target: Tensor, stage: str) -> dict[str, Tensor]:
         """Least squares summed over the scales, D's halved; G's as `generator_losses` has it."""
         image = self.g(onehot)[0]
         real, fake = (self.d(onehot, self.seen_by_d(x, onehot)) for x in (target, image))
         d, gan = gan_losses(real, fake, "lsgan")
         return {"d": d, **self.generator_losses(gan, real, fake, image, target)}
-
-
-# ---------------------------------------------------------------------------------------------------------------- SPADE
 
 
 def conv3(c_in: int, c_out: int, **more: Any) -> nn.Conv2d:
@@ -495,8 +435,7 @@ class SpadeBlock(nn.Module):
 class SpadeGenerator(nn.Module):
     """SPADE's generator `normal`: a map of 1/32 of the size becomes features, which seven blocks bring to full size.
 
-    `norm(c, k)` makes a norm of c channels for block k. The published one outputs its training size whatever the
-    map's size; here the image follows the map, and is the same at the training size.
+    `norm(c, k)` makes a norm of c channels for block k. The published one always outputs its training size.
     """
 
     STRIDES = (32, 16, 16, 8, 4, 2, 1)  # the map's size over a block's
@@ -532,7 +471,8 @@ def spectral_patches(c_in: int, ndf: int, strides: tuple[int, ...]) -> Scales:
 class Spade(Matching):
     """SPADE without its image encoder; hinge loss and feature matching; D's rate is four times G's."""
 
-    name, options, alone = "SPADE", MatchingConfig, True  # for its batch norm, and SEAN's codes
+    name, options, factor = "SPADE", MatchingConfig, 32
+    alone = True  # for its batch norm, and SEAN's codes
     own: ClassVar = {"d": (4e-4, (0.0, 0.9)), "g": (1e-4, (0.0, 0.9))}
 
     def __init__(self, c: MatchingConfig) -> None:
@@ -546,11 +486,6 @@ class Spade(Matching):
         g = SpadeGenerator(c.n_labels, c.ngf, lambda width, k: SpadeNorm(width, c.n_labels, c.ngf))
         return g, spectral_patches(c.n_labels + 1, c.ndf, (2, 2, 2, 1))
 
-    @classmethod
-    def multiple(cls, c: MatchingConfig) -> int:
-        """Five doublings."""
-        return 32
-
     def image(self, onehot: Tensor, target: Tensor) -> Tensor:
         """The synthesis of a training step [B, 1, H, W]."""
         return self.g(onehot)[0]
@@ -561,9 +496,6 @@ class Spade(Matching):
         real, fake = (self.d(onehot, self.seen_by_d(x, onehot)) for x in (target, image))
         d, gan = (loss / len(real) for loss in gan_losses(real, fake, "hinge"))
         return {"d": 2 * d, **self.generator_losses(gan, real, fake, image, target)}
-
-
-# ----------------------------------------------------------------------------------------------------------------- SEAN
 
 
 class StyleEncoder(nn.Module):
@@ -640,10 +572,7 @@ class FixedStyle(nn.Module):
 
 
 class AceNorm(SpadeNorm):
-    """SEAN's normalisation (its Fig. 3): SPADE's with noise before it, and modulation blended from map and styles.
-
-    Noise is drawn only in training, so that one map is one slice. In the last block there are no styles.
-    """
+    """SEAN's normalisation (its Fig. 3): SPADE's with noise before it, in training, and with styles blended in."""
 
     def __init__(self, c: int, n_labels: int, ngf: int, styled: bool) -> None:
         super().__init__(c, n_labels, ngf)
@@ -709,8 +638,7 @@ class SeanGenerator(nn.Module):
 class Sean(Spade):
     """SEAN: trained to rebuild a slice from its map and its own style; synthesizes in the training images' mean style.
 
-    Its authors encode the very image to be synthesized, so that it has seen the answer: `synthesize_self` does this,
-    and tables call it "SEAN-self". The fair row, and what is exported, knows only the map.
+    Its authors encode the very image to be synthesized, which has then seen the answer: `synthesize_self` does this.
     """
 
     name = "SEAN"
@@ -730,8 +658,6 @@ class Sean(Spade):
         """Image [B, 1, H, W] in the style of real lungs [B, 1, H, W] in [-1, 1], floor outside, of the same maps."""
         return self.g(onehot, self.g.encoder(real, onehot)[0])[0]
 
-
-# ----------------------------------------------------------------------------------------------------------------- main
 
 METHODS: dict[str, type[covidgan.Method]] = {method.name: method for method in (Pix2pix, Pix2pixHD, Spade, Sean)}
 

@@ -64,9 +64,6 @@ def dice_loss(logits: Tensor, onehot: Tensor) -> Tensor:
     return 1 - ((2 * both + 1) / (sizes + 1)).mean()  # + 1: a label that is absent, and not found, scores 1
 
 
-# ---------------------------------------------------------------------------------------------------- how it is trained
-
-
 @dataclass(frozen=True)
 class UNetConfig(covidgan.LoopConfig):
     """The U-Net's knobs besides the loop's. The paper does not say how it was trained: these are common values."""
@@ -91,7 +88,6 @@ class Segmentation(covidgan.Method):
     """The U-Net as a method of covidgan's loop: one player, one stage. Its target is the map, its input the slice."""
 
     name, options, presets, alone = "unet", UNetConfig, PRESETS, True
-    architecture = ("n_labels", "channels")
     curves = (("loss",),)
 
     def __init__(self, c: UNetConfig) -> None:
@@ -107,19 +103,6 @@ class Segmentation(covidgan.Method):
     def multiple(cls, c: UNetConfig) -> int:
         """It halves four times."""
         return 16
-
-    @classmethod
-    def checks(cls, c: UNetConfig) -> list[tuple[bool, str]]:
-        """Rule out what it cannot be built or trained with."""
-        return [
-            (1 <= c.channels <= 1024, f"--channels {c.channels}: give 1 to 1024"),
-            (c.dice >= 0, f"--dice {c.dice:g}: give 0 or more"),
-        ]
-
-    @classmethod
-    def idle(cls, c: UNetConfig) -> dict[str, str]:
-        """Options of what it does not have."""
-        return super().idle(c) | {"contrast": "a U-Net, which has no D"}
 
     def players(self, stage: str) -> dict[str, covidgan.Player]:
         """A single player that moves all of it."""
@@ -166,20 +149,17 @@ class SegmentationTrainer(covidgan.Trainer):
         covidgan.write_atomically(path, lambda temporary: temporary.write_bytes(png(np.concatenate(rows))))
         covidgan.write_curves(self.out / "curves.png", self.out / "stats.jsonl", self.method.curves)
 
-    def checkpoint(self) -> dict[str, Any]:
-        """What export.py makes unet.onnx from."""
+    def report(self) -> None:
+        """Write OUT/unet.pt, of which export.py makes unet.onnx, and OUT/results.json."""
         c = self.c
         with self.averaged():
             weights = {name: weight.cpu().clone() for name, weight in self.method.unet.state_dict().items()}
         config = {"n_labels": c.n_labels, "width": c.channels, "level": c.level, "window": c.width}
-        return {"kind": "unet", "config": config, "unet": weights}
-
-    def report(self) -> None:
-        """Write OUT/unet.pt and OUT/results.json."""
-        covidgan.write_atomically(self.out / "unet.pt", lambda path: torch.save(self.checkpoint(), path))
+        made = {"kind": "unet", "config": config, "unet": weights}
+        covidgan.write_atomically(self.out / "unet.pt", lambda path: torch.save(made, path))
         parameters = sum(p.numel() for p in self.method.parameters())
-        results = {"parameters": parameters, "samples": self.steps * self.c.batch, "slices": len(self.train.names)}
-        text = json.dumps(results | {"config": {**dataclasses.asdict(self.c), **covidgan.LOCAL}}, indent=1)
+        results = {"parameters": parameters, "samples": self.steps * c.batch, "slices": len(self.train.names)}
+        text = json.dumps(results | {"config": {**dataclasses.asdict(c), **covidgan.LOCAL}}, indent=1)
         covidgan.write_atomically(self.out / "results.json", lambda path: path.write_text(text + "\n"))
         print(f"wrote {self.out}/: unet.pt, ckpt.pt, stats.jsonl, curves.png and panels")
 

@@ -24,7 +24,6 @@ class StudyConfig(covidgan.Config):
     r1: float = 0.0  # weight of the gradient penalty on real slices (Mescheder et al., 2018), every R1_EVERY steps
     noise_inputs: int = 0  # channels of Gaussian noise that G sees besides the map; zero in synthesis
     position: bool = False  # two more channels for G: where in the slice a pixel lies, -1..1 across and down
-    d_speed: float = 1.0  # D's learning rate over G's
     flip: bool = False  # mirror half of the samples left to right, though no heart is on the right
 
 
@@ -52,7 +51,6 @@ class Study(covidgan.Covidgan):
     """The paper's method with the switches under study."""
 
     name, options = "covidgan-study", StudyConfig
-    architecture = (*covidgan.Covidgan.architecture, "spectral", "noise_inputs", "position")
 
     def __init__(self, c: StudyConfig) -> None:
         super().__init__(c)
@@ -64,12 +62,6 @@ class Study(covidgan.Covidgan):
             for layer in [*self.d.modules()]:
                 if isinstance(layer, nn.Conv2d):
                     spectral_norm(layer)
-
-    def players(self, stage: str) -> dict[str, covidgan.Player]:
-        """As the paper's, with D at its own rate."""
-        players = super().players(stage)
-        players["d"] = dataclasses.replace(players["d"], lr=self.c.lr * self.c.d_speed)
-        return players
 
     def losses(self, onehot: Tensor, target: Tensor, stage: str) -> dict[str, Tensor]:
         """As the paper's, with some samples mirrored if asked for, and R1 in its turn."""

@@ -1,17 +1,12 @@
 """What do the weighting networks learn? alpha of DESUM (Eq. 1) and beta of DFM (Eq. 4), along training and by slice.
 
-    python -m paper.weighting out/tables/covidgan_paper_0 out/tables/covidgan_paper_1 --data data/ct128
-    python -m paper.weighting out/tables/beta-*_paper_0 --data data/ct128 --results out/policies
+    python -m paper.weighting out/tables/covidgan_0 out/tables/covidgan_1 --data data/ct128 --results out/results
 
-For each run, trained by covidgan.py: the course of both from stats.jsonl, and alpha of every slice of a side from its
-exported generator, beside the share of lesion in the slice's lung. The paper says that alpha adapts to the slice: its
-correlation with that share is given over all slices, and within patients, whose slices differ in lesion and little
-else. Written as --results/weighting.json, which is refused where it would lose runs, as Markdown between the marks of
-the README.md beside it, and drawn as --out.
+For each run of covidgan.py: the course of both, and alpha of every slice of a side, beside the share of lesion in its
+lung. The paper says that alpha adapts to the slice: their correlation is given over all slices, and within patients.
+Written as RESULTS/weighting.json, .md and .png; what was there goes.
 """
 
-import argparse
-import io
 import itertools
 import json
 import math
@@ -19,81 +14,61 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
+from scipy import stats
 
-import eval as evaluation
 import infer_onnx
-from data.slices import (
-    JSON_ERRORS,
-    SIDES,
-    Mistake,
-    OneLineParser,
-    exit_on_mistake,
-    patient_of,
-    read_map,
-    write_bytes,
-)
-from paper import runs
-from paper.report import grid, write_readme
+from data.slices import SIDES, Mistake, OneLineParser, patient_of, read_map
+from paper import report, runs
+from paper.report import grid, interval
 
-Z = 1.959964  # for 95 %
 POINTS = 200  # per curve
 FEWEST = 4  # slices for a correlation: Fisher's interval needs more than three
-UNDATED = {".png": {}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}  # endings, and what makes the same bytes
 CLOSE = 0.02  # a weight this near to its end value has settled
-
-PAPER = {"alpha": "adapts to the slice (§III-C.1)", "beta": "adapts to the input (§III-C.2)"}  # words, not figures
 
 Course = list[dict[str, Any]]  # "step" from the run's start, "stage", "alpha", "beta"; means of some steps each
 
 
-# ------------------------------------------------------------------------------------------------ along training
-
-
 def course(run: Path) -> Course:
-    """alpha and beta along a run, in about POINTS means. Raises Mistake where the run has none."""
+    """alpha and beta along a run of covidgan.py, in about POINTS means. Raises Mistake where the run has none."""
     path = run / "stats.jsonl"
-    if not path.exists():
-        raise Mistake(f"{path}: not there: give the folder of a run of covidgan.py")
-    try:
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
-    except JSON_ERRORS as error:
-        raise Mistake(f"{path}: not whole ({error}): a run that was killed is mended by --resume") from error
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
     if not lines or not {"alpha", "beta"} <= lines[0].keys():
         raise Mistake(f"{path}: has no alpha and beta: give the folder of a run of covidgan.py")
-    numbered, points = [*enumerate(lines, 1)], []
-    for stage, group in itertools.groupby(numbered, key=lambda one: one[1]["stage"]):
+    stride, points = math.ceil(len(lines) / POINTS), []
+    for stage, group in itertools.groupby(enumerate(lines, 1), key=lambda one: one[1]["stage"]):
         steps = [*group]
-        stride = math.ceil(len(lines) / POINTS)
         for part in (steps[k : k + stride] for k in range(0, len(steps), stride)):
             means = {name: float(np.mean([line[name] for _, line in part])) for name in ("alpha", "beta")}
             points.append({"step": part[-1][0], "stage": stage, **means})
     return points
 
 
-def settled(points: Course, name: str, stage: str) -> dict[str, float]:
-    """Where a weight ends in a stage, after how many of its steps it stays there, and between what it was."""
-    of_stage = [point for point in points if point["stage"] == stage]
-    before = max([point["step"] for point in points if point["step"] < of_stage[0]["step"]], default=0)
-    end, values = of_stage[-1][name], [point[name] for point in of_stage]
-    away = [point["step"] for point in of_stage if abs(point[name] - end) > CLOSE]
-    return {"end": end, "after": max(away, default=before) - before, "min": min(values), "max": max(values)}
+def settled(points: Course, name: str, still: float) -> dict[str, dict[str, float]]:
+    """Where a weight ends in each stage that moves it, after how many of its steps it stays there, and its range.
 
-
-# ------------------------------------------------------------------------------------------------ slice by slice
+    still: its value in a stage that has nothing to weigh.
+    """
+    found, before = {}, 0
+    for stage, group in itertools.groupby(points, key=lambda point: point["stage"]):
+        steps, values = zip(*[(point["step"], point[name]) for point in group], strict=True)
+        if {*values} != {still}:
+            away = [step for step, value in zip(steps, values, strict=True) if abs(value - values[-1]) > CLOSE]
+            after = max(away, default=before) - before
+            found[stage] = {"end": values[-1], "after": after, "min": min(values), "max": max(values)}
+        before = steps[-1]
+    return found
 
 
 def alphas(run: Path, data: Path, side: str) -> dict[str, tuple[float, float]]:
     """Slice -> alpha of a run's generator, and the share of lesion in the lung, for a side's slices with lung."""
-    session, info = infer_onnx.open_session(runs.export(run), "auto")
+    session, _ = infer_onnx.open_session(runs.exported(run / "generator.onnx", run / "ckpt.pt"), "auto")
     found = {}
     for name, path in infer_onnx.find_maps(data, side).items():
         labels = read_map(path)
-        if not labels.any():
-            continue
-        if any(length % info["multiple"] for length in labels.shape):
-            raise Mistake(f"{path}: {labels.shape} pixels: give maps of multiples of {info['multiple']}")
-        (alpha,) = session.run(["alpha"], {"map": labels[None]})
-        found[name] = float(alpha[0]), float((labels > 1).sum() / (labels > 0).sum())
+        if labels.any():
+            (alpha,) = session.run(["alpha"], {"map": labels[None]})
+            found[name] = float(alpha[0]), float((labels > 1).sum() / (labels > 0).sum())
     return found
 
 
@@ -101,146 +76,93 @@ def correlation(x: np.ndarray, y: np.ndarray) -> dict[str, float] | None:
     """Pearson's r of x and y [n] with its 95 % interval by Fisher's z; None of few slices, or where one is constant."""
     if len(x) < FEWEST or np.ptp(x) < 1e-6 or np.ptp(y) == 0:
         return None
-    r = float(np.corrcoef(x, y)[0, 1])
-    z, half = math.atanh(max(-1 + 1e-12, min(r, 1 - 1e-12))), Z / math.sqrt(len(x) - 3)
-    return {"r": r, "low": math.tanh(z - half), "high": math.tanh(z + half), "n": len(x)}
+    found = stats.pearsonr(x, y)
+    low, high = found.confidence_interval(0.95)
+    return {"r": float(found.statistic), "low": float(low), "high": float(high), "n": len(x)}
 
 
 def within_patients(x: np.ndarray, y: np.ndarray, names: list[str]) -> dict[str, float | None] | None:
     """Mean of the patients' own correlations, by Fisher's z, with its 95 % interval over patients; None without any."""
-    patients = [*map(patient_of, names)]
-    own = []
-    for patient in dict.fromkeys(patients):
-        theirs = np.array([one == patient for one in patients])
-        if found := correlation(x[theirs], y[theirs]):
-            own.append(math.atanh(found["r"]))
+    patients = np.array([*map(patient_of, names)])
+    found = [correlation(x[patients == one], y[patients == one]) for one in dict.fromkeys(patients.tolist())]
+    own = [math.atanh(one["r"]) for one in found if one]
     if not own:
         return None
-    mean, half, n = evaluation.interval(own)
-    ends = (None, None) if half is None else (math.tanh(mean - half), math.tanh(mean + half))
-    return {"r": math.tanh(mean), "low": ends[0], "high": ends[1], "n": n}
+    mean, half = interval(own)
+    low, high = (None, None) if half is None else (math.tanh(mean - half), math.tanh(mean + half))
+    return {"r": math.tanh(mean), "low": low, "high": high, "n": len(own)}
 
 
 def of_run(run: Path, data: Path, side: str) -> dict[str, Any]:
     """All that is known about a run."""
     points, found = course(run), alphas(run, data, side)
     alpha, share = np.array([*found.values()]).T
-    spread = {"mean": alpha.mean(), "sd": alpha.std(), "min": alpha.min(), "max": alpha.max()}
-    idle = {"alpha": 1.0, "beta": 0.0}  # values in a stage that has nothing to weigh
-    moved = {
-        name: [*dict.fromkeys(point["stage"] for point in points if point[name] != still)]
-        for name, still in idle.items()
-    }
     return {
         "run": run.name,
-        "alpha": {name: float(value) for name, value in spread.items()},
+        "alpha": {"mean": alpha.mean(), "sd": alpha.std(), "min": alpha.min(), "max": alpha.max()},
         "correlation": correlation(alpha, share),
         "within patients": within_patients(alpha, share, [*found]),
-        "settled": {name: {stage: settled(points, name, stage) for stage in stages} for name, stages in moved.items()},
+        "settled": {"alpha": settled(points, "alpha", still=1.0), "beta": settled(points, "beta", still=0.0)},
         "course": points,
         "slices": {"alpha": alpha.tolist(), "lesion": share.tolist()},
     }
 
 
-# ------------------------------------------------------------------------------------------------ for people to read
+def with_interval(found: dict[str, Any] | None) -> str:
+    """r and its interval, as far as known."""
+    if found is None or found["low"] is None:
+        return f"{found['r']:+.2f}" if found else "-"
+    return f"{found['r']:+.2f} ({found['low']:+.2f} to {found['high']:+.2f})"
 
 
-def interval_of(found: dict[str, Any] | None) -> str:
-    """r and its interval."""
-    if found is None:
-        return "-"
-    return f"{found['r']:+.2f}" + (
-        f" ({found['low']:+.2f} to {found['high']:+.2f})" if found["low"] is not None else ""
-    )
-
-
-def markdown(studies: list[dict[str, Any]]) -> str:
+def markdown(studies: list[dict[str, Any]]) -> list[str]:
     """One row per run: beta in each stage, alpha over the slices, and whether it follows the lesion."""
     stages = [*dict.fromkeys(stage for one in studies for stage in one["settled"]["beta"])]
     told = "end (after steps; between)"
     head = ["run", *(f"beta in {stage}: {told}" for stage in stages), "alpha", "smallest and largest"]
     head += ["r with share of lesion", "r within patients", "patients"]
-    lines = []
+    form, lines = "{end:.2f} ({after}; {min:.2f} and {max:.2f})", []
     for one in studies:
         ends = [one["settled"]["beta"].get(stage) for stage in stages]
         alpha, within = one["alpha"], one["within patients"]
-        form = "{end:.2f} ({after}; {min:.2f} and {max:.2f})"
         cells = ["-" if end is None else form.format(**end) for end in ends]
         cells += [f"{alpha['mean']:.3f} +- {alpha['sd']:.3f}", f"{alpha['min']:.3f}, {alpha['max']:.3f}"]
-        cells += [interval_of(one["correlation"]), interval_of(within), within["n"] if within else "-"]
+        cells += [with_interval(one["correlation"]), with_interval(within), within["n"] if within else "-"]
         lines.append([one["run"], *cells])
-    return "\n".join(grid(head, lines)).rstrip()
+    return grid(head, lines)
 
 
 def draw(studies: list[dict[str, Any]], path: Path) -> None:
     """Draw alpha and beta along training, and alpha of each slice against its share of lesion."""
-    import matplotlib
-    from matplotlib.figure import Figure  # slow to import, and only needed here
-
     figure = Figure(figsize=(12, 4), layout="tight")
     axes = figure.subplots(1, 3)
     for one in studies:
-        for panel, name in zip(axes, ("alpha", "beta"), strict=False):
-            steps, values = zip(*[(point["step"], point[name]) for point in one["course"]], strict=True)
-            panel.plot(steps, values, label=one["run"])
+        for panel, name in zip(axes[:2], ("alpha", "beta"), strict=True):
+            panel.plot(*zip(*[(point["step"], point[name]) for point in one["course"]], strict=True), label=one["run"])
             panel.set(xlabel="step, the stages in a row", ylabel=name, ylim=(0, 1))
-        axes[2].scatter(one["slices"]["lesion"], one["slices"]["alpha"], s=6, label=one["run"])
+        axes[2].scatter(one["slices"]["lesion"], one["slices"]["alpha"], s=6)
     axes[2].set(xlabel="share of lesion in the lung", ylabel="alpha of a slice")
     axes[0].legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    picture = io.BytesIO()
-    with matplotlib.rc_context({"svg.hashsalt": path.stem}):
-        figure.savefig(picture, format=path.suffix[1:], metadata=UNDATED[path.suffix])
-    write_bytes(path, picture.getvalue())
+    figure.savefig(path)
 
 
-# ------------------------------------------------------------------------------------------------ main
-
-
-def parse(argv: list[str]) -> argparse.Namespace:
-    """The command line. Raises Mistake."""
+def main(argv: list[str]) -> None:
+    """Study the runs and write what is found. Raises Mistake."""
     parser = OneLineParser(__doc__)
     option = parser.add_argument
     option("runs", type=Path, nargs="+", metavar="RUN", help="folders of runs of covidgan.py")
     option("--data", type=Path, default=Path("data/ct128"), help="dataset whose maps are used, of the runs' size")
     option("--side", choices=SIDES, default="seg_test", help="side of its split")
     option("--results", type=Path, default=runs.ROOT / "paper" / "results", help="folder of weighting.json")
-    option("--out", type=Path, help="picture (default: weighting.png in --results)")
     args = parser.parse_args(argv)
-    args.out = args.out or args.results / "weighting.png"
-    if args.out.suffix not in UNDATED:
-        raise Mistake(f"--out {args.out}: give a name that ends in {', '.join(UNDATED)}")
-    return args
-
-
-def check_runs(path: Path, args: argparse.Namespace) -> None:
-    """Raise Mistake where the JSON would lose a run, or two would bear one name."""
-    there = runs.read_measures(path).get("records", []) if path.exists() else []
-    names = [run.name for run in args.runs]
-    if lost := {one["run"] for one in there} - {*names}:
-        raise Mistake(f"{path} has runs that are not named: {', '.join(sorted(lost))}: name them, or another --results")
-    if len({*names}) < len(names):
-        raise Mistake(f"{', '.join(names)}: give runs of different names, by which they are told apart")
-
-
-def main(argv: list[str]) -> None:
-    """Study the runs and write what is found. Raises Mistake."""
-    args = parse(argv)
-    check_runs(path := args.results / "weighting.json", args)
     studies = [of_run(run, args.data, args.side) for run in args.runs]
-    text = markdown(studies)
-    print(text)
     setting = {
         "data": f"side {args.side}, {len(studies[0]['slices']['alpha'])} slices, {runs.size_of(args.data)} pixels",
         "commits": {run.name: runs.begun(run)["commit"] for run in args.runs if (run / "begun.json").exists()},
     }
-    args.results.mkdir(parents=True, exist_ok=True)
-    content = (json.dumps({"setting": setting, "records": studies, "paper": PAPER}) + "\n").encode()
-    with runs.making(readme := args.results.parent / "README.md"):
-        write_bytes(path, content)
-        draw(studies, args.out)
-        write_readme(readme, "weighting", text)
+    report.write(args.results, "weighting", {"setting": setting, "records": studies}, markdown(studies))
+    draw(studies, args.results / "weighting.png")
 
 
 if __name__ == "__main__":
-    exit_on_mistake(main)
+    runs.run_script(main)

@@ -8,6 +8,7 @@ import onnxruntime as ort
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import draw_map
 from torch import nn
 
 import covidgan
@@ -80,18 +81,17 @@ def pair_of(trainer):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_synthesizing_draws_nothing_at_random_and_moves_nothing(trainer, name):
-    """Dropout is off, and batch norm does not learn from the maps of the test side."""
+def test_synthesizing_draws_nothing_moves_nothing_and_does_not_see_other_maps(trainer, name):
+    """Dropout is off, and batch norm neither uses nor learns from the maps of the test side."""
     run = trainer(name)
     run.step()
     before = {key: value.clone() for key, value in run.method.state_dict().items()}
     labels = run.test.labels[:2]
     assert torch.equal(run.synthesize(labels), run.synthesize(labels))
+    assert (run.synthesize(labels)[:1] - run.synthesize(labels[:1])).abs().max() < 1e-5
     assert all(torch.equal(value, before[key]) for key, value in run.method.state_dict().items())
     assert run.method.training
 
-
-# ---- published sizes
 
 HEAD_7, HEAD_3 = 2 * (49 * 64 + 1), 2 * (9 * 64 + 1)  # what three output channels have beyond our one
 SEAN_BEYOND = HEAD_3 + 2 * 9 * 32 + 3 * 2  # colour in and out, and two scalars that each of three units never uses
@@ -115,14 +115,10 @@ def test_parameter_counts_are_the_published(name, n_labels, generator, discrimin
     assert generator in (None, count(method.g)) and discriminators in (None, count(method.d))
 
 
-def test_spade_has_the_published_total_of_the_184_labels_of_its_authors():
-    assert round((count(published("SPADE", 184).g) + HEAD_3) / 1e6, 2) == 97.48
-
-
-@pytest.mark.parametrize(("side", "levels"), [(256, 8), (512, 8)])
-def test_pix2pixs_features_have_the_published_shapes(side, levels):
+@pytest.mark.parametrize("side", [256, 512])
+def test_pix2pixs_features_have_the_published_shapes(side):
     with torch.device("meta"):
-        unet = rivals.UNet(4, 64, levels)
+        unet = rivals.UNet(4, 64, 8)
     down, up = (64, 128, 256, 512, 512, 512, 512, 512), (512, 512, 512, 512, 256, 128, 64, 1)
     seen = shapes_of(unet, [*unet.downs, *unet.ups, unet.head], empty(2, 4, side, side))
     sides = [side // 2**k for k in range(1, 9)]
@@ -170,16 +166,6 @@ def test_one_decision_sees_its_patch(name, side):
     assert int(seen.any(1).sum()) == int(seen.any(0).sum()) == side
 
 
-@pytest.mark.parametrize(("size", "levels"), [(512, 8), (1024, 8), (256, 7), (128, 6), (64, 5), (384, 6)])
-def test_pix2pix_halves_down_to_2_pixels_and_8_times_at_most(size, levels):
-    c = rivals.Pix2pixConfig(size=size)
-    assert rivals.Pix2pix.levels(c) == levels and rivals.Pix2pix.multiple(c) == 2**levels
-    covidgan.check_config(c, rivals.Pix2pix)
-
-
-# ---- losses and optimisers
-
-
 def hand_norm(x):
     return (x - x.mean((2, 3), keepdim=True)) / (x.var((2, 3), keepdim=True, unbiased=False) + 1e-5).sqrt()
 
@@ -225,9 +211,7 @@ def test_pix2pixhds_losses_of_a_step_are_those_computed_by_hand(trained):
         gan += ((fakes[-1] - 1) ** 2).mean()
         matching += sum((r - f).abs().mean() for r, f in zip(reals[:4], fakes[:4], strict=True))
     wanted = {"d": d, "gan": gan, "g": gan + 5 * matching}
-    assert {name: losses[name].item() for name in wanted} == pytest.approx(
-        {k: v.item() for k, v in wanted.items()}, 1e-4
-    )
+    assert all(losses[name].item() == pytest.approx(value.item(), 1e-4) for name, value in wanted.items())
 
 
 @pytest.mark.parametrize("name", ["pix2pix", "SPADE"])
@@ -268,13 +252,8 @@ def vgg_weights(tmp_path, monkeypatch):
 def test_the_vgg_loss_is_that_computed_by_hand_and_moves_g_alone(vgg_weights):
     image, target = (torch.rand(2, 1, 32, 32, generator=torch.Generator().manual_seed(k)) * 2 - 1 for k in (1, 2))
     x, y, wanted = image.repeat(1, 3, 1, 1), target.repeat(1, 3, 1, 1), 0.0
-    blocks = {
-        1 / 32: [0],
-        1 / 16: [2, "M", 5],
-        1 / 8: [7, "M", 10],
-        1 / 4: [12, 14, 16, "M", 19],
-        1: [21, 23, 25, "M", 28],
-    }
+    blocks = {1 / 32: [0], 1 / 16: [2, "M", 5], 1 / 8: [7, "M", 10]}
+    blocks |= {1 / 4: [12, 14, 16, "M", 19], 1: [21, 23, 25, "M", 28]}
     for weight, block in blocks.items():
         for k in block:
             if k == "M":
@@ -287,32 +266,6 @@ def test_the_vgg_loss_is_that_computed_by_hand_and_moves_g_alone(vgg_weights):
     assert vgg(image.requires_grad_(), target).item() == pytest.approx(wanted.item(), rel=1e-4)
     vgg(image, target).backward()
     assert image.grad.abs().sum() > 0 and not any(p.requires_grad for p in vgg.parameters())
-
-
-@pytest.mark.parametrize("name", ["pix2pixHD", "SPADE", "SEAN"])
-def test_the_vgg_loss_is_a_switch_that_weighs_as_told_and_leaves_no_part_in_the_checkpoint(trainer, vgg_weights, name):
-    losses = trainer(name, lambda_vgg=10.0).step()
-    assert losses["vgg"] > 0
-    assert losses["g"] == pytest.approx(losses["gan"] + 10 * losses["fm"] + 10 * losses["vgg"], rel=1e-4)
-    assert trainer(name, lambda_vgg=10.0).state()["networks"].keys() == trainer(name).state()["networks"].keys()
-    assert "vgg" not in trainer(name).step()
-
-
-def test_without_vggs_weights_it_is_said_where_they_belong(trainer, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    with pytest.raises(covidgan.Mistake, match=r"vgg19-dcbb9e9d\.pth: not there: --lambda-vgg needs https://"):
-        trainer("SPADE", lambda_vgg=10.0)
-    (tmp_path / "checkpoints").mkdir()
-    torch.save({"features.0.weight": torch.zeros(64, 1, 3, 3)}, tmp_path / "checkpoints" / "vgg19-dcbb9e9d.pth")
-    with pytest.raises(covidgan.Mistake, match="no weights of torchvision's VGG19"):
-        trainer("SPADE", lambda_vgg=10.0)
-
-
-@pytest.mark.parametrize("name", ["SPADE", "SEAN"])
-def test_batch_norm_trains_in_one_process(name, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(covidgan.Mistake, match=f"torchrun: {name} trains in one process"):
-        covidgan.parse_config(["--preset", "tiny"], METHODS[name])
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -330,14 +283,6 @@ def test_adam_is_set_as_its_authors_do_or_as_the_paper_does(name):
     assert c.optimiser == "paper" and dataclasses.asdict(c).items() >= covidgan.PRESETS["paper"].items()
 
 
-def test_the_published_start_reaches_weights_under_spectral_norm(trainer):
-    g = trainer("SPADE").method.g
-    drawn = g.blocks[0].convs[0].parametrizations.weight.original  # xavier_normal, gain 0.02
-    fan_in, fan_out = (9 * n for n in drawn.shape[1::-1])
-    assert drawn.std().item() == pytest.approx(0.02 * (2 / (fan_in + fan_out)) ** 0.5, rel=0.05)
-    assert g.blocks[0].convs[0].bias.abs().max() == 0
-
-
 def largest_singular_value(weight):
     return np.linalg.svd(weight.detach().flatten(1).double().numpy(), compute_uv=False)[0]
 
@@ -352,14 +297,6 @@ def test_spectral_norm_is_one_in_an_average_of_weights_too():
     assert largest_singular_value(conv.weight) == pytest.approx(1, abs=0.03)
 
 
-# ---- SEAN's styles
-
-
-def regions_of(toy_run, n=3):
-    labels = toy_run.test.labels[:n]  # the first has no lesion
-    return labels, covidgan.one_hot(labels, 4)
-
-
 def hand_codes(features, labels):
     """Mean of the features [B, c, h, w] over each label, by loops; None for a label that is not there."""
     found = []
@@ -369,7 +306,8 @@ def hand_codes(features, labels):
 
 
 def test_region_codes_are_the_regions_means(trained):
-    labels, onehot = regions_of(trained("SEAN"))
+    labels = trained("SEAN").test.labels[:3]  # the first has no lesion
+    onehot = covidgan.one_hot(labels, 4)
     features = torch.randn(3, 8, 64, 64, generator=torch.Generator().manual_seed(0))
     codes, present = rivals.region_means(features, onehot)
     by_hand = hand_codes(features, labels)
@@ -381,212 +319,47 @@ def test_region_codes_are_the_regions_means(trained):
 
 @pytest.mark.parametrize("alike", [False, True])
 def test_style_kernels_convolve_the_map_that_has_each_regions_code_at_its_pixels(trained, alike):
-    labels, onehot = regions_of(trained("SEAN"))
+    labels = trained("SEAN").test.labels[:3]
+    onehot = covidgan.one_hot(labels, 4)
     torch.manual_seed(0)
     path, codes = rivals.StylePath(5, 4, 1).double(), torch.randn(1 if alike else 3, 4, 8).double()
     read = torch.stack([(codes[:, k] @ fc.weight.T + fc.bias).clamp(min=0) for k, fc in enumerate(path.fcs)], 1)
     painted = torch.stack([read[0 if alike else i][y[0].long()].permute(2, 0, 1) for i, y in enumerate(labels)])
     for ours, conv in zip(path(onehot.double(), codes), (path.gamma, path.beta), strict=True):
         assert torch.allclose(ours, conv(painted))
-    for ours, conv in zip(
-        rivals.FixedStyle(path, codes)(onehot[:1].double(), None), (path.gamma, path.beta), strict=True
-    ):
-        assert torch.allclose(ours, conv(painted[:1]))
+    fixed = rivals.FixedStyle(path, codes)(onehot[:1].double(), None)
+    assert torch.allclose(fixed[0], path.gamma(painted[:1])) and torch.allclose(fixed[1], path.beta(painted[:1]))
 
 
-def test_the_mean_style_is_that_of_the_training_images_the_latest_weighing_most(trainer):
-    run, sums, counts = trainer("SEAN", seed=7), torch.zeros(4, 32).double(), torch.zeros(4, 1).double()
-    features, maps = [], []
-    run.method.g.encoder.layers.register_forward_hook(lambda _, __, y: features.append(y.detach()))
-    batch = run.batch
-    run.batch = lambda: maps.append(batch()) or maps[-1]
-    for step in range(4):
-        run.step()
-        sums, counts = 0.998 * sums, 0.998 * counts
-        for row in hand_codes(features[step], maps[step][1][..., ::2, ::2]):
-            for k, code in enumerate(row):
-                if code is not None:
-                    sums[k], counts[k] = sums[k] + code, counts[k] + 1
-    g = run.method.g
-    assert len(features) == 4 and counts[3] < counts[1]  # not every slice has a lesion
-    assert torch.allclose(g.mean_codes()[0].double(), sums / counts, atol=1e-5)
-    onehot, _ = pair_of(run)
-    with torch.no_grad():
-        for unit in (unit for unit in g.eval().modules() if isinstance(unit, rivals.StylePath)):
-            for p in unit.parameters():
-                p *= 30  # at its start a style changes next to nothing
-        image = run.method.synthesize(onehot, "whole")
-        assert torch.allclose(image, g(onehot, (sums / counts).float()[None])[0], rtol=0, atol=1e-7)
-        assert (image - g(onehot, torch.zeros(1, 4, 32))[0]).abs().max() > 1e-5
-
-
-def test_sean_self_has_the_real_slices_style_and_sean_none_of_it(trained):
-    run = trained("SEAN")
-    onehot, real = pair_of(run)
-    with torch.no_grad():
-        run.method.eval()
-        ours = run.method.synthesize_self(onehot, real)
-        features = run.method.g.encoder.layers(real)
-        codes = torch.zeros(2, 4, 32)
-        for i, row in enumerate(hand_codes(features, onehot.argmax(1, keepdim=True)[..., ::2, ::2])):
-            for k, code in enumerate(row):
-                codes[i, k] = 0 if code is None else code
-        assert torch.allclose(ours, run.method.g(onehot, codes)[0], atol=1e-5)
-        assert (ours - run.method.synthesize_self(onehot, -real)).abs().max() > 1e-6
-        run.method.train()
-
-
-# ---- the loop
-
-
-def leaves(tree, path=""):
-    """Every leaf of nested dicts and lists, by its path."""
-    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list | tuple) else None
-    if items is None:
-        return {path: tree}
-    return {k: v for key, sub in items for k, v in leaves(sub, f"{path}/{key}").items()}
-
-
+@pytest.mark.long
 @pytest.mark.parametrize("name", NAMES)
-def test_stopped_it_goes_on_bit_for_bit(trainer, trained, name):
-    whole, stopped = trained(name), trainer(name)
-    for _ in range(3):
-        stopped.step()
-    stopped.save()
-    torch.manual_seed(99)  # whatever the process drew meanwhile
-    resumed = trainer(name, seed=TINY["seed"])
-    resumed.load(stopped.out / "ckpt.pt")
-    for _ in range(3):
-        resumed.step()
-    ours, wanted = ({k: v for k, v in leaves(r.state()).items() if k != "/config/out"} for r in (resumed, whole))
-    assert ours.keys() == wanted.keys() and ours["/step"] == 6
-    for key, x in ours.items():
-        assert torch.equal(x, wanted[key]) if torch.is_tensor(x) else x == wanted[key], key
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_in_bfloat16_too_it_learns_to_paint_lungs(trainer, name, tries):
-    native = covidgan.uses_bf16(covidgan.LoopConfig(dtype="auto"), torch.device("cpu"))
-    if not native and not tries(0, 1):
-        pytest.skip("this processor computes no bfloat16, which would take minutes: --long")
-    run = trainer(name, dtype="bfloat16", lr=1e-3, optimiser="paper", ema=0.9, epoch_len=200)
-    onehot, real = pair_of(run)
-    labels = onehot.argmax(1, keepdim=True)
-
-    def distance():
-        return (run.synthesize(labels) - real).abs()[labels > 0].mean().item()
-
-    before = distance()
-    for _ in range(40):
-        run.step()
-    assert distance() < 0.9 * before
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_one_map_is_one_slice_whatever_stands_beside_it(trained, name):
+def test_its_file_agrees_with_pytorch(trained, tmp_path, name):
     run = trained(name)
-    onehot, _ = pair_of(run)
-    g = run.method.g
-    with torch.no_grad():
-        g.eval()
-        alone, beside = g(onehot[:1])[0], g(onehot)[0]
-        g.train()
-    assert (alone - beside[:1]).abs().max() < 1e-5
-
-
-def test_pix2pix_draws_its_dropout_in_training_alone(trained):
-    torch.manual_seed(0)
-    onehot, _ = pair_of(trained("pix2pix"))
-    unet, larger = rivals.UNet(4, 4, levels=6), F.interpolate(onehot, scale_factor=2)
-    with torch.no_grad():
-        assert not torch.equal(unet(larger)[0], unet(larger)[0])
-        unet.eval()
-        assert torch.equal(unet(larger)[0], unet(larger)[0])
-    kinds = [any(isinstance(layer, nn.Dropout) for layer in up) for up in rivals.UNet(4, 4, levels=8).ups]
-    assert kinds == [False, True, True, True, False, False, False]
-
-
-# ---- export
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_its_file_agrees_with_pytorch_at_two_sizes(trained, tmp_path, name):
-    run = trained(name)
-    checkpoint = torch.load(run.out / "ckpt.pt", weights_only=True)
-    method = export.load_method(checkpoint, METHODS[name])
-    rng = torch.Generator().manual_seed(0)
-    for key, p in method.g.named_parameters():  # off their start, where a comparison sees nothing
-        if p.ndim == 4:
-            p.data = torch.randn(p.shape, generator=rng) * (2 / p[0].numel()) ** 0.5
-        elif key.endswith(("noise", "blend", "bias")):
-            p.data = 0.3 * torch.randn(p.shape, generator=rng)
-    checkpoint["networks"], checkpoint["average"] = method.state_dict(), {}
-    torch.save(checkpoint, tmp_path / "ckpt.pt")
-    export.main([str(tmp_path / "ckpt.pt"), "-o", str(tmp_path / "g.onnx")])
+    export.main([str(run.out / "ckpt.pt"), "-o", str(tmp_path / "g.onnx")])
     session = ort.InferenceSession(tmp_path / "g.onnx", providers=["CPUExecutionProvider"])
-    metadata = session.get_modelmeta().custom_metadata_map
-    assert metadata["method"] == name and int(metadata["multiple"]) == method.multiple(run.c)
-    for shape in ((1, 64, 64), (2, 96, 160)):
-        maps = export.example_map(*shape, 4)
-        labels = torch.from_numpy(maps)[:, None]
-        with torch.no_grad():
-            image = covidgan.lung_target(method.g(covidgan.one_hot(labels, 4))[0], labels)
-        ct, alpha = session.run(["ct", "alpha"], {"map": maps})
-        assert np.abs(ct - (image[:, 0] * 750 - 600).numpy()).max() <= 1
-        assert ct[maps > 0].std() > 30 and alpha.tolist() == [1] * shape[0]
-    graph = export.onnx.load(tmp_path / "g.onnx").graph
-    assert not any(word in tensor.name for tensor in graph.initializer for word in ("encoder", "original", "fcs"))
-    assert not {"Dropout", "Einsum", "RandomNormalLike", "InstanceNormalization"} & {
-        node.op_type for node in graph.node
-    }
-
-
-# ---- the command line
-
-
-def test_the_command_line_trains_the_rival_that_it_names(toy, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(covidgan.signal, "signal", lambda *_: None)  # the loop takes over its process's
-    out = tmp_path / "out"
-    rivals.main(["pix2pix", "--preset", "tiny", "--data", str(toy.folder), "--out", str(out), "--epoch-len", "8"])
-    checkpoint = torch.load(out / "ckpt.pt", weights_only=True)
-    assert checkpoint["method"] == "pix2pix" and checkpoint["step"] == 2
-    assert "pix2pix " in capsys.readouterr().out and (out / "panel_whole_000002.png").exists()
-
-
-def test_a_mistake_is_one_line_and_status_2(cli):
-    done = cli("-m", "paper.rivals", "pix2pixhd", script=None)
-    assert done.status == 2 and done.stdout == ""
-    assert done.stderr == "error: pix2pixhd: give one of pix2pix, pix2pixHD, SPADE, SEAN first\n"
+    method, _ = covidgan.restore(torch.load(run.out / "ckpt.pt", weights_only=True), METHODS[name])
+    maps = np.stack([draw_map(128, 192), draw_map(128, 192, shift=5)])
+    labels = torch.from_numpy(maps)[:, None]
+    with torch.no_grad():
+        image = covidgan.lung_target(method.generator()(covidgan.one_hot(labels, 4))[0], labels)
+    ct, alpha = session.run(["ct", "alpha"], {"map": maps})
+    assert np.abs(ct - (image[:, 0] * 750 - 600).numpy()).max() <= 1 and alpha.tolist() == [1, 1]
 
 
 @pytest.mark.parametrize(
     ("argv", "word"),
     [
-        ([], "nothing to train: give one of"),
-        (["SPADE", "--size", "48"], "--size 48: give a multiple of 32"),
-        (["pix2pix", "--size", "72"], "--size 72: give a multiple of 32"),
-        (["pix2pixHD", "--n-blocks", "0"], "--n-blocks 0"),
-        (["SEAN", "--lr", "1e-3"], "they go with --optimiser paper"),
-        (["SEAN", "--ngf", "5"], "--ngf 5: give an even number"),
+        ([], "nothing to train"),
+        (["pix2pixhd"], "pix2pixHD"),
+        (["SPADE", "--size", "48"], "--size 48"),
+        (["pix2pix", "--size", "72"], "--size 72"),
+        (["SEAN", "--lr", "1e-3"], "--optimiser"),
         (["SEAN", "--n-gen", "1"], "--n-gen"),
     ],
 )
 def test_options_are_checked_against_the_rivals_own(argv, word):
     with pytest.raises(covidgan.Mistake, match=word):
         rivals.main(argv)
-
-
-def test_every_rival_has_its_knobs_and_presets():
-    assert (*rivals.METHODS,) == NAMES
-    for name, method in rivals.METHODS.items():
-        assert METHODS[name] is method
-        assert issubclass(method.options, covidgan.LoopConfig) and dataclasses.is_dataclass(method.options)
-        assert (method.options().ngf, method.options().ndf) == (64, 64)
-        for preset in method.presets:
-            covidgan.check_config(method.options(**method.presets[preset]), method)
-
-
-# ---- SPADE's units by hand
 
 
 def by_hand(x, weight, bias=None, padding=1):

@@ -1,7 +1,5 @@
 """The U-Net in covidgan's loop: what it sees, what it learns, that a run goes on, and that its file is export's."""
 
-import json
-
 import numpy as np
 import onnxruntime as ort
 import pytest
@@ -9,7 +7,6 @@ import torch
 
 import covidgan
 import export
-from covidgan import Mistake
 from paper import segment
 
 OPTIONS = "--preset tiny --device cpu --dtype float32 --interval 100"
@@ -40,14 +37,6 @@ def test_it_sees_the_whole_windowed_slice_and_the_map_as_it_is(toy, tmp_path):
     assert outside.max() > 0.5  # the body wall, which the generator's target does not have
 
 
-def test_beyond_the_border_of_a_turned_slice_is_no_label(toy, tmp_path):
-    turned = dict(resize=1.0, rotate=45.0, elastic=0.0, noise=0.0)
-    trainer = segment.SegmentationTrainer(segment.Segmentation, config(toy, tmp_path, **turned))
-    trainer.train.labels.clamp_(min=1)
-    labels = trainer.batch()[1]
-    assert {*labels.unique().tolist()} == {0, 1, 2, 3}
-
-
 @pytest.mark.parametrize("weight", [0.0, 1.0, 2.5])
 def test_its_loss_is_the_cross_entropy_of_the_labels_pixel_by_pixel_and_soft_dice_as_told(toy, tmp_path, weight):
     method = covidgan.build(segment.Segmentation, config(toy, tmp_path, dice=weight))
@@ -68,15 +57,6 @@ def test_soft_dice_is_0_for_the_map_itself_and_1_where_no_pixel_agrees():
     half = segment.dice_loss(torch.zeros(2, 4, 64, 64), onehot).item()
     shares = [(labels == k).double().mean().item() for k in range(4)]
     assert half == pytest.approx(1 - np.mean([2 * 0.25 * s / (0.25 + s) for s in shares]), abs=1e-3)
-
-
-@pytest.mark.parametrize(
-    ("options", "word"),
-    [(["--channels", "0"], "--channels"), (["--dice", "-1"], "--dice"), (["--size", "72"], "multiple of 16")],
-)
-def test_options_that_cannot_work_are_one_line(options, word):
-    with pytest.raises(Mistake, match=word):
-        covidgan.parse_config(options, segment.Segmentation)
 
 
 @pytest.fixture(scope="module")
@@ -103,45 +83,3 @@ def test_its_file_exports_and_labels_as_the_trained_network_does(toy, trained, t
     session = ort.InferenceSession(tmp_path / "unet.onnx", providers=["CPUExecutionProvider"])
     (labels,) = session.run(["map"], {"ct": trainer.test.hu[:, 0].numpy()})
     assert (labels == ours).mean() > 0.999 and len(np.unique(labels)) > 2
-
-
-def test_overwriting_a_run_discards_its_unet_too(toy, trained, tmp_path):
-    for name in ("ckpt.pt", "unet.pt"):
-        (tmp_path / name).write_bytes((trained / name).read_bytes())
-    covidgan.prepare_out(config(toy, tmp_path, overwrite=True))
-    assert not (tmp_path / "unet.pt").exists() and not (tmp_path / "ckpt.pt").exists()
-
-
-def test_its_panel_and_results_stand_beside_the_checkpoint(trained):
-    results = json.loads((trained / "results.json").read_text())
-    assert (results["samples"], results["slices"], results["config"]["channels"]) == (480, 24, 4)
-    assert (trained / "panel_whole_000120.png").exists() and (trained / "curves.png").exists()
-
-
-def test_stopped_it_goes_on_bit_for_bit(toy, tmp_path, monkeypatch):
-    arguments = [*OPTIONS.split(), "--epoch-len", "40", "--data", str(toy.folder)]
-    segment.main([*arguments, "--out", str(tmp_path / "whole")])
-    step = covidgan.Trainer.step
-
-    def stopping(trainer):
-        trainer.stop_signal = 15 if trainer.step_done == 4 else 0
-        return step(trainer)
-
-    with monkeypatch.context() as patch, pytest.raises(covidgan.Stopped):
-        patch.setattr(covidgan.Trainer, "step", stopping)
-        segment.main([*arguments, "--out", str(tmp_path / "parts")])
-    assert not (tmp_path / "parts" / "results.json").exists()
-    segment.main(["--resume", "--out", str(tmp_path / "parts")])
-    whole, parts = (torch.load(tmp_path / run / "unet.pt", weights_only=True)["unet"] for run in ("whole", "parts"))
-    assert all(torch.equal(parts[name], value) for name, value in whole.items())
-    start = covidgan.build(segment.Segmentation, config(toy, tmp_path)).unet.state_dict()
-    assert not torch.equal(whole["head.weight"], start["head.weight"])
-
-
-def test_the_average_of_its_weights_is_what_is_written_where_it_is_asked_for(toy, tmp_path):
-    arguments = [*OPTIONS.split(), "--epoch-len", "12", "--data", str(toy.folder), "--ema", "0.9"]
-    segment.main([*arguments, "--out", str(tmp_path)])
-    written = torch.load(tmp_path / "unet.pt", weights_only=True)["unet"]
-    checkpoint = torch.load(tmp_path / "ckpt.pt", weights_only=True)
-    assert torch.equal(written["head.weight"], checkpoint["average"]["head.weight"])
-    assert not torch.equal(written["head.weight"], checkpoint["networks"]["unet.head.weight"])
