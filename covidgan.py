@@ -291,10 +291,7 @@ class Generator(nn.Module):
 
 
 class PatchGAN(nn.Module):
-    """Discriminator with a 70 x 70 receptive field per decision (§III-B): 4x4 convolutions, strides 2, 2, 2, 1, 1.
-
-    Padding of 2, and instance norm from the second on, are pix2pixHD's: the paper names neither.
-    """
+    """Discriminator with a 70 x 70 receptive field per decision (§III-B). Padding and norms are pix2pixHD's."""
 
     def __init__(self, c_in: int, ndf: int) -> None:
         super().__init__()
@@ -322,14 +319,10 @@ class Discriminators(nn.Module):
         self.scales = nn.ModuleList([PatchGAN(c.n_labels + 1, c.ndf) for _ in range(c.n_dis)])
 
     def forward(self, onehot: Tensor, image: Tensor, first: int = 0) -> list[list[Tensor]]:
-        """Features of each scale from `first` on, for image [B, 1, H, W] and its map [B, n_labels, H, W].
-
-        The first of these sees both as they are, each further one at half the size of the one before (Fig. 5): the
-        image averaged, of the map every second pixel, so that it stays a map.
-        """
+        """Features of each scale from `first` on, for image [B, 1, H, W] and its map [B, n_labels, H, W]."""
         judged = []
         for scale in self.scales[first:]:
-            if judged:
+            if judged:  # each further one sees half the size (Fig. 5), and of the map every second pixel: still a map
                 onehot, image = onehot[..., ::2, ::2], F.avg_pool2d(image, 2)
             judged.append(scale(torch.cat([onehot, image], 1)))
         return judged
@@ -339,10 +332,7 @@ class Discriminators(nn.Module):
 
 
 def gan_losses(real: list[list[Tensor]], fake: list[list[Tensor]], kind: str) -> tuple[Tensor, Tensor]:
-    """L_cGAN (Eq. 3), D's side and G's, summed over the discriminators (Eq. 2), from features that end in logits.
-
-    D's is halved, as in pix2pix; G's does not saturate.
-    """
+    """L_cGAN (Eq. 3), D's side, halved as in pix2pix, and G's, which does not saturate; summed over scales (Eq. 2)."""
     d, g = [], []
     for r, f in zip(real, fake, strict=True):
         r, f = r[-1].float(), f[-1].float()
@@ -725,8 +715,7 @@ def read_map(path: Path, n_labels: int) -> np.ndarray:
 def load_slices(folder: Path, names: list[str], c: LoopConfig, room: int = 1) -> Slices:
     """Read every slice of a side, resampled to c.size, or to `room` times that where the files are that large.
 
-    HU are clipped to the window before, so that what resampling mixes is what is seen (§IV-A: grey images). Raises
-    Mistake where files are not square and of one size.
+    HU are clipped to the window before, so that what resampling mixes is what is seen (§IV-A: grey images).
     """
     images, maps = list_pngs(folder / "images"), list_pngs(folder / "maps")
     stored = len(read_image(images[names[0]]))
@@ -752,8 +741,8 @@ def load_slices(folder: Path, names: list[str], c: LoopConfig, room: int = 1) ->
 def check_hu(what: str, pixels: np.ndarray, sums: np.ndarray, c: LoopConfig) -> None:
     """Print the mean HU of each label, from its number of pixels and their sum, both [n_labels].
 
-    This tells grey levels, a lost offset, labels or a palette in another order, and maps on other slices: raises
-    Mistake, unless --unchecked, where the lung is outside LUNG_HU or the labels do not grow denser in their order.
+    It tells grey levels, a lost offset, labels or a palette in another order, maps on other slices. Raises Mistake
+    where the lung is outside LUNG_HU or the labels do not grow denser in their order.
     """
     means = {LABELS[k]: sums[k] / pixels[k] for k in range(1, c.n_labels) if pixels[k]}
     told = ", ".join(f"{label} {mean:.0f}" for label, mean in means.items()) or "no label above 0"
@@ -811,23 +800,18 @@ class Trainer:
         }
 
     def run(self) -> None:
-        """Train every stage asked for, from the current state on.
+        """Train every stage asked for, from the current state on; told to stop, save first, then raise Stopped."""
 
-        On SIGTERM or SIGINT it finishes the step, writes the checkpoint and raises Stopped.
-        """
+        def ask_to_stop(*_: Any) -> None:
+            self.asked_to_stop = True
+
         for signum in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(signum, self.ask_to_stop)
+            signal.signal(signum, ask_to_stop)
         stages = [*self.stages] if self.c.stage == "all" else [self.c.stage]
         for stage in stages[stages.index(self.stage) if self.stage in stages else 0 :]:
             if stage != self.stage:
                 self.begin(stage)
             self.run_stage()
-
-    def ask_to_stop(self, *_: Any) -> None:
-        """Handle a signal; a second one stops at once."""
-        if self.asked_to_stop:
-            raise KeyboardInterrupt
-        self.asked_to_stop = True
 
     def run_stage(self) -> None:
         """Train the stage to its end, with bar, stats, checkpoints and pictures."""
@@ -872,10 +856,9 @@ class Trainer:
             optimizer.step()
             optimizer.zero_grad()  # here, not before the backward pass: the forward pass needs the memory
         values = dict(zip(losses, figures.tolist(), strict=True))  # the step's one wait for the device
-        if not all(map(math.isfinite, values.values())):
-            told = ", ".join(f"{name} {value}" for name, value in values.items() if not math.isfinite(value))
+        if not_finite:
             where = f"stage {self.stage}, step {self.step_done + 1}"
-            raise Mistake(f"{where}: {told}; no weight moved: try a lower --lr, or --dtype float32")
+            raise Mistake(f"{where}: not finite, no weight moved: {values}; try a lower --lr, or --dtype float32")
         self.update_average()
         self.step_done += 1
         return {**rates, **values}
@@ -906,10 +889,7 @@ class Trainer:
                 losses[loss].backward(inputs=parameters, retain_graph=k < len(moved))
 
     def mean_over_processes(self, figures: Tensor) -> Tensor:
-        """Data parallelism: replace all gradients by their means over the processes, which are the whole batch's.
-
-        Returns the means of a step's figures. Processes also agree here whether to stop.
-        """
+        """Data parallelism: means over the processes of all gradients, in place, and of a step's figures, returned."""
         self.stop = self.asked_to_stop
         if WORLD == 1:
             return figures
@@ -920,7 +900,7 @@ class Trainer:
         stop, figures, *means = (flat / WORLD).split([1, len(figures), *(g.numel() for g in grads)])
         for g, mean in zip(grads, means, strict=True):
             g.copy_(mean.view_as(g))
-        self.stop = bool(stop > 0)
+        self.stop = bool(stop > 0)  # as all agree
         return figures
 
     def update_average(self) -> None:
@@ -980,10 +960,7 @@ class Trainer:
         write_curves(self.out / "curves.png", self.out / "stats.jsonl", self.method.curves)
 
     def write_split(self) -> None:
-        """Write OUT/split.json: the slices' folder, all ever trained on and those held out.
-
-        Raises Mistake where a slice that is held out now was trained on before.
-        """
+        """Write OUT/split.json: the slices' folder, all ever trained on, and those held out, which must be others."""
         path, train = self.out / "split.json", {*self.train.names}
         if path.exists():
             train |= {*json.loads(path.read_text())["train"]}
@@ -996,9 +973,8 @@ class Trainer:
     def report(self) -> None:
         """Write OUT/results.json: what was trained, and on how much. eval.py measures what it is worth."""
         parameters = {name: sum(p.numel() for p in net.parameters()) for name, net in self.method.named_children()}
-        head = {"method": self.method.name, "stage": self.stage, "steps": self.steps, "slices": len(self.train.names)}
-        text = json.dumps({**head, "parameters": parameters}, indent=1)
-        write_atomically(self.out / "results.json", lambda path: path.write_text(text + "\n"))
+        results = {"stage": self.stage, "steps": self.steps, "slices": len(self.train.names), "parameters": parameters}
+        write_atomically(self.out / "results.json", lambda path: path.write_text(json.dumps(results, indent=1) + "\n"))
         print(f"wrote {self.out}/: ckpt.pt, results.json, stats.jsonl, curves.png and panels")
 
 
@@ -1050,8 +1026,6 @@ def write_curves(path: Path, stats: Path, curves: tuple[tuple[str, ...], ...]) -
 
 
 # ----------------------------------------------------- hardware-specific speed-ups, which are not part of the method
-
-
 # Gains are those of a joint step in bfloat16, two cores with AVX-512: at full widths and 256 pixels, and at the demo's.
 
 
@@ -1069,8 +1043,8 @@ def uses_bf16(c: LoopConfig, device: torch.device) -> bool:
         return c.dtype == "bfloat16"
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    with_onednn = device.type == "cpu" and torch.backends.mkldnn.is_available()
-    return with_onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    onednn = device.type == "cpu" and torch.backends.mkldnn.is_available()
+    return onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 class ChannelsLastNorm(nn.Module):
@@ -1097,7 +1071,7 @@ def replace(module: nn.Module, kind: type[nn.Module], make: Callable[[nn.Module]
 
 
 def on_device(method: Method, device: torch.device, bf16: bool) -> Method:
-    """Move a method to a device, in the form that runs fastest there; the state dict stays as it is."""
+    """Move a method to a device, in the form that runs fastest there; its state dict stays as it is."""
     if device.type == "cpu" and bf16:
         replace(method, nn.InstanceNorm2d, lambda norm: norm if norm.affine else ChannelsLastNorm())
     slower = device.type == "cpu" and not bf16  # channels last loses 5 % there, and gains 8 % and 6 % elsewhere
@@ -1169,10 +1143,7 @@ def restore(checkpoint: dict[str, Any], method: type[Method]) -> tuple[Method, L
 
 
 def parse_config(argv: list[str], method: type[Method] = Covidgan) -> LoopConfig:
-    """Command line to a method's options: defaults < preset < (on --resume) the checkpoint's < the options given.
-
-    Raises Mistake for values that cannot work together.
-    """
+    """Command line to a method's options: defaults < preset < (on --resume) the checkpoint's < the options given."""
     usage = "%(prog)s [--key value ...], say epoch_len as --epoch-len 1900; -h lists all"
     parser = argparse.ArgumentParser(usage=usage, add_help=False, allow_abbrev=False)
     parser.add_argument("-h", "--help", action="store_true")
@@ -1261,9 +1232,7 @@ def main(argv: list[str], method: type[Method] = Covidgan, trainer_of: type[Trai
             trainer.load(trainer.out / "ckpt.pt")
         if RANK == 0:
             trainer.write_split()
-            for name, net in trainer.method.named_children():
-                print(f"{name}: {sum(p.numel() for p in net.parameters()):,} parameters")
-            print(f"on {trainer.device} in {'bfloat16' if trainer.bf16 else 'float32'}", flush=True)
+            print(f"training on {trainer.device} in {'bfloat16' if trainer.bf16 else 'float32'}", flush=True)
         trainer.run()
         if RANK == 0:
             trainer.report()
