@@ -38,7 +38,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args, get_type_hints
+from typing import Any, ClassVar, Literal, NamedTuple, get_args, get_type_hints
 
 import numpy as np
 import torch
@@ -397,8 +397,7 @@ def weighted_distance(distances: Tensor, beta: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------ the method: what is trained
 
 
-@dataclass(frozen=True)
-class Player:
+class Player(NamedTuple):
     """One side of the game in a stage: the parameters it moves, the loss it minimises, and its Adam settings."""
 
     loss: str
@@ -414,10 +413,9 @@ class Player:
 
 
 class Method(nn.Module):
-    """What the loop (Trainer) trains, whatever it is: networks, stages, players, losses, synthesis.
+    """What the loop (Trainer) trains: networks, which are its child modules, stages, players, losses, synthesis.
 
-    Its networks are its child modules. The paper's method follows; a rival subclasses this in a file of its own, and
-    its options subclass LoopConfig.
+    The paper's method follows. Another subclasses this in a file of its own, and its options LoopConfig.
     """
 
     name: ClassVar[str]  # as checkpoints and tables call it
@@ -558,8 +556,7 @@ def build(method: type[Method], c: LoopConfig) -> Method:
 # ------------------------------------------------------------------------------------------------ data and augmentation
 
 
-@dataclass
-class Slices:
+class Slices(NamedTuple):
     """One side of a dataset, train or test, in memory: names [N], hu int16 [N, 1, S, S], labels uint8 [N, 1, S, S]."""
 
     names: list[str]
@@ -1178,9 +1175,7 @@ def check_config(c: LoopConfig, method: type[Method]) -> None:
     checks = [
         (c.stage in stages, f"--stage {c.stage}: give one of {', '.join(stages)}"),
         (c.size % multiple == 0 and c.size >= 2 * multiple, f"--size {c.size}: give a multiple of {multiple}, or more"),
-        (2 <= c.n_labels <= len(LABELS), f"--n-labels {c.n_labels}: LABELS and COLOURS name {len(LABELS)}"),
         (c.epoch_len >= c.batch, f"--epoch-len {c.epoch_len}: give the batch of {c.batch} or more"),
-        (c.width > 0 and c.resize >= 1 and 0 <= c.ema < 1, "give --width above 0, --resize from 1, --ema 0 to below 1"),
         (c.batch % WORLD == 0, f"--batch {c.batch}: give a multiple of the {WORLD} processes"),
         (not method.alone or WORLD == 1, f"torchrun: {method.name} trains in one process, start it without"),
     ]
