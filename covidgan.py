@@ -9,7 +9,7 @@ A label map of an axial chest CT slice goes in, a CT slice comes out. Research o
     python covidgan.py -h                                       # every knob
 
 With the paper in hand, from top to bottom:
-    §IV-A   setting                     Config                  Eq. 3   L_cGAN          gan_loss_d, gan_loss_g
+    §IV-A   setting                     Config                  Eq. 3   L_cGAN          gan_losses
     Fig. 3  G1                          GlobalGenerator         Eq. 4   L_DFM, beta     Dfm
     Fig. 4  G2                          LocalGenerator          Eq. 2   objective       Covidgan.losses
     Eq. 1   DESUM, alpha                Desum                   Fig. 2  three stages    Covidgan.players
@@ -56,7 +56,7 @@ HU_OFFSET = 1024  # a stored pixel is HU + 1024, 0..4095
 PARENCHYMA = -860  # HU of healthy lung between the vessels
 LUNG_HU = (-1000, -400)  # must contain the mean of healthy lung
 LOCAL = {"data": "", "out": "", "device": "auto", "resume": False, "overwrite": False}  # of one machine or start
-RANK, WORLD = (int(os.environ.get(name, least)) for name, least in (("RANK", 0), ("WORLD_SIZE", 1)))  # of torchrun
+RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))  # of torchrun
 PHANTOM = "data/phantom"  # the built-in data; a missing folder whose name begins like this is generated
 
 # -------------------------------------------------------------------------------------------------------- configuration
