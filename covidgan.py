@@ -1123,7 +1123,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         return checkpoint | {"config": checkpoint["config"]}
-    except (RuntimeError, ValueError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as error:
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as error:
         raise Mistake(f"{path}: not a checkpoint that can be read ({type(error).__name__})") from error
 
 
