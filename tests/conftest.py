@@ -8,7 +8,7 @@ os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # before ONNX Runtime is imported, as
 import signal
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from collections import namedtuple
 from pathlib import Path
 
 import numpy as np
@@ -22,13 +22,12 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 ROOT = Path(__file__).resolve().parents[1]
 os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", str(ROOT / ".pytest_cache" / "hypothesis"))  # out of the tree
 SIZE = 64
-PATIENTS, POSITIONS = 5, 6
 HU = {"air": -1000.0, "body": 40.0, 1: -850.0, 2: -550.0, 3: 20.0}  # plausible HU, by label inside the lung
 
 
-def ellipse(cy, cx, ry, rx, size=SIZE):
+def ellipse(cy, cx, ry, rx):
     """Mask of an ellipse, centre and half axes in parts of the picture's side."""
-    y, x = (np.mgrid[:size, :size] + 0.5) / size
+    y, x = (np.mgrid[:SIZE, :SIZE] + 0.5) / SIZE
     return ((y - cy) / ry) ** 2 + ((x - cx) / rx) ** 2 < 1
 
 
@@ -82,31 +81,22 @@ TURNS = {
 }
 
 
-@dataclass
-class Toy:
-    """A dataset on disk, and what was written into it."""
-
-    folder: Path
-    hu: dict = field(default_factory=dict)
-    labels: dict = field(default_factory=dict)
-    train: list = field(default_factory=list)
-    test: list = field(default_factory=list)
+Toy = namedtuple("Toy", "folder hu labels train test")  # a dataset on disk, and what was written into it
 
 
-def write_toy(folder, split=True):
+def write_toy(folder):
     """Write the toy dataset of 5 patients with 6 slices each; the last patient is the test side."""
-    rng, toy = np.random.default_rng(7), Toy(folder)
+    rng, toy = np.random.default_rng(7), Toy(folder, {}, {}, [], [])
     for sub in ("images", "maps"):
         (folder / sub).mkdir(parents=True)
-    for patient in range(1, PATIENTS + 1):
-        for position in range(1, POSITIONS + 1):
+    for patient in range(1, 6):
+        for position in range(1, 7):
             name = slices.slice_name(patient, position)
             toy.hu[name], toy.labels[name] = draw_toy(rng, lesions=position > 1)
             slices.write_image(folder / "images" / f"{name}.png", toy.hu[name])
             slices.write_map(folder / "maps" / f"{name}.png", toy.labels[name])
-            (toy.test if patient == PATIENTS else toy.train).append(name)
-    if split:
-        slices.write_split(folder / "split.json", toy.train, toy.test, [], {"seed": 7})
+            (toy.test if patient == 5 else toy.train).append(name)
+    slices.write_split(folder / "split.json", toy.train, toy.test, [], {"seed": 7})
     return toy
 
 
@@ -166,13 +156,7 @@ def small_run():
     return [*options.split(), "--batch", "2", "--epochs", "2", "--epoch-len", "10", "--interval", "4"]
 
 
-@dataclass
-class Done:
-    """How a command ended."""
-
-    status: int
-    stdout: str
-    stderr: str
+Done = namedtuple("Done", "status stdout stderr")  # how a command ended
 
 
 def start(*arguments, script=ROOT / "covidgan.py", **more):

@@ -34,47 +34,31 @@ def without_memory(**given):
         return Covidgan(covidgan.Config(**given))
 
 
-@pytest.fixture(scope="module")
-def published():
-    return without_memory()
-
-
 @pytest.fixture
 def nets(tiny):
-    return covidgan.build(Covidgan, tiny())
-
-
-@pytest.fixture
-def trained(nets):
-    """Networks whose alpha is off its start."""
-    off_its_start(nets.g.desums[0].net)
-    return nets
+    """Small networks whose alpha is off its start."""
+    made = covidgan.build(Covidgan, tiny())
+    off_its_start(made.g.desums[0].net)
+    return made
 
 
 # ---- the paper's widths
 
 
-def test_parameter_counts_are_those_of_the_published_widths(published):
+def test_parameter_counts_and_shapes_are_those_of_the_published_widths():
+    published = without_memory()
     g1, g2 = published.g.g1, published.g.locals
     assert (count(g1), count(g1.trunk, g2)) == (45_590_209, 45_853_473)
     assert (count(published.g.desums), count(published.dfm)) == (112_897, 223_489)
     assert [count(scale) for scale in published.d.scales] == [2_766_785] * 2
-
-
-def test_shapes_are_those_of_512_pixels(published):
     onehot, image = torch.empty(1, 4, 512, 512, device="meta"), torch.empty(1, 1, 512, 512, device="meta")
     assert published.g(onehot, "joint")[0].shape == (1, 1, 512, 512)
     assert published.g(onehot, "g1")[0].shape == (1, 1, 256, 256)
     d1, d2 = published.d(onehot, image)
     assert [f.shape[1] for f in d1] == [64, 128, 256, 512, 1]
     assert (d1[-1].shape, d2[-1].shape) == ((1, 1, 67, 67), (1, 1, 35, 35))
-
-
-def test_a_third_generator_lies_between_with_twice_the_channels_of_g2(published):
-    g = without_memory(n_gen=3).g
-    assert [local.down[1].out_channels for local in g.locals] == [64, 32]
-    assert (g.g1.trunk[1].out_channels, published.g.g1.trunk[1].out_channels) == (128, 64)
-    assert [local.down[1].out_channels for local in published.g.locals] == [32]
+    g = without_memory(n_gen=3).g  # a third generator lies between, with twice the channels of G2
+    assert [local.down[1].out_channels for local in g.locals] == [64, 32] and g.g1.trunk[1].out_channels == 128
 
 
 def test_one_decision_sees_70_by_70_pixels():
@@ -94,22 +78,12 @@ def test_one_decision_sees_70_by_70_pixels():
 # ---- variants
 
 
-@pytest.mark.parametrize(("stage", "side"), [("g1", 32), ("g2", 64), ("joint", 64)])
-def test_image_of_each_stage_has_its_size_and_range(nets, toy, stage, side):
-    image, alpha = nets.g(maps_of(toy, 3), stage)
-    assert (image.shape, alpha.shape, image.dtype) == ((3, 1, side, side), (3,), torch.float32)
-    assert image.abs().max() <= 1
-
-
 VARIANTS = [
-    dict(n_gen=1),
-    dict(n_dis=1, upsample="resize"),
-    dict(n_gen=3, n_dis=3, dfm="d2"),
     dict(n_gen=1, n_dis=1, gan="hinge"),
-    dict(desum="global", gan="lsgan"),
-    dict(desum="fixed", dfm="fixed"),
+    dict(n_gen=3, n_dis=3, dfm="d2", upsample="resize"),
+    dict(desum="global", gan="lsgan", n_dis=1),
+    dict(desum="fixed", dfm="fixed", n_labels=6),
     dict(desum="sum", dfm="off"),
-    dict(n_labels=6),
 ]
 
 
@@ -118,39 +92,23 @@ def test_every_variant_trains_a_step_in_each_of_its_stages(tiny, variant):
     trainer = covidgan.Trainer(Covidgan, tiny(batch=2, **variant))
     for stage in trainer.stages:
         trainer.begin(stage)
-        moving = [p for player in trainer.players.values() if player.loss == "g" for p in player.parameters]
-        before = [p.detach().clone() for p in moving]
         assert all(np.isfinite(value) for value in trainer.step().values())
-        assert any(not torch.equal(b, a) for b, a in zip(before, moving, strict=True))
 
 
 @pytest.mark.parametrize(("n_gen", "side"), [(1, 64), (2, 32), (3, 16)])
-def test_each_more_generator_halves_the_size_of_g1(tiny, toy, n_gen, side):
+def test_each_more_generator_halves_the_size_of_g1_and_images_are_of_minus_1_to_1(tiny, toy, n_gen, side):
     net = covidgan.Generator(tiny(n_gen=n_gen))
-    assert net(maps_of(toy, 1), "g1")[0].shape[-1] == side
-    assert net(maps_of(toy, 1), "joint")[0].shape[-1] == 64
+    for stage, wanted in (("g1", side), ("g2", 64), ("joint", 64)):
+        image, alpha = net(maps_of(toy, 2), stage)
+        assert (image.shape, image.dtype, alpha.shape) == ((2, 1, wanted, wanted), torch.float32, (2,))
+        assert image.abs().max() <= 1
 
 
 def test_g1_at_reduced_size_sees_a_map_of_labels(nets, toy):
     seen = []
     nets.g.g1.trunk.register_forward_hook(lambda _module, inputs, _output: seen.append(inputs[0]))
-    for stage in ("g1", "joint"):
-        nets.g(maps_of(toy, 2), stage)
-    assert torch.equal(seen[0], seen[1])
+    nets.g(maps_of(toy, 2), "joint")
     assert {*seen[0].unique().tolist()} == {0.0, 1.0} and (seen[0].sum(1) == 1).all()
-
-
-def test_one_hot_marks_each_pixels_label():
-    labels = torch.tensor([[[[0, 1], [2, 3]]]], dtype=torch.uint8)
-    assert torch.equal(covidgan.one_hot(labels, 4).flatten(2)[0], torch.eye(4))
-
-
-def test_residual_block_adds_its_input():
-    block = covidgan.ResidualBlock(4)
-    for p in block.parameters():
-        nn.init.zeros_(p)
-    x = torch.randn(1, 4, 8, 8)
-    assert torch.equal(block(x), x)
 
 
 # ---- norm and start
@@ -173,14 +131,6 @@ def test_instance_norm_has_values_and_gradients_of_float64_and_treats_each_image
         assert y.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_instance_norm_keeps_fp32_accurate_where_a_map_makes_features_constant():
-    x = torch.full((1, 1, 512, 512), 0.7321)  # sums of equal numbers round all to one side
-    x[..., 200:260, 200:260] = 1.9
-    exact = x.double().numpy()
-    wanted = (exact - exact.mean()) / np.sqrt(exact.var() + 1e-5)
-    assert np.abs(covidgan.ChannelsLastNorm()(x).numpy() - wanted).max() < 1e-4
-
-
 def test_initial_weights_are_normal_with_deviation_0_02_and_zero_bias(tiny):
     nets = covidgan.build(Covidgan, tiny(ngf=16, ndf=16))
     big = []
@@ -196,23 +146,15 @@ def test_initial_weights_are_normal_with_deviation_0_02_and_zero_bias(tiny):
         assert (weight.abs() < 0.02).float().mean().item() == pytest.approx(0.6827, abs=0.015)
 
 
-def test_the_same_seed_gives_the_same_weights(tiny):
-    a, b, c = (covidgan.build(Covidgan, tiny(seed=seed)).state_dict() for seed in (5, 5, 6))
-    assert all(torch.equal(a[key], b[key]) for key in a)
-    assert not any(torch.equal(a[key], c[key]) for key in a if a[key].dim() == 4)
-
-
 # ---- DESUM
 
 
-def test_alpha_and_beta_start_at_a_half_for_every_image(nets, toy):
-    assert nets.g(maps_of(toy, 4), "joint")[1].tolist() == [0.5] * 4
-    assert nets.dfm.net(torch.randn(3, 32, 9, 9)).tolist() == [0.5] * 3
-
-
-def test_alpha_is_one_number_an_image_between_0_and_1(trained, toy):
-    alpha = trained.g(maps_of(toy, 5), "joint")[1].tolist()
+def test_alpha_is_one_number_an_image_and_starts_at_a_half_as_beta_does(tiny, nets, toy):
+    alpha = nets.g(maps_of(toy, 5), "joint")[1].tolist()
     assert len({*alpha}) == 5 and all(0 < a < 1 for a in alpha)
+    fresh = covidgan.build(Covidgan, tiny())
+    assert fresh.g(maps_of(toy, 4), "joint")[1].tolist() == [0.5] * 4
+    assert fresh.dfm.net(torch.randn(3, 32, 9, 9)).tolist() == [0.5] * 3
 
 
 def test_desum_is_eq_1():
@@ -223,14 +165,14 @@ def test_desum_is_eq_1():
     assert out.flatten().tolist() == pytest.approx([0.8 * 3 + 0.2 * -2] * 128)
 
 
-def test_with_alpha_1_the_joint_image_is_g2s_own_and_with_0_it_rests_on_g1(trained, toy):
-    onehot, bias = maps_of(toy, 2), trained.g.desums[0].net.fc[-1].bias
+def test_with_alpha_1_the_joint_image_is_g2s_own_and_with_0_it_rests_on_g1(nets, toy):
+    onehot, bias = maps_of(toy, 2), nets.g.desums[0].net.fc[-1].bias
     nn.init.constant_(bias, 1e4)
-    assert torch.equal(trained.g(onehot, "joint")[0], trained.g(onehot, "g2")[0])
+    assert torch.equal(nets.g(onehot, "joint")[0], nets.g(onehot, "g2")[0])
     nn.init.constant_(bias, -1e4)
-    before, _ = trained.g(onehot, "joint")
-    nn.init.normal_(trained.g.locals[0].down[1].weight)  # G2's way down no longer counts
-    assert torch.equal(before, trained.g(onehot, "joint")[0])
+    before, _ = nets.g(onehot, "joint")
+    nn.init.normal_(nets.g.locals[0].down[1].weight)  # G2's way down no longer counts
+    assert torch.equal(before, nets.g(onehot, "joint")[0])
 
 
 def test_plain_sum_is_twice_the_fixed_one():
