@@ -1,24 +1,30 @@
-# make demo   phantom data, training, export, synthesis, evaluation: nine minutes on two CPU cores with bfloat16, 26 without
-# make test   lint and tests
-# make web    paint a map in the browser and see the CT: http://localhost:8000/web/, or make web PORT=8642
+# make demo        phantom data, training, export, synthesis, evaluation: ten minutes on two CPU cores, five with bfloat16
+# make test        lint and tests, five minutes on two cores; make test-long: faults, browser, tables, benchmark
+# make web         paint a map in the browser and see the CT: http://localhost:8000/web/, or make web PORT=8642
 PYTHON ?= python3
 PORT ?= 8000
 BIN := .venv/bin
 ORT_WEB = $(shell grep -om1 'onnxruntime-web@[0-9.]*' web/paint.js)
 
-.PHONY: demo test web runtime clean
+.PHONY: demo test test-long web runtime clean
 
+# in a folder of its own: a demo that was stopped goes on, and no other run is touched
 demo: $(BIN)/ready
-	$(BIN)/python covidgan.py --stage all $(if $(wildcard out/ckpt.pt),--resume)
-	$(BIN)/python export.py ckpt.pt
-	$(BIN)/python export.py --features efficientnet-lite0
-	$(BIN)/python infer_onnx.py data/phantom --side test --complement data/phantom/images --panel --out out/synthetic
-	$(BIN)/python eval.py data/phantom out/synthetic --features features.onnx --train data/phantom --out out/eval --json out/eval/results.json
+	$(BIN)/python covidgan.py --stage all --out out/demo $(if $(wildcard out/demo/ckpt.pt),--resume)
+	$(BIN)/python export.py out/demo -o out/demo/generator.onnx
+	$(BIN)/python export.py --features efficientnet-lite0 -o out/demo/features.onnx
+	$(BIN)/python infer_onnx.py data/phantom --side test --complement data/phantom/images --panel \
+		--model out/demo/generator.onnx --out out/demo/synthetic
+	$(BIN)/python eval.py data/phantom out/demo/synthetic --features out/demo/features.onnx --train data/phantom \
+		--out out/demo/eval --json out/demo/eval/results.json
 
 test: $(BIN)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile -m "not long"
+
+test-long: $(BIN)/ready
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile -m long
 
 web:
 	@$(MAKE) --silent runtime || echo "no npm package: the page takes ONNX Runtime Web from its public copy"
@@ -44,4 +50,4 @@ $(BIN)/ready: requirements.txt
 	touch $@
 
 clean:
-	rm -rf $(addprefix out/, *.pt *.json *.jsonl *.txt *.png synthetic eval) data/phantom data/phantom64 generator.onnx features.onnx
+	rm -rf out/demo data/phantom data/phantom64

@@ -5,11 +5,10 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: runs are compared bit by bit
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # before ONNX Runtime is imported, as in data/runtime.py
 
-import collections
 import signal
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from collections import namedtuple
 from pathlib import Path
 
 import numpy as np
@@ -23,58 +22,12 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 ROOT = Path(__file__).resolve().parents[1]
 os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", str(ROOT / ".pytest_cache" / "hypothesis"))  # out of the tree
 SIZE = 64
-PATIENTS, POSITIONS = 5, 6
 HU = {"air": -1000.0, "body": 40.0, 1: -850.0, 2: -550.0, 3: 20.0}  # plausible HU, by label inside the lung
 
 
-COUNTS = pytest.StashKey[collections.Counter]()
-
-
-def pytest_addoption(parser):
-    """--long: the long form of tests/faults, for by hand."""
-    parser.addoption("--long", action="store_true", help="tests/faults: as many tries as its README.md counts")
-
-
-def pytest_configure(config):
-    config.stash[COUNTS] = collections.Counter()
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_testnodedown(node, error):
-    """Add up what the processes of pytest-xdist have counted; without it there is one process."""
-    node.config.stash[COUNTS].update(getattr(node, "workeroutput", {}).get("counts", {}))
-
-
-def pytest_sessionfinish(session):
-    if hasattr(session.config, "workeroutput"):
-        session.config.workeroutput["counts"] = dict(session.config.stash[COUNTS])
-
-
-def pytest_terminal_summary(terminalreporter, config):
-    """Tell what the tests of tests/faults tried."""
-    for what, n in sorted(config.stash[COUNTS].items()):
-        terminalreporter.write_line(f"{n:>9,}  {what}")
-
-
-@pytest.fixture(scope="session")
-def tries(request):
-    """How many tries to make: tries(short, long)."""
-    return lambda short, long: long if request.config.getoption("--long") else short
-
-
-@pytest.fixture(scope="session")
-def count(request):
-    """Count a try for the table at the end: count("kill -9 while training")."""
-
-    def add(what, n=1):
-        request.config.stash[COUNTS][what] += n
-
-    return add
-
-
-def ellipse(cy, cx, ry, rx, size=SIZE):
+def ellipse(cy, cx, ry, rx):
     """Mask of an ellipse, centre and half axes in parts of the picture's side."""
-    y, x = (np.mgrid[:size, :size] + 0.5) / size
+    y, x = (np.mgrid[:SIZE, :SIZE] + 0.5) / SIZE
     return ((y - cy) / ry) ** 2 + ((x - cx) / rx) ** 2 < 1
 
 
@@ -128,31 +81,22 @@ TURNS = {
 }
 
 
-@dataclass
-class Toy:
-    """A dataset on disk, and what was written into it."""
-
-    folder: Path
-    hu: dict = field(default_factory=dict)
-    labels: dict = field(default_factory=dict)
-    train: list = field(default_factory=list)
-    test: list = field(default_factory=list)
+Toy = namedtuple("Toy", "folder hu labels train test")  # a dataset on disk, and what was written into it
 
 
-def write_toy(folder, split=True):
+def write_toy(folder):
     """Write the toy dataset of 5 patients with 6 slices each; the last patient is the test side."""
-    rng, toy = np.random.default_rng(7), Toy(folder)
+    rng, toy = np.random.default_rng(7), Toy(folder, {}, {}, [], [])
     for sub in ("images", "maps"):
         (folder / sub).mkdir(parents=True)
-    for patient in range(1, PATIENTS + 1):
-        for position in range(1, POSITIONS + 1):
+    for patient in range(1, 6):
+        for position in range(1, 7):
             name = slices.slice_name(patient, position)
             toy.hu[name], toy.labels[name] = draw_toy(rng, lesions=position > 1)
             slices.write_image(folder / "images" / f"{name}.png", toy.hu[name])
             slices.write_map(folder / "maps" / f"{name}.png", toy.labels[name])
-            (toy.test if patient == PATIENTS else toy.train).append(name)
-    if split:
-        slices.write_split(folder / "split.json", toy.train, toy.test, [], {"seed": 7})
+            (toy.test if patient == 5 else toy.train).append(name)
+    slices.write_split(folder / "split.json", toy.train, toy.test, [], {"seed": 7})
     return toy
 
 
@@ -172,6 +116,7 @@ def three_sides(toy, tmp_path_factory):
     return folder
 
 
+# paper's tests only
 @pytest.fixture(scope="session")
 def table_command(three_sides, tmp_path_factory):
     """Arguments of paper/tables.py at toy size, in a folder whose paper/README.md is the one given."""
@@ -211,19 +156,13 @@ def small_run():
     return [*options.split(), "--batch", "2", "--epochs", "2", "--epoch-len", "10", "--interval", "4"]
 
 
-@dataclass
-class Done:
-    """How a command ended."""
-
-    status: int
-    stdout: str
-    stderr: str
+Done = namedtuple("Done", "status stdout stderr")  # how a command ended
 
 
 def start(*arguments, script=ROOT / "covidgan.py", **more):
     """Start a script with this Python from the repository's root, on one core."""
     command = [sys.executable, *map(str, [script] if script else []), *map(str, arguments)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1", **more.pop("env", {})}
+    env = {**os.environ, "PYTHONFAULTHANDLER": "1", **more.pop("env", {})}
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     return subprocess.Popen(command, cwd=ROOT, env=env, **(pipes | more))
 
@@ -246,53 +185,56 @@ def cli():
     return run
 
 
+@pytest.fixture(autouse=True)
+def signals():
+    """The training loop takes over its process's signals: give them back."""
+    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for signum, handler in handlers.items():
+        signal.signal(signum, handler)
+
+
 @pytest.fixture
 def here(monkeypatch, capfd):
-    """The same in this process, through covidgan's own way out: spares a second a run for importing torch."""
+    """`python covidgan.py ARGUMENTS` in this process: spares the seconds of importing torch."""
     import covidgan
-
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
 
     def run(*arguments):
         monkeypatch.chdir(ROOT)
         monkeypatch.setattr(sys, "argv", ["covidgan.py", *map(str, arguments)])
         capfd.readouterr()
-        status = 0
         try:
             covidgan.exit_on_mistake(covidgan.main)
+            status = 0
         except SystemExit as leave:
             status = leave.code or 0
-        finally:
-            for signum, handler in handlers.items():
-                signal.signal(signum, handler)
         return Done(status, *capfd.readouterr())
 
     return run
 
 
-@pytest.fixture
-def stop_after(monkeypatch):
-    """Train by a command line until a SIGTERM, as it were, comes in a step: stop_after(steps, arguments, method)."""
+@pytest.fixture(scope="session")
+def stop_after():
+    """Train by a command line until SIGTERM comes in a step of a stage, or of the first: stop_after(4, arguments)."""
     import covidgan
 
-    def train(steps, arguments, method):
-        step = covidgan.Trainer.step
+    def train(steps, arguments, method=covidgan.Covidgan, stage=None):
+        class Stopping(covidgan.Trainer):
+            def step(self):
+                if self.step_done == steps and stage in (None, self.stage):
+                    signal.raise_signal(signal.SIGTERM)
+                return super().step()
 
-        def stopping(self):
-            self.stop_signal = signal.SIGTERM if self.step_done == steps else 0
-            return step(self)
-
-        with monkeypatch.context() as patch, pytest.raises(covidgan.Stopped):
-            patch.setattr(covidgan.Trainer, "step", stopping)
-            covidgan.main(arguments, method)
+        with pytest.raises(covidgan.Stopped):
+            covidgan.main([*map(str, arguments)], method, Stopping)
 
     return train
 
 
 @pytest.fixture(scope="session")
 def whole_run(toy, small_run, cli, tmp_path_factory):
-    """The folder of a whole uninterrupted run of all three stages, and how it ended; read it only."""
+    """The folder of a whole run of all three stages, and how it ended; read it only."""
     out = tmp_path_factory.mktemp("whole") / "out"
-    done = cli("--stage", "all", "--data", toy.folder, "--out", out, *small_run, "--interval", 5)
+    done = cli("--data", toy.folder, "--out", out, *small_run, "--interval", 5)
     assert done.status == 0, done.stderr
     return out, done
