@@ -186,9 +186,10 @@ class PlainStep:
         image, _ = self.method.g(onehot)
         image, target = (self.method.seen_by_d(x, onehot) for x in (image, target))
         apart, real, fake = judge(onehot, image.detach()), judge(onehot, target), judge(onehot, image)
-        loss_d = sum(covidgan.gan_loss_d(r[-1], f[-1], c.gan) for r, f in zip(real, apart, strict=True))
+        loss_d, _ = covidgan.gan_losses(real, apart, c.gan)
+        _, loss_gan = covidgan.gan_losses(real, fake, c.gan)
         loss_dfm, loss_beta, _ = self.method.dfm(real, fake)
-        loss_g = sum(covidgan.gan_loss_g(f[-1], c.gan) for f in fake) + c.lambda_dfm * loss_dfm
+        loss_g = loss_gan + c.lambda_dfm * loss_dfm
         self.opt_g.zero_grad()
         (loss_g + loss_beta).backward()
         self.opt_g.step()

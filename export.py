@@ -67,9 +67,6 @@ LARGE = 30_000  # numbers in a weight tensor that is worth packing
 LICENCE = "Network: MIT. Weights: {}. Research only, not for diagnosis."
 TERMS = "the terms of the data they were trained on"  # where --terms names none
 
-# shim for the merge: covidgan.read_checkpoint(path) alone; today's covidgan.py calls that read_weights
-read_checkpoint = getattr(covidgan, "read_weights", covidgan.read_checkpoint)
-
 
 # --------------------------------------------------------------------------------------------- a file from each network
 
@@ -95,7 +92,7 @@ def export_generator(
     except (KeyError, RuntimeError, TypeError) as error:
         told = f"the checkpoint does not fit this version of {kind.name} ({error!r:.200})"
         raise Mistake(f"{path}: not written: {told}: train anew") from error
-    last = kind.stages(c)[-1]
+    last = [*kind.stages(c)][-1]
     if (stage := checkpoint.get("stage", last)) != last:  # part of G has its initial weights: no comparison would tell
         raise Mistake(f"{path}: not written: the run stopped in stage {stage}, {last} makes G whole: --resume it")
     multiple, precision = kind.multiple(c), "float16" if fp16 else "packed" if pack else "float32"
@@ -499,7 +496,7 @@ def main(argv: list[str]) -> None:
         line = export_features(args.features, source, path)
     else:
         source = find_checkpoint(args.checkpoint)
-        checkpoint, digest = read_checkpoint(source), hashlib.sha256(source.read_bytes()).hexdigest()
+        checkpoint, digest = covidgan.read_checkpoint(source), hashlib.sha256(source.read_bytes()).hexdigest()
         path = args.out or Path(checkpoint.get("kind", "generator")).with_suffix(".onnx")
         if checkpoint.get("kind") != "unet":
             more = args.fp16, args.target, args.pack, args.terms, args.method

@@ -15,11 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 import covidgan
 import infer_onnx
 from data.slices import read_split, write_image
-from paper import rivals, runs
+from paper import rivals, runs, study
 
 RIVALS = ("pix2pix", "pix2pixHD", "SPADE", "SEAN")
 REPORT = "seg_test"  # side
@@ -37,6 +40,11 @@ class Row:
 def ours(switches: str = "", preset: str = "paper") -> Row:
     """A row of ours, with one part of the method changed."""
     return Row(covidgan.Covidgan, (str(runs.ROOT / "covidgan.py"),), ("--preset", preset, *switches.split()))
+
+
+def studied(switches: str) -> Row:
+    """A row of ours with a switch of paper/study.py."""
+    return Row(study.Study, ("-m", "paper.study"), ("--preset", "paper", *switches.split()))
 
 
 def rival(name: str, switches: str = "") -> Row:
@@ -71,9 +79,7 @@ ABLATIONS: dict[str, Row] = {
 }
 # Beyond the paper, which does not say who moves beta
 POLICIES: dict[str, Row] = {
-    "beta-entropy": ours("--beta-policy entropy"),
-    "beta-min": ours("--beta-policy min"),
-    "beta-max": ours("--beta-policy max"),
+    **{f"beta-{policy}": studied(f"--beta-policy {policy}") for policy in ("entropy", "min", "max")},
     "beta-0.1": ours("--dfm fixed --beta 0.1"),
     "beta-0.9": ours("--dfm fixed --beta 0.9"),
 }
@@ -91,7 +97,7 @@ def options_of(name: str) -> str:
 
 def full_size(kind: type[covidgan.Method], c: covidgan.LoopConfig) -> float:
     """Total length of a method's stages at full size, as a multiple of --epochs: all but G1's own."""
-    return sum(kind.length(c, stage) for stage in kind.stages(c) if stage != "g1")
+    return sum(length for stage, length in kind.stages(c).items() if stage != "g1")
 
 
 def train(name: str, seed: int, args: argparse.Namespace) -> Path:
@@ -106,7 +112,30 @@ def train(name: str, seed: int, args: argparse.Namespace) -> Path:
     return out
 
 
-FLOORS = {"label means": covidgan.mean_paint, "nearest training case": covidgan.nearest_copy}
+def mean_paint(train: covidgan.Slices, labels: Tensor) -> Tensor:
+    """Labels [N, 1, S, S], each painted with its mean over the training slices, in [-1, 1]."""
+    image = covidgan.lung_target(covidgan.window(train.hu, LOOP), train.labels)
+    means = [image[train.labels == k].mean() if (train.labels == k).any() else -1.0 for k in range(LOOP.n_labels)]
+    return torch.tensor(means)[labels.long()]
+
+
+def nearest_copy(train: covidgan.Slices, labels: Tensor) -> Tensor:
+    """The lung of the training slice whose map overlaps most, cut to labels [N, 1, S, S], in [-1, 1].
+
+    Overlap is the share of equal labels in the union of the two lungs, on maps of 64 pixels.
+    """
+    ours, theirs = (F.interpolate(x.float(), (64, 64), mode="nearest").flatten(1) for x in (labels, train.labels))
+    nearest = []
+    for one in ours:
+        lung = (one > 0) | (theirs > 0)
+        overlap = ((one == theirs) & lung).sum(1) / lung.sum(1).clamp_min(1)
+        nearest.append(int(overlap.argmax()))
+    image = covidgan.window(train.hu[nearest], LOOP)
+    image, own = covidgan.resample(image, train.labels[nearest], labels.shape[-1])
+    return covidgan.lung_target(covidgan.lung_target(image.clamp(-1, 1), own), labels)
+
+
+FLOORS = {"label means": mean_paint, "nearest training case": nearest_copy}
 FID, KID = "FID 24", "KID 1280"  # by features of that many dimensions, for FID fewer than any side here has slices
 DIGITS = {FID: 2, "FID 32": 4, KID: 4, "PSNR": 2, "SSIM": 4, "RMSE": 4, "NRMSE": 4}  # metric -> decimals
 BETTER = {metric: "higher" if metric in ("PSNR", "SSIM") else "lower" for metric in DIGITS}
@@ -129,7 +158,7 @@ def keep_floor(name: str, args: argparse.Namespace) -> dict[str, Figures]:
 
     def make() -> dict[str, Figures]:
         train_side, side = load_side(args.reference, "train"), load_side(args.reference, REPORT)
-        lungs = FLOORS[name](train_side, side.labels, LOOP)[:, 0].numpy()  # [N, S, S] in [-1, 1]
+        lungs = FLOORS[name](train_side, side.labels)[:, 0].numpy()  # [N, S, S] in [-1, 1]
         out.mkdir(parents=True, exist_ok=True)
         for case, lung in zip(side.names, lungs, strict=True):  # of which eval.py takes the lung
             write_image(out / f"{case}.png", LOOP.level + lung * LOOP.width / 2)
@@ -143,7 +172,7 @@ def keep(name: str, seed: int, args: argparse.Namespace) -> None:
 
     def make() -> dict[str, Any]:
         run, kind = train(name, seed, args), row_of(name).kind
-        method, _ = covidgan.restore(covidgan.read_checkpoint(run / "ckpt.pt", kind), kind)
+        method, _ = covidgan.restore(covidgan.read_checkpoint(run / "ckpt.pt"), kind)
         figures = figures_of(runs.measure(run, args.reference, REPORT))
         return {"options": options_of(name), "method": name, "seed": seed, "figures": figures, **cost_of(run, method)}
 

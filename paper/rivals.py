@@ -18,7 +18,7 @@ no CT, and would help three methods alone. Instance edges are left out, since a 
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from typing import Any, ClassVar, Literal
@@ -70,28 +70,20 @@ class Rival(covidgan.Method):
     d: nn.Module
 
     @classmethod
-    def stages(cls, c: RivalConfig) -> tuple[str, ...]:
-        """All of it at once."""
-        return ("whole",)
+    def stages(cls, c: RivalConfig) -> dict[str, float]:
+        return {"whole": 1.0}
 
     @classmethod
     def multiple(cls, c: RivalConfig) -> int:
         """Of what height and width of a map must be multiples."""
         return cls.factor
 
-    @classmethod
-    def checks(cls, c: RivalConfig) -> list[tuple[bool, str]]:
-        """Adam's settings are given only once."""
-        paper = (RivalConfig.lr, RivalConfig.adam_beta1, RivalConfig.adam_beta2)
-        fine = c.optimiser == "paper" or (c.lr, c.adam_beta1, c.adam_beta2) == paper
-        return [(fine, "--lr, --adam-beta1, --adam-beta2: they go with --optimiser paper")]
-
     def players(self, stage: str) -> dict[str, Player]:
         """G and D, each with its authors' Adam or the paper's."""
         players = {"d": Player.of(self.c, "d", [self.d]), "g": Player.of(self.c, "g", [self.g])}
         if self.c.optimiser == "own":
             for name, (lr, betas) in self.own.items():
-                players[name] = replace(players[name], lr=lr, betas=betas)
+                players[name] = players[name]._replace(lr=lr, betas=betas)
         return players
 
     def generator(self) -> nn.Module:
@@ -267,13 +259,8 @@ class Pix2pix(Rival):
 
     @classmethod
     def multiple(cls, c: Pix2pixConfig) -> int:
-        """256 at 512 pixels."""
-        return 2 ** cls.levels(c)
-
-    @classmethod
-    def checks(cls, c: Pix2pixConfig) -> list[tuple[bool, str]]:
-        """Require a U-Net of some depth."""
-        return [*super().checks(c), (cls.levels(c) >= 4, f"--size {c.size}: give a multiple of 32, best a power of 2")]
+        """256 at 512 pixels; four levels want 32 at least."""
+        return 2 ** max(5, cls.levels(c))
 
     def losses(self, onehot: Tensor, target: Tensor, stage: str) -> dict[str, Tensor]:
         """D: half of real and fake; G: log loss and 100 L1 of what D sees, with --contrast the lung alone."""

@@ -95,9 +95,8 @@ class Segmentation(covidgan.Method):
         self.unet = UNet(c.n_labels, c.channels)
 
     @classmethod
-    def stages(cls, c: UNetConfig) -> tuple[str, ...]:
-        """All of it at once."""
-        return ("whole",)
+    def stages(cls, c: UNetConfig) -> dict[str, float]:
+        return {"whole": 1.0}
 
     @classmethod
     def multiple(cls, c: UNetConfig) -> int:
@@ -129,12 +128,9 @@ class SegmentationTrainer(covidgan.Trainer):
     @torch.no_grad()
     def segment(self, hu: Tensor) -> Tensor:
         """Labels uint8 of slices in HU, both [N, 1, S, S], on the CPU."""
-        self.method.eval()
-        with self.averaged():
-            parts = [covidgan.window(part.to(self.device), self.c) for part in hu.split(self.c.batch)]
-            found = torch.cat([self.method.unet(part).argmax(1, keepdim=True).cpu() for part in parts])
-        self.method.train()
-        return found.byte()
+        self.average.eval()
+        parts = [covidgan.window(part.to(self.device), self.c) for part in hu.split(self.c.batch)]
+        return torch.cat([self.average.unet(part).argmax(1, keepdim=True).cpu() for part in parts]).byte()
 
     def draw(self) -> None:
         """Write the panel of fixed held-out cases, one row each: slice | map | what is found; and the curves."""
@@ -152,8 +148,7 @@ class SegmentationTrainer(covidgan.Trainer):
     def report(self) -> None:
         """Write OUT/unet.pt, of which export.py makes unet.onnx, and OUT/results.json."""
         c = self.c
-        with self.averaged():
-            weights = {name: weight.cpu().clone() for name, weight in self.method.unet.state_dict().items()}
+        weights = {name: weight.cpu() for name, weight in self.average.unet.state_dict().items()}
         config = {"n_labels": c.n_labels, "width": c.channels, "level": c.level, "window": c.width}
         made = {"kind": "unet", "config": config, "unet": weights}
         covidgan.write_atomically(self.out / "unet.pt", lambda path: torch.save(made, path))

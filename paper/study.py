@@ -8,8 +8,10 @@ has not won, or has not been fully tried yet.
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
@@ -24,6 +26,8 @@ class StudyConfig(covidgan.Config):
     r1: float = 0.0  # weight of the gradient penalty on real slices (Mescheder et al., 2018), every R1_EVERY steps
     noise_inputs: int = 0  # channels of Gaussian noise that G sees besides the map; zero in synthesis
     position: bool = False  # two more channels for G: where in the slice a pixel lies, -1..1 across and down
+    beta_policy: Literal["clamp", "entropy", "min", "max"] = "clamp"  # who moves beta, and how far: see PolicyDfm
+    beta_entropy: float = 0.1  # entropy: weight of the bonus that keeps beta away from 0 and 1
     flip: bool = False  # mirror half of the samples left to right, though no heart is on the right
 
 
@@ -47,6 +51,25 @@ class WidenedGenerator(covidgan.Generator):
         return super().forward(torch.cat(inputs, 1), stage)
 
 
+class PolicyDfm(covidgan.Dfm):
+    """DFM whose beta may reach 0 and 1: "min" minimises L_DFM, "max" is as if D moved it.
+
+    "entropy" minimises with a bonus for staying undecided.
+    """
+
+    def __init__(self, c: StudyConfig) -> None:
+        super().__init__(dataclasses.replace(c, beta_margin=0.0))
+        self.policy, self.bonus = c.beta_policy, c.beta_entropy
+
+    def forward(self, real: list[list[Tensor]], fake: list[list[Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+        """As covidgan.Dfm's."""
+        loss_g, loss_beta, beta = super().forward(real, fake)
+        if self.policy == "entropy":
+            b = beta.clamp(1e-6, 1 - 1e-6)  # at 0 and 1 the logarithm's slope is infinite
+            loss_beta = loss_beta + self.bonus * (b * b.log() + (1 - b) * (1 - b).log()).mean()
+        return loss_g, -loss_beta if self.policy == "max" else loss_beta, beta
+
+
 class Study(covidgan.Covidgan):
     """The paper's method with the switches under study."""
 
@@ -57,6 +80,8 @@ class Study(covidgan.Covidgan):
         if c.position or c.noise_inputs:
             self.g = WidenedGenerator(c)
             covidgan.init_weights(self.g)
+        if c.beta_policy != "clamp":
+            self.dfm = PolicyDfm(c)
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))  # in the checkpoint: R1 keeps its turns
         if c.spectral:  # after initialisation, which could no longer reach the weights
             for layer in [*self.d.modules()]:
@@ -76,7 +101,8 @@ class Study(covidgan.Covidgan):
 
     def slope(self, onehot: Tensor, target: Tensor, stage: str) -> Tensor:
         """Mean over the batch of the squared gradient of D's mean verdicts with respect to the real slice."""
-        onehot, target = self.at_stage_size(onehot, target, stage)
+        shrink = 2 ** (self.c.n_gen - 1) if stage == "g1" else 1  # as in Covidgan.losses
+        onehot, target = onehot[..., ::shrink, ::shrink], F.avg_pool2d(target, shrink)
         real = self.seen_by_d(target, onehot).requires_grad_()
         judged = self.d(onehot, real, self.first_scale(stage))
         verdicts = sum(features[-1].float().mean((1, 2, 3)).sum() for features in judged)

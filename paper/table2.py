@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image, ImageDraw
 
 import covidgan
 from data.slices import coloured, png, read_image, windowed, write_bytes
@@ -144,7 +145,10 @@ def draw(path: Path, args: argparse.Namespace) -> None:
         tiles = [coloured(labels), *[np.stack([grey] * 3, 2) for grey in greys]]
         window = lesion_window(labels)
         rows.append(np.concatenate([tile[window].repeat(4, 0).repeat(4, 1) for tile in tiles], 1))
-    write_bytes(path, png(covidgan.under_titles(np.concatenate(rows), ["label map", "real slice", *folders])))
+    picture = Image.fromarray(np.concatenate(rows))
+    for k, title in enumerate(["label map", "real slice", *folders]):
+        ImageDraw.Draw(picture).text((k * picture.width // (2 + len(folders)) + 4, 2), title, fill="white")
+    write_bytes(path, png(np.asarray(picture)))
     print(f"wrote {path}")
 
 
