@@ -16,7 +16,7 @@ import itertools
 from collections import defaultdict
 from typing import Any
 
-from data.slices import held
+from data.slices import exit_on_mistake, held
 from paper import report, runs
 from paper.report import grid, over_seeds
 
@@ -125,4 +125,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    runs.run_script(main)
+    exit_on_mistake(main)

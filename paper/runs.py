@@ -22,12 +22,10 @@ from typing import Any
 
 import torch
 
-import covidgan
 from data.slices import (
     SIDES,
     Mistake,
     OneLineParser,
-    exit_on_mistake,
     list_pngs,
     read_image,
     read_split,
@@ -36,18 +34,6 @@ from data.slices import (
 
 ROOT = Path(__file__).resolve().parents[1]
 FEATURES = "efficientnet-lite0"  # for FID and KID: Inception's weights are a download
-
-
-def run_script(main: Callable[[list[str]], None]) -> None:
-    """Run a script's main; a Mistake of covidgan.py's is told in one line too."""
-
-    def program(argv: list[str]) -> None:
-        try:
-            main(argv)
-        except covidgan.Mistake as mistake:
-            raise Mistake(str(mistake)) from mistake
-
-    exit_on_mistake(program)
 
 
 def parser(about: str, out: str, seeds: list[int]) -> OneLineParser:

@@ -20,7 +20,8 @@ RESULTS/tableN.json and tableN.md, and reuses what another has trained.
 import argparse
 import itertools
 
-from data.slices import held
+import covidgan
+from data.slices import exit_on_mistake, held
 from paper import report, runs, table2, table345
 
 SETTING = ("ngf", "samples", "channels", "unet_samples", "batch")  # what all runs in --out share
@@ -64,4 +65,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    runs.run_script(main)
+    exit_on_mistake(main, more=(covidgan.Mistake,))

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 import infer_onnx
-from data.slices import SIDES, Mistake, OneLineParser, patient_of, read_map
+from data.slices import SIDES, Mistake, OneLineParser, exit_on_mistake, patient_of, read_map
 from paper import report, runs
 from paper.report import grid, interval
 
@@ -165,4 +165,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    runs.run_script(main)
+    exit_on_mistake(main)
