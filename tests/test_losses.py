@@ -87,7 +87,8 @@ def test_a_fixed_beta_weighs_d2_and_its_rest_d1(beta):
 def test_each_image_has_its_own_distance_and_the_batch_its_mean():
     per_image = torch.tensor([1.0, 3.0])
     fake = [scale((per_image, 0.0, 0.0)), scale((2 * per_image, 0.0, 0.0))]
-    loss, _, beta = make_dfm(0.25)(features(ZERO, ZERO), fake)
+    loss, loss_beta, beta = make_dfm(0.25)(features(ZERO, ZERO), fake)
+    assert loss_beta.requires_grad and not loss.requires_grad  # G's loss does not move beta
     assert beta.tolist() == pytest.approx([0.25, 0.25])
     assert loss.item() == pytest.approx(fmean([0.75 * 1 + 0.25 * 2, 0.75 * 3 + 0.25 * 6]), rel=1e-5)
 

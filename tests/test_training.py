@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pickle
+import shutil
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -254,11 +255,7 @@ def contents(folder):
 @pytest.fixture
 def copied(whole_run, tmp_path):
     """A copy of a run's folder to write in."""
-    out = tmp_path / "copy"
-    out.mkdir()
-    for name, content in contents(whole_run[0]).items():
-        (out / name).write_bytes(content)
-    return out
+    return shutil.copytree(whole_run[0], tmp_path / "copy")
 
 
 # ---- options
@@ -273,41 +270,27 @@ def test_help_shows_every_option_with_its_default_and_the_presets(here):
     assert all(f'"{preset}"' in done.stdout for preset in covidgan.PRESETS)
 
 
-def test_preset_paper_is_the_papers_setting():
+def test_preset_paper_is_the_papers_setting_and_options_override_a_preset():
     c = covidgan.parse_config(["--preset", "paper"])
     assert (c.size, c.ngf, c.ndf, c.n_blocks, c.n_gen, c.n_dis, c.gan) == (512, 64, 64, 9, 2, 2, "bce")
     assert (c.lambda_dfm, c.lr, c.adam_beta1, c.adam_beta2) == (10, 2e-4, 0.5, 0.999)
     assert (c.batch, c.epochs, c.epoch_len // c.batch, c.individual) == (16, 20, 750, 1.0)
     assert (c.level - c.width / 2, c.level + c.width / 2) == (-1350, 150)
     assert (c.noise, c.contrast, c.ema) == (0.01, 0.0, 0.0)
+    c = covidgan.parse_config(["--preset", "tiny", "--ngf", "12"])  # default < preset < option
+    assert (c.n_gen, c.size, c.ngf) == (2, 64, 12)
 
 
-def test_an_option_overrides_the_preset_and_the_preset_the_default():
-    c = covidgan.parse_config(["--preset", "tiny", "--ngf", "12", "--desum", "sum"])
-    assert (c.ngf, c.desum, c.size, c.preset, c.n_gen) == (12, "sum", 64, "tiny", 2)
+MISTAKES = ["--size 72", "--size 80 --n-gen 3", "--size 16", "--stage g3", "--stage g1 --n-gen 1", "--n-dis 4"]
+MISTAKES += ["--epoch-len 3 --batch 4", "--batch many", "--preset huge", "--data no/such/folder", "--epoch-length 5"]
 
 
-MISTAKES = [
-    ["--size", "72"],  # no multiple
-    ["--size", "80", "--n-gen", "3"],
-    ["--size", "16"],  # too small
-    ["--stage", "g3"],
-    ["--stage", "g1", "--n-gen", "1"],
-    ["--epoch-length", "5"],  # unknown
-    ["--over"],  # abbreviated
-    ["--preset", "huge"],
-    ["--batch", "many"],
-    ["--n-dis", "4"],
-    ["--epoch-len", "3", "--batch", "4"],  # an epoch of no step
-    ["--data", "no/such/folder"],
-]
-
-
-@pytest.mark.parametrize("options", MISTAKES, ids=" ".join)
+@pytest.mark.parametrize("options", [*MISTAKES, "--over"])  # an abbreviation could discard a run
 def test_a_mistake_is_told_with_its_option_and_status_2(here, toy, tmp_path, options):
-    done = here("--preset", "tiny", "--data", toy.folder, "--out", tmp_path / "out", *options)
+    option, *value = options.split()
+    done = here("--preset", "tiny", "--data", toy.folder, "--out", tmp_path / "out", option, *value)
     assert done.status == 2 and done.stdout == "" and "Traceback" not in done.stderr
-    assert options[0] in done.stderr or options[1] in done.stderr
+    assert option in done.stderr or value[0] in done.stderr
     assert not (tmp_path / "out" / "ckpt.pt").exists()
 
 
@@ -360,11 +343,11 @@ def test_overwrite_discards_the_run_that_stood_there(whole_run, toy, small_run, 
 # ---- checkpoints
 
 
-def test_a_checkpoint_holds_plain_tensors_and_numbers_and_no_path(whole_run, toy):
+def test_a_checkpoint_holds_plain_tensors_and_numbers_and_no_path(whole_run):
     checkpoint = load(whole_run[0])
     leaves = flatten(checkpoint)
     assert {type(leaf) for leaf in leaves.values()} <= {torch.Tensor, int, float, str, bool, type(None)}
-    assert not [name for name, leaf in leaves.items() if isinstance(leaf, str) and ("/" in leaf or str(toy) in leaf)]
+    assert not [name for name, leaf in leaves.items() if isinstance(leaf, str) and "/" in leaf]
     assert (checkpoint["method"], checkpoint["stage"], checkpoint["step"]) == ("covidgan", "joint", 10)
     restored, c = covidgan.restore(covidgan.read_checkpoint(whole_run[0] / "ckpt.pt"), Covidgan)
     assert c.ngf == 8 and not restored.training
@@ -399,9 +382,7 @@ class Trap:
 NO_CHECKPOINTS = {
     "missing": lambda path: path.unlink(),
     "text": lambda path: path.write_text("not a checkpoint\n" * 50),
-    "empty": lambda path: path.write_bytes(b""),
     "cut": lambda path: path.write_bytes(path.read_bytes()[:9999]),
-    "list": lambda path: torch.save([1, 2], path),
     "other dict": lambda path: torch.save({"model": torch.zeros(3)}, path),
     "code": lambda path: torch.save({"config": Trap(path.with_name("sprung"))}, path),
     "code in a plain pickle": lambda path: path.write_bytes(pickle.dumps(Trap(path.with_name("sprung")), protocol=2)),
