@@ -42,11 +42,6 @@ def ours(switches: str = "", preset: str = "paper") -> Row:
     return Row(covidgan.Covidgan, (str(runs.ROOT / "covidgan.py"),), ("--preset", preset, *switches.split()))
 
 
-def studied(switches: str) -> Row:
-    """A row of ours with a switch of paper/study.py."""
-    return Row(study.Study, ("-m", "paper.study"), ("--preset", "paper", *switches.split()))
-
-
 def rival(name: str, switches: str = "") -> Row:
     """A rival's row."""
     return Row(rivals.METHODS[name], ("-m", "paper.rivals", name), ("--preset", "paper", *switches.split()))
@@ -79,7 +74,10 @@ ABLATIONS: dict[str, Row] = {
 }
 # Beyond the paper, which does not say who moves beta
 POLICIES: dict[str, Row] = {
-    **{f"beta-{policy}": studied(f"--beta-policy {policy}") for policy in ("entropy", "min", "max")},
+    **{
+        f"beta-{policy}": Row(study.Study, ("-m", "paper.study"), ("--preset", "paper", "--beta-policy", policy))
+        for policy in ("entropy", "min", "max")
+    },
     "beta-0.1": ours("--dfm fixed --beta 0.1"),
     "beta-0.9": ours("--dfm fixed --beta 0.9"),
 }

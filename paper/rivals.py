@@ -75,7 +75,6 @@ class Rival(covidgan.Method):
 
     @classmethod
     def multiple(cls, c: RivalConfig) -> int:
-        """Of what height and width of a map must be multiples."""
         return cls.factor
 
     def players(self, stage: str) -> dict[str, Player]:

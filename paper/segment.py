@@ -100,15 +100,12 @@ class Segmentation(covidgan.Method):
 
     @classmethod
     def multiple(cls, c: UNetConfig) -> int:
-        """It halves four times."""
         return 16
 
     def players(self, stage: str) -> dict[str, covidgan.Player]:
-        """A single player that moves all of it."""
         return {"unet": covidgan.Player.of(self.c, "loss", [self.unet])}
 
     def target(self, image: Tensor, labels: Tensor) -> Tensor:
-        """The whole slice, as it is."""
         return image
 
     def losses(self, onehot: Tensor, target: Tensor, stage: str) -> dict[str, Tensor]:
@@ -118,7 +115,6 @@ class Segmentation(covidgan.Method):
         return {"loss": loss + self.c.dice * dice_loss(logits, onehot) if self.c.dice else loss}
 
     def generator(self) -> nn.Module:
-        """The U-Net, whose weights the loop averages if told to."""
         return self.unet
 
 

@@ -42,7 +42,6 @@ class WidenedGenerator(covidgan.Generator):
         self.position, self.noise_inputs = c.position, c.noise_inputs
 
     def forward(self, onehot: Tensor, stage: str = "joint") -> tuple[Tensor, Tensor]:
-        """As covidgan.Generator's: the further channels are made here, and downsampled with the map."""
         inputs, empty = [onehot], torch.zeros_like(onehot[:, :1])
         if self.position:  # by cumulative sums, since the exported graph takes maps of any size
             counts = [(empty + 1).cumsum(axis) - 1 for axis in (2, 3)]
@@ -62,7 +61,6 @@ class PolicyDfm(covidgan.Dfm):
         self.policy, self.bonus = c.beta_policy, c.beta_entropy
 
     def forward(self, real: list[list[Tensor]], fake: list[list[Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
-        """As covidgan.Dfm's."""
         loss_g, loss_beta, beta = super().forward(real, fake)
         if self.policy == "entropy":
             b = beta.clamp(1e-6, 1 - 1e-6)  # at 0 and 1 the logarithm's slope is infinite
