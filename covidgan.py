@@ -595,9 +595,8 @@ def augment(
     hu [B, 1, H, W] and labels uint8 [B, 1, H, W] are resampled through the same grid, the image bicubic and the map
     nearest, so that they stay aligned and a map stays a map. Given a smaller size, they are downsampled to it last, as
     slices are when read: a real image blurred by the resampling would teach D to like blur. Returns the whole windowed
-    image in [-1, 1] and the labels; beyond a slice's border labels are 0 and the image repeats its edge.
-
-    rng is on the device. Draws are for the whole batch, whatever the share of it that this process augments.
+    image in [-1, 1] and the labels; beyond a slice's border labels are 0 and the image repeats its edge. rng is on the
+    device; draws are for the whole batch, whatever the share of it that this process augments.
     """
     n, _, height, width = hu.shape
     device = hu.device
@@ -646,8 +645,11 @@ def read_split(folder: Path, seed: int) -> dict[str, list[str]]:
     images, maps, path = list_pngs(folder / "images"), list_pngs(folder / "maps"), folder / "split.json"
     names = sorted(images.keys() | maps.keys())
     if path.exists():
-        sides = json.loads(path.read_text(encoding="utf-8-sig"))
-        split = {side: [name.removesuffix(".png") for name in sides[side]] for side in ("train", "test")}
+        try:
+            sides = json.loads(path.read_text(encoding="utf-8-sig"))
+            split = {side: [name.removesuffix(".png") for name in sides[side]] for side in ("train", "test")}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise Mistake(f"{path}: no JSON with lists of names under train and test ({error!r})") from error
     elif (folder / ".unfinished").exists():
         raise Mistake(f"{folder}: its making was cut off: run the command that makes it again")
     else:
@@ -694,7 +696,8 @@ def read_map(path: Path, n_labels: int) -> np.ndarray:
     mode, pixels, palette = read_png(path)
     if mode not in ("L", "P", "RGB", "RGBA"):
         raise Mistake(f"{path}: a PNG of mode {mode} is no label map: give 8-bit grey, palette or RGB")
-    if palette is not None and {*COLOURS[1:]} & {*map(tuple, palette.tolist())}:
+    empty = palette is not None and np.ptp(pixels) == 0 and not palette[pixels[0, 0]].any()  # whatever index black has
+    if empty or (palette is not None and {*COLOURS[1:]} & {*map(tuple, palette.tolist())}):
         pixels = palette[pixels]
     if mode == "RGBA":
         pixels = np.where(pixels[..., 3:] > 0, pixels[..., :3], 0)  # an eraser leaves the colour underneath
@@ -704,16 +707,13 @@ def read_map(path: Path, n_labels: int) -> np.ndarray:
         labels = np.where(np.any(matches, axis=0), np.argmax(matches, axis=0), n_labels)
     if labels.max() >= n_labels:
         y, x = np.argwhere(labels >= n_labels)[0]
-        known = f"0..{n_labels - 1}, nor a colour of {COLOURS[:n_labels]}"
-        raise Mistake(f"{path}: {pixels[y, x].tolist()} at row {y}, column {x} is no label of {known}")
+        told = f"{pixels[y, x].tolist()} at row {y}, column {x}"
+        raise Mistake(f"{path}: {told} is no label below {n_labels}, nor a colour of {COLOURS[:n_labels]}")
     return labels.astype(np.uint8)
 
 
 def load_slices(folder: Path, names: list[str], c: LoopConfig, room: int = 1) -> Slices:
-    """Read every slice of a side, resampled to c.size, or to `room` times that where the files are that large.
-
-    HU are clipped to the window before, so that what resampling mixes is what is seen (§IV-A: grey images).
-    """
+    """Read every slice of a side, resampled to c.size, or to `room` times that where the files are that large."""
     images, maps = list_pngs(folder / "images"), list_pngs(folder / "maps")
     stored = len(read_image(images[names[0]]))
     side = c.size * (room if stored >= c.size * room else 1)
@@ -725,6 +725,7 @@ def load_slices(folder: Path, names: list[str], c: LoopConfig, room: int = 1) ->
                 told = f"{pixels.shape[0]} x {pixels.shape[1]} pixels, not {stored} x {stored} as {names[0]}"
                 raise Mistake(f"{path}: {told}: bring all images and maps to one size, and square")
         sums = [np.bincount(labels.ravel(), weights, c.n_labels) for weights in (None, hu.ravel())]
+        # Clipped to the window first, so that what resampling mixes is what is seen (§IV-A: grey images).
         seen = torch.from_numpy(hu)[None, None].float().clamp(c.level - c.width / 2, c.level + c.width / 2)
         x, y = resample(seen, torch.from_numpy(labels)[None, None], side)
         return x.round().clamp(-HU_OFFSET, 4095 - HU_OFFSET).short(), y, np.stack(sums)
@@ -863,9 +864,9 @@ class Trainer:
     def batch(self) -> tuple[Tensor, Tensor]:
         """This process's share of the step's batch: target and labels [b, 1, S, S]."""
         epoch, i = divmod(self.step_done, self.epoch_steps)
-        seed = [self.c.seed, [*self.stages].index(self.stage), epoch]
-        order = torch.from_numpy(sample_order(len(self.train.names), self.c.epoch_len, seed))
-        chosen = order[i * self.c.batch : (i + 1) * self.c.batch]
+        shuffled = [self.c.seed, [*self.stages].index(self.stage), epoch]
+        order = sample_order(len(self.train.names), self.c.epoch_len, shuffled)
+        chosen = torch.from_numpy(order[i * self.c.batch : (i + 1) * self.c.batch])
         hu, labels = self.train.hu[chosen].to(self.device), self.train.labels[chosen].to(self.device)
         self.rng.manual_seed(self.step_seed())
         image, labels = augment(hu, labels, self.c, self.rng, self.c.size, slice(RANK, None, WORLD))
@@ -956,11 +957,16 @@ class Trainer:
         write_panel(self.out / f"panel_{self.stage}_{self.step_done:06d}.png", labels, real, self.synthesize(labels))
         write_curves(self.out / "curves.png", self.out / "stats.jsonl", self.method.curves)
 
-    def write_split(self) -> None:
-        """Write OUT/split.json: the slices' folder, all ever trained on, and those held out, which must be others."""
+    def open_out(self) -> None:
+        """Discard another run in OUT, and write split.json: the slices' folder, all ever trained on, those held out."""
         path, train = self.out / "split.json", {*self.train.names}
-        if path.exists():
-            train |= {*json.loads(path.read_text())["train"]}
+        if self.c.resume:
+            train |= {*json.loads(path.read_text())["train"]} if path.exists() else set()
+        else:
+            for name in ("ckpt.pt", "unet.pt", "stats.jsonl", "results.json", "curves.png", "panel_*.png"):
+                for old in self.out.glob(name):
+                    old.unlink()
+            (self.out / "stats.jsonl").touch()
         if again := sorted(train & {*self.test.names}):
             raise Mistake(f"{self.c.data}: {again[0]}, held out, was trained on before: give the split of {path}")
         place = os.path.abspath(self.c.data)  # a run may be resumed from any folder
@@ -1193,19 +1199,13 @@ def make_phantom(c: LoopConfig) -> None:
             raise Mistake(f"{data}: could not be made, see above")
 
 
-def prepare_out(c: LoopConfig) -> None:
-    """Make OUT ready for a run that begins. Raises Mistake where it holds slices or another run."""
+def check_out(c: LoopConfig) -> None:
+    """Raise Mistake, before slices are read, where OUT holds those of a dataset, or another run."""
     out = Path(c.out)
     if (out / "maps").exists():
         raise Mistake(f"{out}: holds the slices of a dataset: give another --out")
-    if c.resume:
-        return
-    if (out / "ckpt.pt").exists() and not c.overwrite:
+    if (out / "ckpt.pt").exists() and not (c.resume or c.overwrite):
         raise Mistake(f"{out}: holds another run: give --resume to go on, --overwrite to discard it, or another --out")
-    for name in ("ckpt.pt", "unet.pt", "stats.jsonl", "split.json", "results.json", "curves.png", "panel_*.png"):
-        for old in out.glob(name):
-            old.unlink()
-    (out / "stats.jsonl").touch()
 
 
 def main(argv: list[str], method: type[Method] = Covidgan, trainer_of: type[Trainer] = Trainer) -> None:
@@ -1215,7 +1215,7 @@ def main(argv: list[str], method: type[Method] = Covidgan, trainer_of: type[Trai
     with contextlib.ExitStack() as until_the_end:
         if RANK == 0:
             until_the_end.enter_context(held(Path(c.out)))
-            prepare_out(c)
+            check_out(c)
             make_phantom(c)
         if WORLD > 1:
             if (device := pick_device(c)).type == "cuda":
@@ -1226,7 +1226,7 @@ def main(argv: list[str], method: type[Method] = Covidgan, trainer_of: type[Trai
         if c.resume:
             trainer.load(trainer.out / "ckpt.pt")
         if RANK == 0:
-            trainer.write_split()
+            trainer.open_out()
             print(f"training on {trainer.device} in {'bfloat16' if trainer.bf16 else 'float32'}", flush=True)
         trainer.run()
         if RANK == 0:
