@@ -229,7 +229,8 @@ def load_features(path: Path, kind: str) -> FeatureNet:
     try:
         network.load_state_dict({k: v for k, v in weights.items() if not k.startswith(network.head)})
     except (AttributeError, RuntimeError) as error:
-        raise Mistake(f"{path}: not the weights of {network.name}: {error!s:.300}") from error
+        told = " ".join(str(error).split())
+        raise Mistake(f"{path}: not the weights of {network.name}: {told:.300}") from error
     return network
 
 

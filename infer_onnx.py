@@ -769,9 +769,11 @@ def make(args: argparse.Namespace) -> int:
 
 def main(argv: list[str]) -> int:
     """Do what the command line says. Returns the exit status: 2 where maps were left out as faulty. Raises Mistake."""
-    return make(parse(argv))
+    try:
+        return make(parse(argv))
+    except ModuleNotFoundError as error:  # nibabel, which PNG does not need
+        raise Mistake(f"{error}: pip install {error.name}") from error
 
 
 if __name__ == "__main__":
-    # without nibabel, volumes end in one line; PNG does not need it
-    slices.exit_on_mistake(main, stopped="stopped: the same command goes on from here", more=(ModuleNotFoundError,))
+    slices.exit_on_mistake(main, stopped="stopped: the same command goes on from here")

@@ -74,13 +74,10 @@ ABLATIONS: dict[str, Row] = {
 }
 # Beyond the paper, which does not say who moves beta
 POLICIES: dict[str, Row] = {
-    **{
-        f"beta-{policy}": Row(study.Study, ("-m", "paper.study"), ("--preset", "paper", "--beta-policy", policy))
-        for policy in ("entropy", "min", "max")
-    },
-    "beta-0.1": ours("--dfm fixed --beta 0.1"),
-    "beta-0.9": ours("--dfm fixed --beta 0.9"),
+    f"beta-{policy}": Row(study.Study, ("-m", "paper.study"), ("--preset", "paper", "--beta-policy", policy))
+    for policy in ("entropy", "min", "max")
 }
+POLICIES |= {f"beta-{beta}": ours(f"--dfm fixed --beta {beta}") for beta in (0.1, 0.9)}
 
 
 def row_of(name: str) -> Row:

@@ -86,8 +86,7 @@ class Rival(covidgan.Method):
         return players
 
     def generator(self) -> nn.Module:
-        """G, which has no alpha and returns 1."""
-        return self.g
+        return self.g  # which has no alpha and returns 1
 
 
 def no_alpha(onehot: Tensor) -> Tensor:

@@ -73,7 +73,8 @@ def checkpoint_of(**options):
     method = covidgan.build(covidgan.Covidgan, c)
     g = randomise(method.g)
     g.locals[-1].head[1].weight.data.mul_(0.5) if c.n_gen > 1 else g.g1.head[1].weight.data.mul_(0.5)
-    state = {"method": "covidgan", "config": dataclasses.asdict(c), "networks": method.state_dict(), "stage": "joint"}
+    state = {"method": "covidgan", "config": dataclasses.asdict(c), "stage": "joint"}
+    state |= {"networks": method.state_dict(), "average": g.state_dict()}
     return state, c, g.eval()
 
 
@@ -373,9 +374,8 @@ def test_a_method_of_ones_own_is_exported_from_the_file_that_defines_it(tmp_path
     c = test_method.SmallConfig(size=64)
     method = covidgan.build(test_method.Small, c)
     randomise(method.g)
-    torch.save(
-        {"method": "small", "config": dataclasses.asdict(c), "networks": method.state_dict()}, tmp_path / "ckpt.pt"
-    )
+    checkpoint = {"method": "small", "config": dataclasses.asdict(c), "networks": method.state_dict()}
+    torch.save(checkpoint | {"average": method.g.state_dict()}, tmp_path / "ckpt.pt")
     with pytest.raises(Mistake, match=r"g\.onnx: a checkpoint of 'small'.*--method"):
         export.main([str(tmp_path / "ckpt.pt"), "-o", str(tmp_path / "g.onnx")])
     export_to(tmp_path / "g.onnx", [tmp_path / "ckpt.pt", "--method", test_method.__file__])

@@ -67,7 +67,8 @@ def trained(trainer):
             made[name] = trainer(name)
             for _ in range(6):
                 made[name].step()
-            made[name].save()
+            (made[name].out / "stats.jsonl").touch()
+            torch.save(made[name].state(), made[name].out / "ckpt.pt")
         return made[name]
 
     return get
@@ -353,8 +354,6 @@ def test_its_file_agrees_with_pytorch(trained, tmp_path, name):
         (["pix2pixhd"], "pix2pixHD"),
         (["SPADE", "--size", "48"], "--size 48"),
         (["pix2pix", "--size", "72"], "--size 72"),
-        (["SEAN", "--lr", "1e-3"], "--optimiser"),
-        (["SEAN", "--n-gen", "1"], "--n-gen"),
     ],
 )
 def test_options_are_checked_against_the_rivals_own(argv, word):

@@ -81,7 +81,7 @@ def generator(tmp_path_factory):
         if weights.ndim > 1:
             torch.nn.init.normal_(weights, std=(1.5 / weights[0].numel()) ** 0.5)
     path = tmp_path_factory.mktemp("web") / "generator.onnx"
-    checkpoint = {"config": dataclasses.asdict(c), "networks": method.state_dict()}
+    checkpoint = {"config": dataclasses.asdict(c), "networks": method.state_dict(), "average": method.g.state_dict()}
     export.export_generator(checkpoint, "0" * 64, path)
     return path
 
