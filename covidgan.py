@@ -643,22 +643,25 @@ def read_split(folder: Path, seed: int) -> dict[str, list[str]]:
     Of a single patient the last fifth is held out. Raises Mistake for a slice without image or map, or on both sides.
     """
     images, maps, path = list_pngs(folder / "images"), list_pngs(folder / "maps"), folder / "split.json"
-    names = sorted(images.keys() | maps.keys())
     if path.exists():
         try:
-            sides = json.loads(path.read_text(encoding="utf-8-sig"))
-            split = {side: [name.removesuffix(".png") for name in sides[side]] for side in ("train", "test")}
+            listed = json.loads(path.read_text(encoding="utf-8-sig")).items()
+            sides = {s: [name.removesuffix(".png") for name in names] for s, names in listed if isinstance(names, list)}
+            split = {side: sides[side] for side in ("train", "test")}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise Mistake(f"{path}: no JSON with lists of names under train and test ({error!r})") from error
     elif (folder / ".unfinished").exists():
         raise Mistake(f"{folder}: its making was cut off: run the command that makes it again")
     else:
+        names = sorted(images.keys() & maps.keys())
         patients = sorted({*map(patient_of, names)})
         held_out = np.random.default_rng(seed).permutation(patients)[: max(1, len(patients) // 5)].tolist()
         by_patient = [name for name in names if patient_of(name) in held_out]
         test = by_patient if len(patients) > 1 else names[-max(1, len(names) // 5) :]
-        split = {"train": [name for name in names if name not in test], "test": test}
-    for name in [*names, *split["train"], *split["test"]]:
+        sides = split = {"train": [name for name in names if name not in test], "test": test}
+    if unused := sorted((images.keys() | maps.keys()) - {*itertools.chain(*sides.values())}):
+        print(f"note: {folder}: {len(unused)} slices without map, image or side, {unused[0]} first", flush=True)
+    for name in [*split["train"], *split["test"]]:
         if name not in images or name not in maps:
             part = "maps" if name in images else "images"
             raise Mistake(f"{folder / part / name}.png: missing: each slice has an image and a map of one name")
@@ -682,7 +685,7 @@ def read_png(path: Path) -> tuple[str, np.ndarray, np.ndarray | None]:
 def read_image(path: Path) -> np.ndarray:
     """Read a 16-bit grey PNG of HU + 1024 as HU, int32 [H, W]. Raises Mistake for any other kind of PNG."""
     mode, stored, _ = read_png(path)
-    if stored.dtype != np.uint16 or stored.ndim != 2:
+    if not mode.startswith("I"):  # I;16, or I before Pillow 10.3
         raise Mistake(f"{path}: a PNG of mode {mode} is no slice: give 16-bit grey PNG of HU + {HU_OFFSET}")
     return stored.astype(np.int32) - HU_OFFSET
 
@@ -739,11 +742,10 @@ def load_slices(folder: Path, names: list[str], c: LoopConfig, room: int = 1) ->
 def check_hu(what: str, pixels: np.ndarray, sums: np.ndarray, c: LoopConfig) -> None:
     """Print the mean HU of each label, from its number of pixels and their sum, both [n_labels].
 
-    It tells grey levels, a lost offset, labels or a palette in another order, maps on other slices. Raises Mistake
-    where the lung is outside LUNG_HU or the labels do not grow denser in their order.
+    It tells grey levels, a lost offset, labels or a palette in another order, maps on other slices: then Mistake.
     """
     means = {LABELS[k]: sums[k] / pixels[k] for k in range(1, c.n_labels) if pixels[k]}
-    told = ", ".join(f"{label} {mean:.0f}" for label, mean in means.items()) or "no label above 0"
+    told = ", ".join(f"{one} {means[one]:.0f}" if one in means else f"no {one}" for one in LABELS[1 : c.n_labels])
     ordered = [*means.values()] == sorted(means.values()) and (len(means) < 2 or max(means.values()) > 255 - HU_OFFSET)
     if not c.unchecked and not (means and ordered and LUNG_HU[0] <= means.get("lung", LUNG_HU[0]) <= LUNG_HU[1]):
         wanted = f"lung has {LUNG_HU[0]} to {LUNG_HU[1]}, labels are denser in their order, no grey levels of 0..255"
@@ -798,7 +800,7 @@ class Trainer:
         }
 
     def run(self) -> None:
-        """Train every stage asked for, from the current state on; told to stop, save first, then raise Stopped."""
+        """Train every stage asked for, from the current state on; told to stop, save first, then KeyboardInterrupt."""
 
         def ask_to_stop(*_: Any) -> None:
             self.asked_to_stop = True
@@ -831,7 +833,8 @@ class Trainer:
                 if RANK == 0 and due:
                     self.draw()
                 if self.stop and self.step_done < self.steps:
-                    raise Stopped(f"stopped at stage {self.stage}, step {self.step_done}: --resume goes on from there")
+                    where = f"stage {self.stage}, step {self.step_done}"
+                    raise KeyboardInterrupt(f"stopped at {where}: --resume goes on from there")
 
     def step(self) -> dict[str, float]:
         """One update of every player of the stage; returns its learning rates and figures.
@@ -913,6 +916,7 @@ class Trainer:
         return {
             "method": self.method.name,
             "config": {**dataclasses.asdict(self.c), **LOCAL},
+            "trained_labels": [k for k in range(1, self.c.n_labels) if (self.train.labels == k).any()],
             "stage": self.stage,
             "step": self.step_done,
             "stats": (self.out / "stats.jsonl").stat().st_size,
@@ -1095,10 +1099,6 @@ class Mistake(Exception):
     """A mistake of the user's: one line that names the file or option and the remedy; exit status 2."""
 
 
-class Stopped(Exception):
-    """A signal asked the run to stop, and the checkpoint is written; exit status 130."""
-
-
 @contextlib.contextmanager
 def held(out: Path) -> Iterator[None]:
     """Make a folder and lock it, so that it has one writer. The lock ends with its process, however that dies."""
@@ -1240,7 +1240,7 @@ def exit_on_mistake(program: Callable[[list[str]], None]) -> None:
     except (Mistake, OSError) as mistake:
         print(f"error: {mistake}", file=sys.stderr)
         sys.exit(2)
-    except (Stopped, KeyboardInterrupt) as stop:
+    except KeyboardInterrupt as stop:
         print(f"\n{str(stop) or 'stopped'}", file=sys.stderr)
         sys.exit(130)
 

@@ -225,7 +225,7 @@ def stop_after():
                     signal.raise_signal(signal.SIGTERM)
                 return super().step()
 
-        with pytest.raises(covidgan.Stopped):
+        with pytest.raises(KeyboardInterrupt):
             covidgan.main([*map(str, arguments)], method, Stopping)
 
     return train

@@ -220,13 +220,24 @@ def test_a_name_on_both_sides_is_refused(own_toy):
 
 
 @pytest.mark.parametrize("part", ["images", "maps"])
-def test_a_slice_without_image_or_without_map_is_named(own_toy, part):
-    path = own_toy.folder / part / f"{own_toy.train[4]}.png"
+def test_a_slice_without_image_or_without_map_is_named(own_toy, part, capsys):
+    name = own_toy.train[4]
+    path = own_toy.folder / part / f"{name}.png"
     path.unlink()
-    for _ in ("with split.json", "without"):
-        with pytest.raises(Mistake, match=f"{path}: missing"):
-            covidgan.read_split(own_toy.folder, 0)
-        (own_toy.folder / "split.json").unlink(missing_ok=True)
+    with pytest.raises(Mistake, match=f"{path}: missing"):
+        covidgan.read_split(own_toy.folder, 0)
+    (own_toy.folder / "split.json").unlink()
+    split = covidgan.read_split(own_toy.folder, 0)
+    assert (
+        name not in [*split["train"], *split["test"]]
+        and f"1 slices without map, image or side, {name}" in capsys.readouterr().out
+    )
+
+
+def test_slices_that_split_json_names_on_no_side_are_told(own_toy, capsys):
+    slices.write_split(own_toy.folder / "split.json", own_toy.train[:-6], own_toy.test[:4], own_toy.test[4:], {})
+    assert covidgan.read_split(own_toy.folder, 0)["train"] == own_toy.train[:-6]
+    assert f"6 slices without map, image or side, {own_toy.train[-6]}" in capsys.readouterr().out
 
 
 def test_a_set_whose_making_was_cut_off_is_refused(own_toy):

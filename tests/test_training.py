@@ -349,6 +349,7 @@ def test_a_checkpoint_holds_plain_tensors_and_numbers_and_no_path(whole_run):
     assert {type(leaf) for leaf in leaves.values()} <= {torch.Tensor, int, float, str, bool, type(None)}
     assert not [name for name, leaf in leaves.items() if isinstance(leaf, str) and "/" in leaf]
     assert (checkpoint["method"], checkpoint["stage"], checkpoint["step"]) == ("covidgan", "joint", 10)
+    assert checkpoint["trained_labels"] == [1, 2, 3]  # those that some training map held
     restored, c = covidgan.restore(covidgan.read_checkpoint(whole_run[0] / "ckpt.pt"), Covidgan)
     assert c.ngf == 8 and not restored.training
     assert all(torch.equal(w, checkpoint["average"][name]) for name, w in restored.generator().state_dict().items())
