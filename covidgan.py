@@ -8,7 +8,7 @@ A label map of an axial chest CT slice goes in, a CT slice comes out. Research o
     torchrun --nproc_per_node=2 covidgan.py --stage all --preset paper
     python covidgan.py -h                                       # every knob
 
-With the paper in hand, from top to bottom:
+With the paper in hand:
     §IV-A   setting                     Config                  Eq. 3   L_cGAN          gan_losses
     Fig. 3  G1                          GlobalGenerator         Eq. 4   L_DFM, beta     Dfm
     Fig. 4  G2                          LocalGenerator          Eq. 2   objective       Covidgan.losses
@@ -49,13 +49,13 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from tqdm import tqdm
 
-# A further label is a name and a colour here and in data/slices.py, and --n-labels 5.
+# A further label is a name and a colour here and in data/slices.py, denser ones last, and --n-labels 5.
 LABELS = ("background", "lung", "ground-glass opacity", "consolidation")
 COLOURS = ((0, 0, 0), (255, 0, 0), (0, 0, 255), (0, 255, 0))  # Fig. 1: lung red, GGO blue, consolidation green
 HU_OFFSET = 1024  # a stored pixel is HU + 1024, 0..4095
 PARENCHYMA = -860  # HU of healthy lung between the vessels
 LUNG_HU = (-1000, -400)  # must contain the mean of healthy lung
-LOCAL = {"data": "", "out": "", "device": "auto", "resume": False, "overwrite": False}  # of one machine or start
+LOCAL = {"data": "", "out": "", "device": "auto", "resume": False, "overwrite": False}  # what no checkpoint holds
 RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))  # of torchrun
 PHANTOM = "data/phantom"  # the built-in data; a missing folder whose name begins like this is generated
 
@@ -82,7 +82,7 @@ class LoopConfig:
     n_labels: int = 4  # labels in a map, including background
     unchecked: bool = False  # accept slices whose labels do not have the HU of lung and lesions
     # augmentation (Table I names the kinds; the ranges are ours); lengths in pixels of a 512-pixel slice
-    resize: float = 1.117  # random resize by a factor of 1 to this, then random crop
+    resize: float = 1.117  # random resize by 1 to this, as pix2pix's 286 to 256 pixels, then random crop
     rotate: float = 10.0  # random rotation, +- degrees
     elastic: float = 2.0  # standard deviation, in pixels, of the elastic displacements drawn
     elastic_cell: float = 24.0  # spacing of the points they are drawn at; smooth in between
@@ -354,13 +354,12 @@ class Dfm(nn.Module):
     With t_k the L1 distance between the real and the synthetic pair in scale k's first three feature maps,
         L_DFM = (1 - beta) t_1 + beta t_2,
     where beta is one number per image, computed from D1's third feature map of the real pair ("d2": from D2's,
-    "fixed": --beta). With more than two scales, the coarser ones share beta evenly; a single scale has weight 1. "off"
-    leaves L_DFM out of G's loss. It moves G, and beta's own network, but not D: Eq. 2 has it under min_G, although
-    §III-B speaks of D's update.
+    "fixed": --beta). With more than two scales, the coarser ones share beta evenly; of a single scale the weight is 1,
+    and beta is told as 0. "off" leaves L_DFM out of G's loss.
 
-    The paper does not say who moves beta. Eq. 2 puts L_DFM under min_G, but plain minimisation just moves all weight
-    to the discriminator that is easier to match: beta stays within [margin, 1 - margin], by a scaled sigmoid instead
-    of a hard clamp, whose gradient beyond its ends is 0. paper/study.py has other policies.
+    It moves G, and beta's own network, but not D: Eq. 2 has it under min_G, although §III-B speaks of D's update. Who
+    moves beta the paper does not say. Plain minimisation would move all weight to the discriminator that is easier to
+    match, so a scaled sigmoid keeps beta within [margin, 1 - margin]. paper/study.py has other policies.
     """
 
     def __init__(self, c: Config) -> None:
@@ -415,7 +414,8 @@ class Player(NamedTuple):
 class Method(nn.Module):
     """What the loop (Trainer) trains: networks, which are its child modules, stages, players, losses, synthesis.
 
-    The paper's method follows. Another subclasses this in a file of its own, and its options LoopConfig.
+    The paper's method follows. Another subclasses this in a file of its own, and its options LoopConfig. What has no
+    body here is for it to define.
     """
 
     name: ClassVar[str]  # as checkpoints and tables call it
@@ -495,16 +495,13 @@ class Covidgan(Method):
     def players(self, stage: str) -> dict[str, Player]:
         """D, beta's network, and what the stage trains of G: G1 (g1), the local generators (g2), all (joint)."""
         c, g = self.c, self.g
-        players = {
+        g1 = g.g1.trunk if len(g.locals) else g.g1  # the head is used only in stage g1
+        trained = {"g1": [g.g1], "g2": [*g.locals], "joint": [g1, *g.locals, *g.desums]}
+        return {
             "d": Player.of(c, "d", [*self.d.scales[self.first_scale(stage) :]]),
             "beta": Player.of(c, "loss_beta", [self.dfm]),
+            "g": Player.of(c, "g", trained[stage]),
         }
-        if stage == "g1":
-            return players | {"g1": Player.of(c, "g", [g.g1])}
-        if stage == "g2":
-            return players | {"g2": Player.of(c, "g", [*g.locals])}
-        g1 = g.g1.trunk if len(g.locals) else g.g1  # the head is used only in stage g1
-        return players | {"g1": Player.of(c, "g", [g1]), "g2": Player.of(c, "g", [*g.locals, *g.desums])}
 
     def losses(self, onehot: Tensor, target: Tensor, stage: str) -> dict[str, Tensor]:
         """All losses of a step (Eq. 2), from one pass through G and one through D each for the real and synthetic pair.
@@ -608,7 +605,7 @@ def augment(
     room = 1 - 1 / zoom  # how far the crop can move before it leaves the slice
     cos, sin = angle.cos() / zoom, angle.sin() / zoom
     shift_x, shift_y = uniform(-1, 1) * room, uniform(-1, 1) * room
-    theta = torch.stack([cos, -sin, shift_x, sin, cos, shift_y], 1).view(n, 2, 3)[share]  # from a place in the output
+    theta = torch.stack([cos, -sin, shift_x, sin, cos, shift_y], 1).view(n, 2, 3)[share]  # output to slice
     cells = math.ceil(512 / c.elastic_cell)
     spread = 2 * c.elastic / 512  # in the grid's units, of which a slice is 2 wide
     coarse = torch.randn(n, 2, cells, cells, generator=rng, device=device)[share] * spread
@@ -640,7 +637,7 @@ def list_pngs(folder: Path) -> dict[str, Path]:
 def read_split(folder: Path, seed: int) -> dict[str, list[str]]:
     """Names of the train and test slices: from split.json, else about a fifth of the patients held out, drawn by seed.
 
-    Of a single patient the last fifth is held out. Raises Mistake for a slice without image or map, or on both sides.
+    Of a single patient the last fifth is held out. Raises Mistake for a name on both sides, or without image or map.
     """
     images, maps, path = list_pngs(folder / "images"), list_pngs(folder / "maps"), folder / "split.json"
     if path.exists():
@@ -742,12 +739,14 @@ def load_slices(folder: Path, names: list[str], c: LoopConfig, room: int = 1) ->
 def check_hu(what: str, pixels: np.ndarray, sums: np.ndarray, c: LoopConfig) -> None:
     """Print the mean HU of each label, from its number of pixels and their sum, both [n_labels].
 
-    It tells grey levels, a lost offset, labels or a palette in another order, maps on other slices: then Mistake.
+    Raises Mistake for grey levels, a lost offset, labels or a palette in another order, maps on other slices.
     """
     means = {LABELS[k]: sums[k] / pixels[k] for k in range(1, c.n_labels) if pixels[k]}
     told = ", ".join(f"{one} {means[one]:.0f}" if one in means else f"no {one}" for one in LABELS[1 : c.n_labels])
-    ordered = [*means.values()] == sorted(means.values()) and (len(means) < 2 or max(means.values()) > 255 - HU_OFFSET)
-    if not c.unchecked and not (means and ordered and LUNG_HU[0] <= means.get("lung", LUNG_HU[0]) <= LUNG_HU[1]):
+    values = [*means.values()]
+    grey = len(values) > 1 and max(values) <= 255 - HU_OFFSET  # levels of 0..255, taken for HU + 1024
+    right = values == sorted(values) and LUNG_HU[0] <= means.get("lung", -700) <= LUNG_HU[1] and not grey
+    if not c.unchecked and not (values and right):
         wanted = f"lung has {LUNG_HU[0]} to {LUNG_HU[1]}, labels are denser in their order, no grey levels of 0..255"
         raise Mistake(f"{what}: {told} HU; {wanted}: see python data/check.py, or give --unchecked")
     print(f"{what}: {told} HU", flush=True)
@@ -774,7 +773,7 @@ class Trainer:
         self.c, self.out = c, Path(c.out)
         self.device = pick_device(c)
         self.bf16 = uses_bf16(c, self.device)
-        self.asked_to_stop = self.stop = False  # by a signal; by one that any process got, after this step
+        self.asked_to_stop = self.stop = False  # a signal came; all processes have agreed to stop after this step
         split = read_split(Path(c.data), c.seed)
         self.train = load_slices(Path(c.data), split["train"], c, room=2)
         self.test = load_slices(Path(c.data), split["test"], c)
@@ -789,7 +788,7 @@ class Trainer:
         self.begin(next(iter(self.stages)) if c.stage == "all" else c.stage)
 
     def begin(self, stage: str) -> None:
-        """Start a stage: networks are kept, optimisers start anew, over only the stage's parameters."""
+        """Start a stage: networks are kept, averages and optimisers start anew, over only the stage's parameters."""
         self.stage, self.step_done = stage, 0
         self.steps = max(1, round(self.c.epochs * self.epoch_steps * self.stages[stage]))
         self.average.load_state_dict(self.method.state_dict())
@@ -807,7 +806,7 @@ class Trainer:
 
         for signum in (signal.SIGTERM, signal.SIGINT):
             signal.signal(signum, ask_to_stop)
-        stages = [*self.stages] if self.c.stage == "all" else [self.c.stage]
+        stages = [*self.stages] if self.c.stage == "all" else [self.c.stage]  # may follow the one resumed from
         for stage in stages[stages.index(self.stage) if self.stage in stages else 0 :]:
             if stage != self.stage:
                 self.begin(stage)
@@ -839,8 +838,8 @@ class Trainer:
     def step(self) -> dict[str, float]:
         """One update of every player of the stage; returns its learning rates and figures.
 
-        The order is pix2pixHD's: all losses from one forward pass, then all players move. Nothing waits for the device
-        before that; where a figure is not finite no weight moves, and a Mistake says so.
+        The order is pix2pixHD's: all losses from one forward pass, then all players move. Losses that are not finite
+        must move no weight. To look before the backward pass would make a GPU wait: the optimisers look for themselves.
         """
         rates = {f"lr_{name}": lr_at(self.step_done, self.steps, player.lr) for name, player in self.players.items()}
         target, labels = self.batch()
@@ -853,7 +852,7 @@ class Trainer:
         for name, optimizer in self.optimizers.items():
             for group in optimizer.param_groups:
                 group["lr"] = rates[f"lr_{name}"]
-            optimizer.found_inf = not_finite  # as torch.amp.GradScaler has it: where 1, a fused optimiser moves nothing
+            optimizer.found_inf = not_finite  # as torch.amp.GradScaler has it: where this is 1, nothing moves
             optimizer.step()
             optimizer.zero_grad()  # here, not before the backward pass: the forward pass needs the memory
         values = dict(zip(losses, figures.tolist(), strict=True))  # the step's one wait for the device
@@ -867,8 +866,8 @@ class Trainer:
     def batch(self) -> tuple[Tensor, Tensor]:
         """This process's share of the step's batch: target and labels [b, 1, S, S]."""
         epoch, i = divmod(self.step_done, self.epoch_steps)
-        shuffled = [self.c.seed, [*self.stages].index(self.stage), epoch]
-        order = sample_order(len(self.train.names), self.c.epoch_len, shuffled)
+        seed = [self.c.seed, [*self.stages].index(self.stage), epoch]
+        order = sample_order(len(self.train.names), self.c.epoch_len, seed)
         chosen = torch.from_numpy(order[i * self.c.batch : (i + 1) * self.c.batch])
         hu, labels = self.train.hu[chosen].to(self.device), self.train.labels[chosen].to(self.device)
         self.rng.manual_seed(self.step_seed())
@@ -890,7 +889,7 @@ class Trainer:
                 losses[loss].backward(inputs=parameters, retain_graph=k < len(moved))
 
     def mean_over_processes(self, figures: Tensor) -> Tensor:
-        """Data parallelism: means over the processes of all gradients, in place, and of a step's figures, returned."""
+        """Data parallelism: gradients and figures become their means over the processes, which agree on stopping."""
         self.stop = self.asked_to_stop
         if WORLD == 1:
             return figures
@@ -901,7 +900,7 @@ class Trainer:
         stop, figures, *means = (flat / WORLD).split([1, len(figures), *(g.numel() for g in grads)])
         for g, mean in zip(grads, means, strict=True):
             g.copy_(mean.view_as(g))
-        self.stop = bool(stop > 0)  # as all agree
+        self.stop = bool(stop > 0)
         return figures
 
     def update_average(self) -> None:
@@ -928,7 +927,7 @@ class Trainer:
     def load(self, path: Path) -> None:
         """Go on from a checkpoint, bit for bit as if never stopped."""
         checkpoint = read_checkpoint(path)
-        self.method.load_state_dict(checkpoint["networks"])  # strictly: options that change networks end here
+        self.method.load_state_dict(checkpoint["networks"])  # a RuntimeError names what other options have changed
         self.begin(checkpoint["stage"])
         self.average.generator().load_state_dict(checkpoint["average"])
         for name, optimizer in self.optimizers.items():
@@ -962,7 +961,7 @@ class Trainer:
         write_curves(self.out / "curves.png", self.out / "stats.jsonl", self.method.curves)
 
     def open_out(self) -> None:
-        """Discard another run in OUT, and write split.json: the slices' folder, all ever trained on, those held out."""
+        """Discard another run in OUT; write split.json: the data, all slices ever trained on, and those held out."""
         path, train = self.out / "split.json", {*self.train.names}
         if self.c.resume:
             train |= {*json.loads(path.read_text())["train"]} if path.exists() else set()
@@ -989,7 +988,7 @@ class Trainer:
 
 
 def choose_cases(side: Slices, n: int = 4) -> list[int]:
-    """Indices of up to n telling slices: from each patient in turn, the one with most of the scarcer lesion."""
+    """Indices of up to n telling slices: of each patient the one with most of the scarcer lesion, then any others."""
     ggo, consolidation = ((side.labels == label).sum((1, 2, 3)) for label in (2, 3))  # [N]
     worth = torch.minimum(ggo, consolidation) + 1e-3 * (ggo + consolidation)
     ranked = worth.argsort(descending=True, stable=True).tolist()
@@ -1128,7 +1127,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint: one plain dict of tensors and numbers (see Trainer.state). No code from the file is run."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        return checkpoint | {"config": checkpoint["config"]}
+        return checkpoint | {"config": checkpoint["config"]}  # a KeyError for a file of another kind
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as error:
         raise Mistake(f"{path}: not a checkpoint that can be read ({type(error).__name__})") from error
 

@@ -77,9 +77,9 @@ def test_optimisers_take_the_rate_of_their_step(tiny):
     """A first step of Adam is the rate itself, whatever the gradient; at the stage's end it has fallen."""
     trainer = covidgan.Trainer(Covidgan, tiny(batch=2, epochs=2, epoch_len=20))
     for trainer.step_done, rate in ((0, 2e-4), (19, 2e-5)):
-        trainer.optimizers["g1"].state.clear()
+        trainer.optimizers["g"].state.clear()
         before = [p.detach().clone() for p in trainer.method.g.g1.parameters()]
-        assert trainer.step()["lr_g1"] == pytest.approx(rate)
+        assert trainer.step()["lr_g"] == pytest.approx(rate)
         moves = [(a - b).abs().max() for a, b in zip(trainer.method.g.g1.parameters(), before, strict=True)]
         assert max(moves).item() == pytest.approx(rate, rel=1e-2)
 
@@ -192,7 +192,7 @@ def test_where_weights_lie_otherwise_in_memory_a_resumed_runs_moments_lie_as_the
     torch.save(first.state(), tmp_path / "ckpt.pt")
     second = covidgan.Trainer(Covidgan, tiny(dtype="float32", out=str(tmp_path)))
     second.load(tmp_path / "ckpt.pt")
-    for weight, moments in second.optimizers["g1"].state.items():
+    for weight, moments in second.optimizers["g"].state.items():
         assert moments["exp_avg"].stride() == moments["exp_avg_sq"].stride() == weight.stride()
     assert differing(first.state()["optimizers"], second.state()["optimizers"]) == []
 
