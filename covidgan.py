@@ -131,7 +131,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper": dict(noise=0.01, contrast=0.0, ema=0.0),
     "best": BEST,
     "demo": BEST
-    | dict(size=128, ngf=24, ndf=24, n_blocks=4, n_local_blocks=2, epochs=2, epoch_len=1000, interval=125)
+    | dict(size=128, ngf=24, ndf=24, n_blocks=4, n_local_blocks=2, epochs=2, epoch_len=1200, interval=150)
     | dict(lr=6e-4, beta=0.5, contrast=6.0),  # to suit its few steps, on the phantom
     "tiny": dict(data=f"{PHANTOM}64", size=64, ngf=8, ndf=8, n_blocks=2, batch=4, epochs=1, epoch_len=80, interval=10),
 }
