@@ -233,10 +233,11 @@ def bench_train(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 def exported(c: covidgan.Config, folder: Path, fp16: bool = False, target: str = "any") -> Path:
     """The file of a generator with untrained weights: the arithmetic is the same."""
-    networks = covidgan.build(covidgan.Covidgan, c).state_dict()
+    method = covidgan.build(covidgan.Covidgan, c)
+    untrained = {"config": vars(c), "networks": method.state_dict(), "average": method.g.state_dict()}
     path = folder / f"{target}{'_fp16' * fp16}.onnx"
     if not path.exists():  # the part before may have made it
-        export.export_generator({"config": vars(c), "networks": networks}, "0" * 64, path, fp16, target)
+        export.export_generator(untrained, "0" * 64, path, fp16, target)
     return path
 
 
