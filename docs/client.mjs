@@ -26,4 +26,4 @@ for (let y = 0; y < height; y++) hu.set(ct.data.subarray(y * w, y * w + width), 
 
 const grey = Uint8ClampedArray.from(hu, (value) => 255 * ((value - LEVEL) / WIDTH + 0.5)); // rounds and clips
 writeFileSync("ct.raw", hu);
-writeFileSync("ct.pgm", Buffer.concat([Buffer.from(`P5 ${width} ${height} 255\n`), grey]));
+writeFileSync("ct.pgm", Buffer.concat([Buffer.from(`P5 ${width} ${height} 255\n`), Buffer.from(grey)]));
