@@ -19,6 +19,10 @@ The generator's contract, all that a client in any language needs:
     output  alpha  float32 [N]         DESUM's weight of G2's features (Eq. 1)
     metadata, strings: kind, contract, method, labels, colours, level, width, size, multiple, precision, target,
     checkpoint_sha256, licence; precision is float32, float16, or packed: float32 with weights kept in 16 bits
+    metadata, where the checkpoint tells: trained_labels, a list of the labels above 0 that some training map held
+ONNX Runtime hands out no metadata in JavaScript. Such a client, as docs/client.mjs, must know three by itself:
+    multiple        H and W are padded to multiples of it with 0, right and below, and the slice is cropped back
+    level, width    the window in HU: grey = (HU - level) / width + 1/2, and its floor is level - width / 2
 
 A U-Net's contract:
     input   ct     int16   [N, H, W]   HU; N, H, W are free, H and W multiples of the metadata's `multiple`
@@ -122,6 +126,8 @@ def export_generator(
         "checkpoint_sha256": digest,
         "licence": LICENCE.format(terms),
     }
+    if "trained_labels" in checkpoint:  # not in those of before
+        metadata["trained_labels"] = json.dumps(checkpoint["trained_labels"])
     save_checked(model, path, metadata)
     limits = f"at most {hu:.0f} HU (limit {MAX_HU[precision]}) and {alpha:.1e} in alpha"
     return f"{limits} from PyTorch, batch 1 and 3, two sizes"

@@ -104,6 +104,8 @@ def exported(tmp_path_factory):
             folder = tmp_path_factory.mktemp(name)
             options, flags = variants[name]
             checkpoint, c, generator = checkpoint_of(**options)
+            if name == "one":  # the others are as checkpoints were before
+                checkpoint["trained_labels"] = [1, 2]
             torch.save(checkpoint, folder / "ckpt.pt")
             printed = export_to(folder / "generator.onnx", [folder / "ckpt.pt", *flags])
             made[name] = Exported(folder / "generator.onnx", folder / "ckpt.pt", printed, c, generator)
@@ -217,7 +219,9 @@ def test_metadata_is_complete_and_can_be_parsed(plain, exported):
     assert (float(m["level"]), float(m["width"]), int(m["size"]), int(m["multiple"])) == (-600, 1500, 32, 16)
     assert m["checkpoint_sha256"] == hashlib.sha256(plain.source.read_bytes()).hexdigest()
     assert m["licence"] == f"Network: MIT. Weights: {export.TERMS}. Research only, not for diagnosis."
-    assert "Weights: CC BY 4.0, by allocation. Research only" in exported("one").metadata["licence"]
+    m = exported("one").metadata
+    assert "Weights: CC BY 4.0, by allocation. Research only" in m["licence"]
+    assert json.loads(m["trained_labels"]) == [1, 2]
     m = exported("fp16").metadata
     assert json.loads(m["labels"]) == list(covidgan.LABELS[:3]) and len(json.loads(m["colours"])) == 3
     assert (float(m["level"]), float(m["width"]), int(m["multiple"])) == (40, 400, 32)

@@ -1,17 +1,19 @@
 """What a clone comes with: example maps, a trained generator, and what infer_onnx.py takes where nothing is named."""
 
 import hashlib
+import re
 import shutil
 import subprocess
 import sys
 
 import numpy as np
+import pytest
 from conftest import ROOT
 from PIL import Image
 
 import infer_onnx
 from data import phantom
-from data.slices import read_image, read_map
+from data.slices import read_image, read_map, windowed
 
 SHIPPED = ROOT / "models/covid-ct-256.onnx"
 EXAMPLES = sorted((ROOT / "models/examples").glob("*.png"))
@@ -87,3 +89,29 @@ def test_a_model_that_was_named_and_is_not_there_is_not_replaced(tmp_path):
     done = script(ROOT / "models/examples", "--model", "missing.onnx", cwd=tmp_path)
     assert done.returncode == 2 and "missing.onnx" in done.stderr and done.stderr.count("\n") == 1
     assert not (tmp_path / "synthetic").exists()
+
+
+# ---- the example client in JavaScript
+
+
+@pytest.mark.long
+def test_the_client_in_javascript_makes_the_slice_of_infer_onnx_to_1_hu(tmp_path):
+    if not (npm := shutil.which("npm")):
+        pytest.skip("no npm here: apt-get install npm")
+    shutil.copy(ROOT / "docs/client.mjs", tmp_path)
+    package = re.search(r"onnxruntime-node@[\d.]+", (tmp_path / "client.mjs").read_text())[0]
+    install = [npm, "install", "--prefix", tmp_path, "--ignore-scripts", "--fetch-retries", "0", package]
+    if (done := subprocess.run(install, capture_output=True, text=True, timeout=500)).returncode:
+        pytest.skip(f"npm does not get {package}: {done.stderr[-200:]}")
+    session, info = infer_onnx.open_session(SHIPPED, "cpu", threads=1)
+    for part in (np.s_[:], np.s_[40:241, 6:], np.s_[118:138]):  # whole, of no multiple, and of less than two
+        labels = read_map(EXAMPLES[-1])[part]
+        labels.tofile(tmp_path / "map.raw")
+        command = ["node", "client.mjs", SHIPPED, "map.raw", *map(str, labels.shape)]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        hu = np.fromfile(tmp_path / "ct.raw", "<i2").reshape(labels.shape)
+        assert np.abs(hu - infer_onnx.Generator(session, info)(labels[None])[0]).max() <= 1 and np.ptp(hu) > 500
+        off = np.asarray(Image.open(tmp_path / "ct.pgm")) - windowed(hu, info["level"], info["width"]).astype(int)
+        assert np.abs(off).max() <= 1  # halves are rounded otherwise
+    shutil.rmtree(tmp_path / "node_modules")  # 291 MB

@@ -463,7 +463,7 @@ def test_what_is_no_label_map_is_refused_in_one_line_and_the_map_stays(page, tmp
         "pink.png": "colour 255,0,255 at row 7, column 5",
         "five.png": "label 5 at row 7, column 5",
         "ct.png": "no label map",
-        "large.png": "above 1024 pixels a side",
+        "large.png": "large.png: 1025 x 8 pixels, above this page's 1024 a side",  # and not that it is unreadable
         "cut.png": "not a readable PNG",
         "map.jpg": "neither a label map",
     }.items():
@@ -503,6 +503,26 @@ def test_a_label_that_the_generator_does_not_know_gets_no_slice_until_it_is_eras
     assert page.tab.locator("#save-ct").is_disabled()
     page.tab.click("#undo")
     as_scripts_have_it(page, generator)
+
+
+def test_a_label_that_no_training_map_held_is_told_once_and_the_slice_is_made(page, generator, tmp_path):
+    def draw(kind, x):
+        page.tab.evaluate("say('')")
+        page.choose(kind)
+        page.stroke((x, 30), (x + 2, 40))
+        as_scripts_have_it(page, path)
+        return page.line()
+
+    path = other_generator(generator, tmp_path / "glass.onnx", trained_labels="[1, 2]")
+    page.pick("generator", path)
+    page.wait_for("glass.onnx, trained at")
+    assert draw("Ground glass", 14) == ""
+    assert "never saw consolidation in training" in draw("Consolidation", 18)
+    assert draw("Consolidation", 46) == ""
+    path = generator  # which does not tell
+    page.pick("generator", path)
+    page.wait_for("generator.onnx, trained at")
+    assert draw("Consolidation", 50) == ""
 
 
 def test_without_the_shipped_generator_the_page_says_so_and_takes_one_that_is_dropped(new_page, site, generator):

@@ -110,7 +110,8 @@ const state = {
   map: null, // {name, width, height, labels uint8}; it never changes, an edit makes another
   past: [], future: [], // maps
   kept: null, // the map that was saved, opened or started from last
-  generator: null, // {labels, level, width, size, multiple, licence} of the one that is open
+  generator: null, // {labels, level, width, size, multiple, trained_labels, licence} of the one that is open
+  untrained: [], // labels above 0 that no map of its training held, until the first use of each is told
   slice: null, // {map, hu int16, seconds}; out of date where its map is not the one above
 };
 
@@ -278,6 +279,7 @@ async function synthesize() {
     $("timing").textContent = "drawing …";
     try {
       state.slice = { map, ...await worker.ask("synthesize", map) };
+      tellUntrained(map);
     } catch (error) {
       state.slice = null;
       complain(`No slice of ${map.width} x ${map.height} pixels: ${error.message}`);
@@ -286,6 +288,15 @@ async function synthesize() {
     showButtons();
   } while (map !== state.map);
   busy = false;
+}
+
+/** Say, once for each label, that a map uses it and no map of the generator's training did. */
+function tellUntrained({ labels }) {
+  const used = state.untrained.filter((label) => labels.includes(label));
+  if (!used.length) return;
+  state.untrained = state.untrained.filter((label) => !used.includes(label));
+  const names = used.map((label) => LABELS[label]).join(" and ");
+  say(`This generator never saw ${names} in training: what it draws there means nothing.`);
 }
 
 /** Open a generator from a promise of its bytes. The one before stays where the file is refused. */
@@ -300,7 +311,9 @@ async function openGenerator(name, content) {
     return complain(`${name}: ${error.message}`);
   }
   state.slice = null; // it was the other generator's
-  const { size, licence } = state.generator, untouched = !state.past.length && !state.future.length;
+  const { size, licence, trained_labels: trained } = state.generator;
+  const untouched = !state.past.length && !state.future.length;
+  state.untrained = trained ? [1, 2, 3].filter((label) => !trained.includes(label)) : []; // an older file tells none
   $("about").textContent = `${name}, trained at ${size} x ${size} pixels. ${licence}`;
   resetWindow();
   if (untouched) useMap(drawLungs(size), false);
@@ -502,6 +515,7 @@ function crc32(bytes) {
 /** The labels in a PNG, by the rules of read_map in data/slices.py. Throws for what is no label map. */
 async function readMap(bytes) {
   const png = await readPng(bytes).catch((error) => {
+    if (error instanceof Unfit) throw error;
     throw new Error(`not a readable PNG (${error.message}): write it again`);
   });
   const { width, height, depth, type } = png;
@@ -539,6 +553,9 @@ function labelOf(content) {
   return COLOURS.findIndex((colour) => colour.every((value, k) => value === content[k]));
 }
 
+/** Says why a PNG that is whole cannot be opened. */
+class Unfit extends Error {}
+
 /** A PNG's header, samples [height * width * channels], and palette of 256, transparent and missing colours black. */
 async function readPng(bytes) {
   if (!SIGNATURE.every((byte, i) => bytes[i] === byte)) throw new Error("it does not begin like a PNG");
@@ -550,9 +567,11 @@ async function readPng(bytes) {
     at += 12 + length;
   }
   const [depth, type, , , interlaced] = found.IHDR.subarray(8);
-  const png = { width: view.getUint32(16), height: view.getUint32(20), depth, type };
-  if (interlaced) throw new Error("it is interlaced");
-  if (Math.max(png.width, png.height) > LARGEST) throw new Error(`above ${LARGEST} pixels a side`);
+  const width = view.getUint32(16), height = view.getUint32(20), png = { width, height, depth, type };
+  if (Math.max(width, height) > LARGEST) {
+    throw new Unfit(`${width} x ${height} pixels, above this page's ${LARGEST} a side: give it to infer_onnx.py`);
+  }
+  if (interlaced) throw new Unfit("an interlaced PNG: save it without interlacing");
   const raw = await through(new DecompressionStream("deflate"), await new Blob(data).arrayBuffer());
   const { PLTE = [], tRNS = [] } = found;
   const palette = Array.from({ length: 256 }, (_, i) => {
@@ -689,6 +708,7 @@ function generatorWorker({ places, files }) {
       width: (value) => value > 0,
       size: isCount,
       multiple: isCount,
+      trained_labels: (value) => value === null || Array.isArray(value), // null: the file does not tell
     };
     const parsed = { licence };
     for (const key of Object.keys(holds)) {
