@@ -50,9 +50,13 @@ def fault(hu: np.ndarray, labels: np.ndarray) -> tuple[int, str]:
     """
     if -HU_OFFSET <= hu.min() < hu.max() <= 255 - HU_OFFSET:
         return 1, f"no value above 255, so grey levels, not HU + {HU_OFFSET}: convert it first"
-    label, wrong = densities(measure(hu, labels), np.prod(hu.shape[-2:]) / 100, whole=labels.ndim == 3)
+    measured = measure(hu, labels)
+    label, wrong = densities(measured, np.prod(hu.shape[-2:]) / 100, whole=labels.ndim == 3)
     if (told := turned(hu, labels == 1)) and (label < 2 or turned(hu, labels > 0)):
         return 1, f"its map's lung {told}: turn one of them"
+    means = means_of(measured)
+    if not wrong and (told := sided(labels)) and means[1:3].max() < AERATED:  # of a whole lung as of ground glass
+        return 2, f"mean {means[2]:+.0f} HU in label 2, {means[1]:+.0f} HU in label 1: {told}"
     return label, wrong
 
 
@@ -78,10 +82,9 @@ def no_lung(mean: float) -> str:
     if low <= mean <= high:
         return ""
     looks = "the map of another slice, or a turned one: mend it"
-    if mean < low:
-        looks = f"an offset of {HU_OFFSET} that is lost: add it"
-    elif low <= mean - HU_OFFSET <= high:
-        looks = f"an offset (a CT's intercept) of {HU_OFFSET} too much: take it off"
+    if mean < low or low <= mean - HU_OFFSET <= high:
+        lost, added = f"an offset of {HU_OFFSET} lost: add it", f"a CT's intercept, {HU_OFFSET} too much: take it off"
+        looks = lost if mean < low else added
     return f"which has {low} to {high}: it looks like {looks}"
 
 
@@ -152,12 +155,12 @@ def densities(measured: np.ndarray, fewest: float = FEWEST, whole: bool = False)
         if apart and abs(step) < TWINS:
             looks = "it looks like a left and a right lung taken for two labels"
         return more, f"mean {figures[more]}, {figures[less]}: {looks}"
+    if 2 in there and 1 not in there and (whole or means[2] < GLASS_HU[0]):
+        return 2, f"mean {figures[2]}, and no healthy lung (label 1): it looks like lung taken for a lesion"
     if 3 in there and means[3] < DENSE_HU:
         return 3, f"mean {figures[3]}, which is denser: {order}"
     if 2 in there and means[2] > GLASS_HU[1]:
         return 2, f"mean {figures[2]}, which is less dense: {order}"
-    if 2 in there and 1 not in there and (whole or means[2] < GLASS_HU[0]):
-        return 2, f"mean {figures[2]}, and no healthy lung (label 1): it looks like lung taken for a lesion"
     return 0, ""
 
 

@@ -3,8 +3,6 @@
 import numpy as np
 from scipy import ndimage
 
-AIR = -1000  # HU; all below is air or padding alike: -1000, -1024 or -3024 may surround a crop, or a scanner's circle
-
 
 def find_lungs(hu: np.ndarray, diseased: np.ndarray, millimetres: np.ndarray) -> np.ndarray:
     """Find the lungs, bool [Z, H, W], in HU [Z, H, W]; diseased voxels, bool [Z, H, W], belong to them.
@@ -30,11 +28,11 @@ def find_lungs(hu: np.ndarray, diseased: np.ndarray, millimetres: np.ndarray) ->
 def enclosed_air(hu: np.ndarray, millimetres: np.ndarray) -> np.ndarray:
     """Air inside the body, bool [H, W], of one slice of HU [H, W].
 
-    The slice ends where only a constant or padding follows: its corners are outside the body, and lungs that a tight
-    crop cuts off are not.
+    The slice ends where only a constant or padding, such as -1000, -1024 and -3024 side by side, follows: its corners
+    are outside the body, and lungs that a tight crop cuts off are not.
     """
     enclosed = np.zeros(hu.shape, bool)
-    rows, columns = (np.flatnonzero(np.ptp(hu.clip(AIR), axis)) for axis in (1, 0))
+    rows, columns = (np.flatnonzero(np.ptp(hu.clip(-1000), axis)) for axis in (1, 0))
     if not rows.size:
         return enclosed
     field = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]

@@ -2,7 +2,6 @@
 
     python data/prepare.py SRC                                   # by patient, into data/radiopaedia
     python data/prepare.py SRC --by slice                        # as in the paper: neighbouring slices on both sides
-    python data/prepare.py SRC --exclude-patient 3 --out data/radiopaedia_without_3
 
 SRC is laid out like the public download, with volume N being patient N:
 

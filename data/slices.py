@@ -11,7 +11,6 @@ The images keep raw HU: windows are applied on reading. Every file is written wh
 
 import argparse
 import contextlib
-import errno
 import io
 import itertools
 import json
@@ -45,7 +44,6 @@ JSON_ERRORS = (OSError, ValueError, RecursionError)  # from a JSON file; the las
 LEVEL, WIDTH = -600, 1500  # the lung window of pictures for people, HU
 SPREAD = {"L;2": 85, "L;4": 17}  # Pillow spreads grey of few bits over 0..255
 same_form = partial(unicodedata.normalize, "NFC")  # of names, for comparing: Macs store accents apart from letters
-NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # errors of a filesystem without locks
 
 
 class Mistake(Exception):
@@ -235,7 +233,7 @@ def read_split(path: Path) -> dict[str, list[str]]:
 def held(folder: Path, name: str = ".lock") -> Iterator[None]:
     """Make a folder and lock it, or the file in it that the lock's name stands for; Mistake where another run holds it.
 
-    The lock is the system's and ends with its process, however that dies. Without locks there is a warning.
+    The lock is the system's and ends with its process, however that dies.
     """
     lock = FileLock(folder / name, blocking=False, fallback_to_soft=False)
     try:
@@ -244,9 +242,7 @@ def held(folder: Path, name: str = ".lock") -> Iterator[None]:
     except Timeout as error:
         raise Mistake(f"{folder}: another run is writing to it: wait for its end, or give another --out") from error
     except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise Mistake(f"{folder}: cannot be written to ({error.strerror}): give another --out") from error
-        print(f"warning: {folder}: no locks on this filesystem: let no two runs write there", file=sys.stderr)
+        raise Mistake(f"{folder}: cannot be written to ({error.strerror}): give another --out") from error
     try:
         yield
     finally:

@@ -173,6 +173,35 @@ def test_grey_levels_and_a_lost_offset_are_refused_and_little_lung_tells_nothing
         check.check_pair(tmp_path / "ct.nii", hu + 1024, labels * 0)
 
 
+WRONG = {  # labels taken for others
+    "0, 3, 1, 2": (lambda labels: np.array([0, 3, 1, 2], np.uint8)[labels], r"-850 HU in consolidation \(label 3\)"),
+    "0, 1, 3, 2": (lambda labels: np.array([0, 1, 3, 2], np.uint8)[labels], r"-550 HU in consolidation \(label 3\)"),
+    "a right and a left lung": (sides, r"\(label 2\).*left and a right"),
+    "two lungs and lesions": (lambda labels: np.where(labels > 1, 3, sides(labels)), r"\(label 2\).*left and a right"),
+    "lung as ground glass": (lambda labels: 2 * (labels > 0), r"label 2\), and no healthy lung"),
+    "ground glass alone, as consolidation": (lambda labels: (labels % 3 > 0) * (2 * labels - 1), r"\(label 3\)"),
+    "consolidation alone, as ground glass": (lambda labels: labels * (labels != 2) - (labels == 3), r"\(label 2\)"),
+}
+
+
+@pytest.mark.parametrize("called", WRONG)
+@pytest.mark.parametrize("part", [np.s_[:], 0])
+def test_labels_taken_for_others_are_told_by_file_label_and_hu(tmp_path, called, part):
+    hu, labels = draw_chest()
+    labels[:, 24:32, 15:23], labels[:, 36:44, 43:50] = 2, 3
+    hu[labels == 2], hu[labels == 3] = -550, 20
+    check.check_pair(tmp_path / "ct.nii", hu[part], labels[part])
+    change_, told = WRONG[called]
+    with pytest.raises(Mistake, match=rf"ct\.nii: mean [-+]\d+ HU.*{told}|ct\.nii: mean {told}"):
+        check.check_pair(tmp_path / "ct.nii", hu[part], change_(labels).astype(np.uint8)[part])
+
+
+def test_two_lungs_under_two_labels_are_told_without_a_ct():
+    _, labels = draw_chest()
+    assert check.sided(labels) == check.sided(labels[0]) == check.sided(labels * 0) == ""
+    assert "1 and 2" in check.sided(sides(labels)) and "2 and 1" in check.sided(sides(labels)[0, :, ::-1])
+
+
 @pytest.mark.parametrize("shift", [-11, -6, 0, 6, 11])
 @pytest.mark.parametrize("noise", [0, 30])
 def test_a_body_beside_the_middle_of_its_slice_is_not_called_turned(shift, noise):

@@ -220,6 +220,8 @@ BAD_FILES = {
     "the intercept twice": ("rp_im/2.nii.gz", lambda p: change(p, lambda v: v - 1024), "lost"),
     "too dense by 500": ("rp_im/2.nii.gz", lambda p: change(p, lambda v: v + 500), "mean -35"),
     "lesions like lung": ("rp_msk/2.nii.gz", lambda p: change(p, lambda v: np.roll(v, 3, 1)), "label 2"),
+    "HU / 1000": ("rp_im/2.nii.gz", lambda p: change(p, lambda v: v / np.float32(1000)), "no HU"),
+    "z-scores": ("rp_im/2.nii.gz", lambda p: change(p, lambda v: (v + 500) / np.float32(450)), "no HU"),
     "columns reversed": ("rp_im/2.nii.gz", lambda p: change(p, lambda v: v[::-1]), "turned"),
 }
 
@@ -366,6 +368,62 @@ def test_in_a_stack_each_slice_is_a_patient_of_its_own(tmp_path, out, capsys):
     assert split["drawn"]["by"] == "slice" and "split by slice" in capsys.readouterr().out
 
 
+def put_masks(folder, of):
+    """Masks made of those of lungs and of lesions, in folder/wrong."""
+    for path in (folder / "lung").iterdir():
+        lung, lesion = (nib.load(folder / part / path.name) for part in ("lung", "lesion"))
+        masks = of(np.asanyarray(lung.dataobj), np.asanyarray(lesion.dataobj)).astype(np.uint8)
+        (folder / "mine").mkdir(exist_ok=True)
+        nib.save(nib.Nifti1Image(masks, lung.affine), folder / "mine" / path.name)
+    return str(folder / "mine")
+
+
+def right_and_left(lung):
+    return lung * (1 + (np.arange(SIZE) > 11)[:, None, None])
+
+
+def in_one(lung, lesion):
+    return np.where(lesion, lesion + 1, lung)
+
+
+LUNGS = {
+    "255": lambda lung, _: lung * 255,
+    "two": lambda lung, _: right_and_left(lung),
+    "lobes": lambda lung, _: lung * 5,
+}
+
+
+@pytest.mark.parametrize("kind", [*LUNGS, "labels 0 to 3"])
+def test_lungs_of_any_number_and_labels_in_one_mask_give_the_same_slices(tmp_path, out, kind):
+    put_named(tmp_path, ["a", "b", "c"])
+    run_named(tmp_path, tmp_path / "usual")
+    if kind in LUNGS:
+        run_named(tmp_path, out, "--lungs", put_masks(tmp_path, LUNGS[kind]), lungs=False)
+    else:
+        labels = put_masks(tmp_path, in_one)
+        prepare.main(["--images", f"{tmp_path}/ct", "--labels", labels, "--out", str(out), "--size", str(SIZE)])
+        assert json.loads((out / "split.json").read_text())["drawn"]["labels"] == "mine"
+        with pytest.raises(Mistake, match="--labels"):
+            run_named(tmp_path, out, "--labels", labels)
+    assert pictures(out) == pictures(tmp_path / "usual")
+
+
+LESIONS = {
+    "two lungs, and 3 for infection": lambda lung, lesion: np.where(lesion, 3, right_and_left(lung)),
+    "lung, ground glass and consolidation": in_one,
+    "the lung mask": lambda lung, _: lung,
+}
+
+
+@pytest.mark.parametrize("kind", LESIONS)
+def test_lesion_masks_that_hold_the_lung_are_named_with_label_and_hu(tmp_path, out, kind):
+    put_named(tmp_path, ["a", "b"])
+    mine = put_masks(tmp_path, LESIONS[kind])
+    with pytest.raises(Mistake, match=rf"^{mine}/a\.nii\.gz: mean -8\d\d HU in ground-glass opacity \(label 2\)"):
+        run_named(tmp_path, out, "--lesions", mine)
+    assert not out.exists()
+
+
 def binary(seed):
     """A body whose lesion mask holds 0 and 1, and what is consolidation in truth."""
     hu, lung, lesion = body(seed=seed)
@@ -412,11 +470,18 @@ def chest():
 
 
 @pytest.mark.parametrize("padding", [-1024, -2000, -3024])
-def test_the_lungs_are_found_in_a_round_field(chest, padding):
+@pytest.mark.parametrize("fill", [None, -1000, -1024])
+def test_the_lungs_are_found_in_a_round_field_and_in_a_crop_that_is_filled(chest, padding, fill):
     hu, labels, millimetres = chest
     y, x = np.mgrid[:256, :256] - 127.5
+    if fill is not None:  # all but the box of the lungs
+        rows, columns = (np.flatnonzero((labels > 0).any(axes)) for axes in ((0, 2), (0, 1)))
+        crop = np.s_[:, rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+        box = np.full_like(hu, fill)
+        box[crop] = hu[crop]
+        hu = box
     hu = np.where(np.hypot(x, y) < 127, hu, padding)
-    assert dice(find_lungs(hu, labels > 1, millimetres), labels > 0) > 0.97
+    assert dice(find_lungs(hu, labels > 1, millimetres), labels > 0) > 0.95
 
 
 def test_table_windpipe_and_stomach_gas_are_no_lung(chest):
