@@ -56,7 +56,7 @@ def fault(hu: np.ndarray, labels: np.ndarray) -> tuple[int, str]:
         return 1, f"its map's lung {told}: turn one of them"
     means = means_of(measured)
     if not wrong and (told := sided(labels)) and means[1:3].max() < AERATED:  # of a whole lung as of ground glass
-        return 2, f"mean {means[2]:+.0f} HU in label 2, {means[1]:+.0f} HU in label 1: {told}"
+        return 2, f"mean {means[2]:+.0f} HU in {LABELS[2]} (label 2), {means[1]:+.0f} HU (label 1): {told}"
     return label, wrong
 
 
