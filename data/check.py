@@ -51,7 +51,7 @@ def fault(hu: np.ndarray, labels: np.ndarray) -> tuple[int, str]:
     if -HU_OFFSET <= hu.min() < hu.max() <= 255 - HU_OFFSET:
         return 1, f"no value above 255, so grey levels, not HU + {HU_OFFSET}: convert it first"
     measured = measure(hu, labels)
-    label, wrong = densities(measured, np.prod(hu.shape[-2:]) / 100, whole=labels.ndim == 3)
+    label, wrong = densities(measured, np.prod(hu.shape[-2:]) / 100, whole=labels.ndim == 3 and len(labels) > 1)
     if (told := turned(hu, labels == 1)) and (label < 2 or turned(hu, labels > 0)):
         return 1, f"its map's lung {told}: turn one of them"
     means = means_of(measured)
