@@ -5,8 +5,7 @@
 data/mine is laid out as `slices.py` says. An error must be mended, and makes exit status 2; a note may be right.
 contact_sheet.png shows the most diseased slice of each patient under the outlines of its map: look at it.
 
-Each judgement is a small function in JUDGEMENTS that yields its findings: add yours there. infer_onnx.py and eval.py
-judge slices and volumes by check_pair, and data/prepare.py its volumes by all that stands before the sets.
+Each judgement is a small function in JUDGEMENTS that yields its findings: add yours there.
 """
 
 import hashlib
@@ -27,6 +26,8 @@ from data import slices
 from data.slices import HU_OFFSET, LABELS, Mistake, patient_of, read_image, read_map
 
 LUNG_HU = (-1000, -400)  # must contain the mean HU of healthy lung; covidgan.py, which stands alone, has the same
+GLASS_HU = (-720, -300)  # holds the mean of ground glass, the lower end where there is no healthy lung to compare
+DENSE_HU = -450  # below the mean HU of consolidation
 TWINS = 80  # HU: a patient's two lungs differ by at most 75, ground glass is at least 87 denser than the lung
 FEWEST = 50  # pixels of a label that tell a mean
 AERATED = -500  # HU: what is lower is lung or air, what is higher is tissue
@@ -37,25 +38,42 @@ SHEET, TILE = 60, (256, 256)  # patients at most on the contact sheet, and pixel
 # ---- one slice or volume and its labels
 def check_pair(path: Path, hu: np.ndarray, labels: np.ndarray) -> None:
     """Raise Mistake, naming the file, for a real slice or volume that cannot be its map's: see `fault`."""
-    if told := fault(hu, labels):
+    if told := fault(hu, labels)[1]:
         raise Mistake(f"{path}: {told}, or overrule by --unchecked")
 
 
-def fault(hu: np.ndarray, labels: np.ndarray) -> str:
-    """Why a slice or volume cannot be its map's: grey levels, no HU of lung, or turned; "" where it can be.
+def fault(hu: np.ndarray, labels: np.ndarray) -> tuple[int, str]:
+    """Why a slice or volume cannot be its map's: grey levels, a turn, or densities; 0 and "" where it can be.
 
-    hu int16 and labels uint8, both [H, W] or [Z, H, W]: healthy lung is 1; less than a hundredth of it tells nothing.
+    hu int16 and labels uint8, both [H, W] or [Z, H, W]. The number is the label that has the wrong density, else 1.
+    Less of a label than a hundredth of a slice tells nothing.
     """
     if -HU_OFFSET <= hu.min() < hu.max() <= 255 - HU_OFFSET:
-        return f"no value above 255, so grey levels, not HU + {HU_OFFSET}: convert it first"
-    lung = labels == 1
-    if 100 * np.count_nonzero(lung) < hu.size:
+        return 1, f"no value above 255, so grey levels, not HU + {HU_OFFSET}: convert it first"
+    measured = measure(hu, labels)
+    label, wrong = densities(measured, np.prod(hu.shape[-2:]) / 100, whole=labels.ndim == 3 and len(labels) > 1)
+    if (told := turned(hu, labels == 1)) and (label < 2 or turned(hu, labels > 0)):
+        return 1, f"its map's lung {told}: turn one of them"
+    means = means_of(measured)
+    if not wrong and (told := sided(labels)) and means[1:3].max() < AERATED:  # of a whole lung as of ground glass
+        return 2, f"mean {means[2]:+.0f} HU in {LABELS[2]} (label 2), {means[1]:+.0f} HU (label 1): {told}"
+    return label, wrong
+
+
+def sided(labels: np.ndarray) -> str:
+    """A note on two labels, of uint8 [H, W] or [Z, H, W], that look like the two lungs; "" where none do."""
+    columns = np.flatnonzero(labels.reshape(-1, labels.shape[-1]).any(0))
+    if not columns.size:
         return ""
-    if told := turned(hu, lung):
-        return f"its map's lung {told}: turn one of them"
-    mean = hu[lung].mean(dtype=float)
-    told = no_lung(mean)
-    return f"mean {mean:+.0f} HU in healthy lung (label 1), {told}" if told else ""
+    middle = (columns[0] + columns[-1] + 1) // 2
+    sides = [np.bincount(half.ravel(), minlength=4)[1:4] for half in np.split(labels, [middle], axis=-1)]
+    both = sum(sides)
+    # Each holds a quarter of all lung or more, and lies on one side.
+    here, there = (np.flatnonzero((both > 0.25 * both.sum()) & (side > 0.9 * both)) + 1 for side in sides)
+    if not (here.size and there.size):
+        return ""
+    told = f"labels {here[0]} and {there[0]} lie on one side each, like a left and a right lung"
+    return f"{told}: healthy lung is 1, {LABELS[2]} 2, {LABELS[3]} 3"
 
 
 def no_lung(mean: float) -> str:
@@ -64,21 +82,10 @@ def no_lung(mean: float) -> str:
     if low <= mean <= high:
         return ""
     looks = "the map of another slice, or a turned one: mend it"
-    if mean < low:
-        looks = f"an offset of {HU_OFFSET} that is lost: add it"
-    elif low <= mean - HU_OFFSET <= high:
-        looks = f"an offset (a CT's intercept) of {HU_OFFSET} too much: take it off"
+    if mean < low or low <= mean - HU_OFFSET <= high:
+        lost, added = f"an offset of {HU_OFFSET} lost: add it", f"a CT's intercept, {HU_OFFSET} too much: take it off"
+        looks = lost if mean < low else added
     return f"which has {low} to {high}: it looks like {looks}"
-
-
-def reversals(dimensions: int) -> dict[tuple[int, ...], str]:
-    """Axes along which a mask, [Z, H, W] or [H, W], may be reversed against its CT -> what they are."""
-    names = ("slices", "rows", "columns")[-dimensions:]
-    return {
-        axes: " and ".join(names[axis] for axis in axes)
-        for count in range(1, dimensions + 1)
-        for axes in itertools.combinations(range(dimensions), count)
-    }
 
 
 def turned(hu: np.ndarray, lung: np.ndarray) -> str | None:
@@ -97,9 +104,11 @@ def turned(hu: np.ndarray, lung: np.ndarray) -> str | None:
     if lung.ndim == 3:  # reversed within its own bounds: above it there may be more, or fewer, slices than below
         with_lung = np.flatnonzero(lung.any((1, 2)))
         hu, lung = (part[with_lung[0] : with_lung[-1] + 1] for part in (hu, lung))
-    found = {
-        f"{what} reversed": hu[np.flip(lung, axes)].mean(dtype=float) for axes, what in reversals(lung.ndim).items()
-    }
+    found, names = {}, ("slices", "rows", "columns")[-lung.ndim :]
+    for flips in itertools.product((False, True), repeat=lung.ndim):
+        axes = tuple(np.flatnonzero(flips).tolist())
+        called = " and ".join(names[axis] for axis in axes)
+        found[f"{called} reversed"] = hu[np.flip(lung, axes)].mean(dtype=float)
     if lung.shape[-1] == lung.shape[-2]:
         found["rows and columns exchanged"] = hu.swapaxes(-1, -2)[lung].mean(dtype=float)
     mean, best = hu[lung].mean(dtype=float), min(found, key=found.get)
@@ -116,35 +125,42 @@ def measure(hu: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return np.stack([np.bincount(labels.ravel(), minlength=4), sums, *(pairs + pairs.T)])
 
 
-def means_of(measured: np.ndarray) -> np.ndarray:
+def means_of(measured: np.ndarray, fewest: float = FEWEST) -> np.ndarray:
     """Mean HU by label [4] of what `measure` gave; NaN where there are too few pixels to tell."""
     pixels, sums = measured[:2]
-    return np.where(pixels >= FEWEST, sums / np.maximum(pixels, 1), np.nan)
+    return np.where(pixels >= fewest, sums / np.maximum(pixels, 1), np.nan)
 
 
-def densities(measured: np.ndarray) -> tuple[int, str]:
-    """What is wrong with the densities of a patient's labels: the label, and its mean HU with what it looks like.
+def densities(measured: np.ndarray, fewest: float = FEWEST, whole: bool = False) -> tuple[int, str]:
+    """What is wrong with the densities of labels: the label, and its mean HU with what it looks like.
 
     Healthy lung lies within LUNG_HU, ground glass is denser, and consolidation is denser still. On 14 real patients
     lung had -889 to -717 HU, ground glass -708 to -508, and consolidation -283 to -6. 0 and "" where nothing is wrong.
+    fewest: pixels of a label that are judged; less than a hundredth of all lung never is. whole: a volume, which has
+    some healthy lung.
     """
-    means, neighbours = means_of(measured), measured[2:]
+    means, neighbours = means_of(measured, max(fewest, FEWEST, measured[0, 1:].sum() / 100)), measured[2:]
     there = [label for label in (1, 2, 3) if not np.isnan(means[label])]
-    if told := 1 in there and no_lung(means[1]):
-        if means[1] > np.nanmin(means[1:]):
-            told = "which is the least dense: it looks like labels in another order"
-        return 1, f"mean {means[1]:+.0f} HU in healthy lung (label 1), {told}"
+    figures = {label: f"{means[label]:+.0f} HU in {LABELS[label]} (label {label})" for label in there}
+    order = "it looks like labels in another order"
+    if 1 in there and means[1] == np.nanmin(means[1:]) and (told := no_lung(means[1])):
+        return 1, f"mean {figures[1]}, {told}"
     for less, more in itertools.pairwise(there):
         step = means[more] - means[less]
         border = neighbours[more].sum() - neighbours[more, more]
         apart = neighbours[more, less] < 0.1 * border  # a lesion lies in lung, the other lung lies beside it
         if step > 0 and not (apart and step < TWINS):
             continue
-        looks = "labels in another order, or the map of another slice"
+        looks = f"{order}, or the map of another slice"
         if apart and abs(step) < TWINS:
-            looks = "a left and a right lung taken for two labels"
-        figures = [f"{means[label]:+.0f} HU in {LABELS[label]} (label {label})" for label in (more, less)]
-        return more, f"mean {figures[0]}, {figures[1]}: it looks like {looks}"
+            looks = "it looks like a left and a right lung taken for two labels"
+        return more, f"mean {figures[more]}, {figures[less]}: {looks}"
+    if 2 in there and 1 not in there and (whole or means[2] < GLASS_HU[0]):
+        return 2, f"mean {figures[2]}, and no healthy lung (label 1): it looks like lung taken for a lesion"
+    if 3 in there and means[3] < DENSE_HU:
+        return 3, f"mean {figures[3]}, which is denser: {order}"
+    if 2 in there and means[2] > GLASS_HU[1]:
+        return 2, f"mean {figures[2]}, which is less dense: {order}"
     return 0, ""
 
 
@@ -184,12 +200,10 @@ def read_slice(image: Path, map_: Path, sides: list[str]) -> Slice:
         raise Mistake(f"{map_}: {labels.shape} pixels, its image has {hu.shape}: bring both to one size")
     mode, pixels, colours = slices.read_png(map_)
     palette = ""
-    if mode == "P" and (pixels != labels).any():
-        palette = "its palette has an order of its own: read by colour, not by value"
-    elif mode == "P" and (colours[pixels] != slices.coloured(labels)).any():
-        palette = "its palette lacks the paper's colours: read by value, not by colour"
+    if mode == "P" and ((pixels != labels).any() or (colours[pixels] != slices.coloured(labels)).any()):
+        palette = f"its values and colours differ: read by {'value' if (pixels == labels).all() else 'colour'}"
     digest = hashlib.sha256(hu).digest()
-    return Slice(image, map_, sides, hu.shape, measure(hu, labels), fault(hu, labels), palette, digest)
+    return Slice(image, map_, sides, hu.shape, measure(hu, labels), fault(hu, labels)[1], palette, digest)
 
 
 def read_set(folder: Path) -> Set:
@@ -306,15 +320,15 @@ def tabulate(found: Set) -> str:
     return "\n".join(lines)
 
 
-def tile(one: Slice) -> np.ndarray:
+def tile(image: Path, map_: Path) -> np.ndarray:
     """A slice in the lung window with the outlines of its map, RGB uint8 [256, 256, 3]."""
-    grey = np.asarray(ImageOps.pad(Image.fromarray(slices.windowed(read_image(one.image))), TILE))
-    labels = np.asarray(ImageOps.pad(Image.fromarray(read_map(one.map)), TILE, Image.Resampling.NEAREST))
+    grey = np.asarray(ImageOps.pad(Image.fromarray(slices.windowed(read_image(image))), TILE))
+    labels = np.asarray(ImageOps.pad(Image.fromarray(read_map(map_)), TILE, Image.Resampling.NEAREST))
     edge = np.zeros(labels.shape, bool)
     for axis, shift in itertools.product((0, 1), (1, -1)):
         edge |= np.roll(labels, shift, axis) < labels
     picture = Image.fromarray(np.where(edge[..., None], slices.coloured(labels), grey[..., None]))
-    ImageDraw.Draw(picture).text((4, 2), one.image.stem, fill=(255, 255, 0))
+    ImageDraw.Draw(picture).text((4, 2), image.stem, fill=(255, 255, 0))
     return np.asarray(picture)
 
 
@@ -323,7 +337,8 @@ def check_set(folder: Path) -> int:
     found = read_set(folder)
     if found.slices:
         most = [max(its, key=lambda one: one.measured[0, 2:].sum()) for its in found.patients.values()]
-        slices.write_contact_sheet(folder / "contact_sheet.png", [tile(one) for one in most[:SHEET]])
+        tiles = [tile(one.image, one.map) for one in most[:SHEET]]
+        slices.write_contact_sheet(folder / "contact_sheet.png", tiles)
         print(tabulate(found))
     alike = defaultdict(list)  # findings that differ in names and figures alone
     for kind, where, what in itertools.chain(*(judge(found) for judge in JUDGEMENTS)):

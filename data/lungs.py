@@ -9,8 +9,7 @@ def find_lungs(hu: np.ndarray, diseased: np.ndarray, millimetres: np.ndarray) ->
 
     The steps are the usual ones: air inside the body, except gas, in large pieces; then vessels are included.
     """
-    padding = hu.min()
-    air = np.stack([enclosed_air(plane, padding, millimetres) for plane in hu])
+    air = np.stack([enclosed_air(plane, millimetres) for plane in hu])
     if not air.any():
         return diseased
     in_plane = np.zeros((3, 3, 3), bool)
@@ -26,14 +25,14 @@ def find_lungs(hu: np.ndarray, diseased: np.ndarray, millimetres: np.ndarray) ->
     return np.stack([close(plane, millimetres) if plane.any() else plane for plane in lungs])
 
 
-def enclosed_air(hu: np.ndarray, padding: float, millimetres: np.ndarray) -> np.ndarray:
+def enclosed_air(hu: np.ndarray, millimetres: np.ndarray) -> np.ndarray:
     """Air inside the body, bool [H, W], of one slice of HU [H, W].
 
-    The slice ends where only `padding` follows: its corners are outside the body, and lungs that a tight crop cuts off
-    are not.
+    The slice ends where only a constant or padding, such as -1000, -1024 and -3024 side by side, follows: its corners
+    are outside the body, and lungs that a tight crop cuts off are not.
     """
     enclosed = np.zeros(hu.shape, bool)
-    rows, columns = (np.flatnonzero((hu > padding).any(axis)) for axis in (1, 0))
+    rows, columns = (np.flatnonzero(np.ptp(hu.clip(-1000), axis)) for axis in (1, 0))
     if not rows.size:
         return enclosed
     field = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]

@@ -23,7 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, only data/ itself is on it
-from data import slices
+from data import check, slices
 from data.slices import LARGEST, SIDES, check_ranges, slice_name
 
 HEIGHT = 250  # of the lungs, mm
@@ -484,19 +484,12 @@ def main(argv: list[str] | None = None) -> None:
         with ProcessPoolExecutor(min(args.workers, args.patients), None, signal.signal, ignored) as pool:
             for _ in tqdm(pool.map(make, numbers), total=args.patients, unit="patient", disable=None):
                 pass
-        shown = [slice_name(n, n * 5 % args.slices + 1) for n in numbers[:24]]  # 5: all levels in turn
-        slices.write_contact_sheet(args.out / "contact_sheet.png", [tile(args.out, name) for name in shown])
+        shown = [f"{slice_name(n, n * 5 % args.slices + 1)}.png" for n in numbers[:24]]  # 5: all levels in turn
+        tiles = [check.tile(args.out / "images" / name, args.out / "maps" / name) for name in shown]
+        slices.write_contact_sheet(args.out / "contact_sheet.png", tiles)
         slices.write_split(args.out / "split.json", **split)  # last: it marks the set as complete
     told = [f"{side} {len(sides[side])} patients, {len(split[side])} slices" for side in SIDES]
     print(f"{args.out}: {'; '.join(told)}")
-
-
-def tile(out: Path, name: str) -> np.ndarray:
-    """A slice in the lung window above its map, RGB uint8 [2 H, W, 3], at most 256 pixels wide or a little more."""
-    hu, labels = slices.read_image(out / "images" / f"{name}.png"), slices.read_map(out / "maps" / f"{name}.png")
-    step = max(1, len(hu) // 256)
-    grey = slices.windowed(hu[::step, ::step])
-    return np.concatenate([np.repeat(grey[..., None], 3, 2), slices.coloured(labels[::step, ::step])])
 
 
 if __name__ == "__main__":

@@ -2,12 +2,11 @@
 
     python data/prepare.py SRC                                   # by patient, into data/radiopaedia
     python data/prepare.py SRC --by slice                        # as in the paper: neighbouring slices on both sides
-    python data/prepare.py SRC --exclude-patient 3 --out data/radiopaedia_without_3
 
 SRC is laid out like the public download, with volume N being patient N:
 
     SRC/rp_im/N.nii.gz          the CT, in HU; a volume stored as grey levels 0..255 is recognised
-    SRC/rp_lung_msk/N.nii.gz    0 outside, 1 lung; or 1 and 2, one value per side
+    SRC/rp_lung_msk/N.nii.gz    0 outside, 1 lung; or 255, or a value per side or lobe
     SRC/rp_msk/N.nii.gz         0 none, 1 ground-glass opacity, 2 consolidation, 3 pleural effusion
 
 Other public sets, whose names pair the files (* stands for the name where masks are named differently):
@@ -15,13 +14,13 @@ Other public sets, whose names pair the files (* stands for the name where masks
     ... --images CT --lungs Lung_Mask --lesions Infection_Mask --binary                            # Ma et al.
     ... --images studies/CT-1 --lesions 'masks/*_mask.nii.gz' --lungs auto --binary --masked-only  # MosMed
     ... --images 'Train/*_ct.nii.gz' --lesions 'Train/*_seg.nii.gz' --lungs auto --binary          # COVID-19-20
+    ... --images 'P/*/ct.nii.gz' --labels 'P/*/labels.nii.gz'      # a folder per patient; masks of our labels 0..3
     ... --stacked --images tr_im.nii.gz --lesions tr_mask.nii.gz --lungs auto                      # MedSeg, 100 slices
 
 Every volume is turned, by its affine, to radiological display: row 0 is anterior (the spine is at the
 bottom), column 0 is the patient's right. Slice P03_S041 is the 42nd from the feet in the turned volume;
 what comes before the last "_" is the patient, and a second scan of a patient goes on where the first ended.
-Every volume is read and checked before anything is written. `slices.py` gives the format of the result, and
-`check.py` the judgements, the table and the contact sheet.
+`slices.py` gives the format of the result, and `check.py` the judgements that come before anything is written.
 """
 
 import argparse
@@ -45,7 +44,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script,
 from data import check, slices
 from data.lungs import find_lungs
 from data.slices import HELD, LARGEST, SIDES, Mistake, slice_name
-from data.volumes import Note, list_volumes, read_labels, read_volume, volume_name, warn
+from data.volumes import Note, Volume, list_volumes, read_labels, read_volume, volume_name, warn
 
 IMAGES, LUNG_MASKS, LESION_MASKS = "rp_im", "rp_lung_msk", "rp_msk"
 # A public case of Radiopaedia is a patient, with one or more studies and scans: radiopaedia_CASE_STUDY_SCAN.
@@ -57,7 +56,7 @@ Places = dict[Slice, tuple["Scan", int]]  # where each slice comes from: its sca
 
 
 class Scan(NamedTuple):
-    """The files of one scan; `lung` is None where the lungs must be found in the CT."""
+    """The files of one scan; `lung` is None with --labels, and where the lungs must be found in the CT."""
 
     name: str
     patient: int
@@ -68,14 +67,14 @@ class Scan(NamedTuple):
 
 def find_scans(args: argparse.Namespace) -> list[Scan]:
     """List the scans by patient number and name. Raises Mistake for what is missing; a mask alone gives a warning."""
-    lungs = None if args.lungs == "auto" else args.lungs
+    lungs, lesions = None if args.labels or args.lungs == "auto" else args.lungs, args.labels or args.lesions
     if args.stacked:
         ct = Path(args.images)
-        return [Scan(volume_name(ct), 0, ct, Path(lungs) if lungs else None, Path(args.lesions))]
-    images, masks = find_files(args.images), {each: find_files(each) for each in (lungs, args.lesions) if each}
+        return [Scan(volume_name(ct), 0, ct, Path(lungs) if lungs else None, Path(lesions))]
+    images, masks = list_volumes(args.images), {each: list_volumes(each) for each in (lungs, lesions) if each}
     patients = {name: patient_by(name, args.patient) for name in images}
     for absent in sorted({*args.exclude_patient} - {*patients, *patients.values()}):
-        raise Mistake(f"{missing(args.images, absent)}: not there, so patient {absent} cannot be excluded")
+        raise Mistake(f"--exclude-patient {absent}: no volume of this name in {args.images}")
     if args.masked_only:
         masked = {name: patients[name] for name in images if all(name in files for files in masks.values())}
         print(f"{len(masked)} of {len(images)} volumes have masks")
@@ -86,35 +85,13 @@ def find_scans(args: argparse.Namespace) -> list[Scan]:
             mend = f"add this mask, or leave the volume out by --exclude-patient {lonely[0]} or --masked-only"
             if not files.keys() & images.keys():
                 mend = "names pair the files; where they differ, give a pattern such as 'DIR/*_mask.nii.gz'"
-            raise Mistake(f"{missing(where, lonely[0])}: missing: {mend}")
+            raise Mistake(f"{where}: the mask of {lonely[0]} is missing: {mend}")
         for name in sorted(files.keys() - images.keys()):
             warn(f"{files[name]}: a mask without a volume, ignored")
     numbers = number_patients({*patients.values()})
-    lung, lesion = masks.get(lungs), masks[args.lesions]
+    lung, lesion = masks.get(lungs), masks[lesions]
     scans = [Scan(name, numbers[patients[name]], images[name], lung and lung[name], lesion[name]) for name in kept]
     return sorted(scans, key=lambda scan: (scan.patient, scan.name))
-
-
-def find_files(where: str) -> dict[str, Path]:
-    """Volumes of a folder by name, sorted; in a pattern such as DIR/*_ct.nii.gz the star stands for the name."""
-    folder, pattern = Path(where).parent, Path(where).name
-    if Path(where).is_file():
-        raise Mistake(f"{where}: a file; give its folder, or --stacked if each of its slices is a patient of its own")
-    if "*" not in pattern:
-        return list_volumes(Path(where))
-    before, _, after = pattern.partition("*")
-    if "*" in after:
-        raise Mistake(f"{where}: more than one star; give the one that stands for the name")
-    paths = (path for path in sorted(folder.glob(pattern)) if not path.name.startswith("."))
-    files = {path.name[len(before) : len(path.name) - len(after)]: path for path in paths}
-    if not files:
-        raise Mistake(f"{where}: no file there is called so; put it into quotes, with one star")
-    return files
-
-
-def missing(where: str, name: str) -> str:
-    """Path at which the file of this name was looked for."""
-    return where.replace("*", name) if "*" in where else str(Path(where) / f"{name}.nii.gz")
 
 
 def patient_by(name: str, pattern: str) -> str:
@@ -135,55 +112,53 @@ def number_patients(patients: set[str]) -> dict[str, int]:
 def read_scan(scan: Scan, args: argparse.Namespace, note: Note) -> tuple[np.ndarray, np.ndarray, np.ndarray, bool]:
     """Read and check a scan: HU [Z, H, W], labels uint8 [Z, H, W], pixel height and width in mm, was it grey."""
     volume = read_volume(scan.ct, note)
-    lesion = read_labels(scan.lesion, (0, 1) if args.binary else (0, 1, 2, 3), volume, note)
-    lung = None if scan.lung is None else read_labels(scan.lung, (0, 1, 2), volume, note) > 0
-    hu, grey = to_hu(volume.voxels, args.grey_window)
+    hu, grey = to_hu(scan.ct, volume.voxels, args.grey_window)
     nowhere = ~np.isfinite(hu)
     if nowhere.any():
         note(f"{scan.ct}: {nowhere.sum()} values are no number; taken as air")
         hu[nowhere] = HELD[0]
-    diseased = (lesion == 1) | (lesion == 2)  # an effusion is beside the lung
-    if lung is None:
-        lung = auto_lungs(hu, diseased, volume.millimetres, args.stacked)
-    if args.binary:
-        lesion = part_by_density(hu.clip(*HELD), lesion, volume.millimetres, args.consolidation_above)
-    labels = merge_masks(lung, lesion)
+    labels = read_scan_labels(scan, args, volume, hu, note)
     if not args.unchecked:
         if not labels.any():
             raise Mistake(f"{scan.lung or scan.ct}: no lung in it: give a lung mask, or --unchecked to go on")
-        label, told = check.densities(check.measure(hu, labels))
-        if label < 2 or check.turned(hu, lung):
-            check.check_pair(scan.ct, hu, labels)
+        label, told = check.fault(hu, labels)
         if label > 1:
-            raise Mistake(f"{scan.lesion}: {told}: give its CT's lesions alone as --lesions, or --unchecked")
+            mend = "give lesions alone as --lesions, with --binary where 1 is any lesion, or lung and both as --labels"
+            raise Mistake(f"{scan.lesion}: {told}: {mend}, or overrule by --unchecked")
+        if told:
+            raise Mistake(f"{scan.ct}: {told}, or overrule by --unchecked")
     return hu.clip(*HELD), labels, volume.millimetres, grey  # before resizing, which would mix in padding of -3024
 
 
-def merge_masks(lung: np.ndarray, lesion: np.ndarray) -> np.ndarray:
-    """Merge a lung mask (0..2) and a lesion mask (0..3, of which 3, effusion, changes nothing) into labels 0..3."""
-    return np.where((lesion == 1) | (lesion == 2), lesion + 1, lung > 0).astype(np.uint8)  # lesion overrides lung
+def read_scan_labels(scan: Scan, args: argparse.Namespace, ct: Volume, hu: np.ndarray, note: Note) -> np.ndarray:
+    """Labels 0..3, uint8 [Z, H, W], of a scan: from one mask, or merged from those of lungs and lesions."""
+    lesion = read_labels(scan.lesion, (0, 1) if args.binary else (0, 1, 2, 3), ct, note)
+    if args.labels:
+        return lesion
+    diseased = (lesion == 1) | (lesion == 2)  # an effusion is beside the lung
+    if scan.lung:
+        lung = read_labels(scan.lung, (*range(6), 255), ct, note) > 0  # sides, lobes or 255: all mean lung
+    else:
+        parts = [slice(z, z + 1) for z in range(len(hu))] if args.stacked else [slice(None)]
+        lung = np.concatenate([find_lungs(hu[part], diseased[part], ct.millimetres) for part in parts])
+    if args.binary:  # smoothed by 1 mm: noise divides nothing
+        smooth = ndimage.gaussian_filter(hu.clip(*HELD).astype(np.float32), (0, *(1 / ct.millimetres)))
+        lesion = lesion * (1 + (smooth > args.consolidation_above))
+    return np.where(diseased, lesion + 1, lung).astype(np.uint8)
 
 
-def part_by_density(hu: np.ndarray, lesion: np.ndarray, millimetres: np.ndarray, threshold: float) -> np.ndarray:
-    """Divide a lesion mask [Z, H, W] of 0 and 1 into ground glass 1 and, above a density in HU, consolidation 2."""
-    smooth = ndimage.gaussian_filter(hu.astype(np.float32), (0, *(1 / millimetres)))  # 1 mm: noise divides nothing
-    return np.where(lesion > 0, 1 + (smooth > threshold), 0).astype(np.uint8)
-
-
-def to_hu(voxels: np.ndarray, window: Sequence[float]) -> tuple[np.ndarray, bool]:
+def to_hu(path: Path, voxels: np.ndarray, window: Sequence[float]) -> tuple[np.ndarray, bool]:
     """HU of a volume, and whether it held grey levels 0..255, which the window maps back; NaN stays."""
     finite = voxels[np.isfinite(voxels)]
     low, high = (finite.min(), finite.max()) if finite.size else (0, 0)
+    if float(high) - float(low) < 20:  # HU / 1000, or standardised
+        raise Mistake(
+            f"{path}: values {low:.3g} to {high:.3g} are no HU: give the CT as it was before they were scaled"
+        )
     if low >= -64 and 1 < high <= 320:  # spline resampling goes a little beyond 0 and 255
         bottom, top = window
         return bottom + np.clip(voxels, 0, 255).astype(np.float32) * ((top - bottom) / 255), True
     return voxels.astype(np.promote_types(voxels.dtype, np.int16)), False  # a copy, which may be corrected
-
-
-def auto_lungs(hu: np.ndarray, diseased: np.ndarray, millimetres: np.ndarray, stacked: bool) -> np.ndarray:
-    """Find the lungs, bool [Z, H, W], each slice by itself if stacked."""
-    parts = [slice(z, z + 1) for z in range(len(hu))] if stacked else [slice(None)]
-    return np.concatenate([find_lungs(hu[part], diseased[part], millimetres) for part in parts])
 
 
 def fit(pixels: np.ndarray, millimetres: np.ndarray, size: int, fill: int) -> np.ndarray:
@@ -303,6 +278,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     option("--images", metavar="CT", help="folder of the CTs, or a quoted pattern such as 'DIR/*_ct.nii.gz'")
     option("--lungs", metavar="MASKS", help="the same for the lung masks, or auto: find the lungs in the CT")
     option("--lesions", metavar="MASKS", help="the same for the lesion masks")
+    help_ = "in place of both, masks of our own labels: 1 healthy lung, 2 ground glass, 3 consolidation"
+    option("--labels", metavar="MASKS", help=help_)
     option("--stacked", action="store_true", help="the three are files, each slice in them a patient of its own")
     help_ = "lesion masks hold 0 and 1 for any lesion, divided by density; --no-binary: 1 is only ground glass"
     option("--binary", action=argparse.BooleanOptionalAction, help=help_)
@@ -321,7 +298,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     option("--seed", type=int, default=0, help="seed of the draw")
     option("--overwrite", action="store_true", help="replace another set in --out instead of refusing")
     args = parser.parse_args(argv)
-    for name, folder in {"images": IMAGES, "lungs": LUNG_MASKS, "lesions": LESION_MASKS}.items():
+    if args.labels and (args.lungs or args.lesions or args.binary):
+        raise Mistake("--labels: it stands in place of --lungs, --lesions and --binary: give it without them")
+    folders = {"images": IMAGES} if args.labels else {"images": IMAGES, "lungs": LUNG_MASKS, "lesions": LESION_MASKS}
+    for name, folder in folders.items():
         if getattr(args, name) is None and (args.src is None or args.stacked):
             raise Mistake(f"--{name}: missing; give it, or SRC with {IMAGES}, {LUNG_MASKS} and {LESION_MASKS} in it")
         setattr(args, name, getattr(args, name) or str(Path(args.src) / folder))
@@ -342,8 +322,7 @@ def provenance(args: argparse.Namespace, places: Places, grey: list[str]) -> dic
         "patients": {patient: [*names] for patient, names in patients.items()},
         "excluded": sorted(set(args.exclude_patient)),
         "grey_volumes": grey,
-        "lungs": Path(args.lungs).name,
-        "lesions": Path(args.lesions).name,
+        **{each: Path(vars(args)[each]).name for each in ("lungs", "lesions", "labels") if vars(args)[each]},
         "consolidation_above": args.consolidation_above if args.binary else None,
         "by": "slice" if args.stacked else args.by,
         **{key: vars(args)[key] for key in ("grey_window", "split", "size", "all_slices", "unchecked", "seed")},
@@ -376,7 +355,7 @@ def main(argv: list[str] | None = None) -> int:
         raise Mistake(f"{where}: no slice left after selection; give --all-slices or exclude fewer patients")
 
     _, _, glass, dense = sum(pixels.values())
-    if args.binary is None and glass and not dense:
+    if args.binary is None and not args.labels and glass and not dense:
         mend = "--binary if 1 is any lesion, to be parted by density, or --no-binary if 1 is ground glass alone"
         raise Mistake(f"{args.lesions}: no mask holds a 2, consolidation: give {mend}")
 

@@ -11,7 +11,6 @@ The images keep raw HU: windows are applied on reading. Every file is written wh
 
 import argparse
 import contextlib
-import errno
 import io
 import itertools
 import json
@@ -20,8 +19,9 @@ import re
 import signal
 import struct
 import sys
-from collections import Counter
+import unicodedata
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -42,7 +42,8 @@ LARGEST = 4096  # pixels per side of a slice: a header that claims more is refus
 PNG_ERRORS = (OSError, SyntaxError, ValueError, LookupError, TypeError, EOFError, struct.error)  # from Pillow
 JSON_ERRORS = (OSError, ValueError, RecursionError)  # from a JSON file; the last for deeply nested lists
 LEVEL, WIDTH = -600, 1500  # the lung window of pictures for people, HU
-NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # errors of a filesystem without locks
+SPREAD = {"L;2": 85, "L;4": 17}  # Pillow spreads grey of few bits over 0..255
+same_form = partial(unicodedata.normalize, "NFC")  # of names, for comparing: Macs store accents apart from letters
 
 
 class Mistake(Exception):
@@ -126,21 +127,27 @@ def open_png(path: Path) -> Iterator[PngImageFile]:
 
 
 def read_png(path: Path) -> tuple[str, np.ndarray, np.ndarray | None]:
-    """Pillow's mode, the pixels, and the palette uint8 [256, 3], if any: what is transparent or missing is black."""
+    """Mode, the pixels as the file holds them, and the palette uint8 [256, 3], if any: transparent or missing is black.
+
+    The mode is Pillow's, with ";16" for 16 bits, of which Pillow drops half in colour and beside alpha.
+    """
     with open_png(path) as picture:
+        stored = picture.tile[0].args  # how the file holds pixels, such as L;2 for grey of 2 bits
         pixels = np.asarray(picture)
         picture.apply_transparency()  # to the palette
         colours = picture.getpalette("RGBA")
+    pixels = pixels // SPREAD.get(stored, 1)
+    mode = f"{stored.removesuffix(';16B')};16" if stored.endswith(";16B") else picture.mode
     if colours is None:
-        return picture.mode, pixels, None
+        return mode, pixels, None
     palette = np.array([*colours, *bytes(1024 - len(colours))], np.uint8).reshape(256, 4)
-    return picture.mode, pixels, np.where(palette[:, 3:] > 0, palette[:, :3], 0)
+    return mode, pixels, np.where(palette[:, 3:] > 0, palette[:, :3], 0)
 
 
 def read_image(path: Path) -> np.ndarray:
     """Read a 16-bit grey PNG of HU + 1024 as HU, int16 [H, W]. Raises Mistake for anything else."""
     mode, stored, _ = read_png(path)
-    if stored.dtype != np.uint16 or stored.ndim != 2:
+    if mode != "I;16":  # 16-bit grey, whatever Pillow's version makes of it
         raise Mistake(f"{path}: a PNG of mode {mode} is no slice: give 16-bit grey PNG of HU + {HU_OFFSET}")
     if stored.max() > 4095:
         raise Mistake(f"{path}: value {stored.max()} is above 4095: store HU + {HU_OFFSET}, clipped to 0..4095")
@@ -185,8 +192,8 @@ def list_pngs(folder: Path, what: str) -> dict[str, Path]:
     files = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
     found: dict[str, Path] = {}
     for path in files:
-        if path.suffix.lower() == ".png" and found.setdefault(path.stem, path) is not path:
-            raise Mistake(f"{path}: {found[path.stem].name} has the same name: rename one")
+        if path.suffix.lower() == ".png" and (other := found.setdefault(same_form(path.stem), path)) is not path:
+            raise Mistake(f"{path}: {other.name} has the same name: rename one")
     if not found:
         jpeg = any(path.suffix.lower() in (".jpg", ".jpeg") for path in files)
         told = "JPEG, which changes grey levels and labels" if jpeg else "no PNG in it"
@@ -204,7 +211,7 @@ def check_finished(folder: Path) -> None:
 def read_split(path: Path) -> dict[str, list[str]]:
     """Names of each side (train, test, seg_test) of a split.json; names may end in .png, in any case.
 
-    Raises Mistake where it holds no lists of names, a name of no file, one twice, or one to train and to test.
+    Raises Mistake where it holds no lists of names, a name of no file, or one to train and to test.
     """
     try:
         split = json.loads(path.read_bytes().decode("utf-8-sig"))  # a byte order mark is allowed
@@ -216,11 +223,7 @@ def read_split(path: Path) -> dict[str, list[str]]:
     for name in itertools.chain(*sides.values()):
         if not isinstance(name, str) or re.match(r"\.|$", name) or re.search(r"[/\\]", name):
             raise Mistake(f"{path}: {name!r:.80} is no name of a slice: give names without folders")
-    sides = {side: [re.sub(r"(?i)\.png$", "", name) for name in names] for side, names in sides.items()}
-    for side, names in sides.items():
-        for name, times in Counter(names).most_common(1):
-            if times > 1:
-                raise Mistake(f"{path}: {name} is listed {times} times under {side}: take it out of the list")
+    sides = {side: [same_form(re.sub(r"(?i)\.png$", "", name)) for name in each] for side, each in sides.items()}
     if both := {*sides.get("train", [])} & {*sides.get("test", [])}:
         raise Mistake(f"{path}: {min(both)} is under train and test: take it out of one")
     return sides
@@ -230,7 +233,7 @@ def read_split(path: Path) -> dict[str, list[str]]:
 def held(folder: Path, name: str = ".lock") -> Iterator[None]:
     """Make a folder and lock it, or the file in it that the lock's name stands for; Mistake where another run holds it.
 
-    The lock is the system's and ends with its process, however that dies. Without locks there is a warning.
+    The lock is the system's and ends with its process, however that dies.
     """
     lock = FileLock(folder / name, blocking=False, fallback_to_soft=False)
     try:
@@ -239,9 +242,7 @@ def held(folder: Path, name: str = ".lock") -> Iterator[None]:
     except Timeout as error:
         raise Mistake(f"{folder}: another run is writing to it: wait for its end, or give another --out") from error
     except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise Mistake(f"{folder}: cannot be written to ({error.strerror}): give another --out") from error
-        print(f"warning: {folder}: no locks on this filesystem: let no two runs write there", file=sys.stderr)
+        raise Mistake(f"{folder}: cannot be written to ({error.strerror}): give another --out") from error
     try:
         yield
     finally:

@@ -4,6 +4,7 @@ In radiological display a volume is [Z, H, W]: slices upwards from the feet, row
 bottom), columns to the patient's left. `.nii` and `.nii.gz` are told apart by their bytes, not by their names.
 """
 
+import glob
 import gzip
 import itertools
 import sys
@@ -20,7 +21,7 @@ from nibabel.spatialimages import HeaderDataError
 from nibabel.wrapstruct import WrapStructError
 from tqdm import tqdm
 
-from data.slices import NIFTI, Mistake, write_bytes
+from data.slices import NIFTI, Mistake, same_form, write_bytes
 
 DISPLAY = axcodes2ornt("LPS")  # columns to the left, rows to the back, slices upwards
 GZIP = b"\x1f\x8b"  # the first two bytes of a gzip file
@@ -43,7 +44,7 @@ class Volume(NamedTuple):
     @property
     def affine(self) -> np.ndarray:
         """From the file's own voxel indices to world millimetres (x to the right, y to the front, z up) [4, 4]."""
-        return self.header.get_best_affine()
+        return in_millimetres(self.header)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -58,9 +59,13 @@ class Volume(NamedTuple):
     @property
     def millimetres(self) -> np.ndarray:
         """Height and width of a pixel [2]."""
-        unit = {1: 1000, 3: 0.001}.get(int(self.header["xyzt_units"]) & 7, 1)  # metres, micrometres; else millimetres
-        sizes = nib.affines.voxel_sizes(self.affine)[np.argsort(self.turn[:, 0])] * unit  # of W, H, Z
-        return sizes[[1, 0]]
+        return nib.affines.voxel_sizes(self.affine)[np.argsort(self.turn[:, 0])][[1, 0]]  # of W, H, Z
+
+
+def in_millimetres(header: nib.Nifti1Header) -> np.ndarray:
+    """A header's affine [4, 4], which may be in metres or micrometres, in millimetres."""
+    unit = {1: 1000, 3: 0.001}.get(int(header["xyzt_units"]) & 7, 1)
+    return np.diag([unit, unit, unit, 1]) @ header.get_best_affine()
 
 
 def warn(text: str) -> None:
@@ -68,21 +73,29 @@ def warn(text: str) -> None:
     tqdm.write(f"warning: {text}", file=sys.stderr)
 
 
-def list_volumes(folder: Path) -> dict[str, Path]:
-    """NIfTI files of a folder by name without .nii or .nii.gz, sorted; dotfiles are ignored.
+def list_volumes(where: str | Path) -> dict[str, Path]:
+    """NIfTI files by name, sorted: of a folder, without .nii or .nii.gz; of a pattern, what its one star stands for.
 
-    Raises Mistake for a missing folder, one without a volume, and two files of the same name.
+    DIR/*_ct.nii.gz and DIR/*/ct.nii.gz are patterns; dotfiles are ignored. Raises Mistake for a missing folder, for one
+    without a volume, and for two files of the same name. A link to nothing is listed: whoever reads it is told.
     """
-    if not folder.is_dir():
-        raise Mistake(f"{folder}: no such folder: give a folder of .nii or .nii.gz files")
+    before, star, after = str(where).partition("*")
+    if "*" in after:
+        raise Mistake(f"{where}: more than one star: give the one that stands for the name")
+    if not star and not Path(where).is_dir():
+        raise Mistake(f"{where}: no such folder: give one of .nii or .nii.gz files")
+    if star:
+        files = glob.glob(f"{glob.escape(before)}*{glob.escape(after)}")
+        names = {Path(file): file[len(before) : len(file) - len(after)] for file in files}
+    else:
+        files = [path for path in Path(where).iterdir() if not (path.name.startswith(".") or path.is_dir())]
+        names = {path: volume_name(path) for path in files if path.name.lower().endswith(NIFTI)}
     found: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
-        if not path.name.startswith(".") and path.name.lower().endswith(NIFTI) and path.is_file():
-            if other := found.get(volume_name(path)):
-                raise Mistake(f"{path}: {other.name} has the same name: remove one of them")
-            found[volume_name(path)] = path
+    for path in sorted(names):
+        if (other := found.setdefault(same_form(names[path]), path)) is not path:
+            raise Mistake(f"{path}: {other.name} has the same name: remove one of them")
     if not found:
-        raise Mistake(f"{folder}: holds no volume: put .nii or .nii.gz files there")
+        raise Mistake(f"{where}: holds no volume: put .nii or .nii.gz files there, a pattern into quotes")
     return dict(sorted(found.items()))
 
 
@@ -119,7 +132,7 @@ def read_labels(path: Path, allowed: tuple[int, ...], like: Volume, note: Note =
     """
     header, stored = read_stored(path)
     labels = whole_labels(path, stored, allowed)
-    affine = header.get_best_affine()
+    affine = in_millimetres(header)
     laid = lay_on_grid(labels, affine, like) if is_usable(affine) else None
     if laid is not None and (header["sform_code"] or header["qform_code"] or np.array_equal(laid, labels)):
         return to_display(laid, like)
@@ -135,7 +148,7 @@ def write_volume(path: Path, like: Volume, hu: np.ndarray) -> None:
         raise Mistake(f"{path}: volumes are written as .nii or .nii.gz")
     to_file = ornt_transform(DISPLAY, io_orientation(like.affine))
     stored = apply_orientation(hu.astype(np.int16).transpose(2, 1, 0), to_file)
-    image = nib.Nifti1Image(stored, like.affine)
+    image = nib.Nifti1Image(stored, like.header.get_best_affine())
     for field in GRID_FIELDS:
         image.header[field] = like.header[field]
     image.header.set_slope_inter(1, 0)
@@ -171,19 +184,31 @@ def placed(path: Path, header: nib.Nifti1Header, stored: np.ndarray, note: Note)
     spacing_alone = np.array_equal(volume.affine, np.diag(np.abs(volume.affine.diagonal())))  # of no scanner: no origin
     made_up = not header["sform_code"] and not header["qform_code"]  # by nibabel
     if made_up or spacing_alone:
+        if 1 in stored.shape[:2] and stored.shape[2] > 1:
+            volume = Volume(stored, of_one_slice(header, stored.shape.index(1)))
         axes = "".join(nib.aff2axcodes(volume.affine))
         note(f"{path}: does not say how the patient lies; taken as {axes}: see that the spine comes out at the bottom")
     width, height, _ = np.take(volume.shape, np.argsort(volume.turn[:, 0]))
-    if 4 * min(width, height) < max(width, height):  # an array [Z, Y, X] saved without an affine
+    if 3 * min(width, height) < max(width, height):  # an array [Z, Y, X] saved without an affine
         raise Mistake(f"{path}: slices of {height} x {width} pixels: its axes seem exchanged: save it with its affine")
     height, width = volume.millimetres
     tilt = np.degrees(nib.affines.obliquity(volume.affine)).max()  # of a gantry up to 30
-    unlike = f"slices tilted by {tilt:.0f} degrees" if tilt > TILT else ""
-    if max(height, width) > UNEQUAL * min(height, width):  # of coronal slices, or sagittal ones
-        unlike = f"pixels of {height:.3g} x {width:.3g} mm"
-    if unlike:
-        note(f"{path}: {unlike}: networks here see axial slices of square pixels; resample it to such, or look closely")
+    lie = f"pixels of {height:.3g} x {width:.3g} mm, slices tilted by {tilt:.0f} degrees"
+    if not 0.2 <= min(height, width) <= max(height, width) <= 5:
+        note(f"{path}: {lie}: no CT has such pixels: correct the spacing in the header, or its unit")
+    elif tilt > TILT or max(height, width) > UNEQUAL * min(height, width):  # coronal or sagittal slices, for one
+        note(f"{path}: {lie}: networks here see axial slices of square pixels; resample it to such, or look closely")
     return volume._replace(voxels=to_display(stored, volume))
+
+
+def of_one_slice(header: nib.Nifti1Header, axis: int) -> nib.Nifti1Header:
+    """The header of one slice that was saved as an array, without its affine: [1, H, W], or with the 1 elsewhere."""
+    header, sizes = header.copy(), header.get_zooms()
+    rows, columns = (other for other in range(3) if other != axis)
+    affine = np.diag([0.0, 0.0, 0.0, 1.0])
+    affine[2, axis], affine[1, rows], affine[0, columns] = sizes[axis], -sizes[rows], -sizes[columns]
+    header.set_sform(affine, 1)
+    return header
 
 
 def is_usable(affine: np.ndarray) -> bool:

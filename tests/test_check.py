@@ -54,7 +54,7 @@ def exchanged(labels):
 
 
 def double(toy, name, other):
-    toy.hu[other] = toy.hu[name]
+    toy.hu[other], toy.labels[other] = toy.hu[name], toy.labels[name]
     change(toy, [other])
 
 
@@ -90,7 +90,7 @@ NOTES = {
     "names on no side": (lambda toy: split(toy, toy.train[2:], toy.test), ["P01_S001: on no side", "1 more"]),
     "drawn by slice": (lambda toy: split(toy, toy.train[1:], [*toy.test, P1[0]], by="slice"), ["patient P01"]),
     "an empty map": (lambda toy: change(toy, P1[:1], labels=lambda y: y * 0), ["no lung in it"]),
-    "a palette of its own": (renamed((BLACK, (9, 0, 0), (0, 9, 0), (0, 0, 9))), ["read by value", "29 more"]),
+    "a palette of its own": (renamed((BLACK, (9, 0, 0), (0, 9, 0), (0, 0, 9))), ["read by value", "more like this"]),
     "two alike": (lambda toy: double(toy, "P01_S001", "P01_S002"), ["the same image"]),
 }
 
@@ -171,6 +171,35 @@ def test_grey_levels_and_a_lost_offset_are_refused_and_little_lung_tells_nothing
         with pytest.raises(Mistake, match=rf"ct\.nii: .*{told}"):
             check.check_pair(tmp_path / "ct.nii", spoilt, labels)
         check.check_pair(tmp_path / "ct.nii", hu + 1024, labels * 0)
+
+
+WRONG = {  # labels taken for others
+    "0, 3, 1, 2": (lambda labels: np.array([0, 3, 1, 2], np.uint8)[labels], r"-850 HU in consolidation \(label 3\)"),
+    "0, 1, 3, 2": (lambda labels: np.array([0, 1, 3, 2], np.uint8)[labels], r"-550 HU in consolidation \(label 3\)"),
+    "a right and a left lung": (sides, r"\(label 2\).*left and a right"),
+    "two lungs and lesions": (lambda labels: np.where(labels > 1, 3, sides(labels)), r"\(label 2\).*left and a right"),
+    "lung as ground glass": (lambda labels: 2 * (labels > 0), r"label 2\), and no healthy lung"),
+    "ground glass alone, as consolidation": (lambda labels: (labels % 3 > 0) * (2 * labels - 1), r"\(label 3\)"),
+    "consolidation alone, as ground glass": (lambda labels: labels * (labels != 2) - (labels == 3), r"\(label 2\)"),
+}
+
+
+@pytest.mark.parametrize("called", WRONG)
+@pytest.mark.parametrize("part", [np.s_[:], 0])
+def test_labels_taken_for_others_are_told_by_file_label_and_hu(tmp_path, called, part):
+    hu, labels = draw_chest()
+    labels[:, 24:32, 15:23], labels[:, 36:44, 43:50] = 2, 3
+    hu[labels == 2], hu[labels == 3] = -550, 20
+    check.check_pair(tmp_path / "ct.nii", hu[part], labels[part])
+    change_, told = WRONG[called]
+    with pytest.raises(Mistake, match=rf"ct\.nii: mean [-+]\d+ HU.*{told}|ct\.nii: mean {told}"):
+        check.check_pair(tmp_path / "ct.nii", hu[part], change_(labels).astype(np.uint8)[part])
+
+
+def test_two_lungs_under_two_labels_are_told_without_a_ct():
+    _, labels = draw_chest()
+    assert check.sided(labels) == check.sided(labels[0]) == check.sided(labels * 0) == ""
+    assert "1 and 2" in check.sided(sides(labels)) and "2 and 1" in check.sided(sides(labels)[0, :, ::-1])
 
 
 @pytest.mark.parametrize("shift", [-11, -6, 0, 6, 11])

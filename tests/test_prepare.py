@@ -85,17 +85,13 @@ def out(tmp_path):
 def test_image_and_masks_stored_in_other_orders_meet_in_the_files_written(src, out):
     hu, lung, lesion = body(seed=5)
     lesion[4, 8, 5] = 2
+    lesion[4, 10, 2:5] = 3  # effusion: lung inside the lung mask, background outside
     save(src / "rp_im" / "2.nii.gz", hu, "LAS")
     save(src / "rp_lung_msk" / "2.nii.gz", lung, "SRP")
     save(src / "rp_msk" / "2.nii.gz", lesion, "AIL")
     run(src, out)
     np.testing.assert_array_equal(hu_of(out, "P02_S004"), np.maximum(hu[4], -1024))
-    np.testing.assert_array_equal(map_of(out, "P02_S004"), np.where(lesion[4], lesion[4] + 1, lung[4]))
-
-
-def test_effusion_is_lung_inside_the_lung_mask_and_background_outside():
-    labels = prepare.merge_masks(np.array([0, 0, 0, 1, 1, 2, 1]), np.array([0, 1, 3, 3, 0, 3, 2]))
-    assert labels.tolist() == [0, 2, 0, 1, 1, 1, 3]
+    np.testing.assert_array_equal(map_of(out, "P02_S004"), np.where(lesion[4] % 3, lesion[4] + 1, lung[4]))
 
 
 def test_grey_levels_are_mapped_back_to_hu_and_the_summary_says_so(src, out, capsys):
@@ -215,17 +211,17 @@ def with_voxel(value, dtype=np.uint8):
 
 
 BAD_FILES = {
-    "a missing lung mask": ("rp_lung_msk/2.nii.gz", Path.unlink, "missing"),
-    "a missing lesion mask": ("rp_msk/10.nii.gz", Path.unlink, "missing"),
     "a lesion mask of another shape": ("rp_msk/2.nii.gz", lambda p: change(p, lambda v: v[:, :-4]), "(24, 20, 6)"),
     "lesion label 4": ("rp_msk/3.nii.gz", lambda p: change(p, with_voxel(4)), "label 4 at voxel (5, 7, 3)"),
-    "lung label 3": ("rp_lung_msk/1.nii.gz", lambda p: change(p, with_voxel(3)), "label 3"),
+    "lung label 6": ("rp_lung_msk/1.nii.gz", lambda p: change(p, with_voxel(6)), "label 6"),
     "a truncated volume": ("rp_im/2.nii.gz", lambda p: p.write_bytes(p.read_bytes()[:-400]), ""),
     "no number at all": ("rp_im/2.nii.gz", lambda p: change(p, lambda v: v * np.float32(np.nan)), ""),
     "HU + 1024": ("rp_im/2.nii.gz", lambda p: change(p, lambda v: v + 1024), "intercept"),
     "the intercept twice": ("rp_im/2.nii.gz", lambda p: change(p, lambda v: v - 1024), "lost"),
     "too dense by 500": ("rp_im/2.nii.gz", lambda p: change(p, lambda v: v + 500), "mean -35"),
     "lesions like lung": ("rp_msk/2.nii.gz", lambda p: change(p, lambda v: np.roll(v, 3, 1)), "label 2"),
+    "HU / 1000": ("rp_im/2.nii.gz", lambda p: change(p, lambda v: v / np.float32(1000)), "no HU"),
+    "z-scores": ("rp_im/2.nii.gz", lambda p: change(p, lambda v: (v + 500) / np.float32(450)), "no HU"),
     "columns reversed": ("rp_im/2.nii.gz", lambda p: change(p, lambda v: v[::-1]), "turned"),
 }
 
@@ -243,7 +239,7 @@ def test_a_bad_file_is_named_in_one_line_before_anything_is_written(src, out, fi
 
 
 BAD_CALLS = {
-    "an excluded patient that is not there": (["--exclude-patient", 7], "7.nii.gz"),
+    "an excluded patient that is not there": (["--exclude-patient", 7], "--exclude-patient 7"),
     "every patient excluded": (["--exclude-patient", 1, 2, 3, 10], "no slice left"),
     "one patient left to split by patient": (["--exclude-patient", 1, 2, 3], "patient 10 .* --by slice"),
     "two counts": (["--split", "300,73"], "--split 300,73"),
@@ -354,7 +350,7 @@ def test_what_is_left_out_of_the_command_is_named(tmp_path, out):
     with pytest.raises(Mistake, match="--images: missing"):
         prepare.main(["--out", str(out)])
     (tmp_path / "ct").write_text("")
-    with pytest.raises(Mistake, match="--stacked"):
+    with pytest.raises(Mistake, match="ct: no such folder"):
         run_named(tmp_path, out)
 
 
@@ -372,6 +368,62 @@ def test_in_a_stack_each_slice_is_a_patient_of_its_own(tmp_path, out, capsys):
     assert split["drawn"]["by"] == "slice" and "split by slice" in capsys.readouterr().out
 
 
+def put_masks(folder, of):
+    """Masks made of those of lungs and of lesions, in folder/wrong."""
+    for path in (folder / "lung").iterdir():
+        lung, lesion = (nib.load(folder / part / path.name) for part in ("lung", "lesion"))
+        masks = of(np.asanyarray(lung.dataobj), np.asanyarray(lesion.dataobj)).astype(np.uint8)
+        (folder / "mine").mkdir(exist_ok=True)
+        nib.save(nib.Nifti1Image(masks, lung.affine), folder / "mine" / path.name)
+    return str(folder / "mine")
+
+
+def right_and_left(lung):
+    return lung * (1 + (np.arange(SIZE) > 11)[:, None, None])
+
+
+def in_one(lung, lesion):
+    return np.where(lesion, lesion + 1, lung)
+
+
+LUNGS = {
+    "255": lambda lung, _: lung * 255,
+    "two": lambda lung, _: right_and_left(lung),
+    "lobes": lambda lung, _: lung * 5,
+}
+
+
+@pytest.mark.parametrize("kind", [*LUNGS, "labels 0 to 3"])
+def test_lungs_of_any_number_and_labels_in_one_mask_give_the_same_slices(tmp_path, out, kind):
+    put_named(tmp_path, ["a", "b", "c"])
+    run_named(tmp_path, tmp_path / "usual")
+    if kind in LUNGS:
+        run_named(tmp_path, out, "--lungs", put_masks(tmp_path, LUNGS[kind]), lungs=False)
+    else:
+        labels = put_masks(tmp_path, in_one)
+        prepare.main(["--images", f"{tmp_path}/ct", "--labels", labels, "--out", str(out), "--size", str(SIZE)])
+        assert json.loads((out / "split.json").read_text())["drawn"]["labels"] == "mine"
+        with pytest.raises(Mistake, match="--labels"):
+            run_named(tmp_path, out, "--labels", labels)
+    assert pictures(out) == pictures(tmp_path / "usual")
+
+
+LESIONS = {
+    "two lungs, and 3 for infection": lambda lung, lesion: np.where(lesion, 3, right_and_left(lung)),
+    "lung, ground glass and consolidation": in_one,
+    "the lung mask": lambda lung, _: lung,
+}
+
+
+@pytest.mark.parametrize("kind", LESIONS)
+def test_lesion_masks_that_hold_the_lung_are_named_with_label_and_hu(tmp_path, out, kind):
+    put_named(tmp_path, ["a", "b"])
+    mine = put_masks(tmp_path, LESIONS[kind])
+    with pytest.raises(Mistake, match=rf"^{mine}/a\.nii\.gz: mean -8\d\d HU in ground-glass opacity \(label 2\)"):
+        run_named(tmp_path, out, "--lesions", mine)
+    assert not out.exists()
+
+
 def binary(seed):
     """A body whose lesion mask holds 0 and 1, and what is consolidation in truth."""
     hu, lung, lesion = body(seed=seed)
@@ -384,9 +436,11 @@ def binary(seed):
 def test_masks_that_tell_no_consolidation_need_a_word(tmp_path, out, capsys):
     names = ["a", "b", "c"]
     put_named(tmp_path, names, **{name: binary(i)[0] for i, name in enumerate(names)})
-    with pytest.raises(Mistake, match=r"lesion: no mask holds a 2.*--binary.*--no-binary"):
+    with pytest.raises(Mistake, match=r"lesion/a\.nii\.gz: mean -\d+ HU.*--binary"):
         run_named(tmp_path, out)
-    split = run_named(tmp_path, out, "--no-binary")
+    with pytest.raises(Mistake, match=r"lesion: no mask holds a 2.*--binary.*--no-binary"):
+        run_named(tmp_path, out, "--unchecked")
+    split = run_named(tmp_path, out, "--no-binary", "--unchecked")
     assert set(np.unique(map_of(out, "P01_S000"))) == {0, 1, 2}
     assert split["drawn"]["consolidation_above"] is None
     run_named(tmp_path, out, "--binary", "--overwrite")
@@ -395,7 +449,7 @@ def test_masks_that_tell_no_consolidation_need_a_word(tmp_path, out, capsys):
     parted = map_of(out, "P01_S000")
     assert set(parted[lesion[0] > 0]) == {2, 3}
     assert (parted[9:14, 16:18] == 3).all() and (parted[7:10, 4:7] == 2).all() and dense[0, 9:14, 16:18].all()
-    split = run_named(tmp_path, out, "--binary", "--consolidation-above", 200, "--overwrite")
+    split = run_named(tmp_path, out, "--binary", "--consolidation-above", 200, "--overwrite", "--unchecked")
     assert 3 not in map_of(out, "P01_S000") and split["drawn"]["consolidation_above"] == 200
 
 
@@ -416,11 +470,18 @@ def chest():
 
 
 @pytest.mark.parametrize("padding", [-1024, -2000, -3024])
-def test_the_lungs_are_found_in_a_round_field(chest, padding):
+@pytest.mark.parametrize("fill", [None, -1000, -1024])
+def test_the_lungs_are_found_in_a_round_field_and_in_a_crop_that_is_filled(chest, padding, fill):
     hu, labels, millimetres = chest
     y, x = np.mgrid[:256, :256] - 127.5
+    if fill is not None:  # all but the box of the lungs
+        rows, columns = (np.flatnonzero((labels > 0).any(axes)) for axes in ((0, 2), (0, 1)))
+        crop = np.s_[:, rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+        box = np.full_like(hu, fill)
+        box[crop] = hu[crop]
+        hu = box
     hu = np.where(np.hypot(x, y) < 127, hu, padding)
-    assert dice(find_lungs(hu, labels > 1, millimetres), labels > 0) > 0.97
+    assert dice(find_lungs(hu, labels > 1, millimetres), labels > 0) > 0.95
 
 
 def test_table_windpipe_and_stomach_gas_are_no_lung(chest):

@@ -174,7 +174,7 @@ def test_slices_unlike_axial_ones_are_told(tmp_path, capsys, sizes, tilt, told, 
     nib.save(image.as_reoriented(ornt_transform(io_orientation(affine), axcodes2ornt(codes))), path)
     volumes.read_volume(path)
     said = capsys.readouterr().err
-    assert said.startswith(f"warning: {path}: {told}") if told else said == ""
+    assert (said.startswith(f"warning: {path}: ") and told in said) if told else said == ""
 
 
 @pytest.mark.parametrize(("unit", "per"), [(1, 0.001), (2, 1), (3, 1000)])
@@ -182,6 +182,24 @@ def test_metres_and_micrometres_are_told_by_the_header(tmp_path, unit, per):
     array, affine = stored_as(numbered(), "LPS")
     path = save(tmp_path / "1.nii.gz", array, np.diag([per, per, per, 1]) @ affine, xyzt_units=unit)
     np.testing.assert_allclose(volumes.read_volume(path).millimetres, (0.7, 0.5), rtol=1e-5)
+
+
+def test_pixels_that_no_ct_has_are_told(tmp_path, capsys):
+    array, affine = stored_as(numbered(), "LPS")
+    volumes.read_volume(save(tmp_path / "1.nii.gz", array, np.diag([0.001, 0.001, 0.001, 1]) @ affine))
+    assert "1.nii.gz: pixels of 0.0007 x 0.0005 mm" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_an_axis_of_length_one_without_an_affine_is_that_of_the_slices(tmp_path, axis):
+    slice_ = np.expand_dims(numbered((1, 6, 8))[0], axis)
+    path = save(tmp_path / "1.nii.gz", slice_, np.eye(4))
+    volume = volumes.read_volume(path, note=str)
+    np.testing.assert_array_equal(volume.voxels, numbered((1, 6, 8)))
+    mask = volumes.read_labels(save(tmp_path / "mask.nii.gz", slice_ % 3, np.eye(4)), (0, 1, 2), volume, note=str)
+    np.testing.assert_array_equal(mask, volume.voxels % 3)
+    volumes.write_volume(tmp_path / "new.nii.gz", volume, volume.voxels)
+    np.testing.assert_array_equal(volumes.read_volume(tmp_path / "new.nii.gz").voxels, volume.voxels)
 
 
 def test_an_array_saved_in_the_order_z_y_x_is_refused(tmp_path):
@@ -323,6 +341,24 @@ def test_volumes_are_listed_by_name_and_dot_files_are_no_data(tmp_path):
     listed = volumes.list_volumes(tmp_path)
     assert list(listed) == ["a.b", "b", "c"]
     assert listed["a.b"] == tmp_path / "a.b.NII"
+
+
+def test_a_star_stands_for_the_name_wherever_it_is(tmp_path):
+    for name in ("b", "Mu\u0308ller"):  # an accent apart from its letter, as a Mac stores it
+        touch(tmp_path / name, "ct.nii.gz", "mask.nii.gz", "._ct.nii.gz")
+    listed = volumes.list_volumes(f"{tmp_path}/*/ct.nii.gz")
+    assert listed == {"M\u00fcller": tmp_path / "Mu\u0308ller/ct.nii.gz", "b": tmp_path / "b/ct.nii.gz"}
+    assert list(volumes.list_volumes(tmp_path / "b/*k.nii.gz")) == ["mas"]
+    for pattern in ("*/*.nii", "*_ct.nii.gz"):
+        with pytest.raises(Mistake, match=r"star|no volume"):
+            volumes.list_volumes(tmp_path / pattern)
+
+
+def test_a_link_to_nothing_is_named(tmp_path):
+    (tmp_path / "1.nii.gz").symlink_to("absent.nii.gz")
+    for where in (tmp_path, tmp_path / "*.nii.gz"):
+        with pytest.raises(Mistake, match=r"1\.nii\.gz: "):
+            volumes.read_volume(volumes.list_volumes(where)["1"])
 
 
 def test_a_folder_that_is_not_there_or_holds_no_volume_is_named(tmp_path):
