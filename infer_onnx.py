@@ -314,7 +314,7 @@ def load(job: Job, n_labels: int, reals: dict[str, Path] | None, seed: int, unch
     if not labels.any():
         return None
     if reals is not None and not real_path:
-        raise Mistake(f"{job.path}: its real one is missing from --complement: put it there, of the same name")
+        raise Mistake(f"{job.path}: none of its name in --complement: add it, or pair by patterns: 'DIR/*_ct.nii.gz'")
     if real_path and not unchecked:
         check_pair(real_path, real, labels)
     if job.variant:
@@ -689,7 +689,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     option("--model", type=Path, help="what export.py wrote (default: generator.onnx, else the one shipped)")
     option("--out", type=Path, default=Path("synthetic"), help="folder to write to")
     option("--format", choices=ENDINGS, help="file format of the slices (default: png16)")
-    option("--complement", type=Path, metavar="IMAGES", help="the same for the real slices, or CTs, to paste into")
+    option("--complement", type=Path, metavar="IMAGES", help="their real slices or CTs, given alike, to paste into")
     option("--variants", type=int, default=0, metavar="K", help="make K augmentations of each map instead of it")
     option("--seed", type=int, default=0, help="seed of the variants")
     option("--unchecked", action="store_true", help="accept real slices and CTs that do not look like their map's")
@@ -698,7 +698,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     option("--provider", choices=("auto", *PROVIDERS), default="auto", help="what the model runs on")
     option("--precision", choices=("model", "bf16"), default="model", help="bf16: with --provider openvino")
     option("--cuda-graph", action="store_true", help="with --provider cuda: one launch per batch")
-    option("--threads", type=int, metavar="N", help="threads of the model on the CPU")
+    option("--threads", type=int, metavar="N", help="threads of the model on the CPU, by default OMP_NUM_THREADS or one a core")
     option("--shard", default="1/1", metavar="I/N", help="make the I-th of N equal parts, I = 1..N")
     option("--dry-run", action="store_true", help="print what would be done")
     args = parser.parse_args(argv)
