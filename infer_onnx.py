@@ -698,7 +698,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     option("--provider", choices=("auto", *PROVIDERS), default="auto", help="what the model runs on")
     option("--precision", choices=("model", "bf16"), default="model", help="bf16: with --provider openvino")
     option("--cuda-graph", action="store_true", help="with --provider cuda: one launch per batch")
-    option("--threads", type=int, metavar="N", help="threads of the model on the CPU, by default OMP_NUM_THREADS or one a core")
+    option("--threads", type=int, metavar="N", help="threads on the CPU; by default OMP_NUM_THREADS, or one a core")
     option("--shard", default="1/1", metavar="I/N", help="make the I-th of N equal parts, I = 1..N")
     option("--dry-run", action="store_true", help="print what would be done")
     args = parser.parse_args(argv)
