@@ -5,6 +5,7 @@
     python infer_onnx.py maps/ --variants 40 --seed 1 --out augmented  # 40 augmented maps of each, and their slices
     python infer_onnx.py labels.nii.gz                                 # a label volume: a CT volume on its grid
     python infer_onnx.py labels/ --complement ct/                      # folders of volumes, paired by name
+    python infer_onnx.py 'a/*_seg.nii.gz' --complement 'a/*_ct.nii.gz' # or by what one star, in quotes, stands for
     python infer_onnx.py data/phantom --side test                      # a dataset's held-out maps
     python infer_onnx.py maps/ --shard 3/8                             # the third of eight machines
     python infer_onnx.py maps/ --provider openvino --precision bf16    # on CPUs that compute in bfloat16
@@ -28,6 +29,7 @@ maps/, data/phantom/maps or else models/examples beside this file. Research only
 import argparse
 import contextlib
 import ctypes
+import glob
 import gzip
 import importlib.util
 import io
@@ -48,7 +50,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from data import slices
-from data.check import check_pair
+from data.check import check_pair, sided
 from data.runtime import ort, ort_state
 from data.slices import HELD, Mistake
 
@@ -59,18 +61,13 @@ SHIPPED_MODEL, EXAMPLES = SHIPPED / "covid-ct-256.onnx", SHIPPED / "examples"
 # the contract with export.py
 CONTRACT = "1"
 TENSORS = {"input map": "tensor(uint8)", "output ct": "tensor(int16)", "output alpha": "tensor(float)"}
-PARSED = ("labels", "level", "width", "size", "multiple")  # metadata in JSON
-METADATA = ("contract", *PARSED, "precision", "checkpoint_sha256")
+METADATA = ("contract", "labels", "level", "width", "size", "multiple", "precision", "checkpoint_sha256")
+REAL = int | float
+PARSED = {"labels": list, "level": REAL, "width": REAL, "size": int, "multiple": int, "trained_labels": list}  # JSON
 EXTERNAL = b"\n\x08location"  # the key, as protobuf writes it, that places a tensor in another file
 
-PROVIDERS = {  # ONNX Runtime's names; "auto" tries them in this order
-    "tensorrt": "TensorrtExecutionProvider",
-    "cuda": "CUDAExecutionProvider",
-    "openvino": "OpenVINOExecutionProvider",
-    "coreml": "CoreMLExecutionProvider",
-    "dml": "DmlExecutionProvider",
-    "cpu": "CPUExecutionProvider",
-}
+NAMES = ("Tensorrt", "CUDA", "OpenVINO", "CoreML", "Dml", "CPU")  # ONNX Runtime's; "auto" tries them in this order
+PROVIDERS = {name.lower(): f"{name}ExecutionProvider" for name in NAMES}
 NVIDIA, NVIDIA_BATCH = (PROVIDERS["tensorrt"], PROVIDERS["cuda"]), 8  # on a CPU batches gain nothing
 ORT_ERRORS = (
     *(e for e in vars(ort_state).values() if isinstance(e, type) and issubclass(e, Exception)),
@@ -165,16 +162,15 @@ def check_model(session: ort.InferenceSession, model: Path, kind: str) -> dict[s
         what = f"it lacks {'; '.join(lacks)}" if lacks else f"contract {info['contract']}, not {CONTRACT}"
         raise Mistake(f"{model}: {what}: export it again")
     fixed = [side if isinstance(side, int) else None for side in session.get_inputs()[0].shape]
-    return info | {key: parsed(model, info, key) for key in PARSED} | {"fixed": fixed}
+    return info | {key: parsed(model, info, key) for key in PARSED if key in info} | {"fixed": fixed}
 
 
 def parsed(model: Path, info: dict[str, str], key: str) -> Any:
-    """An entry of a model's metadata in JSON: labels, size, multiple (pixels), level or width (HU). Raises Mistake."""
+    """An entry of a model's metadata in JSON: a list; size, multiple (pixels); level, width (HU). Raises Mistake."""
     value = None
     with contextlib.suppress(ValueError):
         value = json.loads(info[key])
-    wanted = {"labels": list, "size": int, "multiple": int}.get(key, int | float)
-    if not isinstance(value, wanted) or (key in ("size", "multiple", "width") and value <= 0):
+    if not isinstance(value, PARSED[key]) or (key in ("size", "multiple", "width") and value <= 0):
         raise Mistake(f"{model}: metadata {key} is {info[key]}: export it again")
     return value
 
@@ -239,7 +235,7 @@ class Case(NamedTuple):
 
 
 def find_maps(source: Path, side: str | None = None) -> dict[str, Path]:
-    """Label maps by name: the PNGs or the volumes of a folder or of a dataset's maps/, or the one file given.
+    """Label maps by name, see find_files.
 
     side: of the dataset's split.json. Raises Mistake where there is none, or a name of the split has no map.
     """
@@ -261,9 +257,9 @@ def find_maps(source: Path, side: str | None = None) -> dict[str, Path]:
 
 
 def find_reals(source: Path, maps: dict[str, Path]) -> dict[str, Path]:
-    """The real slices or volumes by name: of a folder or a dataset's images/, or the one file for the one map given."""
+    """The real slices or volumes by name, see find_files; one file is that of the one map, whatever its name."""
     found = find_files(source, "images")
-    if source.is_dir():
+    if not source.is_file():
         numbered = {name: found[f"{name}_0000"] for name in maps if f"{name}_0000" in found}  # nnU-Net's names
         return numbered | found
     if len(maps) > 1:
@@ -272,16 +268,28 @@ def find_reals(source: Path, maps: dict[str, Path]) -> dict[str, Path]:
 
 
 def find_files(source: Path, what: str) -> dict[str, Path]:
-    """Volumes, else PNGs, by name: of a folder, or of the folder `what` of a dataset; or the one file given."""
-    if not source.exists():
-        raise Mistake(f"{source}: not there: give the folder of the {what}")
+    """Volumes, else PNGs, by name: of a folder, or of the folder `what` of a dataset; or the one file given.
+
+    Of a pattern such as DIR/*_ct.nii.gz or DIR/*/ct.nii.gz the name is what its star stands for. Names are in
+    slices.same_form. A link to nothing is found: reading it is told. Raises Mistake where there is no such file.
+    """
     slices.check_finished(source)
     folder = source / what if (source / what).is_dir() else source
-    if any(map(is_volume, folder.iterdir() if folder.is_dir() else [folder])):
+    before, star, after = str(source).partition("*")
+    if star:
+        paths = sorted(glob.glob(f"{glob.escape(before)}*{glob.escape(after)}"))
+        found = {path[len(before) : len(path) - len(after)]: Path(path) for path in paths}
+    elif not source.exists():
+        raise Mistake(f"{source}: not there: give the folder of the {what}")
+    elif any(map(is_volume, folder.iterdir() if folder.is_dir() else [folder])):
         from data.volumes import list_volumes, volume_name  # needs nibabel
 
-        return list_volumes(folder) if folder.is_dir() else {volume_name(folder): folder}
-    return slices.list_pngs(folder, what) if folder.is_dir() else {folder.stem: folder}
+        found = list_volumes(folder) if folder.is_dir() else {volume_name(folder): folder}
+    else:
+        found = slices.list_pngs(folder, what) if folder.is_dir() else {folder.stem: folder}
+    if not found:
+        raise Mistake(f"{source}: no file is called so: give it in quotes, with one star for the name")
+    return {slices.same_form(name): path for name, path in found.items()}
 
 
 def is_volume(path: Path) -> bool:
@@ -306,7 +314,7 @@ def load(job: Job, n_labels: int, reals: dict[str, Path] | None, seed: int, unch
     if not labels.any():
         return None
     if reals is not None and not real_path:
-        raise Mistake(f"{job.path}: its real one is missing from --complement: put it there, of the same name")
+        raise Mistake(f"{job.path}: none of its name in --complement: add it, or pair by patterns: 'DIR/*_ct.nii.gz'")
     if real_path and not unchecked:
         check_pair(real_path, real, labels)
     if job.variant:
@@ -405,16 +413,15 @@ def run(
     reader: gives a case, None where there is no lung, or a line about what is faulty.
     Returns how many were written, how many have no lung, and the lines about the faulty ones.
     """
-    without, faults, notes = 0, [], []
+    without, faults = 0, []
     volumes = any(is_volume(job.path) for job in jobs)
     workers = min(8, max(2, usable_cores()))  # more would need more memory, and no model outruns eight
     depth = 0 if volumes else 2 * workers * n
-    size = generator.info["size"]
 
-    def tell(line: str, told: list[str]) -> None:
-        if line not in told:  # the variants of a map share its line
-            told.append(line)
-            bar.write(line, file=sys.stderr)
+    def fail(line: str) -> None:
+        if line not in faults:  # the variants of a map share its line
+            faults.append(line)
+            bar.write(f"error: {line}", file=sys.stderr)
 
     def sound(found: Iterable[Case | str | None]) -> Iterator[Case]:
         nonlocal without
@@ -424,18 +431,16 @@ def run(
             elif case is None:
                 without += 1
             else:
-                tell(f"error: {case}", faults)
+                fail(case)
 
     def synthesized(cases: Iterable[Case]) -> Iterator[tuple[Case, np.ndarray]]:
-        for (*_, height, width), group in groupby(cases, lambda case: case.labels.shape):
-            if (height, width) != (size, size):
-                tell(f"note: maps of {height} x {width} pixels, the model was trained at {size} x {size}", notes)
+        for _, group in groupby(cases, lambda case: case.labels.shape):
             while batch := list(islice(group, 1 if volumes else n)):
                 try:
                     yield from synthesize(batch, generator, n, bar)
                 except Mistake as mistake:
                     for case in batch:
-                        tell(f"error: {case.job.path}: {mistake}", faults)
+                        fail(f"{case.job.path}: {mistake}")
 
     with tqdm(total=None if volumes else len(jobs), unit=" slices") as bar, ThreadPoolExecutor(workers) as pool:
         cases = sound(ahead(pool, reader, jobs, depth))
@@ -457,6 +462,19 @@ def synthesize(batch: list[Case], generator: Generator, n: int, bar: tqdm) -> li
         hu[z] = generator(labels[z]).clip(*HELD)
         bar.update(len(z))
     return list(zip(batch, [hu] if stack else hu, strict=True))
+
+
+def remarks(case: Case, info: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """What a user should know of a map that is no fault: for each, what it has in common with others, and a line."""
+    (*_, height, width), size = case.labels.shape, info["size"]
+    if (height, width) != (size, size):
+        yield f"{height} x {width}", f"{height} x {width} pixels, but the model was trained at {size} x {size}"
+    trained = info.get("trained_labels", range(len(info["labels"])))  # older models do not say
+    for label, name in enumerate(info["labels"]):
+        if label not in (0, *trained) and (case.labels == label).any():
+            yield name, f"holds {name} (label {label}), which no map did that the model was trained on"
+    if case.real is None and (told := sided(case.labels)):
+        yield "sides", told
 
 
 def ahead(pool: ThreadPoolExecutor, work: Callable[[Any], Any], items: Iterable[Any], depth: int) -> Iterator[Any]:
@@ -624,8 +642,10 @@ def first_line(error: Exception) -> str:
 
 
 def usable_cores() -> int:
-    """Cores this process may run on; ONNX Runtime itself would count the whole machine's."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores this process may run on, at most OMP_NUM_THREADS; ONNX Runtime itself would take the whole machine's."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return max(1, min(cores, int(asked))) if asked.isdecimal() else cores
 
 
 class Binding:
@@ -664,12 +684,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     """The command line, checked. Raises Mistake."""
     parser = slices.OneLineParser(__doc__)
     option = parser.add_argument
-    option("maps", type=Path, help="folder of label maps, or one: palette PNG, RGB in the paper's colours, or NIfTI")
+    option("maps", type=Path, help="a folder of label maps, 'DIR/*_seg.png', or one: palette or RGB PNG, or NIfTI")
     option("--side", choices=slices.SIDES, help="only that side of a dataset's split")
     option("--model", type=Path, help="what export.py wrote (default: generator.onnx, else the one shipped)")
     option("--out", type=Path, default=Path("synthetic"), help="folder to write to")
     option("--format", choices=ENDINGS, help="file format of the slices (default: png16)")
-    option("--complement", type=Path, metavar="IMAGES", help="folder of the real slices, or CT volumes, to paste into")
+    option("--complement", type=Path, metavar="IMAGES", help="their real slices or CTs, given alike, to paste into")
     option("--variants", type=int, default=0, metavar="K", help="make K augmentations of each map instead of it")
     option("--seed", type=int, default=0, help="seed of the variants")
     option("--unchecked", action="store_true", help="accept real slices and CTs that do not look like their map's")
@@ -678,7 +698,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     option("--provider", choices=("auto", *PROVIDERS), default="auto", help="what the model runs on")
     option("--precision", choices=("model", "bf16"), default="model", help="bf16: with --provider openvino")
     option("--cuda-graph", action="store_true", help="with --provider cuda: one launch per batch")
-    option("--threads", type=int, metavar="N", help="threads of the model on the CPU")
+    option("--threads", type=int, metavar="N", help="threads on the CPU; by default OMP_NUM_THREADS, or one a core")
     option("--shard", default="1/1", metavar="I/N", help="make the I-th of N equal parts, I = 1..N")
     option("--dry-run", action="store_true", help="print what would be done")
     args = parser.parse_args(argv)
@@ -690,8 +710,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
     args.part, args.parts = int(part), int(parts)
     if args.precision == "bf16" and args.provider != "openvino":
         raise Mistake("--precision bf16: goes with --provider openvino alone")
-    if args.cuda_graph and args.provider != "cuda":  # TensorRT only captures whole models, and has no int16
-        raise Mistake("--cuda-graph: goes with --provider cuda alone")
     return args
 
 
@@ -716,8 +734,9 @@ def claim(args: argparse.Namespace, info: dict[str, Any], folders: Iterable[Path
     unfinished.replace(record)
 
 
-def make(args: argparse.Namespace) -> int:
-    """Make what the command line says. Returns the exit status, 2 where maps were faulty. Raises Mistake."""
+def main(argv: list[str]) -> int:
+    """Do what the command line says. Returns the exit status: 2 where maps were left out as faulty. Raises Mistake."""
+    args = parse(argv)
     maps = find_maps(args.maps, args.side)
     reals = find_reals(args.complement, maps) if args.complement else None
     what = "volumes" if is_volume(next(iter(maps.values()))) else "slices"
@@ -739,6 +758,8 @@ def make(args: argparse.Namespace) -> int:
     n = info["fixed"][0] or args.batch or (NVIDIA_BATCH if session.get_providers()[0] in NVIDIA else 1)
     generator = Generator(session, info, n if args.cuda_graph else None)
 
+    noted: dict[str, dict[Path, str]] = {}  # of a kind of remark: map -> line
+
     def reader(job: Job) -> Case | str | None:
         try:
             case = load(job, len(info["labels"]), reals, args.seed, args.unchecked)
@@ -746,6 +767,8 @@ def make(args: argparse.Namespace) -> int:
             return str(mistake)
         for path in targets(job, args) if case is None else ():  # of a map that had lung before
             path.unlink(missing_ok=True)
+        for kind, line in remarks(case, info) if case else ():
+            noted.setdefault(kind, {})[job.path] = line
         return case
 
     mine = jobs[args.part - 1 :: args.parts]
@@ -760,6 +783,8 @@ def make(args: argparse.Namespace) -> int:
     if without == len(jobs):
         raise Mistake(f"{args.maps}: no lung in any of the {len(jobs)} {what}: give maps with labels above 0")
     print(f"{written} {what} written to {args.out}")
+    for _, lines in sorted(noted.items()):
+        print(f"note: {min(lines)}: {lines[min(lines)]} (maps like this: {len(lines)})", file=sys.stderr)
     if without:
         print(f"note: {without} {what} without lung are left out", file=sys.stderr)
     if faults:
@@ -767,13 +792,5 @@ def make(args: argparse.Namespace) -> int:
     return 2 if faults else 0
 
 
-def main(argv: list[str]) -> int:
-    """Do what the command line says. Returns the exit status: 2 where maps were left out as faulty. Raises Mistake."""
-    try:
-        return make(parse(argv))
-    except ModuleNotFoundError as error:  # nibabel, which PNG does not need
-        raise Mistake(f"{error}: pip install {error.name}") from error
-
-
 if __name__ == "__main__":
-    slices.exit_on_mistake(main, stopped="stopped: the same command goes on from here")
+    slices.exit_on_mistake(main, "stopped: the same command goes on from here", (ModuleNotFoundError,))  # nibabel, say

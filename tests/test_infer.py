@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -79,9 +80,13 @@ def build_generator(path, shape=("N", "H", "W"), metadata=METADATA, work=0, ct=T
     return path
 
 
-def draw_slice(height=64, width=64, seed=0):
-    """A slice of noise of -1024 to 0 HU, int16 [H, W]: whatever is changed shows."""
-    return np.random.default_rng(seed).integers(-1024, 1, (height, width)).astype(np.int16)
+DENSITIES = np.array([40, -850, -600, -50], np.int16)  # HU by label
+
+
+def draw_slice(labels, seed=0):
+    """A slice of its labels' densities in noise of -1024 to 0 HU, int16 [H, W]: whatever is changed shows."""
+    noise = np.random.default_rng(seed).integers(-1024, 1, labels.shape)
+    return np.where(labels > 0, DENSITIES[labels], noise).astype(np.int16)
 
 
 @pytest.fixture
@@ -144,11 +149,8 @@ def test_a_map_whose_size_suits_the_model_gives_what_the_model_gives(infer, maps
 def test_a_map_of_any_size_is_padded_with_background_to_two_multiples_at_least_and_cropped_back(infer, maps, model):
     write_map(maps / "P03_S005.png", np.ones((5, 33), np.uint8))
     _, out, _ = infer(maps)
-    for name, pad in (
-        ("P01_S003", ((0, 14), (0, 10))),
-        ("P02_S004", ((0, 15), (0, 0))),
-        ("P03_S005", ((0, 27), (0, 15))),
-    ):
+    pads = {"P01_S003": ((0, 14), (0, 10)), "P02_S004": ((0, 15), (0, 0)), "P03_S005": ((0, 27), (0, 15))}
+    for name, pad in pads.items():
         labels = read_map(maps / f"{name}.png")
         expected = direct(model, np.pad(labels, pad))[: labels.shape[0], : labels.shape[1]]
         assert np.array_equal(read_image(out / "images" / f"{name}.png"), expected)
@@ -171,7 +173,7 @@ def images(tmp_path, maps):
     folder = tmp_path / "images"
     folder.mkdir()
     for k, path in enumerate(sorted(maps.iterdir())):
-        write_image(folder / path.name, draw_slice(*read_map(path).shape, seed=k))
+        write_image(folder / path.name, draw_slice(read_map(path), seed=k))
     return folder
 
 
@@ -254,9 +256,9 @@ def test_the_augmentation_of_training_and_of_inference_have_the_same_ranges():
 
 
 def test_sampling_keeps_every_pixel_in_its_place_and_finds_background_beyond_maps_and_the_border_beyond_slices():
-    rows, columns = np.mgrid[:50, :70].astype(float)
-    assert np.array_equal(infer_onnx.sample_nearest(draw_map(50, 70), rows, columns), draw_map(50, 70))
-    assert np.array_equal(infer_onnx.sample_bicubic(draw_slice(50, 70), rows, columns), draw_slice(50, 70))
+    (rows, columns), labels = np.mgrid[:50, :70].astype(float), draw_map(50, 70)
+    assert np.array_equal(infer_onnx.sample_nearest(labels, rows, columns), labels)
+    assert np.array_equal(infer_onnx.sample_bicubic(draw_slice(labels), rows, columns), draw_slice(labels))
     rows, columns = np.array([[-0.4, -0.6, -9.0], [3.4, 3.6, 99.0]]), np.full((2, 3), 1.0)
     assert infer_onnx.sample_nearest(np.ones((4, 4), np.uint8), rows, columns).tolist() == [[1, 0, 0], [1, 0, 0]]
     hu = np.arange(16, dtype=np.int16).reshape(4, 4) * 10
@@ -378,12 +380,13 @@ def test_a_map_that_has_changed_is_made_anew_and_one_that_lost_its_lung_takes_it
     before = files(out)
     write_map(maps / "P00_S000.png", draw_map(shift=20))
     write_map(maps / "P00_S001.png", np.zeros((64, 64), np.uint8))
-    write_image(images / "P01_S002.png", draw_slice(seed=77))
+    write_image(images / "P01_S002.png", draw_slice(draw_map(shift=2), seed=77))
     status, _, told = infer(maps, "--complement", images)
     assert status == 0 and "1 slices without lung are left out" in told
     after = files(out)
     assert np.array_equal(read_map(out / "maps/P00_S000.png"), draw_map(shift=20))
-    assert (read_image(out / "images/P01_S002.png") == draw_slice(seed=77))[draw_map(shift=2) == 0].all()
+    real = read_image(images / "P01_S002.png")
+    assert (read_image(out / "images/P01_S002.png") == real)[draw_map(shift=2) == 0].all()
     assert before.keys() - after.keys() == {"images/P00_S001.png", "maps/P00_S001.png"}
     changed = {"images/P00_S000.png", "maps/P00_S000.png", "images/P01_S002.png"}
     assert {name for name in after if after[name] != before[name]} == changed
@@ -402,6 +405,69 @@ def test_a_real_slice_that_is_not_its_map_s_is_left_out_as_faulty_unless_overrul
     assert len(files(out / "images")) == 4
     assert infer(maps, "--complement", images, "--unchecked", out="wrong")[0] == 0
     assert (read_image(out / "images/P00_S000.png") == wrong)[labels[0] == 0].all()
+
+
+def draw_ill(depth=1):
+    """HU int16 and labels uint8 [Z, 128, 128] of two lungs with ground glass in one and consolidation in the other."""
+    hu, labels = draw_chest(depth, 128)
+    labels[:, 70:90, 32:46], labels[:, 70:90, 88:98] = 2, 3
+    return np.where(labels > 0, DENSITIES[labels], hu), labels
+
+
+RIGHT = (0, 1, 2, 3)
+
+
+@pytest.mark.parametrize("order", [RIGHT, (0, 3, 1, 2), (0, 1, 3, 2), (0, 2, 1, 3)])
+def test_a_map_whose_labels_have_another_order_than_its_real_slice_is_refused_by_label_and_hu(infer, tmp_path, order):
+    hu, labels = draw_ill()
+    write_map(tmp_path / "map.png", np.array(order, np.uint8)[labels[0]])
+    write_image(tmp_path / "real.png", hu[0])
+    status, _, told = infer(tmp_path / "map.png", "--complement", tmp_path / "real.png")
+    assert status == (0 if order == RIGHT else 2)
+    assert order == RIGHT or all(word in told for word in (f"error: {tmp_path / 'real.png'}: ", "(label ", " HU in "))
+
+
+def test_two_lungs_as_two_labels_are_refused_beside_real_slices_and_noted_without(infer, maps, images):
+    hu, labels = draw_chest(1)
+    for path in maps.iterdir():
+        write_map(path, np.where(labels[0] > 0, 1 + (np.arange(64) > 31), 0))
+        write_image(images / path.name, hu[0])
+    status, _, told = infer(maps, "--complement", images)
+    assert status == 2 and told.count("error: ") == 5 and f"{images / 'P00_S000.png'}: mean -850 HU in " in told
+    status, _, told = infer(maps, out="alone")
+    (note,) = (line for line in told.splitlines() if line.startswith("note: "))
+    assert status == 0 and note.startswith(f"note: {maps / 'P00_S000.png'}: labels 1 and 2 ") and ": 5)" in note
+
+
+def test_a_label_that_no_map_of_the_training_held_is_noted_once_with_count_and_first_name(infer, maps, tmp_path):
+    write_map(maps / "P00_S000.png", draw_map().clip(0, 2))
+    trained = build_generator(tmp_path / "trained.onnx", metadata={**METADATA, "trained_labels": "[1, 2]"})
+    status, _, told = infer(maps, "--variants", 2, model=trained)
+    assert status == 0 and told.count("(label 3)") == 1
+    assert f"note: {maps / 'P00_S001.png'}: holds consolidation" in told and "(maps like this: 4)" in told
+    assert "label 3" not in infer(maps, out="older")[2]
+
+
+def test_maps_and_real_slices_in_one_folder_are_paired_by_what_a_star_stands_for(infer, maps, images, tmp_path):
+    _, apart, _ = infer(maps, "--complement", images)
+    (tmp_path / "a[1]").mkdir()
+    for folder, kind in ((maps, "map"), (images, "ct")):
+        for path in list(folder.iterdir()):
+            path.rename(tmp_path / f"a[1]/{path.stem}_{kind}.png")
+    (tmp_path / "a[1]/P07_S001_map.png").symlink_to(tmp_path / "nothing")
+    status, out, told = infer(tmp_path / "a[1]/*_map.png", "--complement", tmp_path / "a[1]/*_ct.png", out="together")
+    assert status == 2 and f"error: {tmp_path / 'a[1]/P07_S001_map.png'}: " in told  # a link to nothing is told
+    assert told.count("error: ") == 1 and files(out) == files(apart)
+
+
+def test_names_that_differ_by_unicode_form_belong_together(infer, maps, images, tmp_path):
+    forms = [unicodedata.normalize(form, "M\u00fcller_S001") for form in ("NFC", "NFD")]
+    for folder, form in ((maps, forms[0]), (images, forms[1])):
+        (folder / "P00_S001.png").rename(folder / f"{form}.png")
+    for form in forms:
+        (tmp_path / "split.json").write_text(json.dumps({"train": [], "test": [form]}))
+        status, out, _ = infer(tmp_path, "--side", "test", "--complement", tmp_path)
+        assert status == 0 and [path.stem for path in (out / "images").iterdir()] == forms[:1]
 
 
 def test_the_folder_of_the_maps_or_of_their_dataset_is_no_out(infer, maps, images):
@@ -438,7 +504,7 @@ def test_a_bad_map_is_one_line_and_the_others_are_made(infer, maps, tmp_path, fa
 
 def test_a_missing_and_a_misfit_real_slice_are_told(infer, maps, images):
     (images / "P00_S000.png").unlink()
-    write_image(images / "P00_S001.png", draw_slice(32, 32))
+    write_image(images / "P00_S001.png", draw_slice(draw_map(32, 32)))
     iio.imwrite(images / "P01_S002.png", np.zeros((64, 64), np.uint8))
     status, out, told = infer(maps, "--complement", images)
     assert status == 2 and len(list((out / "images").iterdir())) == 2
@@ -497,7 +563,7 @@ def test_complete_with_a_dataset_s_images_or_the_one_slice_of_the_one_map(infer,
         (["MAPS", "--complement", "nowhere"], "nowhere: not there"),
         (["MAPS", "--frobnicate"], "--frobnicate"),
         (["MAPS", "--side", "test"], "split.json"),
-        (["MAPS", "--cuda-graph"], "--cuda-graph"),
+        (["*_map.png"], "*_map.png: no file"),
         (["MAPS", "--precision", "bf16"], "--precision"),
     ],
 )
@@ -515,7 +581,7 @@ FOREIGN = {
     "kind": ({"metadata": {**METADATA, "kind": "unet"}}, "unet"),
     "contract": ({"metadata": {**METADATA, "contract": "2"}}, "contract 2"),
     "garbled": ({"metadata": {**METADATA, "size": "?"}}, "metadata size"),
-    "of another type": ({"metadata": {**METADATA, "multiple": "[16]"}}, "metadata multiple"),
+    "of another type": ({"metadata": {**METADATA, "trained_labels": "1"}}, "metadata trained_labels"),
     "no width": ({"metadata": {**METADATA, "width": "0"}}, "metadata width"),
 }
 
@@ -529,6 +595,11 @@ def test_a_foreign_model_is_refused_by_name_and_by_what_it_lacks(infer, maps, tm
     assert "\n" not in told and not out.exists()
 
 
+def test_metadata_that_another_program_added_is_no_fault(infer, maps, tmp_path):
+    foreign = {"onnxsim.removed_nodes": "Conv 1\nAdd 2\t\u2192\x07", "a key\nof two lines": ""}
+    assert infer(maps, model=build_generator(tmp_path / "foreign.onnx", metadata={**METADATA, **foreign}))[0] == 0
+
+
 @pytest.mark.parametrize("fault", ["missing", "text", "cut", "too new"])
 def test_a_broken_or_missing_model_is_refused_by_name_without_noise(infer, maps, model, tmp_path, fault):
     path, newer = tmp_path / "broken.onnx", onnx.load(model)
@@ -540,9 +611,7 @@ def test_a_broken_or_missing_model_is_refused_by_name_without_noise(infer, maps,
     assert status == 2 and told.startswith(f"error: {path}: ") and "export" in told and "\n" not in told
 
 
-def test_tensors_in_other_files_are_not_read_and_the_word_for_them_is_no_fault(
-    infer, maps, model, tmp_path, monkeypatch
-):
+def test_tensors_in_other_files_are_not_read_and_their_word_is_no_fault(infer, maps, model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     elsewhere = onnx.load(model)
     onnx.save(elsewhere, "far.onnx", save_as_external_data=True, location="far.bin", size_threshold=0)
@@ -574,7 +643,7 @@ def test_auto_says_what_it_took_and_why_nothing_better_and_there_is_no_other_noi
     told = [line.strip() for line in done.stderr.replace("\r", "\n").splitlines() if "%|" not in line]
     first, *rest = [line for line in told if line]
     assert first.startswith(f"{model} runs on cpu, threads: 1; not tensorrt, cuda: no NVIDIA driver here; not openvino")
-    assert [line[:5] for line in rest] == ["note:", "note:"] and "50 x 70" in rest[0] and "33 x 80" in rest[1]
+    assert [line[:5] for line in rest] == ["note:", "note:"] and "33 x 80" in rest[0] and "50 x 70" in rest[1]
 
 
 def test_a_dry_run_says_what_would_be_done_and_does_nothing(maps, model, tmp_path, capsys):
@@ -608,10 +677,12 @@ def test_openvino_gives_the_slices_of_the_cpu(model, precision):
     assert np.abs(hu["openvino"] - hu["cpu"]).max() <= (1 if precision == "model" else 8)  # bfloat16: 3 digits of 1350
 
 
-def test_threads_are_the_cores_that_this_process_may_use(model, monkeypatch):
+def test_threads_are_the_cores_that_this_process_may_use_and_no_more_than_openmp_s(model, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2}, raising=False)
-    session, _ = infer_onnx.open_session(model, "cpu")
-    assert session.get_session_options().intra_op_num_threads == 3
+    for asked, threads in (("", 3), ("2", 2), ("9", 3), ("many", 3)):
+        monkeypatch.setenv("OMP_NUM_THREADS", asked)
+        session, _ = infer_onnx.open_session(model, "cpu")
+        assert session.get_session_options().intra_op_num_threads == threads
     session, _ = infer_onnx.open_session(model, "cpu", threads=1)
     assert session.get_session_options().intra_op_num_threads == 1
 
@@ -636,11 +707,8 @@ def test_other_providers_are_told_their_precision_and_go_without_a_cache_where_n
     whole = {**INFO, "precision": "float32", "fixed": [1, 64, 64]}
     cuda = {"cudnn_conv_algo_search": "HEURISTIC", "use_tf32": "0"}
     assert infer_onnx.provider_options("cuda", whole) == {**cuda, "prefer_nhwc": "0"}
-    assert infer_onnx.provider_options("cuda", INFO, graphs=True) == {
-        **cuda,
-        "prefer_nhwc": "1",
-        "enable_cuda_graph": "1",
-    }
+    graphs = {**cuda, "prefer_nhwc": "1", "enable_cuda_graph": "1"}
+    assert infer_onnx.provider_options("cuda", INFO, graphs=True) == graphs
     (tmp_path / ".cache").write_text("a file")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert infer_onnx.provider_options("tensorrt", whole, [(1, 64, 64)]) == {"trt_fp16_enable": "0"}
@@ -703,3 +771,32 @@ def test_onnx_runtime_keeps_no_records_in_the_users_home(maps, model, tmp_path, 
     done = subprocess.run([sys.executable, HERE / name, *map(str, argv)], env=env, capture_output=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert not list(home.rglob("*"))
+
+
+CASES = HERE.parent / "shared" / "cases" / "make_more_cases.py"
+TOLD = {  # case: maps, real slices or CTs, exit status, words
+    "right": ("tiny", "tiny", 0, []),
+    "names of a Mac": ("nfd_images", "nfd_images", 0, []),
+    "two lungs": ("sides_png", "sides_png", 2, ["images/P01_S001.png: mean -", "(label 2)", "a left and a right lung"]),
+    "two lungs, no slices": ("sides_png", None, 0, ["note: ", "maps/P01_S001.png: labels 1 and 2 ", ": 24)"]),
+    "another order": ("red_green_blue", "red_green_blue", 2, ["HU in consolidation (label 3)", "another order"]),
+    "axes exchanged": ("zyx_identity/rp_lung_msk", "zyx_identity/rp_im", 2, ["rp_im/1.nii.gz: ", "axes"]),
+    "patterns": ("base/rp_lung_msk/*.nii.gz", "base/rp_im/*.nii.gz", 0, []),
+}
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory):
+    out = tmp_path_factory.mktemp("cases")
+    subprocess.run([sys.executable, CASES, out], cwd=HERE, check=True)
+    return out
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not CASES.exists(), reason="no cases of real files here")
+@pytest.mark.parametrize("case", TOLD)
+def test_files_as_people_have_them_are_made_or_told(infer, cases, case):
+    maps, reals, expected, words = TOLD[case]
+    status, _, told = infer(cases / maps, *(["--complement", cases / reals] if reals else []))
+    assert status == expected and all(word in told for word in words)
+    assert words or not [line for line in told.splitlines() if line[:5] in ("error", "note:") and "pixels" not in line]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import draw_chest
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
-from test_infer import METADATA, build_generator, draw_map, files
+from test_infer import DENSITIES, METADATA, build_generator, draw_ill, draw_map, files
 
 import infer_onnx
 from data.slices import Mistake, read_image, write_map
@@ -26,10 +26,9 @@ def draw_labels(height=50, width=70, lungless=(0, 3)):
 
 
 def draw_ct(labels, seed=0):
-    """HU int16 of noise beyond what PNG holds, with lungs that have a lung's mean."""
+    """HU int16 of noise beyond what PNG holds, with lungs and lesions of their densities."""
     hu = np.random.default_rng(seed).integers(-3024, 20000, labels.shape).astype(np.int16)
-    hu[labels > 0] = -800
-    return hu
+    return np.where(labels > 0, DENSITIES[labels], hu)
 
 
 def save(path, display, codes="RAS", dtype=None, affine=RAS):
@@ -201,6 +200,20 @@ def test_a_ct_turned_against_its_map_is_refused_unless_overruled(infer, tmp_path
     assert infer(mask, "--complement", real, "--unchecked", out="turned")[0] == 0
 
 
+def test_a_folder_per_patient_and_labels_in_another_order_than_the_ct_are_told_by_file_and_hu(infer, tmp_path):
+    hu, labels = draw_ill(6)
+    for patient, order in (("a", [0, 1, 2, 3]), ("b", [0, 2, 1, 3])):
+        (tmp_path / "P" / patient).mkdir(parents=True)
+        save(tmp_path / f"P/{patient}/ct.nii.gz", hu)
+        save(tmp_path / f"P/{patient}/labels.nii.gz", np.array(order, np.uint8)[labels])
+    (tmp_path / "P/c").mkdir()
+    (tmp_path / "P/c/labels.nii.gz").symlink_to("nothing.nii.gz")
+    status, volumes, _, told = infer(tmp_path / "P/*/labels.nii.gz", "--complement", tmp_path / "P/*/ct.nii.gz")
+    assert status == 2 and os.listdir(volumes) == ["a.nii.gz"] and told.count("error: ") == 2
+    assert f"error: {tmp_path / 'P/b/ct.nii.gz'}: " in told and " HU in " in told
+    assert f"error: {tmp_path / 'P/c/labels.nii.gz'}: " in told  # a link to nothing
+
+
 @pytest.mark.parametrize("name", ["case_001.nii.gz", "case_001_0000.nii.gz"])  # the last is nnU-Net's
 def test_cts_are_found_by_their_names_and_one_that_is_missing_is_told(infer, tmp_path, name):
     labels = draw_labels()
@@ -235,6 +248,6 @@ def test_without_nibabel_a_volume_is_one_line_and_png_goes_on(infer, folder, tmp
     monkeypatch.delitem(sys.modules, "data.volumes", raising=False)
     monkeypatch.setitem(sys.modules, "nibabel", None)  # what an import takes for missing
     for options in ([folder], [tmp_path / "maps", "--format", "nifti"]):
-        status, _, _, told = infer(*options, out="none")
-        assert status == 2 and told.splitlines()[-1].startswith("error: ") and "nibabel" in told
+        with pytest.raises(ModuleNotFoundError, match="nibabel"):
+            infer(*options, out="none")
     assert infer(tmp_path / "maps")[0] == 0
