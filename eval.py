@@ -51,7 +51,7 @@ except ModuleNotFoundError as error:
 
 CASES, SUSPECTS, TEXTURE = "eval_cases.png", "eval_memorisation.png", "eval_texture.png"  # in OUT
 SIDES = ("fake", "real")
-GIVE_MAPS = "give --maps, or for --unpaired put maps/ beside the images/ of both sides"
+GIVE_MAPS = "give --maps, or with --unpaired a maps/ beside each images/"
 LESIONS = {"GGO": (2,), "consolidation": (3,), "infection": (2, 3)}  # labels of each
 THUMBNAIL, MOST = 64, 4  # memorisation: pixels per side at which lungs are compared, suspects that are shown
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
@@ -144,7 +144,7 @@ def find_regions(args: argparse.Namespace, groups: Groups) -> list[str]:
     middle = {side: getattr(pairs[len(pairs) // 2], side) for sides, pairs in groups.items() for side in sides}
     real, fake = (holds_lungs_alone(middle[side]) for side in ("real", "fake"))
     if (dataset(args.real) / "run.json").is_file() or (real and not fake):
-        line = "looks synthetic (a run.json, or lungs alone): give the real slices first, then the synthetic"
+        line = "looks synthetic (a run.json, or lungs alone): give the real slices first"
         print(f"note: {args.real}: {line}", file=sys.stderr)
     elif fake and not real and not with_maps:
         print(f"note: {args.fake}: lungs alone, whose surroundings count as wrong: {GIVE_MAPS}", file=sys.stderr)
@@ -723,16 +723,17 @@ def report(results: dict[str, Rows]) -> str:
     for title, rows in results.items():
         if title == "features":
             given = sorted((row["dimension"], name) for name, row in rows.items() if row["value"] is not None)
-            largest = {name.rpartition(" ")[0]: name for _, name in given}.values()
-            rows = {name: row for name, row in rows.items() if name in largest}
+            rows = {name: rows[name] for name in {name.rpartition(" ")[0]: name for _, name in given}.values()}
         shown = [key for row in rows.values() for key, value in row.items() if not isinstance(value, list)]
         columns = [key for key in dict.fromkeys(shown) if key not in ("features", "dimension", "note", "floor_note")]
         grid = [[*line] for line in zip_longest([title], *(key.split("_") for key in columns), fillvalue="")]
         grid += [[name, *(cell(row.get(key)) for key in columns)] for name, row in rows.items()]
         widths = [max(map(len, column)) for column in zip(*grid, strict=True)]
         blocks.append("\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in grid))
-    notes = dict.fromkeys(f"note: {row['note']}" for row in results.get("features", {}).values() if "note" in row)
-    return "\n\n".join([*blocks, "\n".join(notes)]).rstrip()
+    lacking = [row for row in results.get("features", {}).values() if "note" in row]
+    lacking.sort(key=lambda row: -row["dimension"])  # the smallest dimension that lacks images is told
+    notes = {row["note"].split()[0]: f"note: {row['note']}" for row in lacking}
+    return "\n\n".join([*blocks, "\n".join(notes.values())]).rstrip()
 
 
 def sheet(rows: list[list[np.ndarray]]) -> bytes:
