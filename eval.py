@@ -11,7 +11,7 @@ REAL and FAKE hold 16-bit PNG of HU + 1024, paired by file name, and are measure
 maps, the complete image is the synthesis inside the lung (label above 0) and the real slice elsewhere, bit for bit; the
 lung alone is black elsewhere. Slices without lung are left out. A floor is what one half of the real slices scores
 against the other, an interval half of the mean's 95 % interval. Fine texture below 1 is blur, above noise. --json has
-more figures than are printed, under the same names. Unpaired sides have a maps/ each. Research only, not for diagnosis.
+more figures than are printed, by the same names. Of unpaired sets N is the smaller. Research only, not for diagnosis.
 
     OUT/eval_cases.png         the best, median and worst case by SSIM: map | real | synthetic | difference
     OUT/eval_texture.png       with maps: power spectra inside the lung, and HU histograms of the labels
@@ -132,25 +132,27 @@ def find_pairs(real: Path, fake: Path, maps: Path | None = None, strict: bool = 
     return {SIDES: join(both, reals, fakes, maps or next((folder for folder in beside if folder.is_dir()), None))}
 
 
-def holds_lungs_alone(path: Path) -> bool:
-    """Whether a quarter of a slice is one value, and hardly anything is tissue."""
+def is_lung_alone(path: Path, labels: Path | None, other: Path) -> bool:
+    """Whether a slice is one value outside its map's lung; without a map, where the other side's slice has tissue."""
     hu = read_image(path)
-    return bool((hu == hu[0, 0]).mean() > 0.25 and (hu > 0).mean() < 0.1)
+    outside = read_map(labels) == 0 if labels else read_image(other) > -200
+    known = outside.shape == hu.shape and outside.any()
+    return bool(known and (hu[outside] == hu[0, 0]).mean() >= (1 if labels else 0.5))
 
 
 def find_regions(args: argparse.Namespace, groups: Groups) -> list[str]:
     """What to measure: without maps complete images, of lungs alone these, else both. Says what looks exchanged."""
-    with_maps = all(pairs[0].labels for pairs in groups.values())
-    middle = {side: getattr(pairs[len(pairs) // 2], side) for sides, pairs in groups.items() for side in sides}
-    real, fake = (holds_lungs_alone(middle[side]) for side in ("real", "fake"))
-    if (dataset(args.real) / "run.json").is_file() or (real and not fake):
-        line = "looks synthetic (a run.json, or lungs alone): give the real slices first"
-        print(f"note: {args.real}: {line}", file=sys.stderr)
-    elif fake and not real and not with_maps:
+    middle = [pairs[len(pairs) // 2] for pairs in groups.values()]
+    real, fake = middle[0], middle[-1]  # one of each side; the same where they are paired
+    real_alone = is_lung_alone(real.real, real.labels, fake.fake)
+    fake_alone = is_lung_alone(fake.fake, fake.labels, real.real)
+    if (dataset(args.real) / "run.json").is_file() or (real_alone and not fake_alone):
+        print(f"note: {args.real}: synthetic (a run.json, or lungs alone)? Give the real slices first", file=sys.stderr)
+    elif fake_alone and not real.labels:
         print(f"note: {args.fake}: lungs alone, whose surroundings count as wrong: {GIVE_MAPS}", file=sys.stderr)
-    if args.unpaired and with_maps and (real or fake):
+    if args.unpaired and real.labels and (real_alone or fake_alone):
         return ["lung"]
-    return ["complete", "lung"] if with_maps else ["complete"]
+    return ["complete", "lung"] if real.labels else ["complete"]
 
 
 def read_pair(pair: Pair, unchecked: bool = False) -> Batch:
@@ -300,11 +302,9 @@ def pixel_graph(height: int, width: int, level: float, window: float) -> onnx.Mo
     types = {"real": TensorProto.INT16, "fake": TensorProto.INT16, "labels": TensorProto.UINT8}
     inputs = [helper.make_tensor_value_info(name, type_, ["N", height, width]) for name, type_ in types.items()]
     outputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N"]) for name in results]
-    model = helper.make_model(
-        helper.make_graph(graph, "pixel_metrics", inputs, outputs),
-        opset_imports=[helper.make_opsetid("", 18)],
-        ir_version=8,  # of opset 18: what onnx would write by default may be too new for the ONNX Runtime at hand
-    )
+    made = helper.make_graph(graph, "pixel_metrics", inputs, outputs)
+    # the IR version of opset 18: what onnx would write by default may be too new for the ONNX Runtime at hand
+    model = helper.make_model(made, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
     helper.set_model_props(model, {"kind": "metrics"})
     return model
 
@@ -730,9 +730,8 @@ def report(results: dict[str, Rows]) -> str:
         grid += [[name, *(cell(row.get(key)) for key in columns)] for name, row in rows.items()]
         widths = [max(map(len, column)) for column in zip(*grid, strict=True)]
         blocks.append("\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in grid))
-    lacking = [row for row in results.get("features", {}).values() if "note" in row]
-    lacking.sort(key=lambda row: -row["dimension"])  # the smallest dimension that lacks images is told
-    notes = {row["note"].split()[0]: f"note: {row['note']}" for row in lacking}
+    lacking = sorted((row["dimension"], row["note"]) for row in results.get("features", {}).values() if "note" in row)
+    notes = {note.split()[0]: f"note: {note}" for _, note in reversed(lacking)}  # of the smallest such dimension
     return "\n\n".join([*blocks, "\n".join(notes.values())]).rstrip()
 
 

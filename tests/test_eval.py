@@ -462,11 +462,15 @@ def told(sets, real, fake, *options, capsys):
 
 def test_exchanged_folders_and_lungs_without_maps_are_told(sets, capsys):
     assert "lungs alone" not in told(sets, "real", "fake", capsys=capsys)
-    assert "fake: looks synthetic" in told(sets, "fake", "real", "--unchecked", capsys=capsys)
+    assert "fake: synthetic (a run.json" in told(sets, "fake", "real", "--unchecked", capsys=capsys)
+    for path in (sets / "real/images").iterdir():  # lungs in tissue, as lungs are
+        write_image(path, np.where(read_map(sets / "real/maps" / path.name) > 0, read_image(path), 40))
     (sets / "real/maps").rename(sets / "maps")
     assert "give --maps" in told(sets, "real", "fake", capsys=capsys)
+    maps = ["--maps", sets / "maps"]
+    assert "lungs alone" not in told(sets, "real", "fake", *maps, "--unchecked", capsys=capsys)
     (sets / "real/run.json").write_text("{}")
-    assert "real/images: looks synthetic" in told(sets, "real/images", "fake", "--maps", sets / "maps", capsys=capsys)
+    assert "images: synthetic (a run" in told(sets, "real/images", "fake", *maps, "--unchecked", capsys=capsys)
 
 
 def test_maps_beside_a_folder_images_are_its_maps(sets):
