@@ -1,17 +1,17 @@
 """How good are synthetic CT slices? Compares them with real ones, pair by pair and as a set. No training framework.
 
-    python eval.py REAL FAKE                                # PSNR, SSIM, RMSE, NRMSE (Table II)
-    python eval.py REAL FAKE --maps MAPS                    # for the complete image and for the lung alone
+    python eval.py REAL FAKE --maps MAPS                    # PSNR, SSIM, RMSE, NRMSE (Table II), and the lung's
     python eval.py data/phantom synthetic                   # datasets: their images/, and FAKE's or REAL's maps/
     python eval.py REAL FAKE --features features.onnx       # FID, KID, precision, recall, density, coverage
     python eval.py REAL FAKE --maps MAPS --unet unet.onnx   # Dice, sensitivity, specificity (section IV-B.2)
     python eval.py REAL FAKE --maps MAPS --train data/ct    # does the generator copy its training images?
+    python eval.py data/ct augmented --unpaired             # sets of any sizes and names, without figures of pairs
 
 REAL and FAKE hold 16-bit PNG of HU + 1024, paired by file name, and are measured through the lung window, as 0..1. With
 maps, the complete image is the synthesis inside the lung (label above 0) and the real slice elsewhere, bit for bit; the
 lung alone is black elsewhere. Slices without lung are left out. A floor is what one half of the real slices scores
 against the other, an interval half of the mean's 95 % interval. Fine texture below 1 is blur, above noise. --json has
-more figures than are printed, under the same names. Research only, not for diagnosis.
+more figures than are printed, by the same names. Of unpaired sets N is the smaller. Research only, not for diagnosis.
 
     OUT/eval_cases.png         the best, median and worst case by SSIM: map | real | synthetic | difference
     OUT/eval_texture.png       with maps: power spectra inside the lung, and HU histograms of the labels
@@ -28,7 +28,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial, partialmethod
-from itertools import chain, groupby, islice, product
+from itertools import chain, groupby, islice, product, zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,6 +51,7 @@ except ModuleNotFoundError as error:
 
 CASES, SUSPECTS, TEXTURE = "eval_cases.png", "eval_memorisation.png", "eval_texture.png"  # in OUT
 SIDES = ("fake", "real")
+GIVE_MAPS = "give --maps, or with --unpaired a maps/ beside each images/"
 LESIONS = {"GGO": (2,), "consolidation": (3,), "infection": (2, 3)}  # labels of each
 THUMBNAIL, MOST = 64, 4  # memorisation: pixels per side at which lungs are compared, suspects that are shown
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
@@ -62,14 +63,13 @@ QUIETEST = 1 / 12  # HU^2: the power spectrum of rounding to whole HU, below whi
 SSIM_WINDOW, SEED = 11, 0  # the seed draws the floors' halves and KID's subsets
 
 Rows = dict[str, dict[str, Any]]  # of a table: row -> column -> value
+Groups = dict[tuple[str, ...], list["Pair"]]  # sides -> pairs: both sides at once, or one after the other
 Pool = tuple[np.ndarray, np.ndarray]  # of slices: spectrum, HU^2 [RINGS]; share of each step of HU [labels, 256]
 
 
-# ------------------------------------------------------------------------------------------------ pairs and their means
-
-
+# ---- pairs and their means
 class Pair(NamedTuple):
-    """The files of one case."""
+    """The files of one case; a slice of an unpaired set is a pair with itself."""
 
     name: str
     real: Path
@@ -91,11 +91,30 @@ def pngs(folder: Path, part: str) -> dict[str, Path]:
     return slices.list_pngs(folder / part if (folder / part).is_dir() else folder, part)
 
 
-def find_pairs(real: Path, fake: Path, maps: Path | None = None, strict: bool = False) -> list[Pair]:
-    """Pairs by file name. maps None: the dataset's, if FAKE or REAL is one. strict: no name may be on one side only.
+def dataset(folder: Path) -> Path:
+    """The dataset that a folder is, or whose images/ it is."""
+    return folder.parent if folder.name == "images" else folder
 
-    Raises Mistake for no pair and for a missing map.
-    """
+
+def join(names: list[str], reals: dict[str, Path], fakes: dict[str, Path], maps: Path | None) -> list[Pair]:
+    """Pairs of these names, with their maps where there are any. Raises Mistake for a missing map."""
+    labels = pngs(maps, "maps") if maps else {}
+    if missing := [name for name in names if maps and name not in labels]:
+        raise Mistake(f"{maps}: the maps of {len(missing)} images are missing, {missing[0]}.png first: add them")
+    return [Pair(name, reals[name], fakes[name], labels.get(name)) for name in names]
+
+
+def find_sets(real: Path, fake: Path) -> Groups:
+    """All slices of each side, with its own maps where both sides have maps. Raises Mistake for a missing map."""
+    found, with_maps = {}, all((dataset(folder) / "maps").is_dir() for folder in (real, fake))
+    for side, folder in (("real", real), ("fake", fake)):
+        images = pngs(folder, "images")
+        found[side,] = join([*images], images, images, dataset(folder) / "maps" if with_maps else None)
+    return found
+
+
+def find_pairs(real: Path, fake: Path, maps: Path | None = None, strict: bool = False) -> Groups:
+    """Pairs by file name; maps None: FAKE's or REAL's own. Raises Mistake for none; if strict, for a single name."""
     reals, fakes = pngs(real, "images"), pngs(fake, "images")
     both, single = sorted(reals.keys() & fakes.keys()), sorted(reals.keys() ^ fakes.keys())
     if not both:
@@ -105,17 +124,35 @@ def find_pairs(real: Path, fake: Path, maps: Path | None = None, strict: bool = 
         if strict:
             raise Mistake(f"{line}, {single[0]} first: without --strict they are left out")
         print(f"note: {line}: left out", file=sys.stderr)
-    if real != fake and (split := real / "split.json").is_file():
-        trained = {*slices.read_split(split).get("train", [])} & {*both}
-        if trained:
-            line = f"{len(trained)} of {len(both)} pairs are of the training side ({split})"
-            print(f"note: {line}: synthesize --side test alone for figures of new patients", file=sys.stderr)
-    maps = maps or next((dataset / "maps" for dataset in (fake, real) if (dataset / "maps").is_dir()), None)
-    labels = pngs(maps, "maps") if maps else {}
-    missing = [name for name in both if maps and name not in labels]
-    if missing:
-        raise Mistake(f"{maps}: the maps of {len(missing)} pairs are missing, {missing[0]}.png first: add them")
-    return [Pair(name, reals[name], fakes[name], labels.get(name)) for name in both]
+    split = dataset(real) / "split.json"
+    if real != fake and split.is_file() and (trained := {*slices.read_split(split).get("train", [])} & {*both}):
+        line = f"{len(trained)} of {len(both)} pairs are of the training side ({split})"
+        print(f"note: {line}: synthesize --side test alone for figures of new patients", file=sys.stderr)
+    beside = (dataset(folder) / "maps" for folder in (fake, real))
+    return {SIDES: join(both, reals, fakes, maps or next((folder for folder in beside if folder.is_dir()), None))}
+
+
+def is_lung_alone(path: Path, labels: Path | None, other: Path) -> bool:
+    """Whether a slice is one value outside its map's lung; without a map, where the other side's slice has tissue."""
+    hu = read_image(path)
+    outside = read_map(labels) == 0 if labels else read_image(other) > -200
+    known = outside.shape == hu.shape and outside.any()
+    return bool(known and (hu[outside] == hu[0, 0]).mean() >= (1 if labels else 0.5))
+
+
+def find_regions(args: argparse.Namespace, groups: Groups) -> list[str]:
+    """What to measure: without maps complete images, of lungs alone these, else both. Says what looks exchanged."""
+    middle = [pairs[len(pairs) // 2] for pairs in groups.values()]
+    real, fake = middle[0], middle[-1]  # one of each side; the same where they are paired
+    real_alone = is_lung_alone(real.real, real.labels, fake.fake)
+    fake_alone = is_lung_alone(fake.fake, fake.labels, real.real)
+    if (dataset(args.real) / "run.json").is_file() or (real_alone and not fake_alone):
+        print(f"note: {args.real}: synthetic (a run.json, or lungs alone)? Give the real slices first", file=sys.stderr)
+    elif fake_alone and not real.labels:
+        print(f"note: {args.fake}: lungs alone, whose surroundings count as wrong: {GIVE_MAPS}", file=sys.stderr)
+    if args.unpaired and real.labels and (real_alone or fake_alone):
+        return ["lung"]
+    return ["complete", "lung"] if real.labels else ["complete"]
 
 
 def read_pair(pair: Pair, unchecked: bool = False) -> Batch:
@@ -180,9 +217,7 @@ def halves(n: int) -> list[np.ndarray]:
     return np.array_split(np.random.default_rng(SEED).permutation(n // 2 * 2), 2)
 
 
-# ------------------------------------------------------------------------------------------------ pixel metrics
-
-
+# ---- pixel metrics
 class Node:
     """A tensor of an ONNX graph being built: arithmetic on it adds operators to the graph."""
 
@@ -267,11 +302,9 @@ def pixel_graph(height: int, width: int, level: float, window: float) -> onnx.Mo
     types = {"real": TensorProto.INT16, "fake": TensorProto.INT16, "labels": TensorProto.UINT8}
     inputs = [helper.make_tensor_value_info(name, type_, ["N", height, width]) for name, type_ in types.items()]
     outputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N"]) for name in results]
-    model = helper.make_model(
-        helper.make_graph(graph, "pixel_metrics", inputs, outputs),
-        opset_imports=[helper.make_opsetid("", 18)],
-        ir_version=8,  # of opset 18: what onnx would write by default may be too new for the ONNX Runtime at hand
-    )
+    made = helper.make_graph(graph, "pixel_metrics", inputs, outputs)
+    # the IR version of opset 18: what onnx would write by default may be too new for the ONNX Runtime at hand
+    model = helper.make_model(made, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
     helper.set_model_props(model, {"kind": "metrics"})
     return model
 
@@ -306,8 +339,8 @@ class PixelMetrics:
             self.sessions[height, width] = session
         return self.sessions[height, width]
 
-    def update(self, batch: Batch) -> None:
-        """Measure a batch."""
+    def update(self, batch: Batch, sides: tuple[str, ...] = SIDES) -> None:
+        """Measure a batch of pairs."""
         session = self.session(*batch.real.shape[1:])
         outputs = [output.name for output in session.get_outputs()]
         found = dict(zip(outputs, run("metrics", session, outputs, **batch._asdict()), strict=True))
@@ -329,9 +362,7 @@ class PixelMetrics:
         return {"pixels": {row: estimate(values, names) for row, values in found.items()}, "cases": cases}
 
 
-# ------------------------------------------------------------------------------------------------ FID and KID
-
-
+# ---- FID and KID
 def frechet(x: np.ndarray, y: np.ndarray) -> float:
     """Frechet distance of the normal distributions of features x [n, d] and y [m, d], n and m above 1; float64.
 
@@ -389,8 +420,8 @@ def manifold(real: np.ndarray, fake: np.ndarray) -> dict[str, float]:
 
 
 def score(real: np.ndarray, fake: np.ndarray, force: bool) -> Rows:
-    """Value, std and N of FID, KID and MANIFOLD of features, each [n, d]; None, with a note, where n is too small."""
-    n, d = real.shape
+    """Value, std and N of FID, KID and MANIFOLD of features [n, d] and [m, d]; None, with a note, of too few."""
+    n, d = min(len(real), len(fake)), real.shape[1]
     needs = {"FID": 2 if force else d + 1, "KID": 2} | dict.fromkeys(MANIFOLD, NEAREST + 1)
     rows: Rows = {figure: {"value": None, "std": None, "N": n} for figure in needs}
     if n >= needs["FID"]:
@@ -409,18 +440,17 @@ def score(real: np.ndarray, fake: np.ndarray, force: bool) -> Rows:
 class Features:
     """FID, KID and MANIFOLD of the complete images and of the lungs alone, in each dimension of a feature network."""
 
-    def __init__(
-        self, model: Path, provider: str, dim: str | None, force: bool, window: Window, regions: list[str]
-    ) -> None:
-        self.model, (self.session, info) = model, open_session(model, provider, kind="features")
-        self.name, self.force, self.window, self.regions = info.get("name", model.stem), force, window, regions
-        self.dimensions = [dim] if dim else [output.name for output in self.session.get_outputs()]
+    def __init__(self, args: argparse.Namespace, window: Window, regions: list[str]) -> None:
+        model, self.force, self.window, self.regions = args.features, args.force, window, regions
+        self.model, (self.session, info) = model, open_session(model, args.provider, kind="features")
+        self.name = info.get("name", model.stem)
+        self.dimensions = [args.dim] if args.dim else [output.name for output in self.session.get_outputs()]
         self.found: dict[tuple[str, str, str], list[np.ndarray]] = defaultdict(list)  # [N, d] of each batch
 
-    def update(self, batch: Batch) -> None:
+    def update(self, batch: Batch, sides: tuple[str, ...] = SIDES) -> None:
         """Compute the features of a batch."""
         for region in self.regions:
-            for side in SIDES:
+            for side in sides:
                 image = self.window(getattr(batch, side), batch.labels if region == "lung" else None)
                 features = run(self.model, self.session, self.dimensions, image=image)
                 for dimension, of_batch in zip(self.dimensions, features, strict=True):
@@ -432,22 +462,22 @@ class Features:
         relative: FID of one half's real images and the other's synthetic ones over the floor: as many, for FID's bias
         falls with N. It is about 1 where they are as real as real ones (Woodland et al., arXiv 2311.13717).
         """
-        (half, other), rows = halves(len(names)), {}
+        rows = {}
         for dimension, region in tqdm([*product(self.dimensions, self.regions)], "features", delay=1):
             fake, real = (np.concatenate(self.found[dimension, region, side]) for side in SIDES)
+            half, other = halves(len(real))
             about = {"features": self.name, "dimension": real.shape[1]}
             floors = score(real[half], real[other], self.force)
             for figure, found in score(real, fake, self.force).items():
                 floor = {f"floor_{key}": value for key, value in floors[figure].items()}
                 rows[f"{region} {figure} {dimension}"] = about | found | floor
-            floor = floors["FID"]["value"]
-            rows[f"{region} FID {dimension}"]["relative"] = frechet(real[half], fake[other]) / floor if floor else None
+            floor, crossed = floors["FID"]["value"], fake[halves(len(fake))[1][: len(half)]]
+            known = floor and len(crossed) == len(half)
+            rows[f"{region} FID {dimension}"]["relative"] = frechet(real[half], crossed) / floor if known else None
         return {"features": rows}
 
 
-# ------------------------------------------------------------------------------------------------ texture
-
-
+# ---- texture
 def interior(labels: np.ndarray) -> np.ndarray:
     """Weight 0..1 of each pixel in the spectrum, float32 [H, W], from labels [H, W]; background has none.
 
@@ -485,19 +515,20 @@ class Texture:
 
     def __init__(self, window: Window) -> None:
         self.window = window
-        self.areas: list[float] = []  # sum of the weights' squares of each slice
+        self.areas: dict[str, list[float]] = defaultdict(list)  # side -> sum of the weights' squares of each slice
         self.energies: dict[str, list[np.ndarray]] = defaultdict(list)  # side -> [RINGS] of each slice
         self.counts: dict[str, list[np.ndarray]] = defaultdict(list)  # side -> pixels [labels, 256] of each slice
 
-    def update(self, batch: Batch) -> None:
+    def update(self, batch: Batch, sides: tuple[str, ...] = SIDES) -> None:
         """Measure a batch."""
         low = self.window.level - self.window.width / 2
-        for real, fake, labels in zip(*batch, strict=True):
+        for k, labels in enumerate(batch.labels):
             rows, columns = (np.flatnonzero(labels.any(axis)) for axis in (1, 0))
             box = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)  # the rest does not count
             labels, weight = labels[box].astype(np.intp), interior(labels[box])
-            self.areas.append(float((weight**2).sum()))
-            for side, hu in (("real", real[box]), ("fake", fake[box])):
+            for side in sides:
+                hu = getattr(batch, side)[k][box]
+                self.areas[side].append(float((weight**2).sum()))
                 clipped = hu.clip(low, low + self.window.width).astype(np.float32)
                 self.energies[side].append(energy(clipped, labels, weight))
                 counts = np.bincount((labels * 256 + self.window(hu)).ravel(), minlength=len(LABELS) * 256)
@@ -505,9 +536,10 @@ class Texture:
 
     def pools(self) -> list[Pool]:
         """All real slices, all synthetic ones, and the real ones' halves; NaN where there is no pixel to measure."""
-        everyone, (half, other), found = range(len(self.areas)), halves(len(self.areas)), []
-        for side, chosen in (("real", everyone), ("fake", everyone), ("real", half), ("real", other)):
-            area = sum(self.areas[k] for k in chosen)
+        everyone, found = {side: range(len(areas)) for side, areas in self.areas.items()}, []
+        half, other = halves(len(everyone["real"]))
+        for side, chosen in (("real", everyone["real"]), ("fake", everyone["fake"]), ("real", half), ("real", other)):
+            area = sum(self.areas[side][k] for k in chosen)
             power = sum((self.energies[side][k] for k in chosen), np.zeros(RINGS))
             pixels = sum((self.counts[side][k] for k in chosen), np.zeros((len(LABELS) - 1, 256)))
             with np.errstate(invalid="ignore"):  # 0 / 0 is meant to be NaN
@@ -533,8 +565,8 @@ class Texture:
 
         real, fake, half, other = self.pools()
         found, floors = self.differences(real, fake), self.differences(half, other)
-        n = len(names)
-        rows: Rows = {name: {"value": known(value), "N": n, "floor_N": n // 2} for name, value in found.items()}
+        about = {"N": min(map(len, self.areas.values())), "floor_N": len(self.areas["real"]) // 2}
+        rows: Rows = {name: {"value": known(value)} | about for name, value in found.items()}
         for name, floor in floors.items():
             rows[name]["floor_value"] = known(floor)
         rows["spectrum"] |= {"frequency": FREQUENCIES.tolist(), "real": known(real[0]), "fake": known(fake[0])}
@@ -563,9 +595,7 @@ class Texture:
         return content.getvalue()
 
 
-# ------------------------------------------------------------------------------------------------ lesions and copies
-
-
+# ---- lesions and copies
 def overlap(predicted: np.ndarray, truth: np.ndarray) -> dict[str, np.ndarray]:
     """Dice (1 if both are empty), sensitivity and specificity (NaN if undefined) [N] of masks, bool [N, H, W]."""
     both = (predicted & truth).sum((1, 2))
@@ -590,11 +620,11 @@ class Segmentation:
         self.found: dict[str, list[np.ndarray]] = defaultdict(list)  # row -> [N] of each batch
         self.multiple, self.empty = int(info.get("multiple", 16)), Counter()  # pixels; row -> slices without the lesion
 
-    def update(self, batch: Batch) -> None:
+    def update(self, batch: Batch, sides: tuple[str, ...] = SIDES) -> None:
         """Segment a batch, padded with air to what the U-Net takes, and compare it with its maps."""
         _, height, width = batch.real.shape
         padding = (0, 0), (0, -height % self.multiple), (0, -width % self.multiple)
-        for side in SIDES:
+        for side in sides:
             padded = np.pad(getattr(batch, side), padding, constant_values=-HU_OFFSET)
             (segmented,) = run(self.model, self.session, ["map"], ct=padded)
             for lesion, labels in self.lesions.items():
@@ -629,10 +659,10 @@ class Memorisation:
     copies patients has distances far below the real lungs'; a little below is usual, since syntheses are smoother.
     """
 
-    def __init__(self, train: Path, window: Window) -> None:  # of a dataset with split.json its training side
+    def __init__(self, train: Path, window: Window, paired: bool = True) -> None:
         images, maps, split = pngs(train, "images"), pngs(train / "maps", "maps"), train / "split.json"
-        names = slices.read_split(split).get("train", []) if split.is_file() else images
-        self.window, self.files = window, {name: (images[name], maps[name]) for name in names}
+        names = slices.read_split(split).get("train", []) if split.is_file() else images  # the training side
+        self.window, self.paired, self.files = window, paired, {name: (images[name], maps[name]) for name in names}
         with ThreadPoolExecutor(usable_cores()) as pool:
             thumbs = tqdm(pool.map(self.read, self.files.values()), "training lungs", len(names))
             lungs = {name: lung for name, lung in zip(names, thumbs, strict=True) if lung is not None}
@@ -648,9 +678,9 @@ class Memorisation:
         hu, labels = read_image(files[0]), read_map(files[1])
         return thumbnails(self.window(hu, labels)[None])[0] if labels.any() else None
 
-    def update(self, batch: Batch) -> None:
+    def update(self, batch: Batch, sides: tuple[str, ...] = SIDES) -> None:
         """Find the training lungs nearest to a batch."""
-        for side in SIDES:
+        for side in sides:
             lungs = thumbnails(self.window(getattr(batch, side), batch.labels))
             nearest = (self.squares - 2 * lungs @ self.lungs.T).argmin(1)
             self.nearest[side].append(nearest)
@@ -667,7 +697,7 @@ class Memorisation:
         nearest, first = np.concatenate(self.nearest["fake"]), fake.argsort(kind="stable")[:MOST]
         suspects: Rows = {names[k]: {"nearest": self.trained[nearest[k]], "distance": fake[k]} for k in first}
         unseen = real[real > 1e-6]
-        fake = fake[real > 1e-6] if len(unseen) else fake
+        fake = fake[real > 1e-6] if self.paired and len(unseen) else fake
         rows: Rows = {
             "training": {"lungs": len(self.lungs), "without_lung": len(self.files) - len(self.lungs)},
             "fake": {"lungs": len(fake), "median": np.median(fake), "minimum": fake.min()},
@@ -682,9 +712,7 @@ class Memorisation:
         return {"memorisation": rows, "suspects": suspects}
 
 
-# ------------------------------------------------------------------------------------------------ report and main
-
-
+# ---- report and main
 def report(results: dict[str, Rows]) -> str:
     """The results as text, "-" where there is none; FID and its like in the largest dimension that they have."""
 
@@ -695,16 +723,16 @@ def report(results: dict[str, Rows]) -> str:
     for title, rows in results.items():
         if title == "features":
             given = sorted((row["dimension"], name) for name, row in rows.items() if row["value"] is not None)
-            largest = {name.rpartition(" ")[0]: name for _, name in given}.values()
-            rows = {name: row for name, row in rows.items() if name in largest}
+            rows = {name: rows[name] for name in {name.rpartition(" ")[0]: name for _, name in given}.values()}
         shown = [key for row in rows.values() for key, value in row.items() if not isinstance(value, list)]
-        columns = [key for key in dict.fromkeys(shown) if key not in ("features", "note", "floor_note")]
-        grid = [[title, *columns]]
+        columns = [key for key in dict.fromkeys(shown) if key not in ("features", "dimension", "note", "floor_note")]
+        grid = [[*line] for line in zip_longest([title], *(key.split("_") for key in columns), fillvalue="")]
         grid += [[name, *(cell(row.get(key)) for key in columns)] for name, row in rows.items()]
         widths = [max(map(len, column)) for column in zip(*grid, strict=True)]
         blocks.append("\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in grid))
-    notes = dict.fromkeys(row["note"] for row in results.get("features", {}).values() if "note" in row)
-    return "\n\n".join([*blocks, *notes])
+    lacking = sorted((row["dimension"], row["note"]) for row in results.get("features", {}).values() if "note" in row)
+    notes = {note.split()[0]: f"note: {note}" for _, note in reversed(lacking)}  # of the smallest such dimension
+    return "\n\n".join([*blocks, "\n".join(notes.values())]).rstrip()
 
 
 def sheet(rows: list[list[np.ndarray]]) -> bytes:
@@ -724,6 +752,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     option("real", type=Path, help="folder of real slices, or a dataset")
     option("fake", type=Path, help="folder of synthetic slices, complete or lung alone, or a dataset")
     option("--maps", type=Path, help="folder of label maps; those of the dataset FAKE or REAL by default")
+    option("--unpaired", action="store_true", help="sets of any sizes and names, each side with its own maps/")
     option("--strict", action="store_true", help="refuse names that only one of REAL and FAKE has")
     option("--unchecked", action="store_true", help="take real slices whose lung does not look like their map's")
     option("--features", type=Path, metavar="FILE", help="feature network, ONNX: FID and KID")
@@ -739,40 +768,43 @@ def parse(argv: list[str]) -> argparse.Namespace:
     option("--provider", choices=("auto", *PROVIDERS), default="auto", help="what graphs and models run on")
     args = parser.parse_args(argv)
     slices.check_ranges(args, batch=(1, slices.LARGEST), level=slices.HELD, width=(1, 2**16))
+    if args.unpaired and (args.maps or args.unet or args.strict):
+        raise Mistake("--unpaired: goes without --maps, --unet and --strict, and takes REAL/maps and FAKE/maps")
     return args
 
 
-def make_meters(args: argparse.Namespace, with_maps: bool) -> dict[str, Any]:
+def make_meters(args: argparse.Namespace, regions: list[str]) -> dict[str, Any]:
     """The meters, each by the name of its table in the results. Raises Mistake for a file that is no such model."""
-    if (args.unet or args.train) and not with_maps:
-        raise Mistake(f"{args.unet or args.train}: needs the label maps: give --maps")
-    regions, window = ["complete", "lung"] if with_maps else ["complete"], Window(args.level, args.width)
-    meters: dict[str, Any] = {"pixels": PixelMetrics(window, args.provider, regions)}
+    with_maps, window = "lung" in regions, Window(args.level, args.width)
+    if not with_maps and (args.unet or args.train or (args.unpaired and not args.features)):
+        raise Mistake(f"{args.unet or args.train or args.fake}: without label maps only --features goes: {GIVE_MAPS}")
+    meters: dict[str, Any] = {} if args.unpaired else {"pixels": PixelMetrics(window, args.provider, regions)}
     if args.features:
-        meters["features"] = Features(args.features, args.provider, args.dim, args.force, window, regions)
+        meters["features"] = Features(args, window, regions)
     if with_maps:
         meters["texture"] = Texture(window)
     if args.unet:
         meters["segmentation"] = Segmentation(args.unet, args.provider)
     if args.train:
-        meters["memorisation"] = Memorisation(args.train, window)
+        meters["memorisation"] = Memorisation(args.train, window, paired=not args.unpaired)
     return meters
 
 
-def write_pictures(out: Path, meters: dict[str, Any], kept: list[Pair], results: dict[str, Rows]) -> None:
-    """Write the pictures into OUT: cases, and where they were measured curves and suspects."""
-    pairs, window = {pair.name: pair for pair in kept}, meters["pixels"].window
+def draw(args: argparse.Namespace, meters: dict[str, Any], kept: list[Pair], results: dict[str, Rows]) -> None:
+    """Write the pictures into OUT: where they were measured cases, curves and suspects."""
+    pairs, window, out = {pair.name: pair for pair in kept}, Window(args.level, args.width), args.out
     out.mkdir(parents=True, exist_ok=True)
-    for name in (SUSPECTS, TEXTURE):
+    for name in (CASES, SUSPECTS, TEXTURE):
         (out / name).unlink(missing_ok=True)  # a previous evaluation's would pass for this one's
     rows = []
-    for case in results["cases"].values():
+    for case in results.get("cases", {}).values():
         pair = pairs[case["name"]]
         one = read_pair(pair, unchecked=True)
         real, fake = window(one.real[0]), window(one.fake[0])
         maps = [slices.coloured(one.labels[0])] if pair.labels else []
         rows.append([*maps, real, fake, np.abs(real.astype(np.int16) - fake).astype(np.uint8)])
-    slices.write_bytes(out / CASES, sheet(rows))
+    if rows:
+        slices.write_bytes(out / CASES, sheet(rows))
     if "memorisation" in meters:
         rows, trained = [], meters["memorisation"].files
         for name, row in results["suspects"].items():
@@ -789,23 +821,25 @@ def write_pictures(out: Path, meters: dict[str, Any], kept: list[Pair], results:
 def main(argv: list[str]) -> None:
     """Evaluate what the command line names: print the report, write pictures and JSON. Raises Mistake."""
     args = parse(argv)
-    pairs, kept = find_pairs(args.real, args.fake, args.maps, args.strict), []
-    meters = make_meters(args, with_maps=pairs[0].labels is not None)
-    for members, batch in batches(pairs, args.batch, args.unchecked):
-        for meter in meters.values():
-            meter.update(batch)
-        kept += members
-    if not kept:
-        raise Mistake(f"{pairs[0].labels} and all other maps of the {len(pairs)} pairs: no lung in them: give others")
-
-    names = [pair.name for pair in kept]
-    counts = {"measured": len(kept), "without_lung": len(pairs) - len(kept)}
-    counts["patients"] = len({*map(slices.patient_of, names)})
-    results: dict[str, Rows] = {"run": {"window, HU": {"level": args.level, "width": args.width}, "pairs": counts}}
+    folders = args.real, args.fake
+    groups = find_sets(*folders) if args.unpaired else find_pairs(*folders, args.maps, args.strict)
+    meters = make_meters(args, find_regions(args, groups))
+    results: dict[str, Rows] = {"run": {"window, HU": {"level": args.level, "width": args.width}}}
+    for sides, pairs in groups.items():
+        kept: list[Pair] = []
+        for members, batch in batches(pairs, args.batch, args.unchecked or sides == ("fake",)):
+            for meter in meters.values():
+                meter.update(batch, sides)
+            kept += members
+        if not kept:
+            raise Mistake(f"{pairs[0].labels} and the maps of all {len(pairs)} slices: no lung in them: give others")
+        patients = {slices.patient_of(pair.name) for pair in kept}
+        counts = {"measured": len(kept), "without_lung": len(pairs) - len(kept), "patients": len(patients)}
+        results["run"]["pairs" if sides == SIDES else sides[0]] = counts
     for meter in meters.values():
-        results |= meter.result(names)
+        results |= meter.result([pair.name for pair in kept])
     print(report(results))
-    write_pictures(args.out, meters, kept, results)
+    draw(args, meters, kept, results)
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         slices.write_bytes(args.json, (json.dumps(results, indent=1, allow_nan=False) + "\n").encode())

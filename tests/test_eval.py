@@ -396,6 +396,90 @@ def test_a_real_slice_that_is_not_its_maps_is_refused_unless_unchecked(sets):
     assert evaluate(sets, "--unchecked")["run"]["pairs"]["measured"] == 9
 
 
+@pytest.mark.parametrize("order", [[0, 3, 1, 2], [0, 1, 3, 2], [0, 2, 3, 1], "sides"])
+def test_labels_that_do_not_fit_the_real_slices_are_refused_by_file_label_and_hu(order, sets):
+    for path in (sets / "real/maps").iterdir():
+        labels = read_map(path)
+        sides = (labels > 0) * (1 + np.arange(WIDTH) // (WIDTH // 2))  # a left and a right lung
+        write_map(path, sides if order == "sides" else np.array(order)[labels])
+    with pytest.raises(Mistake, match=r"real/images/P\d+_S\d+\.png: mean [+-]\d+ HU in .*\(label \d\)"):
+        evaluate(sets)
+
+
+def unpair(sets, copies=1, complete=False):
+    """Make FAKE a dataset of its own, "free": its slices under other names, some times over, and their maps."""
+    for part in ("images", "maps"):
+        (sets / "free" / part).mkdir(parents=True)
+    for path in (sets / "fake").iterdir():
+        labels, hu = read_map(sets / "real/maps" / path.name), read_image(path)
+        real = read_image(sets / "real/images" / path.name)
+        for k in range(copies):
+            write_image(sets / f"free/images/{path.stem}v{k}.png", np.where(labels > 0, hu, real) if complete else hu)
+            write_map(sets / f"free/maps/{path.stem}v{k}.png", labels)
+
+
+def test_complete_unpaired_sets_have_the_figures_of_their_pairs_but_for_those_of_pixels(sets, features):
+    options = ["--features", features, "--train", sets / "train"]
+    paired = evaluate(sets, *options)
+    unpair(sets, complete=True)
+    unpaired = evaluate(sets, *options, "--unpaired", fake="free")
+    assert set(unpaired) == {"run", "features", "texture", "memorisation", "suspects"}
+    for table in ("features", "texture", "memorisation"):
+        assert unpaired[table] == paired[table]
+    assert [*unpaired["suspects"]] == [f"{name}v0" for name in paired["suspects"]]
+    assert [path.name for path in (sets / "out").iterdir()] == ["eval_memorisation.png"]  # no earlier picture stays
+
+
+def test_unpaired_lungs_of_any_number_and_size_are_compared_as_lungs_alone(sets, features, rng):
+    paired = evaluate(sets, "--features", features)
+    unpair(sets, copies=2)
+    results = evaluate(sets, "--features", features, "--unpaired", fake="free")
+    assert results["run"]["real"] == {"measured": 9, "without_lung": 0, "patients": 3}
+    assert results["run"]["fake"]["measured"] == 18
+    assert {row.split()[0] for row in results["features"]} == {"lung"}
+    for figure in ("value", "N", "floor_value"):  # of every slice twice
+        assert results["texture"]["fine texture"][figure] == pytest.approx(paired["texture"]["fine texture"][figure])
+    means = {}
+    for side in ("real", "free"):
+        files = [(path, sets / side / "maps" / path.name) for path in sorted((sets / side / "images").iterdir())]
+        grey = [evaluation.Window()(read_image(image), read_map(labels)) for image, labels in files]
+        means[side] = np.array([[of[:, :32].mean(), of[:, 32:].mean()] for of in grey])
+    row = results["features"]["lung FID 2"]
+    assert row["value"] == pytest.approx(evaluation.frechet(means["real"], means["free"]), rel=1e-3)
+    assert (row["N"], row["floor_N"]) == (9, 4)
+    kid = reference_kid(means["real"], means["free"])
+    assert results["features"]["lung KID 2"]["value"] == pytest.approx(kid, rel=1e-3)
+    write_map(sets / "free/maps/P00_S000v0.png", lungs(70, 90))
+    write_image(sets / "free/images/P00_S000v0.png", slice_of(lungs(70, 90), rng))
+    other = evaluate(sets, "--unpaired", fake="free")["texture"]["HU of lung"]["value"]  # one has another size
+    assert other == pytest.approx(results["texture"]["HU of lung"]["value"], rel=0.1)
+
+
+def told(sets, real, fake, *options, capsys):
+    evaluation.main([str(sets / real), str(sets / fake), "--out", str(sets / "out"), *map(str, options)])
+    return capsys.readouterr().err
+
+
+def test_exchanged_folders_and_lungs_without_maps_are_told(sets, capsys):
+    assert "lungs alone" not in told(sets, "real", "fake", capsys=capsys)
+    assert "fake: synthetic (a run.json" in told(sets, "fake", "real", "--unchecked", capsys=capsys)
+    for path in (sets / "real/images").iterdir():  # lungs in tissue, as lungs are
+        write_image(path, np.where(read_map(sets / "real/maps" / path.name) > 0, read_image(path), 40))
+    (sets / "real/maps").rename(sets / "maps")
+    assert "give --maps" in told(sets, "real", "fake", capsys=capsys)
+    maps = ["--maps", sets / "maps"]
+    assert "lungs alone" not in told(sets, "real", "fake", *maps, "--unchecked", capsys=capsys)
+    (sets / "real/run.json").write_text("{}")
+    assert "images: synthetic (a run" in told(sets, "real/images", "fake", *maps, "--unchecked", capsys=capsys)
+
+
+def test_maps_beside_a_folder_images_are_its_maps(sets):
+    by_dataset = evaluate(sets)
+    path = sets / "results.json"
+    evaluation.main([str(sets / "real/images"), str(sets / "fake"), "--json", str(path), "--out", str(sets / "out")])
+    assert json.loads(path.read_text()) == by_dataset
+
+
 def test_without_maps_the_images_are_taken_as_they_are_and_no_earlier_picture_stays(sets):
     evaluate(sets, "--train", sets / "train")
     assert (sets / "out/eval_memorisation.png").exists()
@@ -433,6 +517,8 @@ MISTAKES = {  # what to do to the sets, options, and what the line must name
     "no lung in training": (lambda s: remove_lung(*(s / "train/maps").iterdir()), ["--train", "train"], "no lung"),
     "names of others": (lambda s: None, ["--maps", "train"], "P00_S000"),
     "U-Net without maps": (lambda s: (s / "real/maps").rename(s / "hidden"), ["--unet", "unet.onnx"], "--maps"),
+    "unpaired without maps": (lambda s: (s / "real/maps").rename(s / "hidden"), ["--unpaired"], "maps/ beside"),
+    "unpaired with maps": (lambda s: None, ["--unpaired", "--maps", "real/maps"], "--unpaired"),
     "width": (lambda s: None, ["--width", "0"], "--width"),
     "batch": (lambda s: None, ["--batch", "0"], "--batch"),
 }
@@ -490,7 +576,7 @@ def test_training_slices_without_lung_are_counted_and_no_lung_changes_its_name(s
 def test_a_black_real_lung_has_no_nrmse(sets):
     labels = read_map(sets / "real/maps/P00_S000.png")
     write_image(sets / "real/images/P00_S000.png", np.where(labels > 0, -1000, 0))
-    rows = evaluate(sets, "--level", 0, "--width", 400)["pixels"]
+    rows = evaluate(sets, "--unchecked", "--level", 0, "--width", 400)["pixels"]
     assert (rows["lung NRMSE"]["n"], rows["complete NRMSE"]["n"], rows["lung RMSE"]["n"]) == (8, 9, 9)
 
 
@@ -504,7 +590,7 @@ def test_the_printed_figures_are_those_of_the_json(sets, features, unet, capsys)
                 assert ("-" if row[key] is None else f"{row[key]:.4g}") in lines[name]
     assert "complete FID 2" in lines and "complete FID 16" not in lines  # not of 9 slices
     assert "complete KID 16" in lines and "complete KID 2" not in lines  # the largest dimension
-    assert "17 images" in printed
+    assert printed.count("note: FID needs 17 images") == 1 and max(map(len, printed.splitlines())) <= 100
 
 
 # ------------------------------------------------------------------------------------------------ the whole program
