@@ -55,7 +55,7 @@ def test_every_slice_is_read_as_it_was_written_by_both_readers(tmp_path, hu):
     assert np.array_equal(in_training(tmp_path, hu, np.ones(hu.shape, np.uint8))[0], hu)
 
 
-NAMES = st.text(st.characters(categories=("L", "N")), min_size=1, max_size=40)
+NAMES = st.text(st.characters(categories=("L", "N")), min_size=1, max_size=40).map(slices.same_form)
 
 
 @of_many()
