@@ -39,6 +39,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, get_args, get_type_hints
+from unicodedata import normalize
 
 import numpy as np
 import torch
@@ -629,9 +630,9 @@ def patient_of(name: str) -> str:
 
 
 def list_pngs(folder: Path) -> dict[str, Path]:
-    """PNGs of a folder by name without suffix; .PNG too, no dotfiles."""
+    """PNGs of a folder by name without suffix, whatever its Unicode form; .PNG too, no dotfiles."""
     files = sorted(path for path in folder.iterdir() if path.suffix.lower() == ".png" and path.name[0] != ".")
-    return {path.stem: path for path in files}
+    return {normalize("NFC", path.stem): path for path in files}
 
 
 def read_split(folder: Path, seed: int) -> dict[str, list[str]]:
@@ -643,7 +644,8 @@ def read_split(folder: Path, seed: int) -> dict[str, list[str]]:
     if path.exists():
         try:
             listed = json.loads(path.read_text(encoding="utf-8-sig")).items()
-            sides = {s: [name.removesuffix(".png") for name in names] for s, names in listed if isinstance(names, list)}
+            listed = [(side, names) for side, names in listed if isinstance(names, list)]
+            sides = {side: [normalize("NFC", name).removesuffix(".png") for name in names] for side, names in listed}
             split = {side: sides[side] for side in ("train", "test")}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise Mistake(f"{path}: no JSON with lists of names under train and test ({error!r})") from error

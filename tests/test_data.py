@@ -1,6 +1,7 @@
 """Reading, checking, splitting, windowing and augmenting slices."""
 
 import os
+import unicodedata
 
 import imageio.v3 as iio
 import numpy as np
@@ -232,6 +233,15 @@ def test_a_slice_without_image_or_without_map_is_named(own_toy, part, capsys):
         name not in [*split["train"], *split["test"]]
         and f"1 slices without map, image or side, {name}" in capsys.readouterr().out
     )
+
+
+def test_names_of_another_unicode_form_belong_together(own_toy):
+    for folder, form in {"images": "NFD", "maps": "NFC"}.items():
+        path = own_toy.folder / folder / f"{own_toy.train[0]}.png"
+        path.rename(path.with_name(unicodedata.normalize(form, "Zoë_S001.png")))
+    names = [unicodedata.normalize("NFD", "Zoë_S001"), *own_toy.train[1:]]
+    slices.write_split(own_toy.folder / "split.json", names, own_toy.test, [], {})
+    assert covidgan.read_split(own_toy.folder, 0)["train"][0] == unicodedata.normalize("NFC", "Zoë_S001")
 
 
 def test_slices_that_split_json_names_on_no_side_are_told(own_toy, capsys):
