@@ -119,14 +119,15 @@ def turned(hu: np.ndarray, lung: np.ndarray) -> str | None:
 
 # ---- a patient
 def measure(hu: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """By label, float [6, 4]: pixels, the sum of their HU, and how often labels 0 to 3 are a neighbour in a row."""
-    pairs = np.bincount((4 * labels[..., :-1] + labels[..., 1:]).ravel(), minlength=16).reshape(4, 4)
-    sums = np.bincount(labels.ravel(), hu.ravel(), 4)
-    return np.stack([np.bincount(labels.ravel(), minlength=4), sums, *(pairs + pairs.T)])
+    """By label, float [2 + n, n]: pixels, the sum of their HU, and how often each label is a neighbour in a row."""
+    n = len(LABELS)
+    pairs = np.bincount((n * labels[..., :-1] + labels[..., 1:]).ravel(), minlength=n * n).reshape(n, n)
+    sums = np.bincount(labels.ravel(), hu.ravel(), n)
+    return np.stack([np.bincount(labels.ravel(), minlength=n), sums, *(pairs + pairs.T)])
 
 
 def means_of(measured: np.ndarray, fewest: float = FEWEST) -> np.ndarray:
-    """Mean HU by label [4] of what `measure` gave; NaN where there are too few pixels to tell."""
+    """Mean HU by label [n] of what `measure` gave; NaN where there are too few pixels to tell."""
     pixels, sums = measured[:2]
     return np.where(pixels >= fewest, sums / np.maximum(pixels, 1), np.nan)
 
@@ -313,10 +314,10 @@ def tabulate(found: Set) -> str:
         its = [one for one in found.slices if side in one.sides]
         groups.append((f"{len({*map(patient_of, names)})} patients", side, its))
     for patient, side, its in groups:
-        measured = sum((one.measured for one in its), np.zeros((6, 4)))
+        measured = sum((one.measured for one in its), np.zeros((2 + len(LABELS), len(LABELS))))
         means = ["-" if np.isnan(mean) else f"{mean:.0f}" for mean in means_of(measured)]
         cells = zip(measured[0].astype(int).tolist(), means, strict=True)
-        lines.append(row(patient[-13:], side, len(its), *[*itertools.chain(*cells)][2:]))
+        lines.append(row(patient[-13:], side, len(its), *[*itertools.chain(*cells)][2:8]))
     return "\n".join(lines)
 
 
