@@ -632,6 +632,8 @@ def patient_of(name: str) -> str:
 def list_pngs(folder: Path) -> dict[str, Path]:
     """PNGs of a folder by name without suffix, whatever its Unicode form; .PNG too, no dotfiles."""
     files = sorted(path for path in folder.iterdir() if path.suffix.lower() == ".png" and path.name[0] != ".")
+    if not files:
+        raise Mistake(f"{folder}: no PNG in it: give slices and maps as PNG (JPEG changes grey levels and labels)")
     return {normalize("NFC", path.stem): path for path in files}
 
 
@@ -859,8 +861,7 @@ class Trainer:
             optimizer.zero_grad()  # here, not before the backward pass: the forward pass needs the memory
         values = dict(zip(losses, figures.tolist(), strict=True))  # the step's one wait for the device
         if not_finite:
-            where = f"stage {self.stage}, step {self.step_done + 1}"
-            raise Mistake(f"{where}: not finite, no weight moved: {values}; try a lower --lr, or --dtype float32")
+            raise Mistake(f"stage {self.stage}, step {self.step_done + 1}: not finite, try a lower --lr: {values}")
         self.update_average()
         self.step_done += 1
         return {**rates, **values}
@@ -974,9 +975,8 @@ class Trainer:
             (self.out / "stats.jsonl").touch()
         if again := sorted(train & {*self.test.names}):
             raise Mistake(f"{self.c.data}: {again[0]}, held out, was trained on before: give the split of {path}")
-        place = os.path.abspath(self.c.data)  # a run may be resumed from any folder
-        text = json.dumps({"data": place, "train": sorted(train), "test": self.test.names}, indent=1)
-        write_atomically(path, lambda temporary: temporary.write_text(text + "\n"))
+        sides = {"data": os.path.abspath(self.c.data), "train": sorted(train), "test": self.test.names}
+        write_atomically(path, lambda temporary: temporary.write_text(json.dumps(sides, indent=1) + "\n"))
 
     def report(self) -> None:
         """Write OUT/results.json: what was trained, and on how much. eval.py measures what it is worth."""
