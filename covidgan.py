@@ -88,7 +88,9 @@ class LoopConfig:
     elastic: float = 2.0  # standard deviation, in pixels, of the elastic displacements drawn
     elastic_cell: float = 24.0  # spacing of the points they are drawn at; smooth in between
     noise: float = 0.0  # std of Gaussian noise on the image, as a share of the window: no generator can match it
-    # what D sees
+    crop: bool = False  # train on the batch's box around the lungs: half the work where all else is air
+    # what networks are told besides the map, and D sees
+    steer: bool = False  # density and detail of a slice's healthy lung, two numbers: see steering
     contrast: float = 4.0  # only the lung, its HU magnified this many times; 0: whole images, as they are
     # optimisation
     batch: int = 16  # total over all processes
@@ -103,6 +105,11 @@ class LoopConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 autocast where supported natively
     compile: bool = False  # torch.compile the networks: a minute or more to start; meant for GPUs, never timed there
 
+    @property
+    def channels(self) -> int:
+        """Channels of what networks are given: the one-hot map, and with --steer two numbers."""
+        return self.n_labels + 2 * self.steer
+
 
 @dataclass(frozen=True)
 class Config(LoopConfig):
@@ -115,6 +122,8 @@ class Config(LoopConfig):
     n_local_blocks: int = 3  # residual blocks of G2
     n_gen: Literal[1, 2, 3] = 2  # generators: 1 = G1 at full size, 2 = G1 and G2, 3 = one more between (Table V)
     n_dis: Literal[1, 2, 3] = 2  # discriminators: D1 at full size, D2 at half, D3 at a quarter (Table V)
+    norm: Literal["instance", "pixel", "batch"] = "instance"  # of G; with "pixel" each pixel by itself: G is local
+    draws: bool = False  # G2 takes in noise, so that one map gives many slices
     upsample: Literal["deconv", "resize"] = "deconv"  # transposed convolution, or nearest resize and convolution
     desum: Literal["learned", "global", "fixed", "sum"] = "learned"  # alpha from F_local | from F_global | 0.5 | F + F
     dfm: Literal["learned", "d2", "fixed", "off"] = "learned"  # beta from D1 | from D2 | --beta | no feature matching
@@ -144,6 +153,16 @@ PRESETS: dict[str, dict[str, Any]] = {
 def norm_relu(c: int) -> list[nn.Module]:
     """Instance norm without parameters or running statistics, as in pix2pixHD, then ReLU."""
     return [nn.InstanceNorm2d(c), nn.ReLU()]  # not in place: instance norm returns a view, which would be copied twice
+
+
+class PixelNorm(nn.Module):
+    """Scale each pixel's features to a mean square of 1 (Karras et al., 2018).
+
+    Instance norm averages over the whole slice, so that a lesion painted in one lung repaints the other.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, c, H, W]
+        return x * (x.square().mean(1, keepdim=True) + 1e-5).rsqrt()
 
 
 def stem(c_in: int, c_out: int) -> list[nn.Module]:
@@ -186,9 +205,9 @@ class ResidualBlock(nn.Module):
 class GlobalGenerator(nn.Module):
     """Global-information generator G1 (§III-A.1, Fig. 3): three halvings, nine residual blocks, three doublings."""
 
-    def __init__(self, n_labels: int, ngf: int, n_blocks: int, upsample: str) -> None:
+    def __init__(self, c_in: int, ngf: int, n_blocks: int, upsample: str) -> None:
         super().__init__()
-        layers = stem(n_labels, ngf)
+        layers = stem(c_in, ngf)
         for k in range(3):
             layers += down(ngf * 2**k)
         layers += [ResidualBlock(ngf * 8) for _ in range(n_blocks)]
@@ -204,9 +223,9 @@ class GlobalGenerator(nn.Module):
 class LocalGenerator(nn.Module):
     """Local-details generator G2 (§III-A.2). It halves the size once (Fig. 4): there DESUM brings in G1's features."""
 
-    def __init__(self, n_labels: int, ngf: int, n_blocks: int, upsample: str) -> None:
+    def __init__(self, c_in: int, ngf: int, n_blocks: int, upsample: str) -> None:
         super().__init__()
-        self.down = nn.Sequential(*stem(n_labels, ngf), *down(ngf))
+        self.down = nn.Sequential(*stem(c_in, ngf), *down(ngf))
         self.up = nn.Sequential(*[ResidualBlock(2 * ngf) for _ in range(n_blocks)], *up(2 * ngf, upsample))
         self.head = head(ngf)  # only the finest local generator's is used
 
@@ -263,12 +282,16 @@ class Generator(nn.Module):
         super().__init__()
         widest = c.ngf * 2 ** max(0, c.n_gen - 2)  # each finer generator has half the channels; G2 has ngf / 2
         widths = [widest // 2**k for k in range(1, c.n_gen)]
-        self.g1 = GlobalGenerator(c.n_labels, widest, c.n_blocks, c.upsample)
-        self.locals = nn.ModuleList([LocalGenerator(c.n_labels, w, c.n_local_blocks, c.upsample) for w in widths])
+        self.draws, local_in = c.draws, c.channels + c.draws
+        self.g1 = GlobalGenerator(c.channels, widest, c.n_blocks, c.upsample)
+        self.locals = nn.ModuleList([LocalGenerator(local_in, w, c.n_local_blocks, c.upsample) for w in widths])
         self.desums = nn.ModuleList([Desum(2 * w, c.desum) for w in widths])
+        if c.norm != "instance":
+            made = {"pixel": lambda n: PixelNorm(), "batch": lambda n: nn.BatchNorm2d(n.num_features)}
+            replace(self, nn.InstanceNorm2d, made[c.norm])
 
-    def forward(self, onehot: Tensor, stage: str = "joint") -> tuple[Tensor, Tensor]:
-        """One-hot map [B, n_labels, H, W] to an image [B, 1, H, W] in [-1, 1] and alpha [B] of the finest sum, else 1.
+    def forward(self, onehot: Tensor, stage: str = "joint", seed: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """One-hot map [B, channels, H, W] to an image [B, 1, H, W] in [-1, 1] and alpha [B] of the finest sum, else 1.
 
         Stage g1: only G1, at its own reduced size. g2: only the local generators, with F_out = F_local; a finer one
         takes in a coarser one's features, through a DESUM that only the joint stage trains. joint: all.
@@ -279,6 +302,9 @@ class Generator(nn.Module):
         if stage == "g1" or finest == 0:
             return self.g1(reduced).float(), alpha
         features = self.g1.trunk(reduced) if stage == "joint" else None  # of the coarsest size
+        if self.draws:
+            seed = onehot.new_zeros(len(onehot), dtype=torch.long) if seed is None else seed
+            onehot = torch.cat([onehot, noise_of(seed, onehot)], 1)
         for level, (local, desum) in enumerate(zip(self.locals, self.desums, strict=True), start=1):
             stride = 2 ** (finest - level)
             summed = local.down(onehot[..., ::stride, ::stride])
@@ -286,6 +312,20 @@ class Generator(nn.Module):
                 summed, alpha = desum(summed, features)
             features = local.up(summed)
         return self.locals[-1].head(features).float(), alpha
+
+
+def noise_of(seed: Tensor, like: Tensor) -> Tensor:  # int64 [B], [B, c, H, W] -> [B, 1, H, W]
+    """Noise in [-1, 1] of each pixel's place and the slice's seed, in whole numbers: any runtime computes the same."""
+    prime = 2**31 - 1  # modulo it, x^5 permutes the numbers
+
+    def mix(x: Tensor) -> Tensor:
+        x = (x + 195_912_037) % prime
+        square = x * x % prime
+        return square * square % prime * x % prime
+
+    rows, columns = (torch.arange(side, device=seed.device) for side in like.shape[-2:])
+    drawn = mix(mix(mix(seed.view(-1, 1, 1, 1)) + rows.view(-1, 1)) + columns)
+    return (drawn.to(torch.float64) * (2 / prime) - 1).to(like.dtype)
 
 
 # ------------------------------------------------------------------------------------------------------- discriminators
@@ -317,7 +357,7 @@ class Discriminators(nn.Module):
 
     def __init__(self, c: Config) -> None:
         super().__init__()
-        self.scales = nn.ModuleList([PatchGAN(c.n_labels + 1, c.ndf) for _ in range(c.n_dis)])
+        self.scales = nn.ModuleList([PatchGAN(c.channels + 1, c.ndf) for _ in range(c.n_dis)])
 
     def forward(self, onehot: Tensor, image: Tensor, first: int = 0) -> list[list[Tensor]]:
         """Features of each scale from `first` on, for image [B, 1, H, W] and its map [B, n_labels, H, W]."""
@@ -512,7 +552,8 @@ class Covidgan(Method):
         """
         c, first = self.c, self.first_scale(stage)
         shrink = 2 ** (c.n_gen - 1) if stage == "g1" else 1  # g1 works at G1's reduced size
-        image, alpha = self.g(onehot, stage)
+        seed = torch.randint(2**31, (len(onehot),), device=onehot.device) if c.draws else None
+        image, alpha = self.g(onehot, stage, seed)
         onehot, target = onehot[..., ::shrink, ::shrink], F.avg_pool2d(target, shrink)
         real, fake = (self.d(onehot, self.seen_by_d(x, onehot), first) for x in (target, image))
         loss_d, loss_gan = gan_losses(real, fake, c.gan)
@@ -572,6 +613,32 @@ def lung_target(image: Tensor, labels: Tensor) -> Tensor:
     return torch.where(labels > 0, image, -1.0)
 
 
+TYPICAL = ((-800.0, 50.0), (75.0, 15.0))  # HU, of density and of detail: middle and spread among patients
+
+
+def steering(image: Tensor, labels: Tensor, c: LoopConfig) -> Tensor:  # [B, 1, H, W] each -> [B, 2]
+    """Density and detail of healthy lung, HU: its mean, and the deviation of what is finer than 3 pixels in it.
+
+    image in [-1, 1]. Of a slice without healthy lung, the typical ones.
+    """
+    hu, healthy = image * (c.width / 2) + c.level, (labels == 1).float()
+    inner = 1 - F.max_pool2d(1 - healthy, 3, 1, 1)  # all of whose neighbours are healthy
+    fine = hu - F.avg_pool2d(hu, 3, 1, 1, count_include_pad=False)
+    density, variance = ((x * mask).sum((1, 2, 3)) / mask.sum((1, 2, 3)) for x, mask in ((hu, healthy), (fine**2, inner)))
+    numbers = torch.stack([density, variance.sqrt()], 1)
+    return torch.where(numbers.isfinite(), numbers, torch.tensor(TYPICAL, device=hu.device)[:, 0])
+
+
+def encode(labels: Tensor, image: Tensor, c: LoopConfig) -> Tensor:
+    """What networks are given, [B, channels, H, W]: the one-hot map, and with --steer what is told, within the lung."""
+    onehot = one_hot(labels, c.n_labels)
+    if not c.steer:
+        return onehot
+    middle, spread = torch.tensor(TYPICAL, device=labels.device).T
+    told = (steering(image, labels, c) - middle) / spread
+    return torch.cat([onehot, told.view(-1, 2, 1, 1) * (labels > 0)], 1)
+
+
 def one_hot(labels: Tensor, n_labels: int) -> Tensor:
     """Label map [B, 1, H, W] to one-hot float [B, n_labels, H, W]."""
     return (labels == torch.arange(n_labels, device=labels.device).view(1, -1, 1, 1)).float()
@@ -619,6 +686,17 @@ def augment(
         noise = torch.randn(n, *image.shape[1:], generator=rng, device=device)
         image = image + 2 * c.noise * noise[share]  # the window is 2 wide
     return image.clamp(-1, 1), labels
+
+
+def lung_box(labels: Tensor, multiple: int) -> tuple[Any, ...]:
+    """Index of the box around all lungs of a batch [B, 1, H, W], a multiple wider and a multiple long."""
+    box = [...]
+    for axis in (2, 3):
+        found = (labels > 0).any(axis ^ 1).any(0).flatten().nonzero()
+        first, last = (int(found[0]), int(found[-1])) if len(found) else (0, 0)
+        start = max(0, first - multiple) // multiple * multiple
+        box.append(slice(start, start + max(2, math.ceil((last + 1 + multiple // 2 - start) / multiple)) * multiple))
+    return tuple(box)
 
 
 # What follows reads a dataset plainly. `python data/check.py FOLDER` judges one thoroughly, with a picture.
@@ -849,7 +927,7 @@ class Trainer:
         target, labels = self.batch()
         torch.manual_seed(self.step_seed(1 + RANK))  # for dropout; from 1, or it would repeat the augmentation's
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            losses = self.method.losses(one_hot(labels, self.c.n_labels), target, self.stage)
+            losses = self.method.losses(encode(labels, target, self.c), target, self.stage)
         self.backward(losses)
         figures = self.mean_over_processes(torch.stack([loss.detach().float() for loss in losses.values()]))
         not_finite = (~figures.isfinite()).any().float()
@@ -875,6 +953,9 @@ class Trainer:
         hu, labels = self.train.hu[chosen].to(self.device), self.train.labels[chosen].to(self.device)
         self.rng.manual_seed(self.step_seed())
         image, labels = augment(hu, labels, self.c, self.rng, self.c.size, slice(RANK, None, WORLD))
+        if self.c.crop:
+            box = lung_box(labels, self.method.multiple(self.c))
+            image, labels = image[box], labels[box]
         return self.method.target(image, labels), labels
 
     def step_seed(self, *more: int) -> int:
@@ -945,13 +1026,16 @@ class Trainer:
             print(f"{path}: going on from stage {self.stage}, step {self.step_done} of {self.steps}", flush=True)
 
     @torch.no_grad()
-    def synthesize(self, labels: Tensor) -> Tensor:
-        """Lung images in [-1, 1] for labels [N, 1, S, S], floor outside the lung, at the stage's size, on the CPU."""
+    def synthesize(self, labels: Tensor, real: Tensor) -> Tensor:
+        """Lung images in [-1, 1] for labels and real slices [N, 1, S, S], floor outside, at the stage's size, on the CPU.
+
+        With --steer, told the real slice's numbers.
+        """
         self.average.eval()
         images = []
-        for part in labels.split(self.c.batch):
+        for part, slices in zip(labels.split(self.c.batch), real.split(self.c.batch), strict=True):
             part = part.to(self.device)
-            image = self.average.synthesize(one_hot(part, self.c.n_labels), self.stage)
+            image = self.average.synthesize(encode(part, slices.to(self.device), self.c), self.stage)
             shrink = part.shape[-1] // image.shape[-1]
             images.append(lung_target(image, part[..., ::shrink, ::shrink]).cpu())
         return torch.cat(images)
@@ -960,7 +1044,7 @@ class Trainer:
         """Write the panel of fixed held-out cases and the curves."""
         cases = choose_cases(self.test)
         labels, real = self.test.labels[cases], window(self.test.hu[cases], self.c)
-        write_panel(self.out / f"panel_{self.stage}_{self.step_done:06d}.png", labels, real, self.synthesize(labels))
+        write_panel(self.out / f"panel_{self.stage}_{self.step_done:06d}.png", labels, real, self.synthesize(labels, real))
         write_curves(self.out / "curves.png", self.out / "stats.jsonl", self.method.curves)
 
     def open_out(self) -> None:
