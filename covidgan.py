@@ -124,7 +124,6 @@ class Config(LoopConfig):
     n_dis: Literal[1, 2, 3] = 2  # discriminators: D1 at full size, D2 at half, D3 at a quarter (Table V)
     norm: Literal["instance", "pixel", "batch"] = "instance"  # of G; with "pixel" each pixel by itself: G is local
     draws: bool = False  # G2 takes in noise, so that one map gives many slices
-    upsample: Literal["deconv", "resize"] = "deconv"  # transposed convolution, or nearest resize and convolution
     desum: Literal["learned", "global", "fixed", "sum"] = "learned"  # alpha from F_local | from F_global | 0.5 | F + F
     dfm: Literal["learned", "d2", "fixed", "off"] = "learned"  # beta from D1 | from D2 | --beta | no feature matching
     # losses
@@ -175,14 +174,10 @@ def down(c_in: int) -> list[nn.Module]:  # [B, c, H, W] -> [B, 2c, H/2, W/2]
     return [nn.Conv2d(c_in, 2 * c_in, 3, stride=2, padding=1), *norm_relu(2 * c_in)]
 
 
-def up(c_in: int, kind: str) -> list[nn.Module]:  # [B, 2c, H, W] -> [B, c, 2H, 2W]
-    """Double the size, halve the channels. "resize" avoids the checkerboard of the paper's transposed convolution."""
-    c_out = c_in // 2
-    if kind == "deconv":
-        grow = [nn.ConvTranspose2d(c_in, c_out, 3, stride=2, padding=1, output_padding=1)]
-    else:
-        grow = [nn.Upsample(scale_factor=2), nn.ReflectionPad2d(1), nn.Conv2d(c_in, c_out, 3)]
-    return [*grow, *norm_relu(c_out)]
+def up(c_in: int) -> list[nn.Module]:  # [B, 2c, H, W] -> [B, c, 2H, 2W]
+    """Double the size, halve the channels."""
+    grow = nn.ConvTranspose2d(c_in, c_in // 2, 3, stride=2, padding=1, output_padding=1)
+    return [grow, *norm_relu(c_in // 2)]
 
 
 def head(c_in: int) -> nn.Sequential:  # [B, c, H, W] -> [B, 1, H, W]
@@ -205,14 +200,14 @@ class ResidualBlock(nn.Module):
 class GlobalGenerator(nn.Module):
     """Global-information generator G1 (§III-A.1, Fig. 3): three halvings, nine residual blocks, three doublings."""
 
-    def __init__(self, c_in: int, ngf: int, n_blocks: int, upsample: str) -> None:
+    def __init__(self, c_in: int, ngf: int, n_blocks: int) -> None:
         super().__init__()
         layers = stem(c_in, ngf)
         for k in range(3):
             layers += down(ngf * 2**k)
         layers += [ResidualBlock(ngf * 8) for _ in range(n_blocks)]
         for k in range(3):
-            layers += up(ngf * 8 // 2**k, upsample)
+            layers += up(ngf * 8 // 2**k)
         self.trunk = nn.Sequential(*layers)
         self.head = head(ngf)  # of G1 by itself: in the joint stage G2 takes the trunk's features
 
@@ -223,10 +218,10 @@ class GlobalGenerator(nn.Module):
 class LocalGenerator(nn.Module):
     """Local-details generator G2 (§III-A.2). It halves the size once (Fig. 4): there DESUM brings in G1's features."""
 
-    def __init__(self, c_in: int, ngf: int, n_blocks: int, upsample: str) -> None:
+    def __init__(self, c_in: int, ngf: int, n_blocks: int) -> None:
         super().__init__()
         self.down = nn.Sequential(*stem(c_in, ngf), *down(ngf))
-        self.up = nn.Sequential(*[ResidualBlock(2 * ngf) for _ in range(n_blocks)], *up(2 * ngf, upsample))
+        self.up = nn.Sequential(*[ResidualBlock(2 * ngf) for _ in range(n_blocks)], *up(2 * ngf))
         self.head = head(ngf)  # only the finest local generator's is used
 
 
@@ -283,8 +278,8 @@ class Generator(nn.Module):
         widest = c.ngf * 2 ** max(0, c.n_gen - 2)  # each finer generator has half the channels; G2 has ngf / 2
         widths = [widest // 2**k for k in range(1, c.n_gen)]
         self.draws, local_in = c.draws, c.channels + c.draws
-        self.g1 = GlobalGenerator(c.channels, widest, c.n_blocks, c.upsample)
-        self.locals = nn.ModuleList([LocalGenerator(local_in, w, c.n_local_blocks, c.upsample) for w in widths])
+        self.g1 = GlobalGenerator(c.channels, widest, c.n_blocks)
+        self.locals = nn.ModuleList([LocalGenerator(local_in, w, c.n_local_blocks) for w in widths])
         self.desums = nn.ModuleList([Desum(2 * w, c.desum) for w in widths])
         if c.norm != "instance":
             made = {"pixel": lambda n: PixelNorm(), "batch": lambda n: nn.BatchNorm2d(n.num_features)}
@@ -864,6 +859,8 @@ class Trainer:
         if c.compile:
             for net in self.method.children():
                 net.compile(dynamic=False)
+        small = resample(window(self.train.hu, c), self.train.labels, c.size) if c.steer else ()
+        self.steering = steering(*small, c).tolist() if c.steer else []  # of each training slice, for synthesis
         self.rng = torch.Generator(self.device)
         self.stages = method.stages(c)
         self.epoch_steps = c.epoch_len // c.batch
@@ -1000,6 +997,7 @@ class Trainer:
             "method": self.method.name,
             "config": {**dataclasses.asdict(self.c), **LOCAL},
             "trained_labels": [k for k in range(1, self.c.n_labels) if (self.train.labels == k).any()],
+            "steering": self.steering,
             "stage": self.stage,
             "step": self.step_done,
             "stats": (self.out / "stats.jsonl").stat().st_size,
@@ -1139,20 +1137,6 @@ def uses_bf16(c: LoopConfig, device: torch.device) -> bool:
     return onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-class ChannelsLastNorm(nn.Module):
-    """Instance norm for a CPU in bfloat16, which gains 17 % and 11 %.
-
-    PyTorch's leaves the channels_last layout. Batch norm of one image is the same arithmetic and keeps it. Summing all
-    H * W numbers in one go costs fp32 some HU on label maps; bfloat16 is coarser than that anyway.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:  # [B, c, H, W]
-        """Zero mean and unit variance for each image and channel."""
-        if x.dtype != torch.bfloat16:
-            return F.instance_norm(x)
-        return torch.cat([F.batch_norm(image, None, None, training=True) for image in x.split(1)])
-
-
 def replace(module: nn.Module, kind: type[nn.Module], make: Callable[[nn.Module], nn.Module]) -> None:
     """Replace every module of a kind below `module` by what `make` makes of it."""
     for name, child in module.named_children():
@@ -1163,9 +1147,7 @@ def replace(module: nn.Module, kind: type[nn.Module], make: Callable[[nn.Module]
 
 
 def on_device(method: Method, device: torch.device, bf16: bool) -> Method:
-    """Move a method to a device, in the form that runs fastest there; its state dict stays as it is."""
-    if device.type == "cpu" and bf16:
-        replace(method, nn.InstanceNorm2d, lambda norm: norm if norm.affine else ChannelsLastNorm())
+    """Move a method to a device, in the memory layout that runs fastest there."""
     slower = device.type == "cpu" and not bf16  # channels last loses 5 % there, and gains 8 % and 6 % elsewhere
     return method.to(device, memory_format=torch.contiguous_format if slower else torch.channels_last)
 
