@@ -88,7 +88,6 @@ class LoopConfig:
     elastic: float = 2.0  # standard deviation, in pixels, of the elastic displacements drawn
     elastic_cell: float = 24.0  # spacing of the points they are drawn at; smooth in between
     noise: float = 0.0  # std of Gaussian noise on the image, as a share of the window: no generator can match it
-    crop: bool = False  # train on the batch's box around the lungs: half the work where all else is air
     # what networks are told besides the map, and D sees
     steer: bool = False  # density and detail of a slice's healthy lung, two numbers: see steering
     contrast: float = 4.0  # only the lung, its HU magnified this many times; 0: whole images, as they are
@@ -683,17 +682,6 @@ def augment(
     return image.clamp(-1, 1), labels
 
 
-def lung_box(labels: Tensor, multiple: int) -> tuple[Any, ...]:
-    """Index of the box around all lungs of a batch [B, 1, H, W], a multiple wider and a multiple long."""
-    box = [...]
-    for axis in (2, 3):
-        found = (labels > 0).any(axis ^ 1).any(0).flatten().nonzero()
-        first, last = (int(found[0]), int(found[-1])) if len(found) else (0, 0)
-        start = max(0, first - multiple) // multiple * multiple
-        box.append(slice(start, start + max(2, math.ceil((last + 1 + multiple // 2 - start) / multiple)) * multiple))
-    return tuple(box)
-
-
 # What follows reads a dataset plainly. `python data/check.py FOLDER` judges one thoroughly, with a picture.
 
 
@@ -950,9 +938,6 @@ class Trainer:
         hu, labels = self.train.hu[chosen].to(self.device), self.train.labels[chosen].to(self.device)
         self.rng.manual_seed(self.step_seed())
         image, labels = augment(hu, labels, self.c, self.rng, self.c.size, slice(RANK, None, WORLD))
-        if self.c.crop:
-            box = lung_box(labels, self.method.multiple(self.c))
-            image, labels = image[box], labels[box]
         return self.method.target(image, labels), labels
 
     def step_seed(self, *more: int) -> int:
