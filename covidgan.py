@@ -56,7 +56,14 @@ COLOURS = ((0, 0, 0), (255, 0, 0), (0, 0, 255), (0, 255, 0))  # Fig. 1: lung red
 HU_OFFSET = 1024  # a stored pixel is HU + 1024, 0..4095
 PARENCHYMA = -860  # HU of healthy lung between the vessels
 LUNG_HU = (-1000, -400)  # must contain the mean of healthy lung
-LOCAL = {"data": "", "out": "", "device": "auto", "resume": False, "overwrite": False}  # what no checkpoint holds
+LOCAL = {
+    "data": "",
+    "out": "",
+    "device": "auto",
+    "resume": False,
+    "overwrite": False,
+    "init": "",
+}  # what no checkpoint holds
 RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))  # of torchrun
 PHANTOM = "data/phantom"  # the built-in data; a missing folder whose name begins like this is generated
 
@@ -74,6 +81,7 @@ class LoopConfig:
     out: str = "out"  # folder for ckpt.pt, stats.jsonl, split.json, results.json, panels and curves
     resume: bool = False  # go on from OUT/ckpt.pt, with its config except for the options given
     overwrite: bool = False  # discard the run in OUT
+    init: str = ""  # start from the networks of this checkpoint, of the same options: smaller slices, or other data
     seed: int = 0
     interval: int = 250  # steps between checkpoints, panels and curves
     # data
@@ -121,7 +129,7 @@ class Config(LoopConfig):
     n_local_blocks: int = 3  # residual blocks of G2
     n_gen: Literal[1, 2, 3] = 2  # generators: 1 = G1 at full size, 2 = G1 and G2, 3 = one more between (Table V)
     n_dis: Literal[1, 2, 3] = 2  # discriminators: D1 at full size, D2 at half, D3 at a quarter (Table V)
-    norm: Literal["instance", "pixel", "batch"] = "instance"  # of G; with "pixel" each pixel by itself: G is local
+    norm: Literal["instance", "pixel"] = "instance"  # of G: over the whole slice, or each pixel by itself
     draws: bool = False  # G2 takes in noise, so that one map gives many slices
     desum: Literal["learned", "global", "fixed", "sum"] = "learned"  # alpha from F_local | from F_global | 0.5 | F + F
     dfm: Literal["learned", "d2", "fixed", "off"] = "learned"  # beta from D1 | from D2 | --beta | no feature matching
@@ -280,9 +288,8 @@ class Generator(nn.Module):
         self.g1 = GlobalGenerator(c.channels, widest, c.n_blocks)
         self.locals = nn.ModuleList([LocalGenerator(local_in, w, c.n_local_blocks) for w in widths])
         self.desums = nn.ModuleList([Desum(2 * w, c.desum) for w in widths])
-        if c.norm != "instance":
-            made = {"pixel": lambda n: PixelNorm(), "batch": lambda n: nn.BatchNorm2d(n.num_features)}
-            replace(self, nn.InstanceNorm2d, made[c.norm])
+        if c.norm == "pixel":
+            replace(self, nn.InstanceNorm2d, lambda _: PixelNorm())
 
     def forward(self, onehot: Tensor, stage: str = "joint", seed: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """One-hot map [B, channels, H, W] to an image [B, 1, H, W] in [-1, 1] and alpha [B] of the finest sum, else 1.
@@ -618,7 +625,9 @@ def steering(image: Tensor, labels: Tensor, c: LoopConfig) -> Tensor:  # [B, 1, 
     hu, healthy = image * (c.width / 2) + c.level, (labels == 1).float()
     inner = 1 - F.max_pool2d(1 - healthy, 3, 1, 1)  # all of whose neighbours are healthy
     fine = hu - F.avg_pool2d(hu, 3, 1, 1, count_include_pad=False)
-    density, variance = ((x * mask).sum((1, 2, 3)) / mask.sum((1, 2, 3)) for x, mask in ((hu, healthy), (fine**2, inner)))
+    density, variance = (
+        (x * mask).sum((1, 2, 3)) / mask.sum((1, 2, 3)) for x, mask in ((hu, healthy), (fine**2, inner))
+    )
     numbers = torch.stack([density, variance.sqrt()], 1)
     return torch.where(numbers.isfinite(), numbers, torch.tensor(TYPICAL, device=hu.device)[:, 0])
 
@@ -1027,7 +1036,9 @@ class Trainer:
         """Write the panel of fixed held-out cases and the curves."""
         cases = choose_cases(self.test)
         labels, real = self.test.labels[cases], window(self.test.hu[cases], self.c)
-        write_panel(self.out / f"panel_{self.stage}_{self.step_done:06d}.png", labels, real, self.synthesize(labels, real))
+        write_panel(
+            self.out / f"panel_{self.stage}_{self.step_done:06d}.png", labels, real, self.synthesize(labels, real)
+        )
         write_curves(self.out / "curves.png", self.out / "stats.jsonl", self.method.curves)
 
     def open_out(self) -> None:
@@ -1277,6 +1288,9 @@ def main(argv: list[str], method: type[Method] = Covidgan, trainer_of: type[Trai
         trainer = trainer_of(method, c)
         if c.resume:
             trainer.load(trainer.out / "ckpt.pt")
+        elif c.init:
+            trainer.method.load_state_dict(restore(read_checkpoint(Path(c.init)), method)[0].state_dict())
+            trainer.begin(trainer.stage)
         if RANK == 0:
             trainer.open_out()
             print(f"training on {trainer.device} in {'bfloat16' if trainer.bf16 else 'float32'}", flush=True)
