@@ -56,14 +56,7 @@ COLOURS = ((0, 0, 0), (255, 0, 0), (0, 0, 255), (0, 255, 0))  # Fig. 1: lung red
 HU_OFFSET = 1024  # a stored pixel is HU + 1024, 0..4095
 PARENCHYMA = -860  # HU of healthy lung between the vessels
 LUNG_HU = (-1000, -400)  # must contain the mean of healthy lung
-LOCAL = {
-    "data": "",
-    "out": "",
-    "device": "auto",
-    "resume": False,
-    "overwrite": False,
-    "init": "",
-}  # what no checkpoint holds
+LOCAL = dict(data="", out="", device="auto", resume=False, overwrite=False, init="")  # what no checkpoint holds
 RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))  # of torchrun
 PHANTOM = "data/phantom"  # the built-in data; a missing folder whose name begins like this is generated
 
@@ -618,28 +611,29 @@ TYPICAL = ((-800.0, 50.0), (75.0, 15.0))  # HU, of density and of detail: middle
 
 
 def steering(image: Tensor, labels: Tensor, c: LoopConfig) -> Tensor:  # [B, 1, H, W] each -> [B, 2]
-    """Density and detail of healthy lung, HU: its mean, and the deviation of what is finer than 3 pixels in it.
+    """Density and detail of a slice's healthy lung, HU: its mean, and the deviation of what is finer than 3 pixels.
 
     image in [-1, 1]. Of a slice without healthy lung, the typical ones.
     """
     hu, healthy = image * (c.width / 2) + c.level, (labels == 1).float()
     inner = 1 - F.max_pool2d(1 - healthy, 3, 1, 1)  # all of whose neighbours are healthy
     fine = hu - F.avg_pool2d(hu, 3, 1, 1, count_include_pad=False)
-    density, variance = (
-        (x * mask).sum((1, 2, 3)) / mask.sum((1, 2, 3)) for x, mask in ((hu, healthy), (fine**2, inner))
-    )
+    pairs = (hu, healthy), (fine.square(), inner)
+    density, variance = ((x * where).sum((1, 2, 3)) / where.sum((1, 2, 3)) for x, where in pairs)
     numbers = torch.stack([density, variance.sqrt()], 1)
-    return torch.where(numbers.isfinite(), numbers, torch.tensor(TYPICAL, device=hu.device)[:, 0])
+    return torch.where(numbers.isfinite(), numbers, numbers.new_tensor(TYPICAL)[:, 0])
 
 
 def encode(labels: Tensor, image: Tensor, c: LoopConfig) -> Tensor:
-    """What networks are given, [B, channels, H, W]: the one-hot map, and with --steer what is told, within the lung."""
+    """What networks are given, [B, channels, H, W]: the one-hot map, and with --steer two numbers, within the lung."""
     onehot = one_hot(labels, c.n_labels)
-    if not c.steer:
-        return onehot
-    middle, spread = torch.tensor(TYPICAL, device=labels.device).T
-    told = (steering(image, labels, c) - middle) / spread
-    return torch.cat([onehot, told.view(-1, 2, 1, 1) * (labels > 0)], 1)
+    return torch.cat([onehot, told(steering(image, labels, c), labels)], 1) if c.steer else onehot
+
+
+def told(numbers: Tensor, labels: Tensor) -> Tensor:  # [B, 2], HU, and [B, 1, H, W] -> [B, 2, H, W]
+    """Density and detail as networks take them: about -1 to 1, constant within the lung, and 0 outside."""
+    middle, spread = numbers.new_tensor(TYPICAL).T
+    return ((numbers - middle) / spread).view(-1, 2, 1, 1) * (labels > 0)
 
 
 def one_hot(labels: Tensor, n_labels: int) -> Tensor:
@@ -1019,9 +1013,9 @@ class Trainer:
 
     @torch.no_grad()
     def synthesize(self, labels: Tensor, real: Tensor) -> Tensor:
-        """Lung images in [-1, 1] for labels and real slices [N, 1, S, S], floor outside, at the stage's size, on the CPU.
+        """Lung images in [-1, 1] for labels [N, 1, S, S], floor outside the lung, at the stage's size, on the CPU.
 
-        With --steer, told the real slice's numbers.
+        With --steer, they are told the numbers of the real slices [N, 1, S, S].
         """
         self.average.eval()
         images = []
@@ -1036,9 +1030,8 @@ class Trainer:
         """Write the panel of fixed held-out cases and the curves."""
         cases = choose_cases(self.test)
         labels, real = self.test.labels[cases], window(self.test.hu[cases], self.c)
-        write_panel(
-            self.out / f"panel_{self.stage}_{self.step_done:06d}.png", labels, real, self.synthesize(labels, real)
-        )
+        path = self.out / f"panel_{self.stage}_{self.step_done:06d}.png"
+        write_panel(path, labels, real, self.synthesize(labels, real))
         write_curves(self.out / "curves.png", self.out / "stats.jsonl", self.method.curves)
 
     def open_out(self) -> None:
