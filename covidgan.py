@@ -136,6 +136,7 @@ class Config(LoopConfig):
 
 
 BEST: dict[str, Any] = dict(batch=4, dfm="fixed", beta=0.1, lambda_dfm=3.0)  # for real use, see paper/fidelity.md
+BEST |= dict(norm="pixel", steer=True, draws=True)
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": dict(noise=0.01, contrast=0.0, ema=0.0),
     "best": BEST,
@@ -309,7 +310,10 @@ class Generator(nn.Module):
 
 
 def noise_of(seed: Tensor, like: Tensor) -> Tensor:  # int64 [B], [B, c, H, W] -> [B, 1, H, W]
-    """Noise in [-1, 1] of each pixel's place and the slice's seed, in whole numbers: any runtime computes the same."""
+    """Noise of each pixel's place and the slice's seed, in whole numbers: any runtime computes the same.
+
+    It is in [-4, 4]: quieter noise G learns to ignore.
+    """
     prime = 2**31 - 1  # modulo it, x^5 permutes the numbers
 
     def mix(x: Tensor) -> Tensor:
@@ -319,7 +323,7 @@ def noise_of(seed: Tensor, like: Tensor) -> Tensor:  # int64 [B], [B, c, H, W] -
 
     rows, columns = (torch.arange(side, device=seed.device) for side in like.shape[-2:])
     drawn = mix(mix(mix(seed.view(-1, 1, 1, 1)) + rows.view(-1, 1)) + columns)
-    return (drawn.to(torch.float64) * (2 / prime) - 1).to(like.dtype)
+    return (drawn.to(torch.float64) * (8 / prime) - 4).to(like.dtype)
 
 
 # ------------------------------------------------------------------------------------------------------- discriminators
