@@ -33,10 +33,8 @@ import pickle
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, get_args, get_type_hints
 from unicodedata import normalize
@@ -45,7 +43,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from filelock import FileLock, Timeout
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -63,7 +60,7 @@ PHANTOM = "data/phantom"  # the built-in data; a missing folder whose name begin
 # -------------------------------------------------------------------------------------------------------- configuration
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class LoopConfig:
     """How any method is trained. Defaults are the paper's (§IV-A), but for noise, contrast, ema: see preset paper."""
 
@@ -103,7 +100,6 @@ class LoopConfig:
     # system
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 autocast where supported natively
-    compile: bool = False  # torch.compile the networks: a minute or more to start; meant for GPUs, never timed there
 
     @property
     def channels(self) -> int:
@@ -111,7 +107,7 @@ class LoopConfig:
         return self.n_labels + 2 * self.steer
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Config(LoopConfig):
     """The paper's method: its own knobs on top of the loop's. Presets override groups of both."""
 
@@ -229,14 +225,13 @@ class LocalGenerator(nn.Module):
 class WeightingNet(nn.Module):
     """Three convolutions and two fully connected layers that give one weight in (0, 1) per image (§III-C).
 
-    No norm layers: instance norm before global pooling would remove the very signal to weigh by. The last layer is
-    initialised to zero, so that the weight starts at 0.5.
+    No norm: before global pooling it would remove the very signal to weigh by. The last layer's zeros start it at 0.5.
     """
 
     def __init__(self, c_in: int, c: int) -> None:
         super().__init__()
         widths = [c_in, c, c, c]
-        convs = [nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in pairwise(widths)]
+        convs = [nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in itertools.pairwise(widths)]
         self.convs = nn.Sequential(*[layer for conv in convs for layer in (conv, nn.ReLU(inplace=True))])
         self.fc = nn.Sequential(nn.Linear(c, c // 2), nn.ReLU(inplace=True), nn.Linear(c // 2, 1))
         nn.init.zeros_(self.fc[-1].weight)
@@ -286,10 +281,10 @@ class Generator(nn.Module):
             replace(self, nn.InstanceNorm2d, lambda _: PixelNorm())
 
     def forward(self, onehot: Tensor, stage: str = "joint", seed: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """One-hot map [B, channels, H, W] to an image [B, 1, H, W] in [-1, 1] and alpha [B] of the finest sum, else 1.
+        """What is given [B, channels, H, W] to an image [B, 1, H, W] in [-1, 1] and the finest sum's alpha [B], else 1.
 
-        Stage g1: only G1, at its own reduced size. g2: only the local generators, with F_out = F_local; a finer one
-        takes in a coarser one's features, through a DESUM that only the joint stage trains. joint: all.
+        Stage g1: only G1, at its own reduced size. g2: only the local generators, with F_out = F_local. joint: all.
+        seed int64 [B]: with --draws, of each slice's noise; without one it is 0.
         """
         finest = len(self.locals)
         reduced = onehot[..., :: 2**finest, :: 2**finest]  # nearest, so that G1 sees a label map in every stage
@@ -310,19 +305,16 @@ class Generator(nn.Module):
 
 
 def noise_of(seed: Tensor, like: Tensor) -> Tensor:  # int64 [B], [B, c, H, W] -> [B, 1, H, W]
-    """Noise of each pixel's place and the slice's seed, in whole numbers: any runtime computes the same.
+    """Noise of the slice's seed and each pixel's place, in whole numbers: any runtime computes the same.
 
     It is in [-4, 4]: quieter noise G learns to ignore.
     """
-    prime = 2**31 - 1  # modulo it, x^5 permutes the numbers
-
-    def mix(x: Tensor) -> Tensor:
-        x = (x + 195_912_037) % prime
-        square = x * x % prime
-        return square * square % prime * x % prime
-
+    prime, drawn = 2**31 - 1, seed.view(-1, 1, 1, 1)
     rows, columns = (torch.arange(side, device=seed.device) for side in like.shape[-2:])
-    drawn = mix(mix(mix(seed.view(-1, 1, 1, 1)) + rows.view(-1, 1)) + columns)
+    for place in (0, rows.view(-1, 1), columns):
+        x = (drawn + place + 195_912_037) % prime
+        square = x * x % prime
+        drawn = square * square % prime * x % prime  # x^5 permutes the numbers modulo this prime
     return (drawn.to(torch.float64) * (8 / prime) - 4).to(like.dtype)
 
 
@@ -335,7 +327,7 @@ class PatchGAN(nn.Module):
     def __init__(self, c_in: int, ndf: int) -> None:
         super().__init__()
         blocks, channels = [], [c_in, ndf, 2 * ndf, 4 * ndf, 8 * ndf]
-        for i, (a, b) in enumerate(pairwise(channels)):
+        for i, (a, b) in enumerate(itertools.pairwise(channels)):
             conv = nn.Conv2d(a, b, 4, stride=2 if i < 3 else 1, padding=2)
             norm = [nn.InstanceNorm2d(b)] if i else []
             blocks.append(nn.Sequential(conv, *norm, nn.LeakyReLU(0.2)))
@@ -393,12 +385,10 @@ class Dfm(nn.Module):
     With t_k the L1 distance between the real and the synthetic pair in scale k's first three feature maps,
         L_DFM = (1 - beta) t_1 + beta t_2,
     where beta is one number per image, computed from D1's third feature map of the real pair ("d2": from D2's,
-    "fixed": --beta). With more than two scales, the coarser ones share beta evenly; of a single scale the weight is 1,
-    and beta is told as 0. "off" leaves L_DFM out of G's loss.
+    "fixed": --beta). With more than two scales the coarser ones share beta; of a single one it is told as 0.
 
-    It moves G, and beta's own network, but not D: Eq. 2 has it under min_G, although §III-B speaks of D's update. Who
-    moves beta the paper does not say. Plain minimisation would move all weight to the discriminator that is easier to
-    match, so a scaled sigmoid keeps beta within [margin, 1 - margin]. paper/study.py has other policies.
+    It moves G, and beta's own network, but not D: Eq. 2 has it under min_G. Who moves beta the paper does not say.
+    Minimising would move all weight to the discriminator that is easier to match: beta stays in [margin, 1 - margin].
     """
 
     def __init__(self, c: Config) -> None:
@@ -418,18 +408,17 @@ class Dfm(nn.Module):
         else:
             features = real[1 if self.kind == "d2" else 0][2].detach()  # D is not to learn what beta needs
             beta = self.margin + (1 - 2 * self.margin) * self.net(features)
-        return weighted_distance(distances, beta.detach()), weighted_distance(distances.detach(), beta), beta
+
+        def weighted(t: Tensor, beta: Tensor) -> Tensor:
+            return ((1 - beta) * t[0] + beta * t[1:].mean(0)).mean()
+
+        return weighted(distances, beta.detach()), weighted(distances.detach(), beta), beta
 
 
 def feature_distance(real: list[Tensor], fake: list[Tensor]) -> Tensor:
     """Sum over i = 1..3 of ||D^i(m, x) - D^i(m, G(m))||_1 / N_i (Eq. 4), per image: [B]."""
     pairs = zip(real[:3], fake[:3], strict=True)
     return sum((r.detach() - f).abs().mean((1, 2, 3), dtype=torch.float32) for r, f in pairs)
-
-
-def weighted_distance(distances: Tensor, beta: Tensor) -> Tensor:
-    """Eq. 4 over scales: of distances [scales, B], D1's weighs 1 - beta, the mean of the others beta; batch mean."""
-    return ((1 - beta) * distances[0] + beta * distances[1:].mean(0)).mean()
 
 
 # ------------------------------------------------------------------------------------------ the method: what is trained
@@ -453,8 +442,7 @@ class Player(NamedTuple):
 class Method(nn.Module):
     """What the loop (Trainer) trains: networks, which are its child modules, stages, players, losses, synthesis.
 
-    The paper's method follows. Another subclasses this in a file of its own, and its options LoopConfig. What has no
-    body here is for it to define.
+    Another method subclasses this in a file of its own, and its options LoopConfig. What has no body it must define.
     """
 
     name: ClassVar[str]  # as checkpoints and tables call it
@@ -490,7 +478,6 @@ class Method(nn.Module):
 
         Texture varies by hundredths, while a map's channels are 0 or 1 and the pleura is a step of almost 1: next to
         these an early D is blind to texture, and G paints none. Parenchyma becomes 0, and so does all outside the lung.
-        In stage g1 target and map are made smaller first, and at their border the real lung is mixed with the floor.
         """
         if not self.c.contrast:
             return image
@@ -545,8 +532,7 @@ class Covidgan(Method):
     def losses(self, onehot: Tensor, target: Tensor, stage: str) -> dict[str, Tensor]:
         """All losses of a step (Eq. 2), from one pass through G and one through D each for the real and synthetic pair.
 
-        Eq. 2 sums L_DFM over D1 and D2, which Eq. 4 has done already: it counts once here. The players' losses share
-        the graph: each is backpropagated to its own players' parameters alone (see Trainer.backward).
+        Eq. 2 sums L_DFM over D1 and D2, which Eq. 4 has done already: it counts once here.
         """
         c, first = self.c, self.first_scale(stage)
         shrink = 2 ** (c.n_gen - 1) if stage == "g1" else 1  # g1 works at G1's reduced size
@@ -617,27 +603,26 @@ TYPICAL = ((-800.0, 50.0), (75.0, 15.0))  # HU, of density and of detail: middle
 def steering(image: Tensor, labels: Tensor, c: LoopConfig) -> Tensor:  # [B, 1, H, W] each -> [B, 2]
     """Density and detail of a slice's healthy lung, HU: its mean, and the deviation of what is finer than 3 pixels.
 
-    image in [-1, 1]. Of a slice without healthy lung, the typical ones.
+    image in [-1, 1]. NaN where a slice has no healthy lung.
     """
     hu, healthy = image * (c.width / 2) + c.level, (labels == 1).float()
     inner = 1 - F.max_pool2d(1 - healthy, 3, 1, 1)  # all of whose neighbours are healthy
     fine = hu - F.avg_pool2d(hu, 3, 1, 1, count_include_pad=False)
     pairs = (hu, healthy), (fine.square(), inner)
     density, variance = ((x * where).sum((1, 2, 3)) / where.sum((1, 2, 3)) for x, where in pairs)
-    numbers = torch.stack([density, variance.sqrt()], 1)
-    return torch.where(numbers.isfinite(), numbers, numbers.new_tensor(TYPICAL)[:, 0])
-
-
-def encode(labels: Tensor, image: Tensor, c: LoopConfig) -> Tensor:
-    """What networks are given, [B, channels, H, W]: the one-hot map, and with --steer two numbers, within the lung."""
-    onehot = one_hot(labels, c.n_labels)
-    return torch.cat([onehot, told(steering(image, labels, c), labels)], 1) if c.steer else onehot
+    return torch.stack([density, variance.sqrt()], 1)
 
 
 def told(numbers: Tensor, labels: Tensor) -> Tensor:  # [B, 2], HU, and [B, 1, H, W] -> [B, 2, H, W]
-    """Density and detail as networks take them: about -1 to 1, constant within the lung, and 0 outside."""
+    """Density and detail as networks take them: about -1 to 1, constant within the lung, 0 outside and for NaN."""
     middle, spread = numbers.new_tensor(TYPICAL).T
-    return ((numbers - middle) / spread).view(-1, 2, 1, 1) * (labels > 0)
+    return ((numbers - middle) / spread).nan_to_num().view(-1, 2, 1, 1) * (labels > 0)
+
+
+def encode(labels: Tensor, image: Tensor, c: LoopConfig) -> Tensor:
+    """What networks are given, [B, channels, H, W]: the one-hot map, and with --steer density and detail."""
+    onehot = one_hot(labels, c.n_labels)
+    return torch.cat([onehot, told(steering(image, labels, c), labels)], 1) if c.steer else onehot
 
 
 def one_hot(labels: Tensor, n_labels: int) -> Tensor:
@@ -658,11 +643,10 @@ def augment(
 ) -> tuple[Tensor, Tensor]:
     """Table I's augmentation on the device: random resize and crop, rotation, elastic transform, Gaussian noise.
 
-    hu [B, 1, H, W] and labels uint8 [B, 1, H, W] are resampled through the same grid, the image bicubic and the map
-    nearest, so that they stay aligned and a map stays a map. Given a smaller size, they are downsampled to it last, as
-    slices are when read: a real image blurred by the resampling would teach D to like blur. Returns the whole windowed
-    image in [-1, 1] and the labels; beyond a slice's border labels are 0 and the image repeats its edge. rng is on the
-    device; draws are for the whole batch, whatever the share of it that this process augments.
+    hu and labels uint8 [B, 1, H, W] are resampled through one grid, the map nearest, so that it stays a map. Given a
+    smaller size, they are downsampled to it last: a real image blurred by resampling would teach D to like blur.
+    Returns the windowed image in [-1, 1] and the labels, 0 beyond a slice's border. rng is on the device; draws are
+    for the whole batch, whatever the share of it that this process augments.
     """
     n, _, height, width = hu.shape
     device = hu.device
@@ -845,17 +829,14 @@ class Trainer:
         self.c, self.out = c, Path(c.out)
         self.device = pick_device(c)
         self.bf16 = uses_bf16(c, self.device)
-        self.asked_to_stop = self.stop = False  # a signal came; all processes have agreed to stop after this step
+        self.asked_to_stop = False  # a signal came: save after this step, then stop
         split = read_split(Path(c.data), c.seed)
         self.train = load_slices(Path(c.data), split["train"], c, room=2)
         self.test = load_slices(Path(c.data), split["test"], c)
         self.method = on_device(build(method, c), self.device, self.bf16)
         self.average = copy.deepcopy(self.method)  # its generator's weights are moving averages, used to synthesize
-        if c.compile:
-            for net in self.method.children():
-                net.compile(dynamic=False)
-        small = resample(window(self.train.hu, c), self.train.labels, c.size) if c.steer else ()
-        self.steering = steering(*small, c).tolist() if c.steer else []  # of each training slice, for synthesis
+        whole = resample(window(self.train.hu, c), self.train.labels, c.size)
+        self.steering = steering(*whole, c).tolist() if c.steer else []  # of each training slice
         self.rng = torch.Generator(self.device)
         self.stages = method.stages(c)
         self.epoch_steps = c.epoch_len // c.batch
@@ -900,20 +881,20 @@ class Trainer:
                 watched = itertools.chain(*self.method.curves)
                 bar.set_postfix({name: f"{figures[name]:.3f}" for name in watched}, refresh=False)
                 due = self.step_done % self.c.interval == 0 or self.step_done == self.steps
-                if RANK == 0 and (due or self.stop):
+                if RANK == 0 and (due or self.asked_to_stop):
                     stats.flush()
                     write_atomically(self.out / "ckpt.pt", lambda path: torch.save(self.state(), path))
                 if RANK == 0 and due:
                     self.draw()
-                if self.stop and self.step_done < self.steps:
+                if self.asked_to_stop and self.step_done < self.steps:
                     where = f"stage {self.stage}, step {self.step_done}"
                     raise KeyboardInterrupt(f"stopped at {where}: --resume goes on from there")
 
     def step(self) -> dict[str, float]:
         """One update of every player of the stage; returns its learning rates and figures.
 
-        The order is pix2pixHD's: all losses from one forward pass, then all players move. Losses that are not finite
-        must move no weight. To look before the backward pass would make a GPU wait: the optimisers look for themselves.
+        All losses come from one forward pass, then all players move, as in pix2pixHD. Losses that are not finite must
+        move no weight. To look before the backward pass would make a GPU wait: the optimisers look for themselves.
         """
         rates = {f"lr_{name}": lr_at(self.step_done, self.steps, player.lr) for name, player in self.players.items()}
         target, labels = self.batch()
@@ -962,18 +943,15 @@ class Trainer:
                 losses[loss].backward(inputs=parameters, retain_graph=k < len(moved))
 
     def mean_over_processes(self, figures: Tensor) -> Tensor:
-        """Data parallelism: gradients and figures become their means over the processes, which agree on stopping."""
-        self.stop = self.asked_to_stop
+        """Data parallelism: gradients and figures become their means over the processes."""
         if WORLD == 1:
             return figures
-        moved = [p for player in self.players.values() for p in player.parameters]
-        grads = [p.grad for p in moved if p.grad is not None]
-        flat = torch.cat([figures.new_tensor([self.stop]), figures, *(g.flatten() for g in grads)])
+        moved = [p.grad for player in self.players.values() for p in player.parameters if p.grad is not None]
+        flat = torch.cat([figures, *(g.flatten() for g in moved)])
         dist.all_reduce(flat)
-        stop, figures, *means = (flat / WORLD).split([1, len(figures), *(g.numel() for g in grads)])
-        for g, mean in zip(grads, means, strict=True):
+        figures, *means = (flat / WORLD).split([len(figures), *(g.numel() for g in moved)])
+        for g, mean in zip(moved, means, strict=True):
             g.copy_(mean.view_as(g))
-        self.stop = bool(stop > 0)
         return figures
 
     def update_average(self) -> None:
@@ -1091,18 +1069,18 @@ def write_panel(path: Path, labels: Tensor, real: Tensor, lung: Tensor) -> None:
 
 
 def write_curves(path: Path, stats: Path, curves: tuple[tuple[str, ...], ...]) -> None:
-    """Plot groups of figures against the step, the stages in a row, from stats.jsonl: means of up to 200 parts."""
+    """Plot groups of figures against the step, the stages in a row, from stats.jsonl, smoothed."""
     from matplotlib.figure import Figure  # slow to import, and only needed here
 
     names = [*itertools.chain(*curves)]
     with open(stats) as lines:  # keeping only numbers: there may be a million lines
         steps = np.array([[step[name] for name in names] for step in map(json.loads, lines)], np.float32)
-    parts = np.array_split(steps, min(len(steps), 200))
-    ends, means = np.cumsum([*map(len, parts)]), np.stack([part.mean(0) for part in parts])
+    mean = max(1, len(steps) // 200)  # of so many steps each
+    means = steps[: len(steps) // mean * mean].reshape(-1, mean, len(names)).mean(1)
     figure = Figure(figsize=(10, 6), layout="tight")
     for axes, group in zip(figure.subplots(len(curves), sharex=True, squeeze=False)[:, 0], curves, strict=True):
         for name in group:
-            axes.plot(ends, means[:, names.index(name)], label=name)
+            axes.plot(mean * np.arange(1, len(means) + 1), means[:, names.index(name)], label=name)
         axes.legend(loc="upper right")
     axes.set_xlabel("step, the stages in a row")
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
@@ -1157,17 +1135,6 @@ def keep_freed_memory() -> None:
 
 class Mistake(Exception):
     """A mistake of the user's: one line that names the file or option and the remedy; exit status 2."""
-
-
-@contextlib.contextmanager
-def held(out: Path) -> Iterator[None]:
-    """Make a folder and lock it, so that it has one writer. The lock ends with its process, however that dies."""
-    out.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(out / ".lock", blocking=False):
-            yield
-    except Timeout as error:
-        raise Mistake(f"{out}: another run is writing to it: wait for its end, or give another --out") from error
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
@@ -1262,9 +1229,10 @@ def make_phantom(c: LoopConfig) -> None:
 def check_out(c: LoopConfig) -> None:
     """Raise Mistake, before slices are read, where OUT holds those of a dataset, or another run."""
     out = Path(c.out)
+    out.mkdir(parents=True, exist_ok=True)
     if (out / "maps").exists():
         raise Mistake(f"{out}: holds the slices of a dataset: give another --out")
-    if (out / "ckpt.pt").exists() and not (c.resume or c.overwrite):
+    if (out / "stats.jsonl").exists() and not (c.resume or c.overwrite):  # it is there from the first step on
         raise Mistake(f"{out}: holds another run: give --resume to go on, --overwrite to discard it, or another --out")
 
 
@@ -1274,7 +1242,6 @@ def main(argv: list[str], method: type[Method] = Covidgan, trainer_of: type[Trai
     keep_freed_memory()
     with contextlib.ExitStack() as until_the_end:
         if RANK == 0:
-            until_the_end.enter_context(held(Path(c.out)))
             check_out(c)
             make_phantom(c)
         if WORLD > 1:
