@@ -20,7 +20,6 @@ Then come the data; the loop, which trains any Method; pictures; hardware-specif
 """
 
 import argparse
-import contextlib
 import copy
 import ctypes
 import dataclasses
@@ -53,7 +52,7 @@ COLOURS = ((0, 0, 0), (255, 0, 0), (0, 0, 255), (0, 255, 0))  # Fig. 1: lung red
 HU_OFFSET = 1024  # a stored pixel is HU + 1024, 0..4095
 PARENCHYMA = -860  # HU of healthy lung between the vessels
 LUNG_HU = (-1000, -400)  # must contain the mean of healthy lung
-LOCAL = dict(data="", out="", device="auto", resume=False, overwrite=False, init="")  # what no checkpoint holds
+LOCAL = dict(data="", out="", device="auto", resume=False, init="")  # what no checkpoint holds
 RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))  # of torchrun
 PHANTOM = "data/phantom"  # the built-in data; a missing folder whose name begins like this is generated
 
@@ -70,7 +69,6 @@ class LoopConfig:
     data: str = PHANTOM  # folder with images/ and maps/, and optionally split.json
     out: str = "out"  # folder for ckpt.pt, stats.jsonl, split.json, results.json, panels and curves
     resume: bool = False  # go on from OUT/ckpt.pt, with its config except for the options given
-    overwrite: bool = False  # discard the run in OUT
     init: str = ""  # start from the networks of this checkpoint, of the same options: smaller slices, or other data
     seed: int = 0
     interval: int = 250  # steps between checkpoints, panels and curves
@@ -152,10 +150,7 @@ def norm_relu(c: int) -> list[nn.Module]:
 
 
 class PixelNorm(nn.Module):
-    """Scale each pixel's features to a mean square of 1 (Karras et al., 2018).
-
-    Instance norm averages over the whole slice, so that a lesion painted in one lung repaints the other.
-    """
+    """Scale each pixel's features to a mean square of 1 (Karras et al., 2018). Instance norm repaints both lungs."""
 
     def forward(self, x: Tensor) -> Tensor:  # [B, c, H, W]
         return x * (x.square().mean(1, keepdim=True) + 1e-5).rsqrt()
@@ -305,10 +300,7 @@ class Generator(nn.Module):
 
 
 def noise_of(seed: Tensor, like: Tensor) -> Tensor:  # int64 [B], [B, c, H, W] -> [B, 1, H, W]
-    """Noise of the slice's seed and each pixel's place, in whole numbers: any runtime computes the same.
-
-    It is in [-4, 4]: quieter noise G learns to ignore.
-    """
+    """Noise in [-4, 4] of seed and place, by whole numbers: the same in any runtime. Quieter noise G ignores."""
     prime, drawn = 2**31 - 1, seed.view(-1, 1, 1, 1)
     rows, columns = (torch.arange(side, device=seed.device) for side in like.shape[-2:])
     for place in (0, rows.view(-1, 1), columns):
@@ -318,7 +310,7 @@ def noise_of(seed: Tensor, like: Tensor) -> Tensor:  # int64 [B], [B, c, H, W] -
     return (drawn.to(torch.float64) * (8 / prime) - 4).to(like.dtype)
 
 
-# ------------------------------------------------------------------------------------------------------- discriminators
+# -------------------------------------------------------------------------------------------- discriminators and losses
 
 
 class PatchGAN(nn.Module):
@@ -359,24 +351,17 @@ class Discriminators(nn.Module):
         return judged
 
 
-# --------------------------------------------------------------------------------------------------------------- losses
-
-
 def gan_losses(real: list[list[Tensor]], fake: list[list[Tensor]], kind: str) -> tuple[Tensor, Tensor]:
     """L_cGAN (Eq. 3), D's side, halved as in pix2pix, and G's, which does not saturate; summed over scales (Eq. 2)."""
-    d, g = [], []
-    for r, f in zip(real, fake, strict=True):
-        r, f = r[-1].float(), f[-1].float()
-        if kind == "bce":
-            d.append((F.softplus(-r).mean() + F.softplus(f).mean()) / 2)  # -log D(m, x) - log(1 - D(m, G(m)))
-            g.append(F.softplus(-f).mean())  # -log D(m, G(m))
-        elif kind == "lsgan":
-            d.append(((r - 1).square().mean() + f.square().mean()) / 2)
-            g.append((f - 1).square().mean())
-        else:  # hinge
-            d.append((F.relu(1 - r).mean() + F.relu(1 + f).mean()) / 2)
-            g.append(-f.mean())
-    return sum(d), sum(g)
+    hit, miss = {  # what it costs D that it takes a real pair for synthetic, and a synthetic one for real
+        "bce": (lambda x: F.softplus(-x), F.softplus),  # -log D(m, x), -log(1 - D(m, G(m)))
+        "lsgan": (lambda x: (x - 1).square(), torch.square),
+        "hinge": (lambda x: 2 * F.relu(1 - x), lambda x: 2 * F.relu(1 + x)),
+    }[kind]
+    pairs = [(r[-1].float(), f[-1].float()) for r, f in zip(real, fake, strict=True)]
+    d = sum((hit(r).mean() + miss(f).mean()) / 2 for r, f in pairs)
+    g = sum(-f.mean() if kind == "hinge" else hit(f).mean() for _, f in pairs)  # bce: -log D(m, G(m))
+    return d, g
 
 
 class Dfm(nn.Module):
@@ -855,12 +840,8 @@ class Trainer:
 
     def run(self) -> None:
         """Train every stage asked for, from the current state on; told to stop, save first, then KeyboardInterrupt."""
-
-        def ask_to_stop(*_: Any) -> None:
-            self.asked_to_stop = True
-
         for signum in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(signum, ask_to_stop)
+            signal.signal(signum, lambda *_: setattr(self, "asked_to_stop", True))
         stages = [*self.stages] if self.c.stage == "all" else [self.c.stage]  # may follow the one resumed from
         for stage in stages[stages.index(self.stage) if self.stage in stages else 0 :]:
             if stage != self.stage:
@@ -1017,14 +998,11 @@ class Trainer:
         write_curves(self.out / "curves.png", self.out / "stats.jsonl", self.method.curves)
 
     def open_out(self) -> None:
-        """Discard another run in OUT; write split.json: the data, all slices ever trained on, and those held out."""
+        """Write OUT/split.json: the data, all slices ever trained on, and those held out."""
         path, train = self.out / "split.json", {*self.train.names}
         if self.c.resume:
             train |= {*json.loads(path.read_text())["train"]} if path.exists() else set()
         else:
-            for name in ("ckpt.pt", "unet.pt", "stats.jsonl", "results.json", "curves.png", "panel_*.png"):
-                for old in self.out.glob(name):
-                    old.unlink()
             (self.out / "stats.jsonl").touch()
         if again := sorted(train & {*self.test.names}):
             raise Mistake(f"{self.c.data}: {again[0]}, held out, was trained on before: give the split of {path}")
@@ -1092,9 +1070,8 @@ def write_curves(path: Path, stats: Path, curves: tuple[tuple[str, ...], ...]) -
 
 def pick_device(c: LoopConfig) -> torch.device:
     """--device, or the best one available; one GPU per process."""
-    name = c.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    name = best if c.device == "auto" else c.device
     return torch.device(name, int(os.environ.get("LOCAL_RANK", "0"))) if name == "cuda" else torch.device(name)
 
 
@@ -1130,7 +1107,7 @@ def keep_freed_memory() -> None:
             libc.mallopt(parameter, 2**31 - 1)
 
 
-# ----------------------------------------------------------------------------------------------------- files in and out
+# --------------------------------------------------------------------------------------- files in and out, command line
 
 
 class Mistake(Exception):
@@ -1169,9 +1146,6 @@ def restore(checkpoint: dict[str, Any], method: type[Method]) -> tuple[Method, L
     return restored.eval(), c
 
 
-# --------------------------------------------------------------------------------------------------------- command line
-
-
 def parse_config(argv: list[str], method: type[Method] = Covidgan) -> LoopConfig:
     """Command line to a method's options: defaults < preset < (on --resume) the checkpoint's < the options given."""
     usage = "%(prog)s [--key value ...], say epoch_len as --epoch-len 1900; -h lists all"
@@ -1179,7 +1153,8 @@ def parse_config(argv: list[str], method: type[Method] = Covidgan) -> LoopConfig
     parser.add_argument("-h", "--help", action="store_true")
     kinds = get_type_hints(method.options)
     for field in dataclasses.fields(method.options):
-        how = {"type": type(field.default), "choices": get_args(kinds[field.name]) or None}
+        choices = [*method.presets] if field.name == "preset" else get_args(kinds[field.name]) or None
+        how = {"type": type(field.default), "choices": choices}
         how = {"action": argparse.BooleanOptionalAction} if kinds[field.name] is bool else how
         parser.add_argument("--" + field.name.replace("_", "-"), **how)
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
@@ -1188,10 +1163,7 @@ def parse_config(argv: list[str], method: type[Method] = Covidgan) -> LoopConfig
         print(inspect.getmodule(method).__doc__, *map(inspect.getsource, blocks), sep="\n")
         print(f"PRESETS = {json.dumps(method.presets, indent=4)}")
         sys.exit(0)
-    preset = given.get("preset", method.options.preset)
-    if preset not in method.presets:
-        raise Mistake(f"--preset {preset}: give one of {', '.join(method.presets)}")
-    base = method.presets[preset]
+    base = method.presets[given.get("preset", method.options.preset)]
     if given.get("resume"):
         out = Path(given.get("out", method.options.out))
         base = read_checkpoint(out / "ckpt.pt")["config"] | LOCAL | {"out": str(out)}
@@ -1208,7 +1180,6 @@ def check_config(c: LoopConfig, method: type[Method]) -> None:
     checks = [
         (c.stage in stages, f"--stage {c.stage}: give one of {', '.join(stages)}"),
         (c.size % multiple == 0 and c.size >= 2 * multiple, f"--size {c.size}: give a multiple of {multiple}, or more"),
-        (c.epoch_len >= c.batch, f"--epoch-len {c.epoch_len}: give the batch of {c.batch} or more"),
         (c.batch % WORLD == 0, f"--batch {c.batch}: give a multiple of the {WORLD} processes"),
         (not method.alone or WORLD == 1, f"torchrun: {method.name} trains in one process, start it without"),
     ]
@@ -1232,35 +1203,35 @@ def check_out(c: LoopConfig) -> None:
     out.mkdir(parents=True, exist_ok=True)
     if (out / "maps").exists():
         raise Mistake(f"{out}: holds the slices of a dataset: give another --out")
-    if (out / "stats.jsonl").exists() and not (c.resume or c.overwrite):  # it is there from the first step on
-        raise Mistake(f"{out}: holds another run: give --resume to go on, --overwrite to discard it, or another --out")
+    if (out / "stats.jsonl").exists() and not c.resume:  # it is there from the first step on
+        raise Mistake(f"{out}: holds another run: give --resume to go on, another --out, or delete it")
 
 
 def main(argv: list[str], method: type[Method] = Covidgan, trainer_of: type[Trainer] = Trainer) -> None:
     """Train a method as the command line says, with this kind of Trainer, then print and write the results."""
     c = parse_config(argv, method)
     keep_freed_memory()
-    with contextlib.ExitStack() as until_the_end:
-        if RANK == 0:
-            check_out(c)
-            make_phantom(c)
-        if WORLD > 1:
-            if (device := pick_device(c)).type == "cuda":
-                torch.cuda.set_device(device)
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")  # waits for the first, above
-            until_the_end.callback(dist.destroy_process_group)
-        trainer = trainer_of(method, c)
-        if c.resume:
-            trainer.load(trainer.out / "ckpt.pt")
-        elif c.init:
-            trainer.method.load_state_dict(restore(read_checkpoint(Path(c.init)), method)[0].state_dict())
-            trainer.begin(trainer.stage)
-        if RANK == 0:
-            trainer.open_out()
-            print(f"training on {trainer.device} in {'bfloat16' if trainer.bf16 else 'float32'}", flush=True)
-        trainer.run()
-        if RANK == 0:
-            trainer.report()
+    if RANK == 0:
+        check_out(c)
+        make_phantom(c)
+    if WORLD > 1:
+        if (device := pick_device(c)).type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")  # waits for the first, above
+    trainer = trainer_of(method, c)
+    if c.resume:
+        trainer.load(trainer.out / "ckpt.pt")
+    elif c.init:
+        trainer.method.load_state_dict(restore(read_checkpoint(Path(c.init)), method)[0].state_dict())
+        trainer.begin(trainer.stage)
+    if RANK == 0:
+        trainer.open_out()
+        print(f"training on {trainer.device} in {'bfloat16' if trainer.bf16 else 'float32'}", flush=True)
+    trainer.run()
+    if RANK == 0:
+        trainer.report()
+    if WORLD > 1:
+        dist.destroy_process_group()
 
 
 def exit_on_mistake(program: Callable[[list[str]], None]) -> None:
