@@ -356,7 +356,7 @@ def gan_losses(real: list[list[Tensor]], fake: list[list[Tensor]], kind: str) ->
     hit, miss = {  # what it costs D that it takes a real pair for synthetic, and a synthetic one for real
         "bce": (lambda x: F.softplus(-x), F.softplus),  # -log D(m, x), -log(1 - D(m, G(m)))
         "lsgan": (lambda x: (x - 1).square(), torch.square),
-        "hinge": (lambda x: 2 * F.relu(1 - x), lambda x: 2 * F.relu(1 + x)),
+        "hinge": (lambda x: F.relu(1 - x), lambda x: F.relu(1 + x)),
     }[kind]
     pairs = [(r[-1].float(), f[-1].float()) for r, f in zip(real, fake, strict=True)]
     d = sum((hit(r).mean() + miss(f).mean()) / 2 for r, f in pairs)

@@ -101,7 +101,7 @@ def test_training_on_one_slice_learns_it(tiny):
     lung = trainer.train.labels[..., ::2, ::2] > 0
 
     def likeness():
-        return np.corrcoef(real[lung], trainer.synthesize(trainer.train.labels)[lung])[0, 1]
+        return np.corrcoef(real[lung], trainer.synthesize(trainer.train.labels, real)[lung])[0, 1]
 
     assert abs(likeness()) < 0.15
     for _ in range(40):
@@ -123,7 +123,8 @@ def test_pictures_are_made_by_the_weights_moving_average(tiny, ema):
     fresh.load_state_dict(mean)
     with torch.no_grad():
         wanted, live = (g(covidgan.one_hot(labels, 4))[0] for g in (fresh, trainer.method.g))
-    assert torch.allclose(trainer.synthesize(labels), covidgan.lung_target(wanted, labels), atol=1e-4)
+    synthesized = trainer.synthesize(labels, torch.zeros_like(labels))
+    assert torch.allclose(synthesized, covidgan.lung_target(wanted, labels), atol=1e-4)
     assert torch.allclose(wanted, live, atol=1e-4) == (ema == 0)
 
 
@@ -321,23 +322,25 @@ def test_a_run_leaves_its_files_and_no_unfinished_ones(whole_run, toy):
 def test_a_folder_that_holds_a_run_is_refused_and_left_as_it_is(whole_run, toy, small_run, here):
     before = contents(whole_run[0])
     done = here("--data", toy.folder, "--out", whole_run[0], *small_run)
-    assert done.status == 2 and str(whole_run[0]) in done.stderr and "--overwrite" in done.stderr
+    assert done.status == 2 and str(whole_run[0]) in done.stderr and "--resume" in done.stderr
     assert contents(whole_run[0]) == before
 
 
 def test_a_folder_of_slices_is_refused_and_left_as_it_is(toy, own_toy, small_run, here):
     before = {path: path.read_bytes() for path in own_toy.folder.rglob("*.*") if path.is_file() and path.suffix}
-    for options in ([], ["--overwrite"]):
-        done = here("--data", toy.folder, "--out", own_toy.folder, *small_run, *options)
-        assert done.status == 2 and str(own_toy.folder) in done.stderr
+    done = here("--data", toy.folder, "--out", own_toy.folder, *small_run)
+    assert done.status == 2 and str(own_toy.folder) in done.stderr
     assert {path: path.read_bytes() for path in before} == before
 
 
-def test_overwrite_discards_the_run_that_stood_there(whole_run, toy, small_run, here, copied):
-    done = here("--stage", "g1", "--data", toy.folder, "--out", copied, *small_run, "--interval", 99, "--overwrite")
+def test_it_starts_from_the_average_weights_of_another_run_of_other_size(whole_run, toy, small_run, here, tmp_path):
+    out, options = tmp_path / "from", ["--stage", "joint", "--init", whole_run[0] / "ckpt.pt", "--size", 96, "--lr", 0]
+    done = here("--data", toy.folder, "--out", out, *small_run, *options)
     assert done.status == 0, done.stderr
-    assert stats_of(copied) == stats_of(whole_run[0])[:10]  # from the seed's weights again, not the old checkpoint's
-    assert {path.name for path in copied.glob("panel_*")} == {"panel_g1_000010.png"}
+    started, before = load(out), load(whole_run[0])
+    assert differing(started["average"], before["average"]) == [] and started["config"]["size"] == 96
+    averaged = {f"g.{name}": weight for name, weight in before["average"].items()}
+    assert differing(started["networks"], before["networks"] | averaged) == []
 
 
 # ---- checkpoints
