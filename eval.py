@@ -22,13 +22,13 @@ import argparse
 import io
 import json
 import math
+import re
 import sys
-import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial, partialmethod
-from itertools import chain, groupby, islice, product, zip_longest
+from functools import partial
+from itertools import chain, groupby, islice, pairwise, product, zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,8 +42,6 @@ from data.slices import COLOURS, HU_OFFSET, LABELS, LEVEL, WIDTH, Mistake, read_
 from infer_onnx import ORT_ERRORS, PROVIDERS, ahead, open_session, usable_cores
 
 try:  # not among what infer_onnx.py needs
-    import onnx
-    from onnx import TensorProto, helper, numpy_helper
     from scipy import ndimage, special
 except ModuleNotFoundError as error:
     print(f"error: eval.py needs {error.name}: pip install {error.name}", file=sys.stderr)
@@ -190,6 +188,10 @@ class Window(NamedTuple):
         grey = slices.windowed(hu, self.level, self.width)
         return grey if labels is None else grey * (labels > 0)
 
+    def clip(self, hu: np.ndarray) -> np.ndarray:
+        """HU that the window shows, float64 of any shape."""
+        return hu.astype(np.float64).clip(self.level - self.width / 2, self.level + self.width / 2)
+
 
 def interval(values: list[float]) -> tuple[float | None, float | None, int]:
     """Mean of values, half the width of its 95 % interval (Student's t), and n; None where there are too few."""
@@ -218,98 +220,27 @@ def halves(n: int) -> list[np.ndarray]:
 
 
 # ---- pixel metrics
-class Node:
-    """A tensor of an ONNX graph being built: arithmetic on it adds operators to the graph."""
-
-    def __init__(self, name: str, graph: list[onnx.NodeProto]) -> None:
-        self.name, self.graph = name, graph
-
-    def then(self, operator: str, *others: Any, **attributes: Any) -> "Node":
-        """Apply an ONNX operator to this tensor and others: nodes, arrays, or numbers, which become float32."""
-        nodes = [self, *(other if isinstance(other, Node) else self.constant(other) for other in others)]
-        return self.add(operator, [node.name for node in nodes], **attributes)
-
-    def constant(self, value: np.ndarray | float) -> "Node":
-        """An array as it is, or a number as float32."""
-        array = value if isinstance(value, np.ndarray) else np.array(value, np.float32)
-        return self.add("Constant", [], value=numpy_helper.from_array(array))
-
-    def add(self, operator: str, inputs: list[str], **attributes: Any) -> "Node":
-        """Add an operator to the graph; returns its output."""
-        self.graph.append(helper.make_node(operator, inputs, [f"t{len(self.graph)}"], **attributes))
-        return Node(self.graph[-1].output[0], self.graph)
-
-    __add__, __sub__ = partialmethod(then, "Add"), partialmethod(then, "Sub")
-    __mul__, __truediv__ = partialmethod(then, "Mul"), partialmethod(then, "Div")
-
-    def mean(self, axis: int) -> "Node":
-        """Mean over an axis, which is dropped."""
-        return self.then("ReduceMean", np.array([axis]), keepdims=0)
+def blur(image: np.ndarray) -> np.ndarray:
+    """Means [N, H - 10, W - 10] of an image [N, H, W] under the Gaussian window of SSIM, where it fits in."""
+    edge = SSIM_WINDOW // 2
+    return ndimage.gaussian_filter(image, (0, 1.5, 1.5), truncate=edge / 1.5)[:, edge:-edge, edge:-edge]
 
 
-def pixel_graph(height: int, width: int, level: float, window: float) -> onnx.ModelProto:
-    """The metrics of images of one size as an ONNX graph, so that they run wherever the models do.
+def ssim(image: np.ndarray, d: np.ndarray) -> np.ndarray:
+    """SSIM [N] of an image and of image + d, float64 [N, H, W] in 0..1; K 0.01 and 0.03, population covariance.
 
-    Inputs real and fake (int16 [N, H, W], HU) and labels (uint8 [N, H, W]); outputs float32 [N]: mse, and for the
-    complete image and for the lung alone power (the real image's mean square) and ssim (Gaussian window of 11,
-    sigma 1.5, K 0.01 and 0.03, population covariance, averaged over where the window fits in).
-
-    All follows from real, lung (real, 0 outside) and d = fake - real, 0 outside the lung. So both SSIMs share three of
-    their blurs, and rounding matters only where images differ: SSIM of equal images is 1 to the last bit.
+    By the difference, so that rounding matters only where images differ: SSIM of equal images is 1 to the last bit.
     """
-    graph: list[onnx.NodeProto] = []
-    real, fake, labels = (Node(name, graph).then("Cast", to=TensorProto.FLOAT) for name in Batch._fields)
-    floor = level - window / 2
-    real, fake = (hu.then("Clip", floor, floor + window) for hu in (real, fake))
-    d = (fake - real) / window  # before HU turn into 0..1: differences of whole numbers are exact
-    real = (real - floor) / window
-    lung = real * labels.then("Min", 1)  # [N, H, W]
-
-    # Convolving one channel is slow, so 16 pixels of a row are computed at once, as 16 channels: kernels of 11 + 15
-    # taps, stride 16. The pixels change places, which does not affect a mean; those past the row's end weigh 0.
-    block, columns = 16, width - SSIM_WINDOW + 1
-    blocks = math.ceil(columns / block)
-    gauss = np.exp(-((np.arange(SSIM_WINDOW) - SSIM_WINDOW // 2) ** 2) / (2 * 1.5**2))
-    gauss = (gauss / gauss.sum()).astype(np.float32)
-    across = np.stack([np.pad(gauss, (k, block - 1 - k)) for k in range(block)])[:, None, None]  # [16, 1, 1, 26]
-    down = np.tile(gauss[:, None], (block, 1, 1, 1))  # [16, 1, 11, 1]
-    padding = np.array([0, 0, 0, 0, 0, blocks * block - columns])
-    counted = np.arange(blocks) * block + np.arange(block)[:, None] < columns  # [16, blocks]
-    weights = (counted / counted.mean())[:, None].astype(np.float32)  # [16, 1, blocks], 1 on average
-
-    def blur(image: Node) -> Node:  # [N, H, W] -> [N, 16, H - 10, blocks]
-        row = image.then("Pad", padding).then("Unsqueeze", np.array([1]))
-        return row.then("Conv", across, strides=[1, block]).then("Conv", down, group=block)
-
-    mean_d, blurred_product = blur(d), blur(real * d)  # real * d is lung * d
+    mean, mean_d = blur(image), blur(d)
+    variance, covariance = blur(image * image) - mean * mean, blur(image * d) - mean * mean_d
     squared_d = mean_d * mean_d
-    variance_d = blur(d * d) - squared_d
-
-    def ssim(image: Node) -> Node:  # [N, H, W] -> [N]
-        mean = blur(image)
-        variance, covariance = blur(image * image) - mean * mean, blurred_product - mean * mean_d
-        luminance = (mean * mean + mean * mean_d) * 2 + 0.01**2  # 2 mean(real) mean(fake) + C1
-        structure = (variance + covariance) * 2 + 0.03**2  # 2 cov(real, fake) + C2
-        score = luminance * structure / ((luminance + squared_d) * (structure + variance_d))
-        return ((score - 1) * weights).mean(3).mean(2).mean(1) + 1  # so the weights' rounding only affects score - 1
-
-    def power(image: Node) -> Node:  # [N, H, W] -> [N]; in two steps: in one, fp32 loses two digits on flat areas
-        return (image * image).mean(2).mean(1)
-
-    results = {"mse": power(d), "complete power": power(real), "complete ssim": ssim(real)}
-    results |= {"lung power": power(lung), "lung ssim": ssim(lung)}
-    graph += [helper.make_node("Identity", [node.name], [name]) for name, node in results.items()]
-    types = {"real": TensorProto.INT16, "fake": TensorProto.INT16, "labels": TensorProto.UINT8}
-    inputs = [helper.make_tensor_value_info(name, type_, ["N", height, width]) for name, type_ in types.items()]
-    outputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N"]) for name in results]
-    made = helper.make_graph(graph, "pixel_metrics", inputs, outputs)
-    # the IR version of opset 18: what onnx would write by default may be too new for the ONNX Runtime at hand
-    model = helper.make_model(made, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
-    helper.set_model_props(model, {"kind": "metrics"})
-    return model
+    luminance = 2 * mean * (mean + mean_d) + 0.01**2  # 2 mean(real) mean(fake) + C1
+    structure = 2 * (variance + covariance) + 0.03**2  # 2 cov(real, fake) + C2
+    score = luminance * structure / ((luminance + squared_d) * (structure + blur(d * d) - squared_d))
+    return score.mean((1, 2))
 
 
-def run(model: Path | str, session: ort.InferenceSession, outputs: list[str], **inputs: np.ndarray) -> list[np.ndarray]:
+def run(model: Path, session: ort.InferenceSession, outputs: list[str], **inputs: np.ndarray) -> list[np.ndarray]:
     """Run a model for the outputs named. Raises Mistake, naming the model, where ONNX Runtime fails."""
     try:
         return session.run(outputs, inputs)
@@ -324,38 +255,28 @@ class PixelMetrics:
     NaN where that is black. The lung's PSNR and RMSE are the complete image's: differences are 0 outside the lung.
     """
 
-    def __init__(self, window: Window, provider: str, regions: list[str]) -> None:
-        self.window, self.provider, self.regions = window, provider, regions
-        self.sessions: dict[tuple[int, int], ort.InferenceSession] = {}
+    def __init__(self, window: Window, regions: list[str]) -> None:
+        self.window, self.regions = window, regions
         self.found: dict[str, list[np.ndarray]] = defaultdict(list)  # row -> [N] of each batch
-
-    def session(self, height: int, width: int) -> ort.InferenceSession:
-        """The graph for a size, opened when first asked for; on one thread, since the others read PNGs."""
-        if (height, width) not in self.sessions:
-            with tempfile.TemporaryDirectory() as folder:
-                path = Path(folder) / f"metrics_{height}x{width}.onnx"
-                onnx.save(pixel_graph(height, width, self.window.level, self.window.width), path)
-                session, _ = open_session(path, self.provider, threads=1, kind="metrics", quiet=True)
-            self.sessions[height, width] = session
-        return self.sessions[height, width]
 
     def update(self, batch: Batch, sides: tuple[str, ...] = SIDES) -> None:
         """Measure a batch of pairs."""
-        session = self.session(*batch.real.shape[1:])
-        outputs = [output.name for output in session.get_outputs()]
-        found = dict(zip(outputs, run("metrics", session, outputs, **batch._asdict()), strict=True))
-        mse = found["mse"].astype(np.float64)
+        low, width = self.window.level - self.window.width / 2, self.window.width
+        real, fake = ((self.window.clip(hu) - low) / width for hu in (batch.real, batch.fake))
+        d = fake - real  # 0 outside the lung
+        mse = (d * d).mean((1, 2))
         for region in self.regions:
-            rms = np.sqrt(found[f"{region} power"].astype(np.float64))
+            image = real * (batch.labels > 0) if region == "lung" else real
+            rms = np.sqrt((image * image).mean((1, 2)))
             rms[rms == 0] = np.nan
             self.found[f"{region} PSNR"].append(-10 * np.log10(mse.clip(1e-10)))
-            self.found[f"{region} SSIM"].append(found[f"{region} ssim"])
+            self.found[f"{region} SSIM"].append(ssim(image, d))
             self.found[f"{region} RMSE"].append(np.sqrt(mse))
             self.found[f"{region} NRMSE"].append(np.sqrt(mse) / rms)
 
     def result(self, names: list[str]) -> dict[str, Rows]:
         """Tables "pixels" and, by SSIM, "cases"."""
-        found = {row: np.concatenate(parts).astype(np.float64) for row, parts in self.found.items()}
+        found = {row: np.concatenate(parts) for row, parts in self.found.items()}
         order = found["complete SSIM"].argsort(kind="stable")[::-1]
         shown = {"best": order[0], "median": order[len(order) // 2], "worst": order[-1]}
         cases: Rows = {case: {"name": names[k], "SSIM": found["complete SSIM"][k]} for case, k in shown.items()}
@@ -521,7 +442,6 @@ class Texture:
 
     def update(self, batch: Batch, sides: tuple[str, ...] = SIDES) -> None:
         """Measure a batch."""
-        low = self.window.level - self.window.width / 2
         for k, labels in enumerate(batch.labels):
             rows, columns = (np.flatnonzero(labels.any(axis)) for axis in (1, 0))
             box = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)  # the rest does not count
@@ -529,8 +449,7 @@ class Texture:
             for side in sides:
                 hu = getattr(batch, side)[k][box]
                 self.areas[side].append(float((weight**2).sum()))
-                clipped = hu.clip(low, low + self.window.width).astype(np.float32)
-                self.energies[side].append(energy(clipped, labels, weight))
+                self.energies[side].append(energy(self.window.clip(hu).astype(np.float32), labels, weight))
                 counts = np.bincount((labels * 256 + self.window(hu)).ravel(), minlength=len(LABELS) * 256)
                 self.counts[side].append(counts[256:].reshape(-1, 256).astype(np.uint32))
 
@@ -778,7 +697,7 @@ def make_meters(args: argparse.Namespace, regions: list[str]) -> dict[str, Any]:
     with_maps, window = "lung" in regions, Window(args.level, args.width)
     if not with_maps and (args.unet or args.train or (args.unpaired and not args.features)):
         raise Mistake(f"{args.unet or args.train or args.fake}: without label maps only --features goes: {GIVE_MAPS}")
-    meters: dict[str, Any] = {} if args.unpaired else {"pixels": PixelMetrics(window, args.provider, regions)}
+    meters: dict[str, Any] = {} if args.unpaired else {"pixels": PixelMetrics(window, regions)}
     if args.features:
         meters["features"] = Features(args, window, regions)
     if with_maps:
