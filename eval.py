@@ -2,65 +2,59 @@
 
     python eval.py REAL FAKE --maps MAPS                    # PSNR, SSIM, RMSE, NRMSE (Table II), and the lung's
     python eval.py data/phantom synthetic                   # datasets: their images/, and FAKE's or REAL's maps/
-    python eval.py REAL FAKE --features features.onnx       # FID, KID, precision, recall, density, coverage
+    python eval.py REAL FAKE --features features.onnx       # FID, KID, precision, recall
     python eval.py REAL FAKE --maps MAPS --unet unet.onnx   # Dice, sensitivity, specificity (section IV-B.2)
     python eval.py REAL FAKE --maps MAPS --train data/ct    # does the generator copy its training images?
     python eval.py data/ct augmented --unpaired             # sets of any sizes and names, without figures of pairs
+    python eval.py MAPS generator.onnx                      # can the generator be steered? No real slices needed
 
 REAL and FAKE hold 16-bit PNG of HU + 1024, paired by file name, and are measured through the lung window, as 0..1. With
 maps, the complete image is the synthesis inside the lung (label above 0) and the real slice elsewhere, bit for bit; the
 lung alone is black elsewhere. Slices without lung are left out. A floor is what one half of the real slices scores
-against the other, an interval half of the mean's 95 % interval. Fine texture below 1 is blur, above noise. --json has
-more figures than are printed, by the same names. Of unpaired sets N is the smaller. Research only, not for diagnosis.
+against the other, an interval half of the mean's 95 % interval. Fine texture below 1 is blur, above noise. Slices of a
+patient that follow each other are neighbours: a change below the real one's is streaks, above it flicker. Steering has
+HU: how the other lung changes where one is painted in, and the lung where its map moves by a pixel; numbers told and
+got; two draws. --json has more than is printed, by the same names. Research only, not for diagnosis.
 
     OUT/eval_cases.png         the best, median and worst case by SSIM: map | real | synthetic | difference
-    OUT/eval_texture.png       with maps: power spectra inside the lung, and HU histograms of the labels
     OUT/eval_memorisation.png  --train: the synthetic lungs nearest to a training image, each beside it
 """
 
 import argparse
-import io
 import json
 import math
+import re
 import sys
-import tempfile
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial, partialmethod
-from itertools import chain, groupby, islice, product, zip_longest
+from functools import partial
+from itertools import chain, groupby, islice, pairwise, product, zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from scipy import ndimage, special
 from tqdm import tqdm
 
 from data import slices
 from data.check import check_pair
 from data.runtime import ort
-from data.slices import COLOURS, HU_OFFSET, LABELS, LEVEL, WIDTH, Mistake, read_image, read_map
-from infer_onnx import ORT_ERRORS, PROVIDERS, ahead, open_session, usable_cores
+from data.slices import HU_OFFSET, LABELS, LEVEL, WIDTH, Mistake, read_image, read_map
+from infer_onnx import ORT_ERRORS, PROVIDERS, ahead, canvas, open_session, usable_cores
 
-try:  # not among what infer_onnx.py needs
-    import onnx
-    from onnx import TensorProto, helper, numpy_helper
-    from scipy import ndimage, special
-except ModuleNotFoundError as error:
-    print(f"error: eval.py needs {error.name}: pip install {error.name}", file=sys.stderr)
-    sys.exit(2)
-
-CASES, SUSPECTS, TEXTURE = "eval_cases.png", "eval_memorisation.png", "eval_texture.png"  # in OUT
+CASES, SUSPECTS = "eval_cases.png", "eval_memorisation.png"  # in OUT
 SIDES = ("fake", "real")
 GIVE_MAPS = "give --maps, or with --unpaired a maps/ beside each images/"
 LESIONS = {"GGO": (2,), "consolidation": (3,), "infection": (2, 3)}  # labels of each
 THUMBNAIL, MOST = 64, 4  # memorisation: pixels per side at which lungs are compared, suspects that are shown
-KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
-MANIFOLD, NEAREST = ("precision", "recall", "density", "coverage"), 5  # k of their nearest neighbours
+MANIFOLD, NEAREST = ("precision", "recall"), 5  # k of their nearest neighbours
 RINGS, FINE = 16, 8  # of equal width, up to 0.5 cycles per pixel; fine texture is in those from 0.25 on
 FREQUENCIES = (np.arange(RINGS) + 0.5) / (2 * RINGS)  # of the rings' middles, cycles per pixel
 MARGIN, TAPER = 2, 4  # pixels along a label's edge that a spectrum leaves out, and over which it fades in
+STEERED, DISC = 24, 0.08  # maps at most that a generator is steered on; part of both lungs that is painted
 QUIETEST = 1 / 12  # HU^2: the power spectrum of rounding to whole HU, below which nothing can be told apart
-SSIM_WINDOW, SEED = 11, 0  # the seed draws the floors' halves and KID's subsets
+SSIM_WINDOW, SEED = 11, 0  # the seed draws the floors' halves
 
 Rows = dict[str, dict[str, Any]]  # of a table: row -> column -> value
 Groups = dict[tuple[str, ...], list["Pair"]]  # sides -> pairs: both sides at once, or one after the other
@@ -113,17 +107,15 @@ def find_sets(real: Path, fake: Path) -> Groups:
     return found
 
 
-def find_pairs(real: Path, fake: Path, maps: Path | None = None, strict: bool = False) -> Groups:
-    """Pairs by file name; maps None: FAKE's or REAL's own. Raises Mistake for none; if strict, for a single name."""
+def find_pairs(real: Path, fake: Path, maps: Path | None = None) -> Groups:
+    """Pairs by file name; maps None: FAKE's or REAL's own. Raises Mistake where there is none."""
     reals, fakes = pngs(real, "images"), pngs(fake, "images")
     both, single = sorted(reals.keys() & fakes.keys()), sorted(reals.keys() ^ fakes.keys())
     if not both:
         raise Mistake(f"{fake}: {min(fakes)} and all others are not in {real}: name each slice as its real one")
     if single:
         line = f"{len(reals) - len(both)} names are in {real} only, {len(fakes) - len(both)} in {fake} only"
-        if strict:
-            raise Mistake(f"{line}, {single[0]} first: without --strict they are left out")
-        print(f"note: {line}: left out", file=sys.stderr)
+        print(f"note: {line}, {single[0]} first: left out", file=sys.stderr)
     split = dataset(real) / "split.json"
     if real != fake and split.is_file() and (trained := {*slices.read_split(split).get("train", [])} & {*both}):
         line = f"{len(trained)} of {len(both)} pairs are of the training side ({split})"
@@ -132,27 +124,22 @@ def find_pairs(real: Path, fake: Path, maps: Path | None = None, strict: bool = 
     return {SIDES: join(both, reals, fakes, maps or next((folder for folder in beside if folder.is_dir()), None))}
 
 
-def is_lung_alone(path: Path, labels: Path | None, other: Path) -> bool:
-    """Whether a slice is one value outside its map's lung; without a map, where the other side's slice has tissue."""
-    hu = read_image(path)
-    outside = read_map(labels) == 0 if labels else read_image(other) > -200
-    known = outside.shape == hu.shape and outside.any()
-    return bool(known and (hu[outside] == hu[0, 0]).mean() >= (1 if labels else 0.5))
+def is_lung_alone(path: Path, labels: Path) -> bool:
+    """Whether a slice is one value outside its map's lung."""
+    hu, outside = read_image(path), read_map(labels) == 0
+    return outside.shape == hu.shape and outside.any() and bool((hu[outside] == hu[0, 0]).all())
 
 
 def find_regions(args: argparse.Namespace, groups: Groups) -> list[str]:
     """What to measure: without maps complete images, of lungs alone these, else both. Says what looks exchanged."""
     middle = [pairs[len(pairs) // 2] for pairs in groups.values()]
     real, fake = middle[0], middle[-1]  # one of each side; the same where they are paired
-    real_alone = is_lung_alone(real.real, real.labels, fake.fake)
-    fake_alone = is_lung_alone(fake.fake, fake.labels, real.real)
-    if (dataset(args.real) / "run.json").is_file() or (real_alone and not fake_alone):
+    if not real.labels:
+        return ["complete"]
+    alone = is_lung_alone(real.real, real.labels), is_lung_alone(fake.fake, fake.labels)
+    if (dataset(args.real) / "run.json").is_file() or alone == (True, False):
         print(f"note: {args.real}: synthetic (a run.json, or lungs alone)? Give the real slices first", file=sys.stderr)
-    elif fake_alone and not real.labels:
-        print(f"note: {args.fake}: lungs alone, whose surroundings count as wrong: {GIVE_MAPS}", file=sys.stderr)
-    if args.unpaired and real.labels and (real_alone or fake_alone):
-        return ["lung"]
-    return ["complete", "lung"] if real.labels else ["complete"]
+    return ["lung"] if args.unpaired and any(alone) else ["complete", "lung"]
 
 
 def read_pair(pair: Pair, unchecked: bool = False) -> Batch:
@@ -190,6 +177,10 @@ class Window(NamedTuple):
         grey = slices.windowed(hu, self.level, self.width)
         return grey if labels is None else grey * (labels > 0)
 
+    def clip(self, hu: np.ndarray) -> np.ndarray:
+        """HU that the window shows, float64 of any shape."""
+        return hu.astype(np.float64).clip(self.level - self.width / 2, self.level + self.width / 2)
+
 
 def interval(values: list[float]) -> tuple[float | None, float | None, int]:
     """Mean of values, half the width of its 95 % interval (Student's t), and n; None where there are too few."""
@@ -218,98 +209,27 @@ def halves(n: int) -> list[np.ndarray]:
 
 
 # ---- pixel metrics
-class Node:
-    """A tensor of an ONNX graph being built: arithmetic on it adds operators to the graph."""
-
-    def __init__(self, name: str, graph: list[onnx.NodeProto]) -> None:
-        self.name, self.graph = name, graph
-
-    def then(self, operator: str, *others: Any, **attributes: Any) -> "Node":
-        """Apply an ONNX operator to this tensor and others: nodes, arrays, or numbers, which become float32."""
-        nodes = [self, *(other if isinstance(other, Node) else self.constant(other) for other in others)]
-        return self.add(operator, [node.name for node in nodes], **attributes)
-
-    def constant(self, value: np.ndarray | float) -> "Node":
-        """An array as it is, or a number as float32."""
-        array = value if isinstance(value, np.ndarray) else np.array(value, np.float32)
-        return self.add("Constant", [], value=numpy_helper.from_array(array))
-
-    def add(self, operator: str, inputs: list[str], **attributes: Any) -> "Node":
-        """Add an operator to the graph; returns its output."""
-        self.graph.append(helper.make_node(operator, inputs, [f"t{len(self.graph)}"], **attributes))
-        return Node(self.graph[-1].output[0], self.graph)
-
-    __add__, __sub__ = partialmethod(then, "Add"), partialmethod(then, "Sub")
-    __mul__, __truediv__ = partialmethod(then, "Mul"), partialmethod(then, "Div")
-
-    def mean(self, axis: int) -> "Node":
-        """Mean over an axis, which is dropped."""
-        return self.then("ReduceMean", np.array([axis]), keepdims=0)
+def blur(image: np.ndarray) -> np.ndarray:
+    """Means [N, H - 10, W - 10] of an image [N, H, W] under the Gaussian window of SSIM, where it fits in."""
+    edge = SSIM_WINDOW // 2
+    return ndimage.gaussian_filter(image, (0, 1.5, 1.5), truncate=edge / 1.5)[:, edge:-edge, edge:-edge]
 
 
-def pixel_graph(height: int, width: int, level: float, window: float) -> onnx.ModelProto:
-    """The metrics of images of one size as an ONNX graph, so that they run wherever the models do.
+def ssim(image: np.ndarray, d: np.ndarray) -> np.ndarray:
+    """SSIM [N] of an image and of image + d, float64 [N, H, W] in 0..1; K 0.01 and 0.03, population covariance.
 
-    Inputs real and fake (int16 [N, H, W], HU) and labels (uint8 [N, H, W]); outputs float32 [N]: mse, and for the
-    complete image and for the lung alone power (the real image's mean square) and ssim (Gaussian window of 11,
-    sigma 1.5, K 0.01 and 0.03, population covariance, averaged over where the window fits in).
-
-    All follows from real, lung (real, 0 outside) and d = fake - real, 0 outside the lung. So both SSIMs share three of
-    their blurs, and rounding matters only where images differ: SSIM of equal images is 1 to the last bit.
+    By the difference, so that rounding matters only where images differ: SSIM of equal images is 1 to the last bit.
     """
-    graph: list[onnx.NodeProto] = []
-    real, fake, labels = (Node(name, graph).then("Cast", to=TensorProto.FLOAT) for name in Batch._fields)
-    floor = level - window / 2
-    real, fake = (hu.then("Clip", floor, floor + window) for hu in (real, fake))
-    d = (fake - real) / window  # before HU turn into 0..1: differences of whole numbers are exact
-    real = (real - floor) / window
-    lung = real * labels.then("Min", 1)  # [N, H, W]
-
-    # Convolving one channel is slow, so 16 pixels of a row are computed at once, as 16 channels: kernels of 11 + 15
-    # taps, stride 16. The pixels change places, which does not affect a mean; those past the row's end weigh 0.
-    block, columns = 16, width - SSIM_WINDOW + 1
-    blocks = math.ceil(columns / block)
-    gauss = np.exp(-((np.arange(SSIM_WINDOW) - SSIM_WINDOW // 2) ** 2) / (2 * 1.5**2))
-    gauss = (gauss / gauss.sum()).astype(np.float32)
-    across = np.stack([np.pad(gauss, (k, block - 1 - k)) for k in range(block)])[:, None, None]  # [16, 1, 1, 26]
-    down = np.tile(gauss[:, None], (block, 1, 1, 1))  # [16, 1, 11, 1]
-    padding = np.array([0, 0, 0, 0, 0, blocks * block - columns])
-    counted = np.arange(blocks) * block + np.arange(block)[:, None] < columns  # [16, blocks]
-    weights = (counted / counted.mean())[:, None].astype(np.float32)  # [16, 1, blocks], 1 on average
-
-    def blur(image: Node) -> Node:  # [N, H, W] -> [N, 16, H - 10, blocks]
-        row = image.then("Pad", padding).then("Unsqueeze", np.array([1]))
-        return row.then("Conv", across, strides=[1, block]).then("Conv", down, group=block)
-
-    mean_d, blurred_product = blur(d), blur(real * d)  # real * d is lung * d
+    mean, mean_d = blur(image), blur(d)
+    variance, covariance = blur(image * image) - mean * mean, blur(image * d) - mean * mean_d
     squared_d = mean_d * mean_d
-    variance_d = blur(d * d) - squared_d
-
-    def ssim(image: Node) -> Node:  # [N, H, W] -> [N]
-        mean = blur(image)
-        variance, covariance = blur(image * image) - mean * mean, blurred_product - mean * mean_d
-        luminance = (mean * mean + mean * mean_d) * 2 + 0.01**2  # 2 mean(real) mean(fake) + C1
-        structure = (variance + covariance) * 2 + 0.03**2  # 2 cov(real, fake) + C2
-        score = luminance * structure / ((luminance + squared_d) * (structure + variance_d))
-        return ((score - 1) * weights).mean(3).mean(2).mean(1) + 1  # so the weights' rounding only affects score - 1
-
-    def power(image: Node) -> Node:  # [N, H, W] -> [N]; in two steps: in one, fp32 loses two digits on flat areas
-        return (image * image).mean(2).mean(1)
-
-    results = {"mse": power(d), "complete power": power(real), "complete ssim": ssim(real)}
-    results |= {"lung power": power(lung), "lung ssim": ssim(lung)}
-    graph += [helper.make_node("Identity", [node.name], [name]) for name, node in results.items()]
-    types = {"real": TensorProto.INT16, "fake": TensorProto.INT16, "labels": TensorProto.UINT8}
-    inputs = [helper.make_tensor_value_info(name, type_, ["N", height, width]) for name, type_ in types.items()]
-    outputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N"]) for name in results]
-    made = helper.make_graph(graph, "pixel_metrics", inputs, outputs)
-    # the IR version of opset 18: what onnx would write by default may be too new for the ONNX Runtime at hand
-    model = helper.make_model(made, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
-    helper.set_model_props(model, {"kind": "metrics"})
-    return model
+    luminance = 2 * mean * (mean + mean_d) + 0.01**2  # 2 mean(real) mean(fake) + C1
+    structure = 2 * (variance + covariance) + 0.03**2  # 2 cov(real, fake) + C2
+    score = luminance * structure / ((luminance + squared_d) * (structure + blur(d * d) - squared_d))
+    return score.mean((1, 2))
 
 
-def run(model: Path | str, session: ort.InferenceSession, outputs: list[str], **inputs: np.ndarray) -> list[np.ndarray]:
+def run(model: Path, session: ort.InferenceSession, outputs: list[str], **inputs: np.ndarray) -> list[np.ndarray]:
     """Run a model for the outputs named. Raises Mistake, naming the model, where ONNX Runtime fails."""
     try:
         return session.run(outputs, inputs)
@@ -324,38 +244,27 @@ class PixelMetrics:
     NaN where that is black. The lung's PSNR and RMSE are the complete image's: differences are 0 outside the lung.
     """
 
-    def __init__(self, window: Window, provider: str, regions: list[str]) -> None:
-        self.window, self.provider, self.regions = window, provider, regions
-        self.sessions: dict[tuple[int, int], ort.InferenceSession] = {}
+    def __init__(self, window: Window, regions: list[str]) -> None:
+        self.window, self.regions = window, regions
         self.found: dict[str, list[np.ndarray]] = defaultdict(list)  # row -> [N] of each batch
-
-    def session(self, height: int, width: int) -> ort.InferenceSession:
-        """The graph for a size, opened when first asked for; on one thread, since the others read PNGs."""
-        if (height, width) not in self.sessions:
-            with tempfile.TemporaryDirectory() as folder:
-                path = Path(folder) / f"metrics_{height}x{width}.onnx"
-                onnx.save(pixel_graph(height, width, self.window.level, self.window.width), path)
-                session, _ = open_session(path, self.provider, threads=1, kind="metrics", quiet=True)
-            self.sessions[height, width] = session
-        return self.sessions[height, width]
 
     def update(self, batch: Batch, sides: tuple[str, ...] = SIDES) -> None:
         """Measure a batch of pairs."""
-        session = self.session(*batch.real.shape[1:])
-        outputs = [output.name for output in session.get_outputs()]
-        found = dict(zip(outputs, run("metrics", session, outputs, **batch._asdict()), strict=True))
-        mse = found["mse"].astype(np.float64)
+        real, fake = ((self.window.clip(hu) - self.window.level) / self.window.width + 0.5 for hu in batch[:2])
+        d = fake - real  # 0 outside the lung
+        mse = (d * d).mean((1, 2))
         for region in self.regions:
-            rms = np.sqrt(found[f"{region} power"].astype(np.float64))
-            rms[rms == 0] = np.nan
+            image = real * (batch.labels > 0) if region == "lung" else real
+            scale = np.sqrt((image * image).mean((1, 2)))
+            scale[scale == 0] = np.nan
             self.found[f"{region} PSNR"].append(-10 * np.log10(mse.clip(1e-10)))
-            self.found[f"{region} SSIM"].append(found[f"{region} ssim"])
+            self.found[f"{region} SSIM"].append(ssim(image, d))
             self.found[f"{region} RMSE"].append(np.sqrt(mse))
-            self.found[f"{region} NRMSE"].append(np.sqrt(mse) / rms)
+            self.found[f"{region} NRMSE"].append(np.sqrt(mse) / scale)
 
     def result(self, names: list[str]) -> dict[str, Rows]:
         """Tables "pixels" and, by SSIM, "cases"."""
-        found = {row: np.concatenate(parts).astype(np.float64) for row, parts in self.found.items()}
+        found = {row: np.concatenate(parts) for row, parts in self.found.items()}
         order = found["complete SSIM"].argsort(kind="stable")[::-1]
         shown = {"best": order[0], "median": order[len(order) // 2], "worst": order[-1]}
         cases: Rows = {case: {"name": names[k], "SSIM": found["complete SSIM"][k]} for case, k in shown.items()}
@@ -375,34 +284,27 @@ def frechet(x: np.ndarray, y: np.ndarray) -> float:
     return max(0.0, float(((mu_x - mu_y) ** 2).sum() + (r_x**2).sum() + (r_y**2).sum() - 2 * cross))
 
 
-def kid(x: np.ndarray, y: np.ndarray) -> tuple[float, float | None]:
-    """Kernel Inception Distance of features x [n, d] and y [m, d], n and m above 1: mean and std over subsets.
+def kid(x: np.ndarray, y: np.ndarray) -> float:
+    """Kernel Inception Distance of features x [n, d] and y [m, d], n and m above 1, of all of them at once.
 
-    Unbiased squared maximum mean discrepancy with the kernel (x.y / d + 1)^3. Up to 1,000 features are taken all at
-    once, without a std (None); of more, 100 seeded subsets of 1,000, or of all of the smaller set.
+    Unbiased squared maximum mean discrepancy with the kernel (x.y / d + 1)^3.
     """
+    x, y, d = x.astype(np.float64), y.astype(np.float64), x.shape[1]
 
-    def kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        return (a @ b.T / a.shape[1] + 1) ** 3
+    def total(a: np.ndarray, b: np.ndarray) -> float:  # of the kernel over all pairs, some thousand rows at a time
+        return sum(float(((part @ b.T / d + 1) ** 3).sum()) for part in np.array_split(a, len(a) // 1000 + 1))
 
-    def mmd2(a: np.ndarray, b: np.ndarray) -> float:
-        within = [(k.sum() - k.trace()) / (len(k) * (len(k) - 1)) for k in (kernel(a, a), kernel(b, b))]
-        return float(within[0] + within[1] - 2 * kernel(a, b).mean())
+    def within(f: np.ndarray) -> float:  # its mean without each one's pair with itself
+        return (total(f, f) - (((f * f).sum(1) / d + 1) ** 3).sum()) / (len(f) * (len(f) - 1))
 
-    x, y = x.astype(np.float64), y.astype(np.float64)
-    if max(len(x), len(y)) <= KID_SUBSET_SIZE:
-        return mmd2(x, y), None
-    rng, size = np.random.default_rng(SEED), min(KID_SUBSET_SIZE, len(x), len(y))
-    draws = [mmd2(rng.permutation(x)[:size], rng.permutation(y)[:size]) for _ in range(KID_SUBSETS)]
-    return float(np.mean(draws)), float(np.std(draws))
+    return float(within(x) + within(y) - 2 * total(x, y) / (len(x) * len(y)))
 
 
 def manifold(real: np.ndarray, fake: np.ndarray) -> dict[str, float]:
-    """Precision, recall, density and coverage of features real [n, d] and fake [m, d], n and m above NEAREST.
+    """Precision and recall of features real [n, d] and fake [m, d], n and m above NEAREST.
 
     A set's manifold: balls about its features that reach to their k-th nearest neighbours, k = 5. Precision: share of
-    the synthetic in the real one. Recall: the reverse (Kynkaanniemi et al. 2019). Density: mean number of real balls
-    about a synthetic feature, over k. Coverage: share of real balls with one in them (Naeem et al. 2020: prdc).
+    the synthetic in the real one. Recall: the reverse (Kynkaanniemi et al. 2019).
     """
 
     def squares(a: np.ndarray, b: np.ndarray) -> np.ndarray:  # of the distances, [len(a), len(b)]
@@ -414,37 +316,30 @@ def manifold(real: np.ndarray, fake: np.ndarray) -> dict[str, float]:
     centre = real.mean(0, dtype=np.float64)  # far from the origin, squares would lose the digits that count
     real, fake = real - centre, fake - centre
     between = squares(real, fake)
-    in_real, in_fake = between < reach(real)[:, None], between < reach(fake)
-    shares = in_real.any(0).mean(), in_fake.any(1).mean(), in_real.sum(0).mean() / NEAREST, in_real.any(1).mean()
+    shares = (between < reach(real)[:, None]).any(0).mean(), (between < reach(fake)).any(1).mean()
     return dict(zip(MANIFOLD, map(float, shares), strict=True))
 
 
-def score(real: np.ndarray, fake: np.ndarray, force: bool) -> Rows:
-    """Value, std and N of FID, KID and MANIFOLD of features [n, d] and [m, d]; None, with a note, of too few."""
+def score(real: np.ndarray, fake: np.ndarray) -> Rows:
+    """Value and N of FID, KID and MANIFOLD of features [n, d] and [m, d]; None, with a note, of too few."""
     n, d = min(len(real), len(fake)), real.shape[1]
-    needs = {"FID": 2 if force else d + 1, "KID": 2} | dict.fromkeys(MANIFOLD, NEAREST + 1)
-    rows: Rows = {figure: {"value": None, "std": None, "N": n} for figure in needs}
-    if n >= needs["FID"]:
-        rows["FID"]["value"] = frechet(real, fake)
-    if n >= needs["KID"]:
-        rows["KID"]["value"], rows["KID"]["std"] = kid(real, fake)
-    if n > NEAREST:
-        for figure, value in manifold(real, fake).items():
-            rows[figure]["value"] = value
-    for figure, row in rows.items():
-        if row["value"] is None:
-            row["note"] = f"{figure} needs {needs[figure]} images in {d} dimensions, not {n}"
+    needs = {"FID": d + 1, "KID": 2} | dict.fromkeys(MANIFOLD, NEAREST + 1)
+    found = {"FID": frechet(real, fake)} if n > d else {}
+    found |= {"KID": kid(real, fake)} if n > 1 else {}
+    found |= manifold(real, fake) if n > NEAREST else {}
+    rows: Rows = {figure: {"value": found.get(figure), "N": n} for figure in needs}
+    for figure in needs.keys() - found.keys():
+        rows[figure]["note"] = f"{figure} needs {needs[figure]} images in {d} dimensions, not {n}"
     return rows
 
 
 class Features:
     """FID, KID and MANIFOLD of the complete images and of the lungs alone, in each dimension of a feature network."""
 
-    def __init__(self, args: argparse.Namespace, window: Window, regions: list[str]) -> None:
-        model, self.force, self.window, self.regions = args.features, args.force, window, regions
-        self.model, (self.session, info) = model, open_session(model, args.provider, kind="features")
-        self.name = info.get("name", model.stem)
-        self.dimensions = [args.dim] if args.dim else [output.name for output in self.session.get_outputs()]
+    def __init__(self, model: Path, provider: str, window: Window, regions: list[str]) -> None:
+        self.model, self.window, self.regions = model, window, regions
+        self.session, info = open_session(model, provider, kind="features")
+        self.name, self.dimensions = info.get("name", model.stem), [one.name for one in self.session.get_outputs()]
         self.found: dict[tuple[str, str, str], list[np.ndarray]] = defaultdict(list)  # [N, d] of each batch
 
     def update(self, batch: Batch, sides: tuple[str, ...] = SIDES) -> None:
@@ -457,23 +352,16 @@ class Features:
                     self.found[dimension, region, side].append(of_batch)
 
     def result(self, names: list[str]) -> dict[str, Rows]:
-        """Table "features"; the floor is one random half of the real images against the other.
-
-        relative: FID of one half's real images and the other's synthetic ones over the floor: as many, for FID's bias
-        falls with N. It is about 1 where they are as real as real ones (Woodland et al., arXiv 2311.13717).
-        """
+        """Table "features"; the floor is one random half of the real images against the other."""
         rows = {}
         for dimension, region in tqdm([*product(self.dimensions, self.regions)], "features", delay=1):
             fake, real = (np.concatenate(self.found[dimension, region, side]) for side in SIDES)
             half, other = halves(len(real))
             about = {"features": self.name, "dimension": real.shape[1]}
-            floors = score(real[half], real[other], self.force)
-            for figure, found in score(real, fake, self.force).items():
+            floors = score(real[half], real[other])
+            for figure, found in score(real, fake).items():
                 floor = {f"floor_{key}": value for key, value in floors[figure].items()}
                 rows[f"{region} {figure} {dimension}"] = about | found | floor
-            floor, crossed = floors["FID"]["value"], fake[halves(len(fake))[1][: len(half)]]
-            known = floor and len(crossed) == len(half)
-            rows[f"{region} FID {dimension}"]["relative"] = frechet(real[half], crossed) / floor if known else None
         return {"features": rows}
 
 
@@ -521,7 +409,6 @@ class Texture:
 
     def update(self, batch: Batch, sides: tuple[str, ...] = SIDES) -> None:
         """Measure a batch."""
-        low = self.window.level - self.window.width / 2
         for k, labels in enumerate(batch.labels):
             rows, columns = (np.flatnonzero(labels.any(axis)) for axis in (1, 0))
             box = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)  # the rest does not count
@@ -529,8 +416,7 @@ class Texture:
             for side in sides:
                 hu = getattr(batch, side)[k][box]
                 self.areas[side].append(float((weight**2).sum()))
-                clipped = hu.clip(low, low + self.window.width).astype(np.float32)
-                self.energies[side].append(energy(clipped, labels, weight))
+                self.energies[side].append(energy(self.window.clip(hu).astype(np.float32), labels, weight))
                 counts = np.bincount((labels * 256 + self.window(hu)).ravel(), minlength=len(LABELS) * 256)
                 self.counts[side].append(counts[256:].reshape(-1, 256).astype(np.uint32))
 
@@ -572,27 +458,64 @@ class Texture:
         rows["spectrum"] |= {"frequency": FREQUENCIES.tolist(), "real": known(real[0]), "fake": known(fake[0])}
         return {"texture": rows}
 
-    def picture(self) -> bytes:
-        """PNG of spectra and histograms, real and synthetic, the real halves in thin lines."""
-        from matplotlib.figure import Figure  # slow to import, and only needed here
 
-        real, fake, *floor = self.pools()
-        figure = Figure(figsize=(10, 4))
-        power, density = figure.subplots(1, 2)
-        for half in floor:
-            power.plot(FREQUENCIES, 10 * np.log10(half[0]), color="silver", lw=1)
-        hu = self.window.level + ((np.arange(64) + 0.5) / 64 - 0.5) * self.window.width
-        for pool, name, style in ((real, "real", "-"), (fake, "synthetic", "--")):
-            power.plot(FREQUENCIES, 10 * np.log10(pool[0]), style, color="black", label=name)
-            bins = 100 * pool[1].reshape(-1, 64, 4).sum(2)  # single steps hold 5 or 6 HU and would draw a comb
-            for label, colour, shares in zip(LABELS[1:], COLOURS[1:], bins, strict=True):
-                density.plot(hu, shares, style, color=np.array(colour) / 255, label=label if pool is real else None)
-        power.set(title="power inside the lung; grey: halves of the real", xlabel="cycles a pixel", ylabel="dB of HU²")
-        density.set(title="HU of each label; dashed: synthetic", xlabel="HU", ylabel="% of its pixels")
-        power.legend()
-        density.legend()
-        figure.savefig(content := io.BytesIO(), format="png")
-        return content.getvalue()
+# ---- neighbouring slices
+def follows(name: str, other: str) -> bool:
+    """Whether a slice is its patient's next: P01_S008 follows P01_S007."""
+    first, second = (re.fullmatch(r"(.*_\D*)(\d+)", one) for one in (name, other))
+    return bool(first and second and first[1] == second[1] and int(second[2]) - int(first[2]) == 1)
+
+
+def rms(values: np.ndarray) -> float:
+    """Root mean square of values of any shape; NaN of none."""
+    return math.sqrt(np.mean(values**2)) if values.size else math.nan
+
+
+def inner(healthy: np.ndarray) -> np.ndarray:
+    """Healthy pixels, bool [H, W], all of whose neighbours are healthy."""
+    return ndimage.binary_erosion(healthy, np.ones((3, 3)))
+
+
+def fine(hu: np.ndarray, healthy: np.ndarray) -> np.ndarray:
+    """Detail finer than 3 pixels, HU [n], of HU float [H, W] in the inner healthy pixels, bool [H, W]."""
+    return (hu - ndimage.uniform_filter(hu, 3))[inner(healthy)]
+
+
+def likeness(hu: np.ndarray, other: np.ndarray, healthy: np.ndarray) -> dict[str, float]:
+    """Figures of two slices, HU [H, W], where both are healthy, bool [H, W]; NaN where there is none."""
+    one, another = fine(hu, healthy), fine(other, healthy)
+    textured = one.size and min(np.std(one), np.std(another)) > 1e-6  # HU: more than rounding
+    correlation = float(np.corrcoef(one, another)[0, 1]) if textured else math.nan
+    return {"change": rms((hu - other)[healthy]), "detail": correlation}
+
+
+class Neighbours:
+    """Streaks or flicker? Slices of a patient that follow each other, compared where both have healthy lung.
+
+    change: RMS of their difference, HU; streaks along the volume make it smaller than the real one, flicker larger.
+    detail: correlation of what is finer than 3 pixels; vessels that run straight through the slices raise it.
+    """
+
+    def __init__(self, window: Window) -> None:
+        self.window, self.last = window, Batch(*np.zeros((3, 0, 0), np.uint8))
+        self.found: dict[str, list[float]] = defaultdict(list)  # row -> of each slice against the one before it
+
+    def update(self, batch: Batch, sides: tuple[str, ...] = SIDES) -> None:
+        """Compare each slice of a batch with the one before it, whosever that is: names are known at the end."""
+        for one in map(Batch, *batch):
+            alike = one.labels.shape == self.last.labels.shape
+            last = self.last if alike else one
+            for side in sides:
+                two = (self.window.clip(getattr(of, side)) for of in (one, last))
+                for figure, value in likeness(*two, (one.labels == 1) & (last.labels == 1) & alike).items():
+                    self.found[f"{side} {figure}"].append(value)
+            self.last = one
+
+    def result(self, names: list[str]) -> dict[str, Rows]:
+        """Table "neighbours"; none where no slice is the next of another."""
+        next_ = np.array([False, *(follows(*two) for two in pairwise(names))])
+        rows = {row: estimate(np.where(next_, values, np.nan), names) for row, values in self.found.items()}
+        return {"neighbours": rows} if next_.any() else {}
 
 
 # ---- lesions and copies
@@ -615,8 +538,6 @@ class Segmentation:
         if labels != [*LABELS[: len(labels)]]:
             raise Mistake(f"{model}: finds {', '.join(labels):.80}: give one that finds {', '.join(LABELS)}")
         self.lesions = {lesion: of for lesion, of in LESIONS.items() if max(of) < len(labels)}
-        if left_out := [lesion for lesion in LESIONS if lesion not in self.lesions]:
-            print(f"note: {model} finds {', '.join(labels)}: {', '.join(left_out)} left out", file=sys.stderr)
         self.found: dict[str, list[np.ndarray]] = defaultdict(list)  # row -> [N] of each batch
         self.multiple, self.empty = int(info.get("multiple", 16)), Counter()  # pixels; row -> slices without the lesion
 
@@ -712,6 +633,84 @@ class Memorisation:
         return {"memorisation": rows, "suspects": suspects}
 
 
+# ---- steering
+def synthesize(model: Path, session: ort.InferenceSession, info: dict, labels: np.ndarray, **told: float) -> np.ndarray:
+    """HU, float64 [H, W], of a map, uint8 [H, W]. told: density, detail (HU), seed; else their defaults."""
+    (height, width), n = labels.shape, info["fixed"][0] or 1
+    maps = np.zeros((n, *canvas(height, width, info)), np.uint8)
+    maps[:, :height, :width] = labels
+    told = {name: told.get(name, of["default"]) for name, of in info["steering"].items()}
+    given = {name: np.full(n, value, np.int64 if name == "seed" else np.float32) for name, value in told.items()}
+    (ct,) = run(model, session, ["ct"], map=maps, **given)
+    return ct[0, :height, :width].astype(np.float64)
+
+
+def paint(labels: np.ndarray, n_labels: int) -> tuple[np.ndarray, np.ndarray] | None:
+    """A map with a disc of ground glass in the larger lung, and where the other lung is, [H, W].
+
+    The disc has DISC of both lungs' area: the healthy pixels nearest to the middle of them, but those at an edge. None
+    where there are not two lungs of similar size, they are too ill for it, or labels are beyond the generator's.
+    """
+    parts, _ = ndimage.label(labels > 0)
+    sizes = np.bincount(parts.ravel(), minlength=3)[1:]
+    one, other = sizes.argsort(kind="stable")[:-3:-1]
+    y, x = np.nonzero(inner(labels == 1) & (parts == one + 1))
+    area = round(DISC * (sizes[one] + sizes[other]))
+    if 2 * sizes[other] < sizes[one] or len(y) <= area or max(2, labels.max()) >= n_labels:
+        return None
+    disc = ((y - y.mean()) ** 2 + (x - x.mean()) ** 2).argsort(kind="stable")[:area]
+    painted = labels.copy()
+    painted[y[disc], x[disc]] = 2
+    return painted, parts == other + 1
+
+
+def steer(generator: Callable, inputs: Rows, labels: np.ndarray, painted: np.ndarray, other: np.ndarray) -> dict:
+    """What a generator makes of a map [H, W], see paint and steering: row -> what it was told, or None, what it has."""
+    plain, healthy = generator(labels), labels == 1
+    change, moved = generator(painted) - plain, generator(np.pad(labels, ((0, 0), (1, 0)))[:, :-1])
+    found = {"other lung, mean": (None, change[other].mean()), "other lung, RMS": (None, rms(change[other]))}
+    found["moved, RMS"] = None, rms((moved[:, 1:] - plain[:, :-1])[healthy[:, :-1]])
+    numbers = [name for name in ("density", "detail") if name in inputs]
+    for name, level in product(numbers, ("low", "default", "high")):
+        hu = generator(labels, **{name: (told := inputs[name][level])})
+        found[f"{name} {level}"] = told, hu[healthy].mean() if name == "density" else rms(fine(hu, healthy))
+    if "seed" in inputs:
+        found["draws, RMS"] = None, rms((generator(labels, seed=1) - generator(labels, seed=2))[healthy])
+    return found
+
+
+def steering(args: argparse.Namespace) -> dict[str, Rows]:
+    """Table "steering": median and mean over maps of sizes, HU. Raises Mistake where no map has two lungs.
+
+    other lung: how it changes when ground glass is painted in the one. moved: a map moved by one pixel, its slice moved
+    back. density, detail: got less told, the 5th, 50th and 95th percentile of the training slices. draws: two slices of
+    a map; of a dataset's images, table "neighbours" has how real slices differ that follow each other.
+    """
+
+    def spread(items: list[Any]) -> list[Any]:  # at most STEERED of them
+        return [items[k] for k in np.linspace(0, len(items) - 1, min(len(items), STEERED)).round().astype(int)]
+
+    maps, (session, info) = pngs(args.maps or args.real, "maps"), open_session(args.fake, args.provider)
+    info["steering"] = json.loads(info.get("steering", "{}"))  # input -> default and, of numbers, low and high
+    generator, n_labels, rows = partial(synthesize, args.fake, session, info), len(info["labels"]), {}
+    two_lungs = [name for name, path in tqdm(maps.items(), "maps", delay=1) if paint(read_map(path), n_labels)]
+    if not two_lungs:
+        raise Mistake(f"{args.real}: no map has two lungs of similar size and labels that {args.fake} knows")
+    labels = tqdm([read_map(maps[name]) for name in spread(two_lungs)], "steering", delay=1)
+    found = [steer(generator, info["steering"], of_map, *paint(of_map, n_labels)) for of_map in labels]
+    for row, (told, _) in found[0].items():
+        got = np.array([of_map[row][1] for of_map in found])
+        off = np.abs(got - (told or 0))
+        rows[row] = {"median": np.median(off), "mean": off.mean(), "N": len(off)}
+        rows[row] |= {"told": told, "got": got.mean()} if told is not None else {}
+    images = pngs(args.real, "images") if (args.real / "images").is_dir() else {}
+    pairs = [two for two in pairwise(two_lungs) if follows(*two) and images.keys() >= {*two}]
+    real, names = Neighbours(Window(args.level, args.width)), [*chain(*spread(pairs))]
+    for name in names:
+        real.update(read_pair(Pair(name, images[name], images[name], maps[name]), unchecked=True), ("real",))
+    return {"steering": rows} | real.result(names)
+
+
 # ---- report and main
 def report(results: dict[str, Rows]) -> str:
     """The results as text, "-" where there is none; FID and its like in the largest dimension that they have."""
@@ -750,14 +749,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = slices.OneLineParser(__doc__)
     option = parser.add_argument
     option("real", type=Path, help="folder of real slices, or a dataset")
-    option("fake", type=Path, help="folder of synthetic slices, complete or lung alone, or a dataset")
+    option("fake", type=Path, help="folder of synthetic slices, complete or lung alone, or a dataset; a generator")
     option("--maps", type=Path, help="folder of label maps; those of the dataset FAKE or REAL by default")
     option("--unpaired", action="store_true", help="sets of any sizes and names, each side with its own maps/")
-    option("--strict", action="store_true", help="refuse names that only one of REAL and FAKE has")
     option("--unchecked", action="store_true", help="take real slices whose lung does not look like their map's")
     option("--features", type=Path, metavar="FILE", help="feature network, ONNX: FID and KID")
-    option("--dim", metavar="D", help="dimension of the features; all that the file offers by default")
-    option("--force", action="store_true", help="give FID even where N is not above the dimension")
     option("--unet", type=Path, metavar="FILE", help="segmentation U-Net, ONNX: Dice, sensitivity, specificity")
     option("--train", type=Path, metavar="DIR", help="dataset that the generator was trained on: memorisation")
     option("--level", type=float, default=LEVEL, help="level of the window, HU")
@@ -767,9 +763,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     option("--batch", type=int, default=1, metavar="N", help="slices at a time; more only pays on a GPU")
     option("--provider", choices=("auto", *PROVIDERS), default="auto", help="what graphs and models run on")
     args = parser.parse_args(argv)
+    if args.fake.suffix == ".onnx" and (args.features or args.unet or args.train or args.unpaired):
+        raise Mistake(f"{args.fake}: a generator is steered alone: for all else give slices, of infer_onnx.py")
     slices.check_ranges(args, batch=(1, slices.LARGEST), level=slices.HELD, width=(1, 2**16))
-    if args.unpaired and (args.maps or args.unet or args.strict):
-        raise Mistake("--unpaired: goes without --maps, --unet and --strict, and takes REAL/maps and FAKE/maps")
+    if args.unpaired and (args.maps or args.unet):
+        raise Mistake("--unpaired: goes without --maps and --unet, and takes REAL/maps and FAKE/maps")
     return args
 
 
@@ -778,11 +776,13 @@ def make_meters(args: argparse.Namespace, regions: list[str]) -> dict[str, Any]:
     with_maps, window = "lung" in regions, Window(args.level, args.width)
     if not with_maps and (args.unet or args.train or (args.unpaired and not args.features)):
         raise Mistake(f"{args.unet or args.train or args.fake}: without label maps only --features goes: {GIVE_MAPS}")
-    meters: dict[str, Any] = {} if args.unpaired else {"pixels": PixelMetrics(window, args.provider, regions)}
+    meters: dict[str, Any] = {} if args.unpaired else {"pixels": PixelMetrics(window, regions)}
     if args.features:
-        meters["features"] = Features(args, window, regions)
+        meters["features"] = Features(args.features, args.provider, window, regions)
     if with_maps:
         meters["texture"] = Texture(window)
+    if with_maps and not args.unpaired:
+        meters["neighbours"] = Neighbours(window)
     if args.unet:
         meters["segmentation"] = Segmentation(args.unet, args.provider)
     if args.train:
@@ -794,7 +794,7 @@ def draw(args: argparse.Namespace, meters: dict[str, Any], kept: list[Pair], res
     """Write the pictures into OUT: where they were measured cases, curves and suspects."""
     pairs, window, out = {pair.name: pair for pair in kept}, Window(args.level, args.width), args.out
     out.mkdir(parents=True, exist_ok=True)
-    for name in (CASES, SUSPECTS, TEXTURE):
+    for name in (CASES, SUSPECTS):
         (out / name).unlink(missing_ok=True)  # a previous evaluation's would pass for this one's
     rows = []
     for case in results.get("cases", {}).values():
@@ -811,18 +811,12 @@ def draw(args: argparse.Namespace, meters: dict[str, Any], kept: list[Pair], res
             files = (pairs[name].fake, pairs[name].labels), trained[row["nearest"]]
             rows.append([window(read_image(image), read_map(labels)) for image, labels in files])
         slices.write_bytes(out / SUSPECTS, sheet(rows))
-    if "texture" in meters:
-        try:
-            slices.write_bytes(out / TEXTURE, meters["texture"].picture())
-        except ModuleNotFoundError:
-            print(f"note: {out / TEXTURE} left out: it needs matplotlib", file=sys.stderr)
 
 
-def main(argv: list[str]) -> None:
-    """Evaluate what the command line names: print the report, write pictures and JSON. Raises Mistake."""
-    args = parse(argv)
+def compare(args: argparse.Namespace) -> dict[str, Rows]:
+    """All tables of real slices and synthetic ones; draws the pictures. Raises Mistake."""
     folders = args.real, args.fake
-    groups = find_sets(*folders) if args.unpaired else find_pairs(*folders, args.maps, args.strict)
+    groups = find_sets(*folders) if args.unpaired else find_pairs(*folders, args.maps)
     meters = make_meters(args, find_regions(args, groups))
     results: dict[str, Rows] = {"run": {"window, HU": {"level": args.level, "width": args.width}}}
     for sides, pairs in groups.items():
@@ -838,8 +832,15 @@ def main(argv: list[str]) -> None:
         results["run"]["pairs" if sides == SIDES else sides[0]] = counts
     for meter in meters.values():
         results |= meter.result([pair.name for pair in kept])
-    print(report(results))
     draw(args, meters, kept, results)
+    return results
+
+
+def main(argv: list[str]) -> None:
+    """Evaluate what the command line names: print the report, write pictures and JSON. Raises Mistake."""
+    args = parse(argv)
+    results = steering(args) if args.fake.suffix == ".onnx" else compare(args)
+    print(report(results))
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         slices.write_bytes(args.json, (json.dumps(results, indent=1, allow_nan=False) + "\n").encode())
