@@ -117,7 +117,7 @@ class Config(LoopConfig):
     n_gen: Literal[1, 2, 3] = 2  # generators: 1 = G1 at full size, 2 = G1 and G2, 3 = one more between (Table V)
     n_dis: Literal[1, 2, 3] = 2  # discriminators: D1 at full size, D2 at half, D3 at a quarter (Table V)
     norm: Literal["instance", "pixel"] = "instance"  # of G: over the whole slice, or each pixel by itself
-    draws: bool = False  # G2 takes in noise, so that one map gives many slices
+    draws: bool = False  # G takes in noise, so that one map gives many slices
     desum: Literal["learned", "global", "fixed", "sum"] = "learned"  # alpha from F_local | from F_global | 0.5 | F + F
     dfm: Literal["learned", "d2", "fixed", "off"] = "learned"  # beta from D1 | from D2 | --beta | no feature matching
     # losses
@@ -268,9 +268,9 @@ class Generator(nn.Module):
         super().__init__()
         widest = c.ngf * 2 ** max(0, c.n_gen - 2)  # each finer generator has half the channels; G2 has ngf / 2
         widths = [widest // 2**k for k in range(1, c.n_gen)]
-        self.draws, local_in = c.draws, c.channels + c.draws
-        self.g1 = GlobalGenerator(c.channels, widest, c.n_blocks)
-        self.locals = nn.ModuleList([LocalGenerator(local_in, w, c.n_local_blocks) for w in widths])
+        self.draws, c_in = c.draws, c.channels + c.draws
+        self.g1 = GlobalGenerator(c_in, widest, c.n_blocks)
+        self.locals = nn.ModuleList([LocalGenerator(c_in, w, c.n_local_blocks) for w in widths])
         self.desums = nn.ModuleList([Desum(2 * w, c.desum) for w in widths])
         if c.norm == "pixel":
             replace(self, nn.InstanceNorm2d, lambda _: PixelNorm())
@@ -281,15 +281,15 @@ class Generator(nn.Module):
         Stage g1: only G1, at its own reduced size. g2: only the local generators, with F_out = F_local. joint: all.
         seed int64 [B]: with --draws, of each slice's noise; without one it is 0.
         """
+        if self.draws:
+            seed = onehot.new_zeros(len(onehot), dtype=torch.long) if seed is None else seed
+            onehot = torch.cat([onehot, noise_of(seed, onehot)], 1)
         finest = len(self.locals)
         reduced = onehot[..., :: 2**finest, :: 2**finest]  # nearest, so that G1 sees a label map in every stage
         alpha = onehot.new_ones(onehot.shape[:1])
         if stage == "g1" or finest == 0:
             return self.g1(reduced).float(), alpha
         features = self.g1.trunk(reduced) if stage == "joint" else None  # of the coarsest size
-        if self.draws:
-            seed = onehot.new_zeros(len(onehot), dtype=torch.long) if seed is None else seed
-            onehot = torch.cat([onehot, noise_of(seed, onehot)], 1)
         for level, (local, desum) in enumerate(zip(self.locals, self.desums, strict=True), start=1):
             stride = 2 ** (finest - level)
             summed = local.down(onehot[..., ::stride, ::stride])
@@ -300,14 +300,14 @@ class Generator(nn.Module):
 
 
 def noise_of(seed: Tensor, like: Tensor) -> Tensor:  # int64 [B], [B, c, H, W] -> [B, 1, H, W]
-    """Noise in [-4, 4] of seed and place, by whole numbers: the same in any runtime. Quieter noise G ignores."""
+    """Noise in [-2, 2] of seed and place, by whole numbers: the same in any runtime."""
     prime, drawn = 2**31 - 1, seed.view(-1, 1, 1, 1)
     rows, columns = (torch.arange(side, device=seed.device) for side in like.shape[-2:])
     for place in (0, rows.view(-1, 1), columns):
         x = (drawn + place + 195_912_037) % prime
         square = x * x % prime
         drawn = square * square % prime * x % prime  # x^5 permutes the numbers modulo this prime
-    return (drawn.to(torch.float64) * (8 / prime) - 4).to(like.dtype)
+    return (drawn.to(torch.float64) * (4 / prime) - 2).to(like.dtype)
 
 
 # -------------------------------------------------------------------------------------------- discriminators and losses

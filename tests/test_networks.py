@@ -176,11 +176,11 @@ def test_noise_is_a_function_of_seed_and_place_uniform_and_without_pattern():
     prime, x = 2**31 - 1, 1  # by Python's own whole numbers, seed 1, row 5, column 7
     for place in (0, 5, 7):
         x = pow(x + place + 195_912_037, 5, prime)
-    assert noise[1, 0, 5, 7].item() == pytest.approx(8 * x / prime - 4, abs=1e-6)
+    assert noise[1, 0, 5, 7].item() == pytest.approx(4 * x / prime - 2, abs=1e-6)
     flat = noise.flatten(1).numpy()
-    assert np.histogram(flat, 16, (-4, 4))[0] == pytest.approx(flat.size / 16, rel=0.03)
+    assert np.histogram(flat, 16, (-2, 2))[0] == pytest.approx(flat.size / 16, rel=0.03)
     assert np.corrcoef(flat) == pytest.approx(np.eye(3), abs=0.02)
-    power = np.abs(np.fft.fft2(noise[0, 0].numpy()))[1:] ** 2 / (65536 * 64 / 12)
+    power = np.abs(np.fft.fft2(noise[0, 0].numpy()))[1:] ** 2 / (65536 * 16 / 12)
     assert power.max() < 20  # of white noise, exponentially distributed about 1
 
 
@@ -189,7 +189,6 @@ def test_another_seed_is_another_slice_of_the_same_map_and_none_is_seed_0(tiny, 
     one, again, other = (g(onehot, "joint", torch.tensor([seed]))[0] for seed in (3, 3, 4))
     assert torch.equal(one, again) and not torch.equal(one, other)
     assert torch.equal(g(onehot)[0], g(onehot, "joint", torch.tensor([0]))[0])
-    assert torch.equal(g(onehot, "g1", torch.tensor([3]))[0], g(onehot, "g1")[0])  # G1 sees none
 
 
 def test_initial_weights_are_normal_with_deviation_0_02_and_zero_bias(tiny):

@@ -283,7 +283,6 @@ def test_preset_paper_is_the_papers_setting_and_options_override_a_preset():
 
 
 MISTAKES = ["--size 72", "--size 80 --n-gen 3", "--size 16", "--stage g3", "--stage g1 --n-gen 1", "--n-dis 4"]
-MISTAKES += ["--epoch-len 3 --batch 4", "--batch many", "--preset huge", "--data no/such/folder", "--epoch-length 5"]
 
 
 @pytest.mark.parametrize("options", [*MISTAKES, "--over"])  # an abbreviation could discard a run
