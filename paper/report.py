@@ -1,6 +1,7 @@
 """What the tables have in common: intervals over seeds and patients, and how a table is written."""
 
 import math
+import re
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -54,10 +55,12 @@ def over_records(records: list[dict[str, Any]]) -> dict[tuple[str, str, str], li
 def quality(records: list[dict[str, Any]], region: str, digits: dict[str, int]) -> list[str]:
     """A region's figures of images as Markdown, mean +- standard deviation over the seeds; digits: of each metric."""
     values, lines = over_records(records), []
+    digits = {metric: n for metric, n in digits.items() if any(key[1:] == (region, metric) for key in values)}
     for method in dict.fromkeys(one["method"] for one in records):
-        seeds = dict.fromkeys("-" if one["seed"] is None else one["seed"] for one in records if one["method"] == method)
+        ours = [one for one in records if one["method"] == method]
+        seeds = dict.fromkeys("-" if one["seed"] is None else marked(one["seed"], "on a GPU" in one) for one in ours)
         cells = [over_seeds(values.get((method, region, metric)), n) for metric, n in digits.items()]
-        lines.append([method, ", ".join(map(str, seeds)), *cells])
+        lines.append([method, ", ".join(seeds), *cells])
     return grid(["row", "seeds", *digits], lines)
 
 
@@ -74,9 +77,23 @@ def grid(head: list[str], lines: list[list[Any]]) -> list[str]:
     return [f"| {' | '.join(map(str, line))} |" for line in (head, ["---"] * len(head), *lines)] + [""]
 
 
+def on_gpu(one: dict[str, Any]) -> bool:
+    """Whether a GPU did the work of what is kept: then no CPU seconds are known, and no processor's name."""
+    return one.get("seconds") is None and "threads" not in one.get("machine", "") and "commit" in one
+
+
+def marked(seed: int, gpu: bool) -> str:
+    """A seed, with a mark where a GPU did the work."""
+    return f"{seed}*" if gpu else f"{seed}"
+
+
+ON_GPU = "*: trained on a GPU; those of this repository by a program outside of it, see its paper/README.md."
+
+
 def write(results: Path, name: str, table: dict[str, Any], lines: list[str]) -> None:
     """Print a table, and write it as RESULTS/NAME.json and, for people, as RESULTS/NAME.md."""
-    text = "\n".join(lines).rstrip() + "\n"
+    notes = [ON_GPU] if any(re.search(r"\d\*", line) for line in lines) else []
+    text = "\n".join([*lines, *notes]).rstrip() + "\n"
     print(text)
     runs.write_json(results / f"{name}.json", table)
     write_bytes(results / f"{name}.md", f"# {name}\n\n{text}".encode())

@@ -12,11 +12,10 @@ Theirs are the networks, losses and optimiser settings, from their papers and pu
 Data, augmentation, what D sees (--contrast), schedule, average of the weights, checkpoints and pictures are the
 loop's. So is its order: one synthesis per step, from which all losses are computed before any player moves.
 
-The VGG loss of pix2pixHD, SPADE and SEAN is off unless --lambda-vgg 10 asks for it: its network is a download, knows
-no CT, and would help three methods alone. Instance edges are left out, since a label map has no instances.
+The VGG loss of pix2pixHD, SPADE and SEAN is left out: its network is a download, knows no CT, and would help three
+methods alone. So are instance edges, since a label map has no instances. With --steer all networks see the numbers.
 """
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -46,10 +45,9 @@ class RivalConfig(covidgan.LoopConfig):
 
 @dataclass(frozen=True)
 class MatchingConfig(RivalConfig):
-    """Knobs of the rivals whose G matches features: D's (all of them as published), and VGG's."""
+    """Knobs of the rivals whose G matches D's features, all of them as published."""
 
     lambda_fm: float = 10.0  # weight of D's feature matching
-    lambda_vgg: float = 0.0  # weight of the VGG loss, 10 as published; see Vgg for its network
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -138,44 +136,6 @@ def feature_matching(real: list[list[Tensor]], fake: list[list[Tensor]]) -> Tens
     """Mean L1 distance of each feature map but the last, summed over the maps, averaged over the scales."""
     pairs = [pair for r, f in zip(real, fake, strict=True) for pair in zip(r[:-1], f[:-1], strict=True)]
     return sum((r.detach() - f).abs().mean(dtype=torch.float32) for r, f in pairs) / len(real)
-
-
-class Vgg(nn.Module):
-    """VGG19 (Simonyan, Zisserman, ICLR 2015) up to relu5_1, for the VGG loss of pix2pixHD, SPADE and SEAN; never moves.
-
-    Its weights are torchvision's, 575 MB, fetched into PyTorch's download cache if they are not there. Fed as these
-    methods do: in [-1, 1], not by ImageNet's mean and deviation.
-    """
-
-    URL = "https://download.pytorch.org/models/vgg19-dcbb9e9d.pth"
-    WIDTHS = (64, 64, "M", 128, 128, "M", 256, 256, 256, 256, "M", 512, 512, 512, 512, "M", 512)
-    WEIGHTS: ClassVar = {1: 1 / 32, 6: 1 / 16, 11: 1 / 8, 20: 1 / 4, 29: 1.0}  # relu1_1 to relu5_1: of their distances
-
-    def __init__(self) -> None:
-        super().__init__()
-        layers, c = [], 3
-        for width in self.WIDTHS:
-            layers += [nn.MaxPool2d(2)] if width == "M" else [nn.Conv2d(c, width, 3, padding=1), nn.ReLU()]
-            c = c if width == "M" else width
-        self.features = nn.Sequential(*layers)
-        held = torch.hub.load_state_dict_from_url(self.URL, map_location="cpu", weights_only=True)
-        self.load_state_dict({name: held[name] for name in self.state_dict()})
-        self.requires_grad_(False)
-
-    def seen(self, image: Tensor) -> list[Tensor]:  # [B, 1, H, W]
-        """Features after relu1_1, ..., relu5_1."""
-        x, found = image.expand(-1, 3, -1, -1), []
-        for k, layer in enumerate(self.features):
-            x = layer(x)
-            found += [x] if k in self.WEIGHTS else []
-        return found
-
-    def forward(self, image: Tensor, target: Tensor) -> Tensor:  # [B, 1, H, W] each, in [-1, 1]
-        """Weighted sum of the mean L1 distances of their features."""
-        with torch.no_grad():
-            wanted = self.seen(target)
-        pairs = zip(self.WEIGHTS.values(), self.seen(image), wanted, strict=True)
-        return sum(weight * (x - y).abs().mean(dtype=torch.float32) for weight, x, y in pairs)
 
 
 @torch.no_grad()
@@ -295,23 +255,12 @@ class HDGenerator(nn.Module):
 
 
 class Matching(Rival):
-    """A rival whose G matches features of D, and with --lambda-vgg of VGG."""
+    """A rival whose G matches features of D."""
 
-    @functools.cached_property
-    def vgg(self) -> Vgg:
-        """The network of the VGG loss; not made in __init__, or it would be part of every checkpoint."""
-        return Vgg().to(next(self.parameters()).device)
-
-    def generator_losses(
-        self, gan: Tensor, real: list[list[Tensor]], fake: list[list[Tensor]], image: Tensor, target: Tensor
-    ) -> dict[str, Tensor]:
-        """G's loss and its parts, from its side of the game, D's features, and images [B, 1, H, W] in [-1, 1]."""
-        parts = {"gan": gan, "fm": feature_matching(real, fake)}
-        g = gan + self.c.lambda_fm * parts["fm"]
-        if self.c.lambda_vgg:
-            parts["vgg"] = self.vgg(image, target)
-            g = g + self.c.lambda_vgg * parts["vgg"]
-        return {"g": g, **parts}
+    def generator_losses(self, gan: Tensor, real: list[list[Tensor]], fake: list[list[Tensor]]) -> dict[str, Tensor]:
+        """G's loss and its parts, from its side of the game and D's features."""
+        fm = feature_matching(real, fake)
+        return {"g": gan + self.c.lambda_fm * fm, "gan": gan, "fm": fm}
 
 
 class Pix2pixHD(Matching):
@@ -332,7 +281,7 @@ class Pix2pixHD(Matching):
         image = self.g(onehot)[0]
         real, fake = (self.d(onehot, self.seen_by_d(x, onehot)) for x in (target, image))
         d, gan = gan_losses(real, fake, "lsgan")
-        return {"d": d, **self.generator_losses(gan, real, fake, image, target)}
+        return {"d": d, **self.generator_losses(gan, real, fake)}
 
 
 def conv3(c_in: int, c_out: int, **more: Any) -> nn.Conv2d:
@@ -480,7 +429,7 @@ class Spade(Matching):
         image = self.image(onehot, target)
         real, fake = (self.d(onehot, self.seen_by_d(x, onehot)) for x in (target, image))
         d, gan = (loss / len(real) for loss in gan_losses(real, fake, "hinge"))
-        return {"d": 2 * d, **self.generator_losses(gan, real, fake, image, target)}
+        return {"d": 2 * d, **self.generator_losses(gan, real, fake)}
 
 
 class StyleEncoder(nn.Module):
@@ -624,7 +573,7 @@ class SeanGenerator(nn.Module):
 class Sean(Spade):
     """SEAN: trained to rebuild a slice from its map and its own style; synthesizes in the training images' mean style.
 
-    Its authors encode the very image to be synthesized, which has then seen the answer: `synthesize_self` does this.
+    Its authors encode the very image to be synthesized, which has then seen the answer.
     """
 
     name = "SEAN"
@@ -639,10 +588,6 @@ class Sean(Spade):
         codes, present = self.g.encoder(target, onehot[:, : self.c.n_labels])
         self.g.remember(codes, present)
         return self.g(onehot, codes)[0]
-
-    def synthesize_self(self, onehot: Tensor, real: Tensor) -> Tensor:
-        """Image [B, 1, H, W] in the style of real lungs [B, 1, H, W] in [-1, 1], floor outside, of the same maps."""
-        return self.g(onehot, self.g.encoder(real, onehot[:, : self.c.n_labels])[0])[0]
 
 
 METHODS: dict[str, type[covidgan.Method]] = {method.name: method for method in (Pix2pix, Pix2pixHD, Spade, Sean)}
