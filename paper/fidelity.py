@@ -42,16 +42,13 @@ ROWS: dict[str, tuple[str, list[str]]] = {
     "best-half": ("preset best: that, beta fixed at 0.1, lambda 3", [*HALF, *BEST]),
     "best": ("preset best, twice as long", [*WHOLE, *BEST]),
     # best-half with one thing changed
-    "uncut": ("D sees whole images", [*HALF, *BEST, "--contrast", "0"]),
     "contrast-6": ("D sees the lung six times enlarged", [*HALF, *BEST, "--contrast", "6"]),
     "beta": ("beta fixed at 0.5", [*HALF, *BEST, "--beta", "0.5"]),
-    "lambda-10": ("lambda 10", [*HALF, *BEST, "--lambda-dfm", "10"]),
     "rate": ("learning rate 6e-4", [*HALF, *BEST, "--lr", "6e-4"]),
     "share": ("g1 and g2 a quarter as long, at its time", [*BEST, "--epoch-len", "2750", "--individual", "0.25"]),
     "joint": ("no individual training, at its time", [*BEST, "--epoch-len", "4200", "--individual", "0"]),
     "batch-1": ("batch 1, at its time", [*BEST, "--epoch-len", "1200", "--batch", "1"]),
     "batch-2": ("batch 2, at its time", [*BEST, "--epoch-len", "1700", "--batch", "2"]),
-    "no-average": ("the last weights instead of their average", [*HALF, *BEST, "--ema", "0"]),
     "lsgan": ("least squares", [*HALF, *BEST, "--gan", "lsgan"]),
 }
 

@@ -25,6 +25,7 @@ from paper import report, rivals, runs, study
 
 RIVALS = ("pix2pix", "pix2pixHD", "SPADE", "SEAN")
 REPORT = "seg_test"  # side
+WARM, TIMED_STEPS = 5, 20  # steps of a stage, of which the first are slower
 
 
 @dataclass(frozen=True)
@@ -115,9 +116,6 @@ def train(name: str, seed: int, args: argparse.Namespace) -> Path:
     given["interval"] = max(1, stage // args.batch // pictures)
     runs.train([*row.program], [*row.options, *runs.as_options(given)], out, options_of(name))
     return out
-
-
-WARM, TIMED_STEPS = 5, 20  # steps of a stage: the first are slower
 
 
 def cost_of_sample(name: str, c: covidgan.LoopConfig, args: argparse.Namespace) -> dict[str, float]:

@@ -12,6 +12,7 @@ from scipy import stats
 from data.slices import patient_of, write_bytes
 from paper import runs
 
+ON_GPU = "*: trained on a GPU; those of this repository by a program outside of it, see its paper/README.md."
 # The paper's Tables II to V as printed, their columns in order: table -> row -> figures. "e" is less than 1e-5.
 PAPER: dict[str, dict[str, str]] = runs.read_json(Path(__file__).with_name("published.json"))
 
@@ -85,9 +86,6 @@ def on_gpu(one: dict[str, Any]) -> bool:
 def marked(seed: int, gpu: bool) -> str:
     """A seed, with a mark where a GPU did the work."""
     return f"{seed}*" if gpu else f"{seed}"
-
-
-ON_GPU = "*: trained on a GPU; those of this repository by a program outside of it, see its paper/README.md."
 
 
 def write(results: Path, name: str, table: dict[str, Any], lines: list[str]) -> None:
