@@ -57,7 +57,7 @@ def quality(records: list[dict[str, Any]], region: str, digits: dict[str, int]) 
     """A region's figures of images as Markdown, mean +- standard deviation over the seeds; digits: of each metric."""
     values, lines = over_records(records), []
     digits = {metric: n for metric, n in digits.items() if any(key[1:] == (region, metric) for key in values)}
-    for method in dict.fromkeys(one["method"] for one in records):
+    for method in dict.fromkeys(one["method"] for one in records if one["region"] == region):
         ours = [one for one in records if one["method"] == method]
         seeds = dict.fromkeys("-" if one["seed"] is None else marked(one["seed"], "on a GPU" in one) for one in ours)
         cells = [over_seeds(values.get((method, region, metric)), n) for metric, n in digits.items()]
