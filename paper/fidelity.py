@@ -22,7 +22,7 @@ from paper.generators import PLAIN
 from paper.report import grid, over_seeds
 
 HALF, WHOLE = ["--epoch-len", "2100"], ["--epoch-len", "4200"]  # for two epochs per stage, see --epochs
-BEST = ["--preset", "best", *f"{PLAIN} --no-crop".split()]  # as it was then
+BEST = ["--preset", "best", *PLAIN.split()]  # as it was then
 CLEAN_TARGETS = ["--preset", "paper", "--noise", "0", "--ema", "0.998"]  # that a generator can match
 SCALE = ["--ngf", "32", "--ndf", "32", "--n-blocks", "6", "--batch", "4"]
 SIDES = ("test", "seg_test")  # the one that chooses, and the one that does not

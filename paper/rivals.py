@@ -246,7 +246,7 @@ class HDGenerator(nn.Module):
             layers += down(c)
         layers += [ResidualBlock(widths[-1]) for _ in range(n_blocks)]
         for c in widths[:0:-1]:
-            layers += up(c, "deconv")
+            layers += up(c)
         self.layers = nn.Sequential(*layers, *head(ngf))
 
     def forward(self, onehot: Tensor) -> tuple[Tensor, Tensor]:  # [B, channels, H, W]

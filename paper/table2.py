@@ -88,7 +88,7 @@ OURS = [name for name in ROWS if name.startswith("covidgan")]
 EQUAL_SAMPLES = Images(ROWS, [*itertools.product(OURS, ("", "-clean"))])
 EQUAL_SECONDS = Images(
     generators.TIMED,
-    [("best told", "-steer told"), ("best drawn", "-steer drawn"), ("best drawn", "-crop"), ("best-plain", "-crop")],
+    [("best told", "-steer told"), ("best drawn", "-steer drawn"), ("best drawn", "-clean"), ("best-plain", "-clean")],
 )
 
 

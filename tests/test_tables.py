@@ -84,10 +84,10 @@ def test_the_picture_zooms_on_the_rarer_lesion_and_stays_within_the_slice():
 
 def test_at_equal_seconds_all_have_the_same_aids_but_for_what_they_are_told():
     plain = covidgan.parse_config([*generators.ROWS["covidgan-best"].options])
-    assert (plain.norm, plain.steer, plain.draws, plain.crop) == ("instance", False, False, False)
+    assert (plain.norm, plain.steer, plain.draws) == ("instance", False, False)
     for name, row in generators.TIMED.items():
         c = covidgan.parse_config([*row.options, "--size", "128"], row.kind)
-        assert c.crop and (c.noise, c.contrast, c.ema) == (0, 4, 0.998)
+        assert (c.noise, c.contrast, c.ema) == (0, 4, 0.998)
         if name != "best":
             assert c.steer == name.endswith("-steer")
     best, before = (covidgan.parse_config([*generators.TIMED[name].options]) for name in ("best", "best-plain"))
@@ -144,7 +144,7 @@ def test_who_steers_is_measured_told_and_drawn_and_the_table_keeps_them_apart(tm
     restored = lambda name, kind: (None, kind.options(steer=name.endswith("-steer")))  # noqa: E731
     monkeypatch.setattr(covidgan, "restore", restored)
     monkeypatch.setattr(runs, "measure", measure)
-    for name in ("SPADE-steer", "SPADE-crop"):
+    for name in ("SPADE-steer", "SPADE-clean"):
         generators.keep(name, 0, args)
     assert asked == [("synthetic", "--complement", args.reference), ("drawn", "--draws", "1"), ("synthetic",)]
     runs.write_json(args.results / "runs" / "setting.json", {"seconds": args.seconds})
@@ -154,10 +154,10 @@ def test_who_steers_is_measured_told_and_drawn_and_the_table_keeps_them_apart(tm
     assert {method: value for method, value in kid.items() if method not in generators.FLOORS} == {
         "SPADE-steer told": 1,
         "SPADE-steer drawn": 2,
-        "SPADE-crop": 3,
+        "SPADE-clean": 3,
     }
     assert held["real slices", "U-Net's Dice"] == pytest.approx(80)  # the ceiling
-    assert held["SPADE-crop", "U-Net's Dice"] == pytest.approx(70)
+    assert held["SPADE-clean", "U-Net's Dice"] == pytest.approx(70)
     assert [(one["budget"], one["seconds"]) for one in table["costs"]] == [(1350, 1400)] * 2
     text = "\n".join(tables.table_of(args).markdown(table))
     assert "| SPADE-steer drawn | 0 | 2.00 |" in text and "1,350 CPU seconds" in text
