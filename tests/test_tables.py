@@ -190,7 +190,8 @@ def test_an_unknown_row_is_one_line():
 
 @pytest.mark.long
 def test_two_rows_are_made_by_the_tables_command_and_once(table_command, monkeypatch, capsys):
-    argv = table_command("2", "", "--samples", "32", "--rows", "covidgan", "SEAN")
+    unet = ["--channels", "4", "--unet-samples", "64"]
+    argv = table_command("2", "", "--samples", "32", *unet, "--rows", "covidgan", "SEAN")
     args = tables.parse(argv)
     monkeypatch.setitem(generators.ROWS, "covidgan", generators.ours("--n-blocks 1"))
     tables.main(argv)
@@ -199,6 +200,7 @@ def test_two_rows_are_made_by_the_tables_command_and_once(table_command, monkeyp
         results = json.loads((args.out / f"{name}_0" / "eval_seg_test" / "results.json").read_text())
         held = {f"{one['region']} {one['metric']}": one["value"] for one in table["records"] if one["method"] == name}
         assert held["lung PSNR"] == results["pixels"]["lung PSNR"]["mean"] > 5
+        assert held["complete U-Net's Dice"] == 100 * results["segmentation"]["fake infection Dice"]["mean"]
         assert held["lung KID 1280"] == results["features"]["lung KID 1280"]["value"] and "lung FID 24" not in held
     assert [cost["samples"] for cost in table["costs"]] == [32, 32] and (args.out / "table2.png").exists()
     assert "| SEAN | 0 |" in (args.results / "table2.md").read_text()
