@@ -1,14 +1,13 @@
 """The generators that the paper's tables compare: which there are, how one is trained, and what it is worth.
 
 A generator is a row, trained with a seed into OUT/ROW_SEED. Tables III to V take what Table II has trained. All see the
-same number of samples at full size: one with two stages there sees half of them in each. What one has measured is kept
-as RESULTS/runs/ROW_SEED.json, of which alone the tables are made: rows that were trained on another machine, or a year
-ago, stand beside the others, and their weights need not be there.
+same number of samples at full size: one with two stages there sees half of them in each. With --seconds each sees as
+many as these CPU seconds give. What one has measured is kept as RESULTS/runs/ROW_SEED.json, of which alone the tables
+are made: rows that were trained on another machine, or a year ago, stand beside the others without their weights.
 """
 
 import argparse
 import itertools
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +21,11 @@ from torch import Tensor
 import covidgan
 import infer_onnx
 from data.slices import read_split, write_image
-from paper import rivals, runs, study
+from paper import report, rivals, runs, study
 
 RIVALS = ("pix2pix", "pix2pixHD", "SPADE", "SEAN")
 REPORT = "seg_test"  # side
+WARM, TIMED_STEPS = 5, 20  # steps of a stage, of which the first are slower
 
 
 @dataclass(frozen=True)
@@ -52,12 +52,20 @@ def rival(name: str, switches: str = "") -> Row:
 # with their authors': of lower lung KID on the side "test", kept as optimiser_SPADE.json and optimiser_SEAN.json.
 LOOP = covidgan.LoopConfig()
 CLEAN = f"--noise 0 --contrast {LOOP.contrast} --ema {LOOP.ema}"
+PLAIN = "--norm instance --no-steer --no-draws"  # preset best without what the paper's method has not
 ROWS: dict[str, Row] = {
     "covidgan": ours(),
-    "covidgan-best": ours(preset="best"),
+    "covidgan-best": ours(PLAIN, "best"),
     **{name: rival(name) for name in RIVALS},
     "covidgan-clean": ours(CLEAN),
     **{f"{name}-clean": rival(name, CLEAN) for name in RIVALS},
+}
+# Table II at equal CPU seconds: all clean. Who steers is told two numbers of a slice besides.
+TIMED: dict[str, Row] = {
+    "best": ours(preset="best"),
+    "best-plain": ours(PLAIN, "best"),
+    **{f"{name}-clean": rival(name, CLEAN) for name in RIVALS},
+    **{f"{name}-steer": rival(name, f"{CLEAN} --steer") for name in RIVALS},
 }
 # Table V's, besides covidgan itself
 ABLATIONS: dict[str, Row] = {
@@ -82,7 +90,7 @@ POLICIES |= {f"beta-{beta}": ours(f"--dfm fixed --beta {beta}") for beta in (0.1
 
 def row_of(name: str) -> Row:
     """A row by its name, from whichever table."""
-    return (ROWS | ABLATIONS | POLICIES)[name]
+    return (ROWS | TIMED | ABLATIONS | POLICIES)[name]
 
 
 def options_of(name: str) -> str:
@@ -98,13 +106,59 @@ def full_size(kind: type[covidgan.Method], c: covidgan.LoopConfig) -> float:
 def train(name: str, seed: int, args: argparse.Namespace) -> Path:
     """Train a row's run, or go on with it; returns its folder. Raises Mistake."""
     row, out = row_of(name), args.out / f"{name}_{seed}"
-    c = covidgan.parse_config([*row.options], row.kind)
-    stage = round(args.samples / full_size(row.kind, c))  # samples of one
     given = {"data": args.data, "size": runs.size_of(args.reference), "ngf": args.ngf, "ndf": args.ngf, "seed": seed}
-    given |= {"batch": args.batch, "epochs": 2, "epoch-len": stage // 2, "interval": max(1, stage // args.batch // 8)}
-    options = [*row.options, *runs.as_options(given | {"dtype": args.dtype})]
-    runs.train([*row.program], options, out, options_of(name))
+    given |= {"batch": args.batch, "dtype": args.dtype}
+    c = covidgan.parse_config([*row.options, *runs.as_options(given)], row.kind)
+    stage, pictures = round(args.samples / full_size(row.kind, c)), 8  # samples of one, and how often they are drawn
+    if args.seconds:  # pictures cost seconds too
+        stage, pictures = samples_in(args.seconds, row.kind.stages(c), cost_of_sample(name, c, args)), 2
+    given |= {"epochs": 2, "epoch-len": max(args.batch, stage // 2)}
+    given["interval"] = max(1, stage // args.batch // pictures)
+    runs.train([*row.program], [*row.options, *runs.as_options(given)], out, options_of(name))
     return out
+
+
+def cost_of_sample(name: str, c: covidgan.LoopConfig, args: argparse.Namespace) -> dict[str, float]:
+    """CPU seconds of a training sample in each stage of a row, of all threads, measured once and kept.
+
+    Kept for all seeds, and in RESULTS: so a table has rows of as many samples wherever its seeds are trained.
+    """
+
+    def make() -> dict[str, Any]:
+        covidgan.keep_freed_memory()
+        trainer, seconds = covidgan.Trainer(row_of(name).kind, c), {}
+        for stage in trainer.stages:
+            trainer.begin(stage)
+            for _ in range(WARM):
+                trainer.step()
+            start = time.process_time()
+            for _ in range(TIMED_STEPS):
+                trainer.step()
+            seconds[stage] = (time.process_time() - start) / TIMED_STEPS / c.batch
+        return {"seconds of a sample": seconds, "commit": runs.commit(), "machine": runs.machine()}
+
+    return runs.keep(args.results, f"cost_{name}", make)["seconds of a sample"]
+
+
+def samples_in(budget: float, stages: dict[str, float], cost: dict[str, float]) -> int:
+    """Samples of a stage of length 1, of which a whole training takes a budget of CPU seconds."""
+    return int(budget / sum(length * cost[stage] for stage, length in stages.items()))
+
+
+def train_unet(out: Path, data: Path, seed: int, args: argparse.Namespace, row: str = "") -> Path:
+    """Train a U-Net on the train side of a dataset, or go on with it; returns its folder. Raises Mistake."""
+    given = {"data": data, "size": runs.size_of(args.reference), "channels": args.channels, "seed": seed}
+    given |= {"batch": args.batch, "epochs": 2, "epoch-len": args.unet_samples // 2, "dtype": args.dtype}
+    given["interval"] = max(1, args.unet_samples // args.batch // 8)
+    options = ["--preset", "paper", "--unchecked"]  # real slices were checked with the generator's data
+    runs.train(["-m", "paper.segment"], [*options, *runs.as_options(given)], out, row)
+    return out
+
+
+def judge(args: argparse.Namespace) -> Path:
+    """The U-Net of the train side's real slices that finds lesions in synthetic ones: do these show their labels?"""
+    run = train_unet(args.out / "judge", args.reference, 0, args)
+    return runs.exported(run / "unet.onnx", run / "unet.pt")
 
 
 def mean_paint(train: covidgan.Slices, labels: Tensor) -> Tensor:
@@ -132,11 +186,13 @@ def nearest_copy(train: covidgan.Slices, labels: Tensor) -> Tensor:
 
 FLOORS = {"label means": mean_paint, "nearest training case": nearest_copy}
 FID, KID = "FID 24", "KID 1280"  # by features of that many dimensions, for FID fewer than any side here has slices
-DIGITS = {FID: 2, "FID 32": 4, KID: 4, "PSNR": 2, "SSIM": 4, "RMSE": 4, "NRMSE": 4}  # metric -> decimals
-BETTER = {metric: "higher" if metric in ("PSNR", "SSIM") else "lower" for metric in DIGITS}
+DICE, CEILING = "U-Net's Dice", "its Dice on real slices"  # of `judge`, both lesions as one, in %
+DIGITS = {FID: 2, "FID 32": 4, KID: 4, "PSNR": 2, "SSIM": 4, "RMSE": 4, "NRMSE": 4, DICE: 1}  # metric -> decimals
+BETTER = {metric: "higher" if metric in ("PSNR", "SSIM", DICE) else "lower" for metric in DIGITS}
 REGIONS = ("complete", "lung")
 
 IN_OWN_STYLE = "figures in the style of the slices themselves"  # kept of SEAN as its authors test it
+TOLD, DRAWN = "figures told", "figures drawn"  # kept of who steers, by where the two numbers come from
 Figures = dict[str, dict[str, float | None]]  # "lung PSNR" and so on -> "value"
 
 
@@ -157,7 +213,7 @@ def keep_floor(name: str, args: argparse.Namespace) -> dict[str, Figures]:
         out.mkdir(parents=True, exist_ok=True)
         for case, lung in zip(side.names, lungs, strict=True):  # of which eval.py takes the lung
             write_image(out / f"{case}.png", LOOP.level + lung * LOOP.width / 2)
-        return {"figures": figures_of(runs.compare(args.reference, out, out.parent, args.out))}
+        return {"figures": figures_of(runs.compare(args.reference, out, out.parent, args.out, judge(args)))}
 
     return runs.keep(args.results, note, make)
 
@@ -167,9 +223,14 @@ def keep(name: str, seed: int, args: argparse.Namespace) -> None:
 
     def make() -> dict[str, Any]:
         run, kind = train(name, seed, args), row_of(name).kind
-        method, _ = covidgan.restore(covidgan.read_checkpoint(run / "ckpt.pt"), kind)
-        figures = figures_of(runs.measure(run, args.reference, REPORT))
-        return {"options": options_of(name), "method": name, "seed": seed, "figures": figures, **cost_of(run, method)}
+        method, c = covidgan.restore(covidgan.read_checkpoint(run / "ckpt.pt"), kind)
+        found = {"options": options_of(name), "method": name, "seed": seed}
+        found |= {"budget": args.seconds} if args.seconds else {}
+        # told: measured in the real slice. Drawn: as pairs of the training slices are, whatever the patient.
+        ways = {TOLD: ("synthetic", "--complement", args.reference), DRAWN: ("drawn", "--draws", "1")}
+        for key, way in ways.items() if c.steer else [("figures", ("synthetic",))]:
+            found[key] = figures_of(runs.measure(run, args.reference, REPORT, judge(args), *way))
+        return found | cost_of(run, method)
 
     runs.keep(args.results, f"{name}_{seed}", make)
 
@@ -179,20 +240,30 @@ def kept(name: str, args: argparse.Namespace) -> dict[int, dict[str, Any]]:
     return runs.kept(args.results, name, "options", options_of(name))
 
 
+def methods_of(name: str) -> dict[str, str]:
+    """As which method tables show what is kept of a row under each key."""
+    own = name.replace("SEAN", "SEAN-self")
+    return {"figures": name, IN_OWN_STYLE: own, TOLD: f"{name} told", DRAWN: f"{name} drawn"}
+
+
 def records_of(method: str, kept: dict[int | None, dict[str, Any]], key: str = "figures") -> list[dict[str, Any]]:
     """Of what is kept by seed a record for each region and metric that has a value, of a method told by this name."""
     found = []
     for (seed, one), region, metric in itertools.product(kept.items(), REGIONS, DIGITS):
         if (value := one.get(key, {}).get(f"{region} {metric}", {}).get("value")) is not None:
-            found.append({"method": method, "seed": seed, "region": region, "metric": metric, "value": value})
+            told = {"method": method, "seed": seed, "region": region, "metric": metric, "value": value}
+            found.append(told | ({"on a GPU": True} if report.on_gpu(one) else {}))
     return found
 
 
 def figures_of(results: dict[str, Any]) -> Figures:
     """Of eval.py's results what the tables show; a value is None where it refuses one, such as FID of few slices."""
-    pixels = {name: row["mean"] for name, row in results["pixels"].items()}
-    values = pixels | {name: row["value"] for name, row in results["features"].items()}
-    return {name: {"value": values[name]} for name in map(" ".join, itertools.product(REGIONS, DIGITS))}
+    values = {name: row["mean"] for name, row in results["pixels"].items()}
+    values |= {name: row["value"] for name, row in results["features"].items()}
+    for name, side in ((f"complete {DICE}", "fake"), (CEILING, "real")):
+        values[name] = 100 * results["segmentation"][f"{side} infection Dice"]["mean"]
+    shown = [*map(" ".join, itertools.product(REGIONS, DIGITS)), CEILING]
+    return {name: {"value": values[name]} for name in shown if name in values}
 
 
 def cost_of(run: Path, method: covidgan.Method) -> dict[str, Any]:
@@ -203,23 +274,17 @@ def cost_of(run: Path, method: covidgan.Method) -> dict[str, Any]:
         "samples": round(full_size(type(method), c) * c.epochs * c.epoch_len),
         "parameters": sum(p.numel() for p in method.generator().parameters()),
         "synthesis": synthesis_seconds(run / "generator.onnx", c.size),
-        "d_at_end": loss_of_d(run),
     }
-
-
-def loss_of_d(run: Path) -> float | None:
-    """D's loss at a run's end: the mean over the last tenth of the last stage's steps; None for a method without D."""
-    steps = [json.loads(line) for line in (run / "stats.jsonl").read_text().splitlines()]
-    last = [step["d"] for step in steps if step["stage"] == steps[-1]["stage"] and "d" in step]
-    return float(np.mean(last[-max(1, len(last) // 10) :])) if last else None
 
 
 def synthesis_seconds(model: Path, size: int) -> float:
     """CPU seconds per slice on one thread, ONNX Runtime: median of nine, whatever else the machine does."""
     session, _ = infer_onnx.open_session(model, "cpu", threads=1)
-    labels, seconds = np.ones((1, size, size), np.uint8), []
+    given, seconds = {"map": np.ones((1, size, size), np.uint8)}, []
+    numbers = [one for one in session.get_inputs() if one.name != "map"]  # of --steer and --draws
+    given |= {one.name: np.zeros(1, np.int64 if "int64" in one.type else np.float32) for one in numbers}
     for _ in range(9):
         start = time.process_time()
-        session.run(None, {"map": labels})
+        session.run(None, given)
         seconds.append(time.process_time() - start)
     return float(np.median(seconds))

@@ -142,13 +142,8 @@ def dataset(out: Path, mix: Mix, seed: int, args: argparse.Namespace) -> Path:
 
 def train(mix: Mix, seed: int, args: argparse.Namespace) -> Path:
     """Train the U-Net of a mix, or go on with it; returns its folder. Raises Mistake."""
-    out, size, length = args.out / f"{mix.name}_{seed}", runs.size_of(args.reference), args.unet_samples
-    given = {"data": dataset(out / "data", mix, seed, args), "size": size, "channels": args.channels, "seed": seed}
-    given |= {"batch": args.batch, "epochs": 2, "epoch-len": length // 2, "dtype": args.dtype}
-    given["interval"] = max(1, length // args.batch // 8)
-    options = ["--preset", "paper", "--unchecked"]  # real slices were checked with the generator's data
-    runs.train(["-m", "paper.segment"], [*options, *runs.as_options(given)], out, mix.options)
-    return out
+    out = args.out / f"{mix.name}_{seed}"
+    return generators.train_unet(out, dataset(out / "data", mix, seed, args), seed, args, mix.options)
 
 
 def overlap(predicted: np.ndarray, truth: np.ndarray) -> dict[str, float]:

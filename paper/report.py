@@ -1,6 +1,7 @@
 """What the tables have in common: intervals over seeds and patients, and how a table is written."""
 
 import math
+import re
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from scipy import stats
 from data.slices import patient_of, write_bytes
 from paper import runs
 
+ON_GPU = "*: trained on a GPU; those of this repository by a program outside of it, see its paper/README.md."
 # The paper's Tables II to V as printed, their columns in order: table -> row -> figures. "e" is less than 1e-5.
 PAPER: dict[str, dict[str, str]] = runs.read_json(Path(__file__).with_name("published.json"))
 
@@ -54,10 +56,12 @@ def over_records(records: list[dict[str, Any]]) -> dict[tuple[str, str, str], li
 def quality(records: list[dict[str, Any]], region: str, digits: dict[str, int]) -> list[str]:
     """A region's figures of images as Markdown, mean +- standard deviation over the seeds; digits: of each metric."""
     values, lines = over_records(records), []
-    for method in dict.fromkeys(one["method"] for one in records):
-        seeds = dict.fromkeys("-" if one["seed"] is None else one["seed"] for one in records if one["method"] == method)
+    digits = {metric: n for metric, n in digits.items() if any(key[1:] == (region, metric) for key in values)}
+    for method in dict.fromkeys(one["method"] for one in records if one["region"] == region):
+        ours = [one for one in records if one["method"] == method]
+        seeds = dict.fromkeys("-" if one["seed"] is None else marked(one["seed"], "on a GPU" in one) for one in ours)
         cells = [over_seeds(values.get((method, region, metric)), n) for metric, n in digits.items()]
-        lines.append([method, ", ".join(map(str, seeds)), *cells])
+        lines.append([method, ", ".join(seeds), *cells])
     return grid(["row", "seeds", *digits], lines)
 
 
@@ -74,9 +78,20 @@ def grid(head: list[str], lines: list[list[Any]]) -> list[str]:
     return [f"| {' | '.join(map(str, line))} |" for line in (head, ["---"] * len(head), *lines)] + [""]
 
 
+def on_gpu(one: dict[str, Any]) -> bool:
+    """Whether a GPU did the work of what is kept: then no CPU seconds are known, and no processor's name."""
+    return one.get("seconds") is None and "threads" not in one.get("machine", "") and "commit" in one
+
+
+def marked(seed: int, gpu: bool) -> str:
+    """A seed, with a mark where a GPU did the work."""
+    return f"{seed}*" if gpu else f"{seed}"
+
+
 def write(results: Path, name: str, table: dict[str, Any], lines: list[str]) -> None:
     """Print a table, and write it as RESULTS/NAME.json and, for people, as RESULTS/NAME.md."""
-    text = "\n".join(lines).rstrip() + "\n"
+    notes = [ON_GPU] if any(re.search(r"\d\*", line) for line in lines) else []
+    text = "\n".join([*lines, *notes]).rstrip() + "\n"
     print(text)
     runs.write_json(results / f"{name}.json", table)
     write_bytes(results / f"{name}.md", f"# {name}\n\n{text}".encode())

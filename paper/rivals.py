@@ -12,11 +12,10 @@ Theirs are the networks, losses and optimiser settings, from their papers and pu
 Data, augmentation, what D sees (--contrast), schedule, average of the weights, checkpoints and pictures are the
 loop's. So is its order: one synthesis per step, from which all losses are computed before any player moves.
 
-The VGG loss of pix2pixHD, SPADE and SEAN is off unless --lambda-vgg 10 asks for it: its network is a download, knows
-no CT, and would help three methods alone. Instance edges are left out, since a label map has no instances.
+The VGG loss of pix2pixHD, SPADE and SEAN is left out: its network is a download, knows no CT, and would help three
+methods alone. So are instance edges, since a label map has no instances. With --steer all networks see the numbers.
 """
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -46,10 +45,9 @@ class RivalConfig(covidgan.LoopConfig):
 
 @dataclass(frozen=True)
 class MatchingConfig(RivalConfig):
-    """Knobs of the rivals whose G matches features: D's (all of them as published), and VGG's."""
+    """Knobs of the rivals whose G matches D's features, all of them as published."""
 
     lambda_fm: float = 10.0  # weight of D's feature matching
-    lambda_vgg: float = 0.0  # weight of the VGG loss, 10 as published; see Vgg for its network
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -126,7 +124,7 @@ class Scales(nn.Module):
         self.scales = nn.ModuleList(scales)
 
     def forward(self, onehot: Tensor, image: Tensor) -> list[list[Tensor]]:
-        """Features of each scale for image [B, 1, H, W] and its map [B, n_labels, H, W]."""
+        """Features of each scale for image [B, 1, H, W] and its map [B, channels, H, W]."""
         pair, judged = torch.cat([onehot, image], 1), []
         for scale in self.scales:
             judged.append(scale(pair))
@@ -138,44 +136,6 @@ def feature_matching(real: list[list[Tensor]], fake: list[list[Tensor]]) -> Tens
     """Mean L1 distance of each feature map but the last, summed over the maps, averaged over the scales."""
     pairs = [pair for r, f in zip(real, fake, strict=True) for pair in zip(r[:-1], f[:-1], strict=True)]
     return sum((r.detach() - f).abs().mean(dtype=torch.float32) for r, f in pairs) / len(real)
-
-
-class Vgg(nn.Module):
-    """VGG19 (Simonyan, Zisserman, ICLR 2015) up to relu5_1, for the VGG loss of pix2pixHD, SPADE and SEAN; never moves.
-
-    Its weights are torchvision's, 575 MB, fetched into PyTorch's download cache if they are not there. Fed as these
-    methods do: in [-1, 1], not by ImageNet's mean and deviation.
-    """
-
-    URL = "https://download.pytorch.org/models/vgg19-dcbb9e9d.pth"
-    WIDTHS = (64, 64, "M", 128, 128, "M", 256, 256, 256, 256, "M", 512, 512, 512, 512, "M", 512)
-    WEIGHTS: ClassVar = {1: 1 / 32, 6: 1 / 16, 11: 1 / 8, 20: 1 / 4, 29: 1.0}  # relu1_1 to relu5_1: of their distances
-
-    def __init__(self) -> None:
-        super().__init__()
-        layers, c = [], 3
-        for width in self.WIDTHS:
-            layers += [nn.MaxPool2d(2)] if width == "M" else [nn.Conv2d(c, width, 3, padding=1), nn.ReLU()]
-            c = c if width == "M" else width
-        self.features = nn.Sequential(*layers)
-        held = torch.hub.load_state_dict_from_url(self.URL, map_location="cpu", weights_only=True)
-        self.load_state_dict({name: held[name] for name in self.state_dict()})
-        self.requires_grad_(False)
-
-    def seen(self, image: Tensor) -> list[Tensor]:  # [B, 1, H, W]
-        """Features after relu1_1, ..., relu5_1."""
-        x, found = image.expand(-1, 3, -1, -1), []
-        for k, layer in enumerate(self.features):
-            x = layer(x)
-            found += [x] if k in self.WEIGHTS else []
-        return found
-
-    def forward(self, image: Tensor, target: Tensor) -> Tensor:  # [B, 1, H, W] each, in [-1, 1]
-        """Weighted sum of the mean L1 distances of their features."""
-        with torch.no_grad():
-            wanted = self.seen(target)
-        pairs = zip(self.WEIGHTS.values(), self.seen(image), wanted, strict=True)
-        return sum(weight * (x - y).abs().mean(dtype=torch.float32) for weight, x, y in pairs)
 
 
 @torch.no_grad()
@@ -209,10 +169,10 @@ class OneImageNorm(nn.InstanceNorm2d):
 class UNet(nn.Module):
     """The generator `unet_256`, every skip concatenated. Dropout is off in synthesis, where its authors keep it on."""
 
-    def __init__(self, n_labels: int, ngf: int, levels: int) -> None:
+    def __init__(self, channels: int, ngf: int, levels: int) -> None:
         super().__init__()
         widths = [ngf * min(2**k, 8) for k in range(levels)]  # 64, 128, 256, 512, 512, ...
-        self.downs = nn.ModuleList([nn.Conv2d(n_labels, ngf, 4, 2, 1, bias=False)])
+        self.downs = nn.ModuleList([nn.Conv2d(channels, ngf, 4, 2, 1, bias=False)])
         for k, (a, b) in enumerate(pairwise(widths), start=2):
             norm = [OneImageNorm(b)] if k < levels else []
             self.downs.append(nn.Sequential(nn.LeakyReLU(0.2), nn.Conv2d(a, b, 4, 2, 1, bias=False), *norm))
@@ -223,7 +183,7 @@ class UNet(nn.Module):
             self.ups.append(nn.Sequential(nn.ReLU(), grow, OneImageNorm(a), *dropout))
         self.head = nn.Sequential(nn.ReLU(), nn.ConvTranspose2d(2 * ngf, 1, 4, 2, 1), nn.Tanh())
 
-    def forward(self, onehot: Tensor) -> tuple[Tensor, Tensor]:  # [B, n_labels, H, W]
+    def forward(self, onehot: Tensor) -> tuple[Tensor, Tensor]:  # [B, channels, H, W]
         """Image [B, 1, H, W] in [-1, 1], and alpha [B]; H and W are multiples of 2^levels."""
         skips = [onehot]
         for layer in self.downs:
@@ -243,9 +203,9 @@ class Pix2pix(Rival):
 
     def __init__(self, c: Pix2pixConfig) -> None:
         super().__init__(c)
-        self.g = UNet(c.n_labels, c.ngf, self.levels(c))
+        self.g = UNet(c.channels, c.ngf, self.levels(c))
         strides, padding = (2, 2, 2, 1), 1
-        patches = Patches(c.n_labels + 1, c.ndf, strides, padding, lambda conv: [conv, OneImageNorm(conv.out_channels)])
+        patches = Patches(c.channels + 1, c.ndf, strides, padding, lambda conv: [conv, OneImageNorm(conv.out_channels)])
         self.d = Scales([patches])
         self.apply(partial(start, draw=normal))
 
@@ -278,40 +238,29 @@ class Pix2pixHDConfig(MatchingConfig):
 class HDGenerator(nn.Module):
     """pix2pixHD's G1 (its §3.1) with its option's four halvings; covidgan's G1 has the class default of three."""
 
-    def __init__(self, n_labels: int, ngf: int, n_blocks: int) -> None:
+    def __init__(self, channels: int, ngf: int, n_blocks: int) -> None:
         super().__init__()
         widths = [ngf * 2**k for k in range(5)]
-        layers = stem(n_labels, ngf)
+        layers = stem(channels, ngf)
         for c in widths[:-1]:
             layers += down(c)
         layers += [ResidualBlock(widths[-1]) for _ in range(n_blocks)]
         for c in widths[:0:-1]:
-            layers += up(c, "deconv")
+            layers += up(c)
         self.layers = nn.Sequential(*layers, *head(ngf))
 
-    def forward(self, onehot: Tensor) -> tuple[Tensor, Tensor]:  # [B, n_labels, H, W]
+    def forward(self, onehot: Tensor) -> tuple[Tensor, Tensor]:  # [B, channels, H, W]
         """Image [B, 1, H, W] in [-1, 1], and alpha [B]; H and W are multiples of 16."""
         return self.layers(onehot).float(), no_alpha(onehot)
 
 
 class Matching(Rival):
-    """A rival whose G matches features of D, and with --lambda-vgg of VGG."""
+    """A rival whose G matches features of D."""
 
-    @functools.cached_property
-    def vgg(self) -> Vgg:
-        """The network of the VGG loss; not made in __init__, or it would be part of every checkpoint."""
-        return Vgg().to(next(self.parameters()).device)
-
-    def generator_losses(
-        self, gan: Tensor, real: list[list[Tensor]], fake: list[list[Tensor]], image: Tensor, target: Tensor
-    ) -> dict[str, Tensor]:
-        """G's loss and its parts, from its side of the game, D's features, and images [B, 1, H, W] in [-1, 1]."""
-        parts = {"gan": gan, "fm": feature_matching(real, fake)}
-        g = gan + self.c.lambda_fm * parts["fm"]
-        if self.c.lambda_vgg:
-            parts["vgg"] = self.vgg(image, target)
-            g = g + self.c.lambda_vgg * parts["vgg"]
-        return {"g": g, **parts}
+    def generator_losses(self, gan: Tensor, real: list[list[Tensor]], fake: list[list[Tensor]]) -> dict[str, Tensor]:
+        """G's loss and its parts, from its side of the game and D's features."""
+        fm = feature_matching(real, fake)
+        return {"g": gan + self.c.lambda_fm * fm, "gan": gan, "fm": fm}
 
 
 class Pix2pixHD(Matching):
@@ -323,8 +272,8 @@ class Pix2pixHD(Matching):
 
     def __init__(self, c: Pix2pixHDConfig) -> None:
         super().__init__(c)
-        self.g = HDGenerator(c.n_labels, c.ngf, c.n_blocks)
-        self.d = Scales([covidgan.PatchGAN(c.n_labels + 1, c.ndf) for _ in range(2)])
+        self.g = HDGenerator(c.channels, c.ngf, c.n_blocks)
+        self.d = Scales([covidgan.PatchGAN(c.channels + 1, c.ndf) for _ in range(2)])
         self.apply(partial(start, draw=normal))
 
     def losses(self, onehot: Tensor, target: Tensor, stage: str) -> dict[str, Tensor]:
@@ -332,7 +281,7 @@ class Pix2pixHD(Matching):
         image = self.g(onehot)[0]
         real, fake = (self.d(onehot, self.seen_by_d(x, onehot)) for x in (target, image))
         d, gan = gan_losses(real, fake, "lsgan")
-        return {"d": d, **self.generator_losses(gan, real, fake, image, target)}
+        return {"d": d, **self.generator_losses(gan, real, fake)}
 
 
 def conv3(c_in: int, c_out: int, **more: Any) -> nn.Conv2d:
@@ -380,18 +329,18 @@ def spectral(conv: nn.Conv2d) -> nn.Conv2d:
 class SpadeNorm(nn.Module):
     """Spatially adaptive normalisation (SPADE Eq. 1, Fig. 2): batch norm whose scale and shift the map paints."""
 
-    def __init__(self, c: int, n_labels: int, ngf: int) -> None:
+    def __init__(self, c: int, channels: int, ngf: int) -> None:
         super().__init__()
         self.norm = nn.BatchNorm2d(c, affine=False)  # in synthesis, with statistics collected in training
-        self.shared = nn.Sequential(conv3(n_labels, 2 * ngf), nn.ReLU())
+        self.shared = nn.Sequential(conv3(channels, 2 * ngf), nn.ReLU())
         self.gamma, self.beta = conv3(2 * ngf, c), conv3(2 * ngf, c)
 
-    def modulation(self, onehot: Tensor, codes: Tensor | None) -> tuple[Tensor, Tensor]:  # [B, n_labels, H, W]
+    def modulation(self, onehot: Tensor, codes: Tensor | None) -> tuple[Tensor, Tensor]:  # [B, channels, H, W]
         """Gamma and beta [B, c, H, W] of every pixel; only SEAN uses style codes."""
         hidden = self.shared(onehot)
         return self.gamma(hidden), self.beta(hidden)
 
-    def forward(self, x: Tensor, onehot: Tensor, codes: Tensor | None) -> Tensor:  # [B, c, H, W], [B, n_labels, H, W]
+    def forward(self, x: Tensor, onehot: Tensor, codes: Tensor | None) -> Tensor:  # [B, c, H, W], [B, channels, H, W]
         """Normalise x and modulate it."""
         gamma, beta = self.modulation(onehot, codes)
         return self.norm(x) * (1 + gamma) + beta
@@ -426,15 +375,15 @@ class SpadeGenerator(nn.Module):
     STRIDES = (32, 16, 16, 8, 4, 2, 1)  # the map's size over a block's
     WIDTHS = (16, 16, 16, 16, 8, 4, 2, 1)  # channels between the blocks, over ngf
 
-    def __init__(self, n_labels: int, ngf: int, norm: Callable[[int, int], nn.Module]) -> None:
+    def __init__(self, channels: int, ngf: int, norm: Callable[[int, int], nn.Module]) -> None:
         super().__init__()
         widths = [ngf * w for w in self.WIDTHS]
-        self.first = conv3(n_labels, widths[0])
+        self.first = conv3(channels, widths[0])
         blocks = [SpadeBlock(a, b, partial(norm, k=k)) for k, (a, b) in enumerate(pairwise(widths))]
         self.blocks = nn.ModuleList(blocks)
         self.head = conv3(ngf, 1)
 
-    def forward(self, onehot: Tensor, codes: Tensor | None = None) -> tuple[Tensor, Tensor]:  # [B, n_labels, H, W]
+    def forward(self, onehot: Tensor, codes: Tensor | None = None) -> tuple[Tensor, Tensor]:  # [B, channels, H, W]
         """Image [B, 1, H, W] in [-1, 1], and alpha [B]; H and W are multiples of 32."""
         x, before = self.first(onehot[..., ::32, ::32]), 32
         for stride, block in zip(self.STRIDES, self.blocks, strict=True):
@@ -468,8 +417,8 @@ class Spade(Matching):
     @classmethod
     def networks(cls, c: MatchingConfig) -> tuple[nn.Module, nn.Module]:
         """Generator and discriminators."""
-        g = SpadeGenerator(c.n_labels, c.ngf, lambda width, k: SpadeNorm(width, c.n_labels, c.ngf))
-        return g, spectral_patches(c.n_labels + 1, c.ndf, (2, 2, 2, 1))
+        g = SpadeGenerator(c.channels, c.ngf, lambda width, k: SpadeNorm(width, c.channels, c.ngf))
+        return g, spectral_patches(c.channels + 1, c.ndf, (2, 2, 2, 1))
 
     def image(self, onehot: Tensor, target: Tensor) -> Tensor:
         """The synthesis of a training step [B, 1, H, W]."""
@@ -480,7 +429,7 @@ class Spade(Matching):
         image = self.image(onehot, target)
         real, fake = (self.d(onehot, self.seen_by_d(x, onehot)) for x in (target, image))
         d, gan = (loss / len(real) for loss in gan_losses(real, fake, "hinge"))
-        return {"d": 2 * d, **self.generator_losses(gan, real, fake, image, target)}
+        return {"d": 2 * d, **self.generator_losses(gan, real, fake)}
 
 
 class StyleEncoder(nn.Module):
@@ -559,24 +508,24 @@ class FixedStyle(nn.Module):
 class AceNorm(SpadeNorm):
     """SEAN's normalisation (its Fig. 3): SPADE's with noise before it, in training, and with styles blended in."""
 
-    def __init__(self, c: int, n_labels: int, ngf: int, styled: bool) -> None:
-        super().__init__(c, n_labels, ngf)
+    def __init__(self, c: int, channels: int, n_labels: int, ngf: int, styled: bool) -> None:
+        super().__init__(c, channels, ngf)
         self.noise = nn.Parameter(torch.zeros(c, 1, 1))
         self.styled = styled
         if styled:
             self.style = StylePath(c, n_labels, ngf)
             self.blend = nn.Parameter(torch.zeros(2))  # for gamma and for beta: sigmoid gives 0.5
 
-    def modulation(self, onehot: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:  # [B, n_labels, H, W]
+    def modulation(self, onehot: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:  # [B, channels, H, W]
         """Gamma and beta [B, c, H, W] of every pixel; codes [B or 1, n_labels, 8 ngf]."""
         gamma, beta = super().modulation(onehot, codes)
         if self.styled:
-            gamma_s, beta_s = self.style(onehot, codes)
+            gamma_s, beta_s = self.style(onehot[:, : codes.shape[1]], codes)  # of labels, not of what else is told
             a, b = self.blend.sigmoid()
             gamma, beta = gamma + a * (gamma_s - gamma), beta + b * (beta_s - beta)
         return gamma, beta
 
-    def forward(self, x: Tensor, onehot: Tensor, codes: Tensor) -> Tensor:  # [B, c, H, W], [B, n_labels, H, W]
+    def forward(self, x: Tensor, onehot: Tensor, codes: Tensor) -> Tensor:  # [B, c, H, W], [B, channels, H, W]
         """Normalise x, in training with noise of one channel, and modulate it."""
         if self.training:
             x = x + torch.randn_like(x[:, :1]) * self.noise.to(x.dtype)  # or autocast would go on in float32
@@ -596,11 +545,12 @@ class SeanGenerator(nn.Module):
         super().__init__()
         last = len(SpadeGenerator.STRIDES) - 1
         self.encoder = StyleEncoder(c.ngf)
-        self.painter = SpadeGenerator(c.n_labels, c.ngf, lambda width, k: AceNorm(width, c.n_labels, c.ngf, k < last))
+        norm = lambda width, k: AceNorm(width, c.channels, c.n_labels, c.ngf, k < last)  # noqa: E731
+        self.painter = SpadeGenerator(c.channels, c.ngf, norm)
         self.register_buffer("code_sums", torch.zeros(c.n_labels, 8 * c.ngf))
         self.register_buffer("code_counts", torch.zeros(c.n_labels, 1))
 
-    def forward(self, onehot: Tensor, codes: Tensor | None = None) -> tuple[Tensor, Tensor]:  # [B, n_labels, H, W]
+    def forward(self, onehot: Tensor, codes: Tensor | None = None) -> tuple[Tensor, Tensor]:  # [B, channels, H, W]
         """Image [B, 1, H, W] in [-1, 1], and alpha [B]; codes [B, n_labels, 8 ngf], by default the mean's."""
         return self.painter(onehot, self.mean_codes() if codes is None else codes)
 
@@ -623,7 +573,7 @@ class SeanGenerator(nn.Module):
 class Sean(Spade):
     """SEAN: trained to rebuild a slice from its map and its own style; synthesizes in the training images' mean style.
 
-    Its authors encode the very image to be synthesized, which has then seen the answer: `synthesize_self` does this.
+    Its authors encode the very image to be synthesized, which has then seen the answer.
     """
 
     name = "SEAN"
@@ -631,17 +581,13 @@ class Sean(Spade):
     @classmethod
     def networks(cls, c: MatchingConfig) -> tuple[nn.Module, nn.Module]:
         """Generator with its encoder, and discriminators with one layer fewer, for patches of 46 x 46 pixels."""
-        return SeanGenerator(c), spectral_patches(c.n_labels + 1, c.ndf, (2, 2, 2))
+        return SeanGenerator(c), spectral_patches(c.channels + 1, c.ndf, (2, 2, 2))
 
     def image(self, onehot: Tensor, target: Tensor) -> Tensor:
         """The synthesis of a training step [B, 1, H, W], in the style of its target."""
-        codes, present = self.g.encoder(target, onehot)
+        codes, present = self.g.encoder(target, onehot[:, : self.c.n_labels])
         self.g.remember(codes, present)
         return self.g(onehot, codes)[0]
-
-    def synthesize_self(self, onehot: Tensor, real: Tensor) -> Tensor:
-        """Image [B, 1, H, W] in the style of real lungs [B, 1, H, W] in [-1, 1], floor outside, of the same maps."""
-        return self.g(onehot, self.g.encoder(real, onehot)[0])[0]
 
 
 METHODS: dict[str, type[covidgan.Method]] = {method.name: method for method in (Pix2pix, Pix2pixHD, Spade, Sean)}

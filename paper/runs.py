@@ -22,15 +22,7 @@ from typing import Any
 
 import torch
 
-from data.slices import (
-    SIDES,
-    Mistake,
-    OneLineParser,
-    list_pngs,
-    read_image,
-    read_split,
-    write_bytes,
-)
+from data.slices import SIDES, Mistake, OneLineParser, list_pngs, read_image, read_split, write_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
 FEATURES = "efficientnet-lite0"  # for FID and KID: Inception's weights are a download
@@ -78,24 +70,24 @@ def as_options(given: dict[str, Any]) -> list[str]:
 def train(program: list[str], options: list[str], out: Path, row: str = "") -> None:
     """Train into a folder, or go on there, unless it is whole. Raises Mistake, also where its row has changed since.
 
-    row: the run's options without data and scale. These, the repository's commit, the machine, and CPU seconds, unless
-    a GPU did the work or it was stopped, are noted in OUT/begun.json.
+    row: the run's options without data and scale. These, the repository's commit, the machine, and CPU seconds of all
+    parts, unless a GPU did the work or one of them was killed, are noted in OUT/begun.json.
     """
-    note, started = out / "begun.json", (out / "ckpt.pt").exists()
+    note = out / "begun.json"
     if note.exists() and (was := begun(out)["row"]) != row:
         raise Mistake(f"{out}: trained with {was!r}, its row now has {row!r}: give the row another name, or delete it")
     if (out / "results.json").exists():
         return
-    if started:
-        call(*program, "--out", out, "--resume")
-        return
-    out.mkdir(parents=True, exist_ok=True)
-    about = {"row": row, "commit": commit(), "machine": machine(), "seconds": None}
-    write_json(note, about)
+    about, given = {"row": row, "commit": commit(), "machine": machine(), "seconds": 0.0}, options
+    if (out / "ckpt.pt").exists():
+        about, given = begun(out), ["--resume"]
+    write_json(note, about | {"seconds": None})  # as it stays where this program is killed
     before = cpu_seconds()
-    call(*program, "--out", out, *options)
-    if not torch.cuda.is_available():
-        write_json(note, about | {"seconds": cpu_seconds() - before})
+    try:
+        call(*program, "--out", out, *given)
+    finally:
+        if about["seconds"] is not None and not torch.cuda.is_available():
+            write_json(note, about | {"seconds": about["seconds"] + cpu_seconds() - before})
 
 
 def begun(out: Path) -> dict[str, Any]:
@@ -143,19 +135,36 @@ def synthesize(out: Path, data: Path, side: str, kind: str = "synthetic", *optio
     return synthetic
 
 
-def compare(data: Path, synthetic: Path, out: Path, runs: Path) -> dict[str, Any]:
+def compare(data: Path, synthetic: Path, out: Path, runs: Path, unet: Path | None = None) -> dict[str, Any]:
     """Compare synthetic slices with the real ones of a dataset: eval.py's results, written as OUT/results.json.
 
-    runs: the folder of all runs, which share the network for FID and KID.
+    runs: the folder of all runs, which share the network for FID and KID. unet: finds lesions in both.
     """
     results, features = out / "results.json", exported(runs / "features.onnx", "--features", FEATURES)
-    call(ROOT / "eval.py", data, synthetic, "--features", features, "--out", out, "--json", results)
+    models = ["--features", features, *(["--unet", unet] if unet else [])]
+    call(ROOT / "eval.py", data, synthetic, *models, "--out", out, "--json", results)
     return read_json(results)
 
 
-def measure(out: Path, data: Path, side: str) -> dict[str, Any]:
+def measure(
+    out: Path, data: Path, side: str, unet: Path | None = None, kind: str = "synthetic", *options: str | Path
+) -> dict[str, Any]:
     """Synthesize a side of a dataset with a trained run and compare it with the real slices: eval.py's results."""
-    return compare(data, synthesize(out, data, side), out / f"eval_{side}", out.parent)
+    slices = synthesize(out, data, side, kind, *options)
+    if kind == "synthetic":
+        return compare(data, slices, out / f"eval_{side}", out.parent, unet)
+    return compare(data, first_draws(slices), out / f"eval_{kind}_{side}", out.parent, unet)
+
+
+def first_draws(drawn: Path) -> Path:
+    """A folder of links to the first draw of each map, under the map's name, by which eval.py pairs slices."""
+    links = drawn.with_name(f"{drawn.name}_first")
+    links.mkdir(exist_ok=True)
+    for path in (drawn / "images").glob("*d01.png"):
+        link = links / f"{path.stem.removesuffix('d01')}.png"
+        link.unlink(missing_ok=True)
+        link.symlink_to(path.resolve())
+    return links
 
 
 def read_json(path: Path) -> Any:

@@ -197,6 +197,7 @@ def records_of(row: str, side: str, found: Kept) -> list[Record]:
         means = [one["mean"] for one in held]
         spread = float(np.std(means, ddof=1)) if len(means) > 1 and None not in means else None
         told = {"row": row, "class": lesion, "metric": metric, "side": side, "seeds": [*found]}
+        told["on a GPU"] = [seed for seed, one in found.items() if report.on_gpu(one)]
         for key in FIGURE:
             values = [one[key] for one in held]
             told[key] = None if None in values else float(np.mean(values))
@@ -268,7 +269,7 @@ def side_told(table: dict[str, Any], side: str, heads: list[str]) -> list[str]:
     rows = []
     for row, group in itertools.groupby(ours, key=lambda one: one["row"]):
         several = [*group]
-        seeds = ", ".join(map(str, several[0]["seeds"]))
+        seeds = ", ".join(report.marked(seed, seed in several[0]["on a GPU"]) for seed in several[0]["seeds"])
         rows.append([row, slices_told(table["slices"][row]), seeds, *map(cell, several)])
     lines += grid(["row", "trained on", "seeds", *heads], rows)
     if differences := [told_apart(one) for one in table["differences"] if one["side"] == side]:

@@ -30,13 +30,34 @@ def program(tmp_path):
 
 
 def test_a_run_that_stopped_goes_on_and_one_that_is_whole_is_left_alone(program, tmp_path):
-    out = tmp_path / "run"
+    out, before = tmp_path / "run", runs.cpu_seconds()
     with pytest.raises(Mistake, match="status 130"):
         runs.train(program, ["--seed", "3", "--fail"], out, "--row")
+    part = runs.begun(out)["seconds"]
     for _ in range(2):
         runs.train(program, ["--seed", "3", "--fail"], out, "--row")
     assert (out / "calls.txt").read_text().splitlines() == [f"--out {out} --seed 3 --fail", f"--out {out} --resume"]
-    assert runs.begun(out)["seconds"] is None  # of a run that was stopped
+    assert 0 < part < runs.begun(out)["seconds"] <= runs.cpu_seconds() - before  # of both parts
+
+
+def test_of_a_run_that_was_killed_no_seconds_are_told(program, tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "call", lambda *_: (tmp_path / "ckpt.pt").write_text("half"))
+    runs.train(program, [], tmp_path)
+    runs.write_json(tmp_path / "begun.json", runs.begun(tmp_path) | {"seconds": None})  # as it was while it ran
+    runs.train(program, [], tmp_path)
+    assert runs.begun(tmp_path)["seconds"] is None
+
+
+def test_a_draw_is_found_under_its_maps_name(tmp_path):
+    (tmp_path / "drawn_test" / "images").mkdir(parents=True)
+    for name in ("P1_d01d01", "P1_2d01", "P1_2d02"):
+        (tmp_path / "drawn_test" / "images" / f"{name}.png").write_text(name)
+    for _ in range(2):
+        links = runs.first_draws(tmp_path / "drawn_test")
+    assert {path.name: path.read_text() for path in links.iterdir()} == {
+        "P1_d01.png": "P1_d01d01",
+        "P1_2.png": "P1_2d01",
+    }
 
 
 def test_what_a_run_cost_is_noted_and_one_that_was_begun_by_another_row_is_not_taken(program, tmp_path):
