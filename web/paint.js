@@ -1,9 +1,10 @@
 /* Paint a label map, see the CT slice: the generator that export.py wrote, in the browser.
 
-   A stroke makes a new map, the worker makes a slice of it, and the slice's HU are shown through a window. Maps and
-   slices are saved as the PNG files that data/slices.py describes. From top to bottom: the knobs; the page and its
-   controls; the map and its history; painting; synthesis; files; what is shown; PNG; the worker, which is what
-   Generator is in infer_onnx.py.
+   A stroke makes a new map, the worker makes a slice of it, and the slice's HU are shown through a window: in a body
+   that is drawn about the lungs, or in the CT slice that was opened with the map. Maps and slices are saved as the PNG
+   files that data/slices.py describes. From top to bottom: the knobs; the page and its controls; the map and its
+   history; painting; synthesis; what surrounds it; files; what is shown; PNG; the worker, which is what Generator is in
+   infer_onnx.py.
 
    Nothing is built and nothing leaves the browser. ONNX Runtime Web comes from web/vendor, where `make web` puts it, or
    else from a public copy of the same npm package; either way the browser holds it to the hashes below. */
@@ -16,10 +17,12 @@ const HU_OFFSET = 1024; // stored value = HU + 1024, clipped to 0..4095
 
 const GENERATOR = "../models/covid-ct-256.onnx"; // opened at the start, if it is there
 const EXAMPLES = ["P01_S008", "P02_S015", "P07_S020", "P15_S009", "P16_S008"]; // ../models/examples/P01_S008.png, ...
-const LARGEST = 1024; // pixels of a map's longer side
+const START = EXAMPLES[0]; // shown first
 const STEPS = 100; // that can be undone
-const SIZE = 256; // of the built-in map, pixels, and
+const SIZE = 256; // pixels of the map, and
 const WINDOW = { level: -600, width: 1500 }; // HU, before a generator says better
+const AIR = -1000, FAT = -100, MUSCLE = 40, BONE = 300; // HU of the body that is drawn
+const EDGE = 2; // pixels beside a lesion in which it fades into the slice that was opened
 
 const RUNTIME = { // ONNX Runtime Web. A new version wants new hashes, and its number in index.html's policy
   places: ["vendor/", "https://cdn.jsdelivr.net/npm/onnxruntime-web@1.30.0/dist/"], // the first that has it, whole
@@ -34,12 +37,18 @@ const clamp = (value, low, high) => Math.min(Math.max(value, low), high);
 
 // ---------------------------------------------------------------------------------------------- the page
 
-function main() {
-  useMap(drawLungs(SIZE), false);
-  $("start").append(new Option("Two lungs", ""), ...EXAMPLES.map((name) => new Option(name, name)));
+async function main() {
+  useMap({ name: "map", width: SIZE, height: SIZE, labels: new Uint8Array(SIZE ** 2) }, false);
+  $("start").append(...EXAMPLES.map((name) => new Option(name, name)));
   wire();
   resetWindow();
-  openGenerator(GENERATOR.split("/").pop(), get(GENERATOR));
+  const start = async () => {
+    const map = await getExample(START).catch(() => state.map); // opened from disk, the page cannot read it
+    if (!state.past.length) useMap(map, false);
+  };
+  start();
+  await openGenerator(GENERATOR.split("/").pop(), get(GENERATOR));
+  if (state.generator && state.generator.size !== SIZE) start();
 }
 
 /** Join the controls with what they do. */
@@ -53,6 +62,8 @@ function wire() {
   on(document, "keydown", shortcut);
   on($("size"), "input", showSliders);
   for (const id of ["level", "width"]) on($(id), "input", () => { showSliders(); drawCt(); });
+  for (const id of ["density", "detail"]) on($(id), "input", () => steer());
+  on($("draw"), "click", drawAnother);
   on($("reset"), "click", resetWindow);
   on($("undo"), "click", undo);
   on($("redo"), "click", redo);
@@ -66,14 +77,14 @@ function wire() {
   for (const what of ["map", "generator"]) {
     on($(`open-${what}`), "click", () => $(`${what}-file`).click());
     on($(`${what}-file`), "change", ({ target }) => {
-      if (target.files[0]) openFile(target.files[0]);
+      openFiles([...target.files]);
       target.value = ""; // so that the same file can be opened again
     });
   }
   on(document, "dragover dragleave drop", (event) => {
     event.preventDefault();
     document.body.classList.toggle("dropping", event.type === "dragover");
-    if (event.type === "drop" && event.dataTransfer.files[0]) openFile(event.dataTransfer.files[0]);
+    if (event.type === "drop") openFiles([...event.dataTransfer.files]);
   });
   on(window, "beforeunload", (event) => { // the browser asks, else the drawing would be lost
     if (state.map !== state.kept) event.returnValue = true; // older browsers want this way
@@ -89,11 +100,10 @@ function shortcut(event) {
   }
   if (event.altKey || event.target.matches("select")) return;
   if (/^[0-3]$/.test(key)) choose("label", key);
-  else if (key === "e") choose("label", 0);
   else if (key === "b") choose("tool", "brush");
   else if (key === "f") choose("tool", "fill");
-  else if (key === "[") resizeBrush(-2);
-  else if (key === "]") resizeBrush(2);
+  else if (key === "d") drawAnother();
+  else if (key === "[" || key === "]") resizeBrush(key === "[" ? -2 : 2);
 }
 
 const chosen = (name) => document.querySelector(`[name=${name}]:checked`).value; // of label, tool
@@ -107,12 +117,14 @@ function resizeBrush(change) {
 // ---------------------------------------------------------------------------------------------- the map, its history
 
 const state = {
-  map: null, // {name, width, height, labels uint8}; it never changes, an edit makes another
+  map: null, // {name, width, height, labels uint8}; it never changes, an edit makes another. Of a file also `opened`,
+             // its labels as the file has them, and `scan`, the slice that was opened with it, HU int16
   past: [], future: [], // maps
   kept: null, // the map that was saved, opened or started from last
-  generator: null, // {labels, level, width, size, multiple, trained_labels, licence} of the one that is open
-  untrained: [], // labels above 0 that no map of its training held, until the first use of each is told
-  slice: null, // {map, hu int16, seconds}; out of date where its map is not the one above
+  waiting: null, // {name, width, height, hu}, a slice that was opened before its map
+  generator: null, // {labels, level, width, size, multiple, trained_labels, steering, licence} of the one that is open
+  told: {}, // {density, detail, seed}: what the generator is told besides the map; never changes, as a map
+  slice: null, // {map, told, hu int16, seconds}; out of date where map or told are not those above
 };
 
 /** Put a map in the place of the present one, which a step keeps so that it can be undone. */
@@ -145,19 +157,6 @@ function travel(from, to) {
   if (!from.length) return;
   to.push(state.map);
   setMap(from.pop(), false);
-}
-
-/** Two lungs, the simplest map that a generator makes something of. */
-function drawLungs(size) {
-  const labels = new Uint8Array(size * size);
-  const ellipse = (x, y, rx, ry) => (x / rx) ** 2 + (y / ry) ** 2 < 1; // around 0
-  for (let i = 0; i < labels.length; i++) {
-    const x = (2 * (i % size) + 1) / size - 1, y = (2 * Math.floor(i / size) + 1) / size - 1; // -1 to 1
-    const lungs = ellipse(Math.abs(x) - 0.42, y, 0.35 + 0.08 * y, 0.66);
-    const heart = ellipse(x - 0.14, y + 0.2, 0.36, 0.3), spine = ellipse(x, y - 0.4, 0.2, 0.5);
-    labels[i] = lungs && !heart && !spine ? 1 : 0;
-  }
-  return { name: "lungs", width: size, height: size, labels };
 }
 
 // ---------------------------------------------------------------------------------------------- painting
@@ -273,30 +272,53 @@ let wanted = null; // a promise of the bytes of the generator that was asked for
 async function synthesize() {
   if (busy || !state.generator) return;
   busy = true;
-  let map;
+  let map, told;
   do {
-    map = state.map;
+    ({ map, told } = state);
     $("timing").textContent = "drawing …";
     try {
-      state.slice = { map, ...await worker.ask("synthesize", map) };
-      tellUntrained(map);
+      const { hu, seconds } = await worker.ask("synthesize", { ...map, told });
+      state.slice = { map, told, seconds, hu: map.scan ? intoScan(map, hu) : intoBody(map, hu) };
     } catch (error) {
       state.slice = null;
       complain(`No slice of ${map.width} x ${map.height} pixels: ${error.message}`);
     }
     drawCt();
     showButtons();
-  } while (map !== state.map);
+  } while (map !== state.map || told !== state.told);
   busy = false;
 }
 
-/** Say, once for each label, that a map uses it and no map of the generator's training did. */
-function tellUntrained({ labels }) {
-  const used = state.untrained.filter((label) => labels.includes(label));
-  if (!used.length) return;
-  state.untrained = state.untrained.filter((label) => !used.includes(label));
-  const names = used.map((label) => LABELS[label]).join(" and ");
-  say(`This generator never saw ${names} in training: what it draws there means nothing.`);
+/** Whether the slice is that of the map as it is, and of what the generator is told now. */
+const isCurrent = () => state.slice?.map === state.map && state.slice.told === state.told;
+
+/** Tell the generator what its sliders say, and the seed of the draw that is wanted. */
+function steer(seed = state.told.seed) {
+  state.told = { density: Number($("density").value), detail: Number($("detail").value), seed };
+  showSliders();
+  showButtons();
+  synthesize();
+}
+
+function drawAnother() {
+  if (!$("draw").hidden) steer(state.told.seed + 1);
+}
+
+/** Show what the generator can be told, at the numbers of the slice that was opened or else at its defaults. */
+function resetSteering() {
+  const { generator, map } = state, steering = generator?.steering ?? {};
+  const measured = map.scan ? measure(map, map.scan, map.opened, generator) : {};
+  for (const id of ["density", "detail"]) {
+    $(id).parentElement.hidden = !steering[id];
+    if (!steering[id]) continue;
+    const { low, high, default: usual } = steering[id], value = Math.round(measured[id] || usual); // || for NaN
+    const more = (high - low) / 5; // beyond what was usual in training
+    $(id).min = Math.min(Math.floor(low - more), value);
+    $(id).max = Math.max(Math.ceil(high + more), value);
+    $(id).value = value;
+  }
+  $("draw").hidden = !steering.seed;
+  steer(steering.seed?.default);
 }
 
 /** Open a generator from a promise of its bytes. The one before stays where the file is refused. */
@@ -312,41 +334,115 @@ async function openGenerator(name, content) {
   }
   state.slice = null; // it was the other generator's
   const { size, licence, trained_labels: trained } = state.generator;
-  const untouched = !state.past.length && !state.future.length;
-  state.untrained = trained ? [1, 2, 3].filter((label) => !trained.includes(label)) : []; // an older file tells none
-  $("about").textContent = `${name}, trained at ${size} x ${size} pixels. ${licence}`;
+  const unseen = LABELS.filter((_, label) => trained && label && !trained.includes(label)); // an older file tells none
+  const warning = unseen.length ? ` It never saw ${unseen.join(" or ")}: what it draws there means nothing.` : "";
+  $("about").textContent = `${name}, trained at ${size} x ${size} pixels.${warning} ${licence}`;
   resetWindow();
-  if (untouched) useMap(drawLungs(size), false);
-  else mapChanged();
+  resetSteering(); // and makes the slice
   say("Paint on the map: the slice follows. Everything runs in this browser, and nothing is uploaded.");
+}
+
+// ---------------------------------------------------------------------------------------------- what surrounds it
+
+/** Put synthetic lungs, HU, into a body that is drawn about them and is no patient's: muscle, fat, bones. */
+function intoBody({ width, labels }, lungs) {
+  const inside = [...labels.keys()].filter((i) => labels[i]), x = (i) => i % width, y = (i) => Math.floor(i / width);
+  if (!inside.length) return lungs;
+  const ends = (of) => inside.reduce(([low, high], i) => [Math.min(low, of(i)), Math.max(high, of(i))], [1e9, 0]);
+  const [left, right] = ends(x), [top, bottom] = ends(y), unit = (right - left + 1) / 100; // a percent of their width
+  const [cx, cy, rx, ry] = [left + right, top + bottom, right - left, bottom - top].map((sum) => sum / 2);
+  const oval = (dx, dy, across, down) => (Math.abs(dx / across) ** 2.3 + Math.abs(dy / down) ** 2.3) ** (1 / 2.3);
+  return lungs.map((lung, i) => {
+    if (labels[i]) return lung;
+    const dx = x(i) - cx, dy = y(i) - cy, radius = oval(dx, dy, rx + 16 * unit, ry + 16 * unit); // 1 on the skin
+    const within = (edge) => clamp((edge - radius) * 60 * unit, 0, 1); // a border is a pixel wide
+    const rib = (within(0.86) - within(0.82)) * (Math.sin(7 * Math.atan2(dy, dx) + 0.6) > 0);
+    const vertebra = oval(dx, dy - ry + 9 * unit, 8 * unit, 7 * unit) < 1;
+    const spine = vertebra || oval(dx, dy - ry - 3 * unit, 3 * unit, 8 * unit) < 1;
+    const tissue = within(1) * (FAT - AIR) + within(0.93) * (MUSCLE - FAT) + Math.max(rib, spine) * (BONE - MUSCLE);
+    const noise = Math.imul(i ^ (i << 7) ^ (i >>> 3), 0x9e3779b1); // a multiplication stirs the upper bits
+    return AIR + tissue + (noise >> 26);
+  });
+}
+
+/** Put what was painted, HU, into the slice that was opened; where the map is as it was opened, so is the slice. */
+function intoScan(map, lungs) {
+  const { labels, opened, scan } = map, steps = Array.from({ length: EDGE + 1 }, (_, k) => k);
+  const painted = (i) => labels[i] !== opened[i];
+  return scan.map((real, i) => {
+    const step = labels[i] ? steps.findIndex((k) => around(i, map, k).some(painted)) : -1; // stays inside the lung
+    return step < 0 ? real : Math.round(lungs[i] + (step / (EDGE + 1)) * (real - lungs[i]));
+  });
+}
+
+/** Density and detail of a slice's healthy lung, HU, as steering in covidgan.py has them; NaN where there is none. */
+function measure(map, hu, labels, { level, width }) {
+  const seen = hu.map((value) => clamp(value, level - width / 2, level + width / 2));
+  const mean = (pixels, value) => pixels.reduce((sum, i) => sum + value(i), 0) / pixels.length;
+  const healthy = [...labels.keys()].filter((i) => labels[i] === 1);
+  const inner = healthy.filter((i) => around(i, map, 1).every((j) => labels[j] === 1));
+  const density = mean(healthy, (i) => seen[i]);
+  const detail = mean(inner, (i) => (seen[i] - mean(around(i, map, 1), (j) => seen[j])) ** 2) ** 0.5;
+  return { density, detail };
+}
+
+/** The pixels at most this many rows and columns from pixel i, itself too. */
+function around(i, { width, height }, reach) {
+  const found = [], x = i % width, y = Math.floor(i / width);
+  for (let row = Math.max(0, y - reach); row <= Math.min(height - 1, y + reach); row++) {
+    for (let column = Math.max(0, x - reach); column <= Math.min(width - 1, x + reach); column++) {
+      found.push(row * width + column);
+    }
+  }
+  return found;
 }
 
 // ---------------------------------------------------------------------------------------------- files
 
-/** Open what was picked or dropped, by its ending. */
-function openFile(file) {
-  if (/\.png$/i.test(file.name)) openMap(file.name, file.arrayBuffer());
-  else if (/\.onnx$/i.test(file.name)) openGenerator(file.name, file.arrayBuffer());
-  else complain(`${file.name}: neither a label map, .png, nor a generator, .onnx`);
+/** Open what was picked or dropped: a generator, or PNG files, of which a map and a slice are a pair. */
+async function openFiles(files) {
+  const found = {};
+  for (const file of files) {
+    if (/\.onnx$/i.test(file.name)) return openGenerator(file.name, file.arrayBuffer());
+    try {
+      const png = await readMapOrSlice(new Uint8Array(await file.arrayBuffer()));
+      found[png.hu ? "slice" : "map"] = { name: file.name.replace(/\.[^.]*$/, ""), opened: png.labels, ...png };
+    } catch (error) {
+      return complain(`${file.name}: ${error.message}`);
+    }
+  }
+  if (files.length) useFiles(found.map ?? state.map, found.slice ?? state.waiting, found);
 }
 
-/** Open a label map from a promise of its bytes, with a word where it has not the size that the generator knows. */
-async function openMap(file, content) {
-  try {
-    const map = await readMap(new Uint8Array(await content));
-    const { width, height } = map, size = state.generator?.size ?? width;
-    useMap({ name: file.replace(/\.[^.]*$/, ""), ...map });
-    const note = width === size && height === size ? "" : ` The generator was trained at ${size} x ${size}.`;
-    say(`${file}: ${width} x ${height} pixels.${note}`);
-  } catch (error) {
-    complain(`${file}: ${error.message}`);
+/** Go on with a map, a slice or both. A slice alone is that of the map that was opened before, or else of the next. */
+function useFiles(map, slice, found) {
+  const fits = slice && map.opened && !map.scan && slice.width === map.width && slice.height === map.height;
+  const isKept = found.map || map === state.kept, size = ({ width, height }) => `${width} x ${height}`;
+  state.waiting = found.slice && !fits ? slice : null;
+  if (fits || found.map) setMap(fits ? { ...map, scan: slice.hu } : map);
+  if (isKept) state.kept = state.map;
+  if (fits) {
+    resetSteering();
+    say(`${slice.name}: lesions that you paint appear in this slice, all else in it stays as it is.`);
+  } else if (found.slice) {
+    say(`${slice.name}: ${size(slice)} pixels. Now open its label map, of the same size.`);
+  } else {
+    const trained = state.generator?.size ?? map.width, note = ` The generator was trained at ${trained} x ${trained}.`;
+    say(`${map.name}: ${size(map)} pixels.${map.width === trained && map.height === trained ? "" : note}`);
   }
 }
 
-/** Start from the built-in map, "", or an example. */
+/** Start from an example. */
 function startFrom(name) {
-  if (name) openMap(`${name}.png`, get(`../models/examples/${name}.png`));
-  else useMap(drawLungs(state.generator?.size ?? SIZE));
+  getExample(name).then(useMap, (error) => complain(`${name}.png: ${error.message}`));
+}
+
+/** An example's map, of the generator's size. */
+async function getExample(name) {
+  const { width, labels } = await readMapOrSlice(new Uint8Array(await get(`../models/examples/${name}.png`)));
+  const size = state.generator?.size ?? SIZE, from = (place) => Math.floor(((place + 0.5) * width) / size);
+  const labelAt = (_, i) => labels[width * from(Math.floor(i / size)) + from(i % size)];
+  return { name, width: size, height: size, labels: Uint8Array.from({ length: size ** 2 }, labelAt) };
 }
 
 /** The bytes of a file of the repository. */
@@ -431,8 +527,8 @@ function resetWindow() {
 }
 
 function showSliders() {
-  for (const [id, unit] of [["size", "px"], ["level", "HU"], ["width", "HU"]]) {
-    $(id).parentElement.querySelector("output").textContent = `${$(id).value} ${unit}`;
+  for (const id of ["size", "level", "width", "density", "detail"]) {
+    $(id).parentElement.querySelector("output").textContent = `${$(id).value} ${id === "size" ? "px" : "HU"}`;
   }
   showRing(ring);
 }
@@ -440,7 +536,7 @@ function showSliders() {
 function showButtons() {
   $("undo").disabled = !state.past.length;
   $("redo").disabled = !state.future.length;
-  $("save-ct").disabled = state.slice?.map !== state.map;
+  $("save-ct").disabled = !isCurrent();
   showReadout();
 }
 
@@ -458,7 +554,7 @@ function showReadout(point = pointed) {
   pointed = point;
   const { map, slice } = state, row = Math.floor(point.y), column = Math.floor(point.x), at = row * map.width + column;
   const label = row < map.height && column < map.width ? LABELS[map.labels[at]] : "outside the map";
-  const hu = slice?.map === map && at in slice.hu ? `, ${stored(slice.hu[at]) - HU_OFFSET} HU` : "";
+  const hu = isCurrent() && at in slice.hu ? `, ${stored(slice.hu[at]) - HU_OFFSET} HU` : "";
   $("readout").textContent = `Row ${row}, column ${column}: ${label}${hu}`;
 }
 
@@ -512,14 +608,20 @@ function crc32(bytes) {
   return ~crc >>> 0;
 }
 
-/** The labels in a PNG, by the rules of read_map in data/slices.py. Throws for what is no label map. */
-async function readMap(bytes) {
+/** What a PNG holds, by the rules of data/slices.py: labels, or a slice's HU, int16. Throws for what is neither. */
+async function readMapOrSlice(bytes) {
   const png = await readPng(bytes).catch((error) => {
-    if (error instanceof Unfit) throw error;
-    throw new Error(`not a readable PNG (${error.message}): write it again`);
+    throw new Error(`not a readable PNG (${error.message}): write it again, without interlacing`);
   });
-  const { width, height, depth, type } = png;
-  if (type === 4 || (type !== 3 && depth !== 8)) throw new Error("no label map: give 8-bit grey, palette or RGB");
+  const { width, height, depth, type, samples } = png;
+  if (type === 0 && depth === 16) {
+    const values = Uint16Array.from({ length: width * height }, (_, i) => 256 * samples[2 * i] + samples[2 * i + 1]);
+    if (values.some((value) => value > 4095)) throw new Error(`no slice: store HU + ${HU_OFFSET}, clipped to 0..4095`);
+    return { width, height, hu: Int16Array.from(values, (value) => value - HU_OFFSET) };
+  }
+  if (type === 4 || (type !== 3 && depth !== 8)) {
+    throw new Error(`give a label map of 8-bit grey, palette or RGB, or a slice of 16-bit grey, HU + ${HU_OFFSET}`);
+  }
   const contentAt = contentOf(png), labels = new Uint8Array(width * height);
   for (let i = 0; i < labels.length; i++) {
     const content = contentAt(i), label = labelOf(content);
@@ -553,9 +655,6 @@ function labelOf(content) {
   return COLOURS.findIndex((colour) => colour.every((value, k) => value === content[k]));
 }
 
-/** Says why a PNG that is whole cannot be opened. */
-class Unfit extends Error {}
-
 /** A PNG's header, samples [height * width * channels], and palette of 256, transparent and missing colours black. */
 async function readPng(bytes) {
   if (!SIGNATURE.every((byte, i) => bytes[i] === byte)) throw new Error("it does not begin like a PNG");
@@ -568,10 +667,7 @@ async function readPng(bytes) {
   }
   const [depth, type, , , interlaced] = found.IHDR.subarray(8);
   const width = view.getUint32(16), height = view.getUint32(20), png = { width, height, depth, type };
-  if (Math.max(width, height) > LARGEST) {
-    throw new Unfit(`${width} x ${height} pixels, above this page's ${LARGEST} a side: give it to infer_onnx.py`);
-  }
-  if (interlaced) throw new Unfit("an interlaced PNG: save it without interlacing");
+  if (interlaced) throw new Error("interlaced");
   const raw = await through(new DecompressionStream("deflate"), await new Blob(data).arrayBuffer());
   const { PLTE = [], tRNS = [] } = found;
   const palette = Array.from({ length: 256 }, (_, i) => {
@@ -647,7 +743,7 @@ function startWorker() {
    The worker's script is this function's own text, which therefore uses nothing from outside it: a page opened from
    disk may start no worker from a file. */
 function generatorWorker({ places, files }) {
-  const CONTRACT = "1"; // with export.py, whose head has it in full
+  const CONTRACTS = ["1", "2"]; // with export.py, whose head has the second in full; the first has no steering
   const runtime = loadRuntime();
   runtime.catch(() => {}); // told when a generator is opened
   let ort, session, info;
@@ -664,14 +760,19 @@ function generatorWorker({ places, files }) {
     },
 
     /** HU int16 [height * width] of labels uint8: padded with background right and below, and cropped back. */
-    async synthesize({ width, height, labels }) {
+    async synthesize({ width, height, labels, told }) {
       const unknown = labels.some((label) => label >= info.labels.length);
       if (unknown) throw new Error(`the generator knows only ${info.labels.join(", ")}: erase the rest`);
       const [h, w] = [height, width].map((side) => Math.max(2, Math.ceil(side / info.multiple)) * info.multiple);
       const padded = new Uint8Array(h * w), hu = new Int16Array(height * width);
       for (let y = 0; y < height; y++) padded.set(labels.subarray(y * width, (y + 1) * width), y * w);
+      const given = { map: new ort.Tensor("uint8", padded, [1, h, w]) };
+      for (const [name, { default: usual }] of Object.entries(info.steering)) {
+        const number = told[name] ?? usual; // what was told another generator may lack
+        given[name] = name === "seed" ? new ort.Tensor("int64", [BigInt(number)]) : new ort.Tensor("float32", [number]);
+      }
       const started = performance.now();
-      const { ct } = await session.run({ map: new ort.Tensor("uint8", padded, [1, h, w]) }, ["ct"]);
+      const { ct } = await session.run(given, ["ct"]);
       const seconds = (performance.now() - started) / 1000;
       for (let y = 0; y < height; y++) hu.set(ct.data.subarray(y * w, y * w + width), y * width);
       return { hu, seconds };
@@ -700,22 +801,10 @@ function generatorWorker({ places, files }) {
   function check({ kind, contract, licence = "", ...metadata }) {
     if (!kind) throw new Error("not a generator that export.py wrote: give its generator.onnx");
     if (kind !== "generator") throw new Error(`is a ${kind}, not a generator: give the other file`);
-    if (contract !== CONTRACT) throw new Error(`contract ${contract}, this page speaks ${CONTRACT}: export it again`);
-    const isCount = (value) => Number.isInteger(value) && value > 0;
-    const holds = {
-      labels: (value) => Array.isArray(value) && value.length > 0,
-      level: Number.isFinite,
-      width: (value) => value > 0,
-      size: isCount,
-      multiple: isCount,
-      trained_labels: (value) => value === null || Array.isArray(value), // null: the file does not tell
-    };
-    const parsed = { licence };
-    for (const key of Object.keys(holds)) {
-      parsed[key] = JSON.parse(metadata[key] ?? null);
-      if (!holds[key](parsed[key])) throw new Error(`metadata ${key} is ${metadata[key]}: export it again`);
-    }
-    return parsed;
+    if (!CONTRACTS.includes(contract)) throw new Error(`contract ${contract}, this page speaks ${CONTRACTS}`);
+    const keys = ["labels", "level", "width", "size", "multiple", "trained_labels", "steering"];
+    const parsed = Object.fromEntries(keys.map((key) => [key, JSON.parse(metadata[key] ?? null)]));
+    return { licence, ...parsed, steering: parsed.steering ?? {} }; // contract 1 has none
   }
 
   /** An ONNX file's metadata, which ONNX Runtime Web does not hand out: pairs of key and value in field 14. */
