@@ -7,6 +7,7 @@ import base64
 import dataclasses
 import functools
 import http.server
+import json
 import os
 import re
 import shutil
@@ -18,6 +19,7 @@ import onnx
 import pytest
 import torch
 from PIL import Image
+from scipy import ndimage
 
 import covidgan
 import export
@@ -29,6 +31,7 @@ pytestmark = pytest.mark.long
 ROOT = Path(__file__).resolve().parents[1]
 WEB, VENDOR = ROOT / "web", ROOT / "web" / "vendor"
 SHIPPED = "**/models/covid-ct-256.onnx"
+START = "P01_S008"  # the example that the page starts with
 CDN = "https://cdn.jsdelivr.net/**"
 SIZE = 64  # the generator's
 SECONDS = 60_000  # in ms, for what takes one or two
@@ -113,8 +116,8 @@ class Page:
         found.wait_for()
         return found.inner_text()
 
-    def pick(self, what, path):
-        self.tab.set_input_files(f"#{what}-file", path)
+    def pick(self, what, *paths):
+        self.tab.set_input_files(f"#{what}-file", paths)
 
     def choose(self, *names):
         for name in names:
@@ -180,10 +183,14 @@ def new_page(browser, generator, tmp_path):
 
 
 @pytest.fixture
-def page(new_page, site):
-    """The page with a generator, at the slice of the map that it starts with; it must not throw."""
-    page = new_page().open(site).with_slice()
-    yield page
+def page(new_page, site, tmp_path):
+    """The page with a generator and a map of two lungs, at its slice; it must not throw."""
+    page = new_page().open(site)
+    page.wait_for(f"{START}, {SIZE} x {SIZE}")
+    write_map(tmp_path / "lungs.png", draw_lungs() > 0)
+    page.pick("map", tmp_path / "lungs.png")
+    page.wait_for(f"lungs, {SIZE} x {SIZE}")
+    yield page.with_slice()
     assert not page.faults
 
 
@@ -210,13 +217,18 @@ def other_generator(generator, path, **metadata):
 
 
 def as_scripts_have_it(page, model):
-    """Save map and CT: the CT must be what infer_onnx.py makes of the map, to 1 HU. Returns labels and HU."""
+    """Save map and CT: lungs must be what infer_onnx.py makes of the map, to 1 HU. Returns labels and HU."""
     labels, hu = page.with_slice().save("map"), page.save("ct")
-    expected = infer_onnx.Generator(*infer_onnx.open_session(model, "cpu", 1))(labels[None])[0].clip(-1024)
+    expected = synthesized(labels, model)[labels > 0].clip(-1024)
     assert hu.shape == labels.shape
-    assert np.ptp(expected[labels > 0]) > 100  # else any slice would do
-    assert np.abs(hu.astype(int) - expected).max() <= 1
+    assert np.ptp(expected) > 100  # else any slice would do
+    assert np.abs(hu[labels > 0] - expected).max() <= 1
     return labels, hu
+
+
+def synthesized(labels, model):
+    """HU int [H, W] as infer_onnx.py makes them."""
+    return infer_onnx.Generator(*infer_onnx.open_session(model, "cpu", 1))(labels[None])[0].astype(int)
 
 
 # ------------------------------------------------------------------------------------------------ the slice
@@ -241,25 +253,29 @@ def test_a_map_of_any_size_is_padded_and_cropped_as_infer_onnx_does(page, genera
     assert labels.shape == (50, 41)
 
 
-def test_the_built_in_map_takes_the_generators_size_until_it_is_touched(page, generator, tmp_path):
-    assert page.save("map").shape == (SIZE, SIZE)
-    page.pick("generator", other_generator(generator, tmp_path / "small.onnx", size="32"))
-    page.wait_for("small.onnx, trained at 32 x 32 pixels")
-    assert page.save("map").shape == (32, 32)
-    page.stroke((5, 5), (9, 9))
-    page.pick("generator", generator)
-    page.wait_for(f"generator.onnx, trained at {SIZE} x {SIZE} pixels")
-    assert page.save("map").shape == (32, 32)
-
-
-def test_every_example_is_a_map_of_the_repository_and_opens_as_its_file_has_it(page):
+def test_every_example_is_a_map_of_the_repository_and_opens_at_the_generators_size(new_page, site):
+    page = new_page().open(site)
+    page.wait_for(f"{START}, {SIZE} x {SIZE}")
     names = page.tab.locator("#start option:not([disabled])").evaluate_all("(all) => all.map((one) => one.value)")
-    examples = {path.stem: path for path in sorted((ROOT / "models" / "examples").glob("*.png"))}
-    assert names == ["", *examples]
-    for name in (names[1], names[-1]):
+    examples = {path.stem: read_map(path) for path in sorted((ROOT / "models" / "examples").glob("*.png"))}
+    assert names == [*examples] and {2, 3} <= {*np.unique(examples[START])}
+    for name in (START, names[-1]):
         page.tab.select_option("#start", name)
-        page.wait_for(f"{name}.png: 256 x 256 pixels")
-        assert np.array_equal(page.with_slice().save("map"), read_map(examples[name]))
+        page.wait_for(f"{name}, {SIZE} x {SIZE}")
+        assert np.array_equal(page.with_slice().save("map"), examples[name][2::4, 2::4])
+
+
+def test_lungs_lie_in_a_body_that_closes_around_any_map(page, generator, tmp_path):
+    for name, labels in {"both": draw_lungs(), "one": draw_lungs() * (np.arange(SIZE) < SIZE // 2)}.items():
+        write_map(tmp_path / f"{name}.png", labels)
+        page.pick("map", tmp_path / f"{name}.png")
+        page.wait_for(f"{name}, {SIZE} x {SIZE}")
+        _, hu = as_scripts_have_it(page, generator)
+        beside = ndimage.binary_dilation(labels > 0) & (labels == 0)
+        assert hu[beside].min() > -150  # flesh, no air
+        assert hu[0, 0] < -950 and hu[-1, -1] < -950
+    page.tab.click("#clear")
+    assert page.with_slice().save("ct").max() < -1000
 
 
 def test_the_sliders_show_the_slice_through_the_window_of_data_slices(page):
@@ -302,7 +318,7 @@ def test_leaving_asks_first_where_a_drawing_would_be_lost(page):
     page.save("map")
     page.tab.reload()
     assert asked == []  # it was saved
-    page.with_slice().tab.select_option("#start", label="Two lungs")
+    page.with_slice().tab.select_option("#start", START)
     page.tab.reload()
     assert asked == []  # nothing was drawn
     page.with_slice().stroke((15, 30), (20, 40))
@@ -341,11 +357,8 @@ def test_the_heap_stays_flat_over_many_steps(page):
     assert heap_after(40) < 1.1 * full + 1
 
 
-def test_fill_paints_what_hangs_together_and_no_more(page, tmp_path):
+def test_fill_paints_what_hangs_together_and_no_more(page):
     lungs = (draw_lungs() > 0).astype(np.uint8)
-    write_map(tmp_path / "lungs.png", lungs)
-    page.pick("map", tmp_path / "lungs.png")
-    page.wait_for(f"lungs.png: {SIZE} x {SIZE}")
     page.choose("Fill", "Ground glass")
     y, x = np.argwhere(lungs[:, : SIZE // 2])[0]
     page.stroke((x, y))
@@ -371,6 +384,7 @@ def test_lesions_stay_inside_the_lung_unless_told_otherwise(page):
 
 
 def test_a_brush_of_one_pixel_paints_that_pixel_and_a_fast_stroke_has_no_gaps(page):
+    page.choose("Lung")
     page.tab.click("#clear")
     page.set("size", 1)
     page.stroke((7, 9))
@@ -394,7 +408,8 @@ def test_the_keyboard_alone_paints(page):
 
 def test_a_finger_paints_on_a_phone_that_need_not_scroll_sideways(new_page, site):
     phone = new_page(viewport={"width": 360, "height": 640}, has_touch=True, is_mobile=True, device_scale_factor=2)
-    phone.open(site).with_slice()
+    phone.open(site)
+    phone.wait_for(f"{START}, {SIZE} x {SIZE}")
     assert phone.tab.evaluate("document.documentElement.scrollWidth") <= 360
     phone.choose("Erase")
     before = phone.save("map")
@@ -443,7 +458,7 @@ def test_a_map_of_ones_own_loads_as_the_scripts_read_it_in_whatever_form(page, t
         FORMS[form](labels).save(path)
         assert np.array_equal(read_map(path), labels), name
         page.pick("map", path)
-        page.wait_for(f"{name}.png: ")
+        page.wait_for(f"{name}: ")
         assert np.array_equal(page.save("map"), labels), (name, form)
 
 
@@ -454,18 +469,16 @@ def test_what_is_no_label_map_is_refused_in_one_line_and_the_map_stays(page, tmp
     pink[7, 5], five[7, 5] = (255, 0, 255), 5
     Image.fromarray(pink).save(tmp_path / "pink.png")
     Image.fromarray(five).save(tmp_path / "five.png")
-    write_image(tmp_path / "ct.png", np.zeros((SIZE, SIZE)))
-    write_map(tmp_path / "large.png", np.zeros((8, 1025), np.uint8))
+    Image.fromarray(np.full((SIZE, SIZE), 4096, np.uint16)).save(tmp_path / "ct.png")
     (tmp_path / "cut.png").write_bytes(good.read_bytes()[:-40])
     (tmp_path / "map.jpg").write_bytes(b"")
     before = page.save("map")
     for name, words in {
         "pink.png": "colour 255,0,255 at row 7, column 5",
         "five.png": "label 5 at row 7, column 5",
-        "ct.png": "no label map",
-        "large.png": "large.png: 1025 x 8 pixels, above this page's 1024 a side",  # and not that it is unreadable
+        "ct.png": "no slice",
         "cut.png": "not a readable PNG",
-        "map.jpg": "neither a label map",
+        "map.jpg": "not a readable PNG",
     }.items():
         refuses(page, "map", tmp_path / name, words)
     assert np.array_equal(page.save("map"), before)
@@ -483,11 +496,7 @@ def test_a_file_that_is_no_generator_is_refused_in_one_line_and_the_one_before_s
     for key, value, words in (
         ("kind", "unet", "is a unet, not a generator"),
         ("kind", None, "not a generator"),
-        ("contract", "2", "contract 2"),
-        ("labels", "[]", "metadata labels"),
-        ("level", "null", "metadata level"),
-        ("width", "0", "metadata width"),
-        ("multiple", None, "metadata multiple"),
+        ("contract", "3", "contract 3"),
     ):
         refuses(page, "generator", other_generator(generator, tmp_path / f"{key} {value}.onnx", **{key: value}), words)
     page.stroke((15, 30), (20, 40))
@@ -505,24 +514,12 @@ def test_a_label_that_the_generator_does_not_know_gets_no_slice_until_it_is_eras
     as_scripts_have_it(page, generator)
 
 
-def test_a_label_that_no_training_map_held_is_told_once_and_the_slice_is_made(page, generator, tmp_path):
-    def draw(kind, x):
-        page.tab.evaluate("say('')")
-        page.choose(kind)
-        page.stroke((x, 30), (x + 2, 40))
-        as_scripts_have_it(page, path)
-        return page.line()
-
-    path = other_generator(generator, tmp_path / "glass.onnx", trained_labels="[1, 2]")
-    page.pick("generator", path)
+def test_a_label_that_no_training_map_held_is_told(page, generator, tmp_path):
+    about = page.tab.locator("#about")
+    assert "never saw" not in about.inner_text()  # of a file that does not tell
+    page.pick("generator", other_generator(generator, tmp_path / "glass.onnx", trained_labels="[1, 2]"))
     page.wait_for("glass.onnx, trained at")
-    assert draw("Ground glass", 14) == ""
-    assert "never saw consolidation in training" in draw("Consolidation", 18)
-    assert draw("Consolidation", 46) == ""
-    path = generator  # which does not tell
-    page.pick("generator", path)
-    page.wait_for("generator.onnx, trained at")
-    assert draw("Consolidation", 50) == ""
+    assert "never saw consolidation:" in about.inner_text()
 
 
 def test_without_the_shipped_generator_the_page_says_so_and_takes_one_that_is_dropped(new_page, site, generator):
@@ -566,6 +563,143 @@ def test_where_memory_runs_out_the_page_says_so_and_smaller_maps_go_on(launch, n
     as_scripts_have_it(page, generator)
 
 
+# ------------------------------------------------------------------------------------------------ a slice of one's own
+
+
+def draw_pair(folder, labels, name="P07_S001"):
+    """Write a slice of noise and its map. Returns HU int16 [H, W] and the two paths, slice first."""
+    noise = np.random.default_rng(0).normal(0, 60, labels.shape)
+    hu = (np.choose(labels, (40, -850, -500, 0)) + noise).clip(-1024).astype(np.int16)
+    hu[5, ::3] = 1400  # bone
+    paths = folder / "images" / f"{name}.png", folder / "maps" / f"{name}.png"
+    for path, write, pixels in zip(paths, (write_image, write_map), (hu, labels), strict=True):
+        path.parent.mkdir(exist_ok=True)
+        write(path, pixels)
+    return hu, *paths
+
+
+ORDERS = {  # in which a slice and its map are opened
+    "together": lambda page, hu, labels: page.pick("map", hu, labels),
+    "slice first": lambda page, hu, labels: (page.pick("map", hu), page.wait_for("Now open"), page.pick("map", labels)),
+    "map first": lambda page, hu, labels: (page.pick("map", labels), page.wait_for("P07_S001: "), page.pick("map", hu)),
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_what_is_painted_appears_in_the_slice_opened_and_all_else_in_it_stays(page, generator, tmp_path, order):
+    labels = draw_lungs()
+    real, *paths = draw_pair(tmp_path, labels)
+    page.tab.select_option("#start", START)
+    page.wait_for(f"{START}, ")
+    ORDERS[order](page, *paths)
+    page.wait_for("lesions that you paint appear in this slice")
+    assert np.array_equal(page.with_slice().save("ct"), real)
+    page.choose("Consolidation")
+    page.set("size", 6)
+    page.stroke((12, 22), (12, 40))  # at the lung's border
+    page.choose("Erase")
+    page.stroke((46, 30))
+    painted, hu = page.with_slice().save("map"), page.save("ct")
+    new = (painted != labels) & (painted > 0)
+    share = np.clip(1 - ndimage.distance_transform_cdt(~new, "chessboard") / 3, 0, 1)  # an edge of two pixels,
+    share[painted == 0] = 0  # inside the lung
+    assert new.sum() > 50 and (painted < labels).any()
+    expected = real + share * (synthesized(painted, generator) - real)
+    assert np.abs(hu - expected.clip(-1024)).max() <= 1.5
+    assert np.array_equal(hu[share == 0], real[share == 0])
+
+
+def test_a_slice_goes_with_its_own_map_alone(page, tmp_path):
+    _, image, path = draw_pair(tmp_path, draw_lungs())
+    page.pick("map", image, path)
+    page.wait_for("lesions that you paint")
+    _, other, _ = draw_pair(tmp_path, draw_lungs(32), "P08_S001")
+    page.pick("map", other)
+    assert "P08_S001: 32 x 32 pixels. Now open its label map" in page.line()
+    page.pick("map", path)  # of another size
+    page.wait_for(f"P07_S001: {SIZE} x {SIZE} pixels.")
+    assert page.with_slice().save("ct")[0, 0] < -950  # the body's air
+    page.tab.select_option("#start", START)
+    page.wait_for(f"{START}, ")
+    page.pick("map", image)  # of the example's size
+    page.wait_for("P07_S001: 64 x 64 pixels. Now open")
+
+
+# ------------------------------------------------------------------------------------------------ what steers
+
+# Of contract 2; what it draws tells what it was given.
+STEERED = """
+<ir_version: 8, opset_import: ["" : 18]>
+steered (uint8[n, h, w] map, float[n] density, float[n] detail, int64[n] seed) => (int16[n, h, w] ct) {
+    label = Cast <to = 1> (map)
+    draw = Cast <to = 1> (seed)
+    hundred = Constant <value_float = 100.0> ()
+    labels = Mul (label, hundred)
+    draws = Mul (draw, hundred)
+    numbers = Add (density, detail)
+    told = Add (numbers, draws)
+    hu = Add (labels, told)
+    ct = Cast <to = 5> (hu)
+}"""
+RANGES = {"density": {"default": -800, "low": -850, "high": -700}, "detail": {"default": 70, "low": 50, "high": 90}}
+
+
+@pytest.fixture
+def steered(page, generator, tmp_path):
+    """The page with the generator above."""
+    model = onnx.parser.parse_model(STEERED)
+    entries = {entry.key: entry.value for entry in onnx.load(generator).metadata_props}
+    steering = json.dumps(RANGES | {"seed": {"default": 0}})
+    onnx.helper.set_model_props(model, entries | {"contract": "2", "steering": steering})
+    onnx.save(model, tmp_path / "steered.onnx")
+    page.pick("generator", tmp_path / "steered.onnx")
+    page.wait_for("steered.onnx, trained at")
+    return page
+
+
+def test_sliders_and_draws_are_what_the_generator_is_told(steered):
+    def lung():
+        return np.unique(steered.with_slice().save("ct")[draw_lungs() > 0]).tolist()
+
+    assert lung() == [-800 + 70 + 100]
+    steered.set("density", -830)
+    steered.set("detail", 55)
+    assert lung() == [-830 + 55 + 100]
+    steered.tab.click("#draw")
+    steered.tab.keyboard.press("d")
+    assert lung() == [-830 + 55 + 100 + 200]
+    for name, told in RANGES.items():
+        low, high = (float(steered.tab.get_attribute(f"#{name}", end)) for end in ("min", "max"))
+        assert told["low"] - 40 < low < told["low"] and told["high"] < high < told["high"] + 40
+
+
+def test_a_generator_without_them_has_no_sliders(page):
+    for control in ("density", "detail", "draw"):
+        assert page.tab.locator(f"#{control}").is_hidden()
+    slice_before = page.save("ct")
+    page.press("d")
+    assert np.array_equal(page.with_slice().save("ct"), slice_before)
+
+
+def test_the_slice_opened_sets_density_and_detail_as_training_measures_them(steered, tmp_path):
+    labels = draw_lungs()
+    labels[20:40, :9] = 1  # lung at the picture's border
+    hu, *paths = draw_pair(tmp_path, labels)
+    hu[20:40, 6:14:2] += 1000  # in part above the window
+    write_image(paths[0], hu)
+    steered.pick("map", *paths)
+    steered.wait_for("lesions that you paint")
+    image = ((torch.tensor(hu) + 600) / 750).clamp(-1, 1)[None, None]
+    expected = covidgan.steering(image, torch.tensor(labels)[None, None], covidgan.Config(size=SIZE))[0].tolist()
+    measured = steered.tab.evaluate("measure(state.map, state.map.scan, state.map.opened, state.generator)")
+    assert [measured["density"], measured["detail"]] == pytest.approx(expected, abs=0.1)
+    shown = [float(steered.tab.locator(f"#{name}").input_value()) for name in RANGES]
+    assert shown == [round(number) for number in expected] and shown[1] > 100  # beyond what was usual in training
+    steered.pick("map", *draw_pair(tmp_path, labels * (labels > 1), "P09_S001")[1:])  # no healthy lung
+    steered.wait_for("P09_S001: lesions that you paint")
+    assert [float(steered.tab.locator(f"#{name}").input_value()) for name in RANGES] == [-800, 70]
+
+
 # ------------------------------------------------------------------------------------------------ the runtime
 
 
@@ -584,10 +718,14 @@ def test_a_runtime_that_was_tampered_with_is_not_run(new_page, site):
     assert "ONNX Runtime cannot be had" in page.line(error=True)
 
 
-def test_opened_from_disk_the_page_takes_the_runtime_from_its_public_copy_and_a_generator_picked(new_page, generator):
+def test_opened_from_disk_the_page_takes_the_runtime_from_its_public_copy_and_files_picked(
+    new_page, generator, tmp_path
+):
     no_help = {SHIPPED: lambda route: route.continue_()}  # which the browser refuses
     page = new_page({CDN: public_copy(), **no_help}).open((WEB / "index.html").as_uri())
     assert "cannot be read from here" in page.line(error=True)
+    write_map(tmp_path / "lungs.png", draw_lungs())
+    page.pick("map", tmp_path / "lungs.png")
     page.pick("generator", generator)
     as_scripts_have_it(page, generator)
     assert not page.faults

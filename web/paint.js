@@ -368,7 +368,7 @@ function intoBody({ width, labels }, lungs) {
 /** Put what was painted, HU, into the slice that was opened; where the map is as it was opened, so is the slice. */
 function intoScan(map, lungs) {
   const { labels, opened, scan } = map, steps = Array.from({ length: EDGE + 1 }, (_, k) => k);
-  const painted = (i) => labels[i] !== opened[i];
+  const painted = (i) => labels[i] && labels[i] !== opened[i]; // what was erased stays as it is too
   return scan.map((real, i) => {
     const step = labels[i] ? steps.findIndex((k) => around(i, map, k).some(painted)) : -1; // stays inside the lung
     return step < 0 ? real : Math.round(lungs[i] + (step / (EDGE + 1)) * (real - lungs[i]));
