@@ -344,12 +344,12 @@ async function openGenerator(name, content) {
 
 // ---------------------------------------------------------------------------------------------- what surrounds it
 
-/** Put synthetic lungs, HU, into a body that is drawn about them and is no patient's: muscle, fat, bones. */
+/** Put lungs, HU, into a body that is drawn about them, no patient's. A unit is a percent of their longer side. */
 function intoBody({ width, labels }, lungs) {
   const inside = [...labels.keys()].filter((i) => labels[i]), x = (i) => i % width, y = (i) => Math.floor(i / width);
   if (!inside.length) return lungs;
   const ends = (of) => inside.reduce(([low, high], i) => [Math.min(low, of(i)), Math.max(high, of(i))], [1e9, 0]);
-  const [left, right] = ends(x), [top, bottom] = ends(y), unit = (right - left + 1) / 100; // a percent of their width
+  const [left, right] = ends(x), [top, bottom] = ends(y), unit = (Math.max(right - left, bottom - top) + 1) / 100;
   const [cx, cy, rx, ry] = [left + right, top + bottom, right - left, bottom - top].map((sum) => sum / 2);
   const oval = (dx, dy, across, down) => (Math.abs(dx / across) ** 2.3 + Math.abs(dy / down) ** 2.3) ** (1 / 2.3);
   return lungs.map((lung, i) => {
