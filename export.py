@@ -199,7 +199,8 @@ def method_of(checkpoint: dict, path: Path, file: Path | None = None) -> type[co
 def steering_of(checkpoint: dict, c: covidgan.LoopConfig) -> tuple[dict[str, dict], list[list[float]]]:
     """What steers a generator, and the pairs of numbers to draw from: `steering` and `drawn` of the contract."""
     typical = [[middle + k * spread for middle, spread in covidgan.TYPICAL] for k in (-2, 0, 2)]
-    pairs = np.array(checkpoint.get("steering", typical))  # [slices, 2]
+    pairs = np.array(checkpoint.get("steering") or typical)  # [slices, 2]
+    pairs = pairs[np.isfinite(pairs).all(1)]  # not of slices without healthy lung
     rows = zip(("density", "detail"), *np.percentile(pairs, (50, 5, 95), axis=0).round().tolist(), strict=True)
     steering = {name: {"default": middle, "low": low, "high": high} for name, middle, low, high in rows if c.steer}
     every = np.linspace(0, len(pairs) - 1, min(len(pairs), 100)).round().astype(int)
@@ -320,10 +321,7 @@ class DeployedGenerator(nn.Module):
         super().__init__()
         self.generator, self.steer, self.level, self.half_width = generator, c.steer, c.level, c.width / 2
         self.register_buffer("values", torch.arange(c.n_labels, dtype=torch.float32).view(1, -1, 1, 1))
-        middle, spread = torch.tensor(covidgan.TYPICAL).T
-        self.register_buffer("middle", middle)
-        self.register_buffer("spread", spread)
-        defaults = [steering[name]["default"] for name in ("density", "detail") if name in (steering or {})]
+        defaults = [(steering or {}).get(name, {}).get("default", torch.nan) for name in ("density", "detail")]
         self.register_buffer("defaults", torch.tensor(defaults))
 
     def forward(
@@ -332,13 +330,12 @@ class DeployedGenerator(nn.Module):
         """Labels to HU and alpha."""
         labels, n = map.float().unsqueeze(1), len(map)  # every execution provider has Equal on float
         given = (labels == self.values).float()
-        if self.steer:  # as covidgan.encode does
+        if self.steer:
             numbers = self.defaults.expand(n, 2)
             if density is not None:
                 asked = torch.stack([density.expand(n), detail.expand(n)], 1)
                 numbers = torch.where(asked.isnan(), numbers, asked)
-            told = (numbers - self.middle) / self.spread
-            given = torch.cat([given, told[..., None, None] * (labels > 0)], 1)
+            given = torch.cat([given, covidgan.told(numbers, labels)], 1)
         given = given.to(next(self.generator.parameters()).dtype)
         image, alpha = self.generator(given) if seed is None else self.generator(given, seed=seed.expand(n))
         hu = torch.where(labels > 0, image * self.half_width + self.level, self.level - self.half_width)
