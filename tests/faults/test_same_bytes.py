@@ -55,7 +55,7 @@ def test_held_out_slices_and_what_is_measured_of_them(twice, toy):
     assert len([*out.glob("images/*.png")]) == len(toy.test) and len([*out.glob("eval/*.png")]) == 3
 
 
-@pytest.mark.parametrize("form", ["png16", "npy", "nifti"])
+@pytest.mark.parametrize("form", ["png16", "png8"])
 def test_variants_of_a_seed(form, twice, tmp_path):
     maps = put_maps(tmp_path / "maps")
     options = ["--variants", 3, "--seed", 5, "--format", form, *INFER]
