@@ -25,7 +25,7 @@ run: what is finished, and newer than its map and real slice, is skipped. Varian
 comes before the last "_" is still the patient. Their real slices go through the same augmentation as their maps.
 Where the model can be steered, a lung has the density and detail given, else with --complement those of its real slice,
 else with --draws those of some training slice, else the model's defaults. Draws are named P03_S041d01, ..., of variants
-P03_S041v01d01, ...; they hang on name and --seed alone. So does the seed of each slice of a volume.
+P03_S041v01d01, ...; they hang on name and --seed alone. So does the texture of each slice.
 Without --model, generator.onnx is taken, else models/covid-ct-256.onnx beside this file; where there is no folder
 maps/, data/phantom/maps or else models/examples beside this file. Research only, not for diagnosis.
 """
@@ -413,7 +413,7 @@ def cubic_weights(t: np.ndarray) -> list[np.ndarray]:
 
 def tell(case: Case, info: dict[str, Any], args: argparse.Namespace) -> Case:
     """The case with what steers its slices: [Z] of each input that the model has, Z being 1 or a volume's."""
-    volume, labels = case.labels.ndim == 3, case.labels.reshape(-1, *case.labels.shape[-2:])
+    labels = case.labels.reshape(-1, *case.labels.shape[-2:])
     rng = np.random.default_rng([args.seed, case.job.variant, case.job.draw, *os.fsencode(case.job.source)])
     seeds, numbers = rng.integers(2**31, size=len(labels)), np.full((len(labels), 2), np.nan)  # nan: the default
     if case.real is not None and "density" in info["steers"]:
@@ -423,7 +423,7 @@ def tell(case: Case, info: dict[str, Any], args: argparse.Namespace) -> Case:
         numbers[:] = rng.choice(info["drawn"])  # of a volume one pair, as it is one patient
     given = [np.nan if number is None else number for number in (args.density, args.detail)]
     density, detail = np.where(np.isnan(given), numbers, given).astype(np.float32).T
-    told = {"density": density, "detail": detail, "seed": seeds if case.job.draw or volume else np.zeros_like(seeds)}
+    told = {"density": density, "detail": detail, "seed": seeds}  # else vessels would run straight through a patient
     return case._replace(told={name: told[name] for name in info["steers"]})
 
 
@@ -722,7 +722,7 @@ def claim(args: argparse.Namespace, info: dict[str, Any], folders: Iterable[Path
         "precision": info["precision"],
         "format": args.format,
         "completed": bool(args.complement),
-        "seed": args.seed if args.variants or args.draws or (args.format == "volume" and info["steers"]) else None,
+        "seed": args.seed if args.variants or args.draws or "seed" in info["steers"] else None,
         "draws": bool(args.draws) or None,  # None, as what older runs do not tell
         "density": args.density,
         "detail": args.detail,
