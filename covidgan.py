@@ -307,7 +307,7 @@ def noise_of(seed: Tensor, like: Tensor) -> Tensor:  # int64 [B], [B, c, H, W] -
         x = (drawn + place + 195_912_037) % prime
         square = x * x % prime
         drawn = square * square % prime * x % prime  # x^5 permutes the numbers modulo this prime
-    return (drawn.to(torch.float64) * (4 / prime) - 2).to(like.dtype)
+    return (drawn.float() * (4 / prime) - 2).to(like.dtype)
 
 
 # -------------------------------------------------------------------------------------------- discriminators and losses
