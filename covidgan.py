@@ -202,7 +202,7 @@ class GlobalGenerator(nn.Module):
         self.trunk = nn.Sequential(*layers)
         self.head = head(ngf)  # of G1 by itself: in the joint stage G2 takes the trunk's features
 
-    def forward(self, onehot: Tensor) -> Tensor:  # [B, n_labels, H, W] -> [B, 1, H, W]
+    def forward(self, onehot: Tensor) -> Tensor:  # [B, c_in, H, W] -> [B, 1, H, W]
         return self.head(self.trunk(onehot))
 
 
@@ -341,7 +341,7 @@ class Discriminators(nn.Module):
         self.scales = nn.ModuleList([PatchGAN(c.channels + 1, c.ndf) for _ in range(c.n_dis)])
 
     def forward(self, onehot: Tensor, image: Tensor, first: int = 0) -> list[list[Tensor]]:
-        """Features of each scale from `first` on, for image [B, 1, H, W] and its map [B, n_labels, H, W]."""
+        """Features of each scale from `first` on, for image [B, 1, H, W] and its map [B, channels, H, W]."""
         judged = []
         for scale in self.scales[first:]:
             if judged:  # each further one sees half the size (Fig. 5), and of the map every second pixel: still a map
@@ -455,7 +455,7 @@ class Method(nn.Module):
         return lung_target(image, labels)
 
     def losses(self, onehot: Tensor, target: Tensor, stage: str) -> dict[str, Tensor]:
-        """Scalars of a step, players' losses and other figures, for onehot [B, n_labels, H, W], target [B, 1, H, W]."""
+        """Scalars of a step, players' losses and other figures, for onehot [B, channels, H, W], target [B, 1, H, W]."""
 
     def seen_by_d(self, image: Tensor, onehot: Tensor) -> Tensor:
         """What D sees of an image [B, 1, H, W] in [-1, 1]: with --contrast only its map's lung, magnified about 0.
@@ -469,7 +469,7 @@ class Method(nn.Module):
         return torch.where(onehot[:, :1] > 0, 0.0, self.c.contrast * (image - parenchyma))
 
     def generator(self) -> nn.Module:
-        """The network to deploy: one-hot map [B, n_labels, H, W] to image [B, 1, H, W] in [-1, 1], and alpha [B]."""
+        """The network to deploy: one-hot map [B, channels, H, W] to image [B, 1, H, W] in [-1, 1], and alpha [B]."""
 
     def synthesize(self, onehot: Tensor, stage: str) -> Tensor:
         """The stage's image in [-1, 1] for a one-hot map, possibly smaller by an integer factor."""
@@ -514,10 +514,7 @@ class Covidgan(Method):
         }
 
     def losses(self, onehot: Tensor, target: Tensor, stage: str) -> dict[str, Tensor]:
-        """All losses of a step (Eq. 2), from one pass through G and one through D each for the real and synthetic pair.
-
-        Eq. 2 sums L_DFM over D1 and D2, which Eq. 4 has done already: it counts once here.
-        """
+        """All losses of a step (Eq. 2), from one pass through G and one through D each for a real and a fake pair."""
         c, first = self.c, self.first_scale(stage)
         shrink = 2 ** (c.n_gen - 1) if stage == "g1" else 1  # g1 works at G1's reduced size
         seed = torch.randint(2**31, (len(onehot),), device=onehot.device) if c.draws else None
@@ -525,7 +522,7 @@ class Covidgan(Method):
         onehot, target = onehot[..., ::shrink, ::shrink], F.avg_pool2d(target, shrink)
         real, fake = (self.d(onehot, self.seen_by_d(x, onehot), first) for x in (target, image))
         loss_d, loss_gan = gan_losses(real, fake, c.gan)
-        loss_dfm, loss_beta, beta = self.dfm(real, fake)
+        loss_dfm, loss_beta, beta = self.dfm(real, fake)  # Eq. 2 sums it over D1 and D2, as Eq. 4 has done: once here
         return {
             "d": loss_d,
             "g": loss_gan + (c.lambda_dfm * loss_dfm if c.dfm != "off" else 0.0),
@@ -598,9 +595,9 @@ def steering(image: Tensor, labels: Tensor, c: LoopConfig) -> Tensor:  # [B, 1, 
 
 
 def told(numbers: Tensor, labels: Tensor) -> Tensor:  # [B, 2], HU, and [B, 1, H, W] -> [B, 2, H, W]
-    """Density and detail as networks take them: about -1 to 1, constant within the lung, 0 outside and for NaN."""
+    """Density and detail as networks take them: -3 to 3, constant within the lung, 0 outside and for NaN."""
     middle, spread = numbers.new_tensor(TYPICAL).T
-    return ((numbers - middle) / spread).nan_to_num().view(-1, 2, 1, 1) * (labels > 0)
+    return ((numbers - middle) / spread).nan_to_num().clamp(-3, 3).view(-1, 2, 1, 1) * (labels > 0)
 
 
 def encode(labels: Tensor, image: Tensor, c: LoopConfig) -> Tensor:
@@ -819,8 +816,10 @@ class Trainer:
         self.test = load_slices(Path(c.data), split["test"], c)
         self.method = on_device(build(method, c), self.device, self.bf16)
         self.average = copy.deepcopy(self.method)  # its generator's weights are moving averages, used to synthesize
-        whole = resample(window(self.train.hu, c), self.train.labels, c.size)
-        self.steering = steering(*whole, c).tolist() if c.steer else []  # of each training slice
+        self.steering = []  # density and detail of each training slice
+        for hu, labels in zip(self.train.hu.split(16), self.train.labels.split(16), strict=True) if c.steer else ():
+            image, labels = resample(window(hu, c), labels, c.size)
+            self.steering += steering(image.clamp(-1, 1), labels, c).tolist()
         self.rng = torch.Generator(self.device)
         self.stages = method.stages(c)
         self.epoch_steps = c.epoch_len // c.batch
@@ -838,9 +837,9 @@ class Trainer:
         }
 
     def run(self) -> None:
-        """Train every stage asked for, from the current state on; told to stop, save first, then KeyboardInterrupt."""
+        """Train every stage asked for, from the current state on. Told to stop, the first process saves, then stops."""
         for signum in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(signum, lambda *_: setattr(self, "asked_to_stop", True))
+            signal.signal(signum, signal.SIG_IGN if RANK else lambda *_: setattr(self, "asked_to_stop", True))
         stages = [*self.stages] if self.c.stage == "all" else [self.c.stage]  # may follow the one resumed from
         for stage in stages[stages.index(self.stage) if self.stage in stages else 0 :]:
             if stage != self.stage:
@@ -999,10 +998,11 @@ class Trainer:
     def open_out(self) -> None:
         """Write OUT/split.json: the data, all slices ever trained on, and those held out."""
         path, train = self.out / "split.json", {*self.train.names}
-        if self.c.resume:
-            train |= {*json.loads(path.read_text())["train"]} if path.exists() else set()
-        else:
-            (self.out / "stats.jsonl").touch()
+        if self.c.resume or self.c.init:
+            before = path if self.c.resume else Path(self.c.init).with_name("split.json")
+            train |= {*json.loads(before.read_text())["train"]} if before.exists() else set()
+        if not self.c.resume:
+            (self.out / "stats.jsonl").write_text("")
         if again := sorted(train & {*self.test.names}):
             raise Mistake(f"{self.c.data}: {again[0]}, held out, was trained on before: give the split of {path}")
         sides = {"data": os.path.abspath(self.c.data), "train": sorted(train), "test": self.test.names}
@@ -1014,9 +1014,6 @@ class Trainer:
         results = {"stage": self.stage, "steps": self.steps, "slices": len(self.train.names), "parameters": parameters}
         write_atomically(self.out / "results.json", lambda path: path.write_text(json.dumps(results, indent=1) + "\n"))
         print(f"wrote {self.out}/: ckpt.pt, results.json, stats.jsonl, curves.png and panels")
-
-
-# ------------------------------------------------------------------------------------------------- pictures and figures
 
 
 def choose_cases(side: Slices, n: int = 4) -> list[int]:
@@ -1080,8 +1077,8 @@ def uses_bf16(c: LoopConfig, device: torch.device) -> bool:
         return c.dtype == "bfloat16"
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    onednn = device.type == "cpu" and torch.backends.mkldnn.is_available()
-    return onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    onednn = torch.backends.mkldnn
+    return device.type == "cpu" and onednn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def replace(module: nn.Module, kind: type[nn.Module], make: Callable[[nn.Module], nn.Module]) -> None:
@@ -1159,8 +1156,8 @@ def parse_config(argv: list[str], method: type[Method] = Covidgan) -> LoopConfig
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     if given.pop("help"):
         blocks = [kind for kind in reversed(method.options.mro()) if dataclasses.is_dataclass(kind)]
-        print(inspect.getmodule(method).__doc__, *map(inspect.getsource, blocks), sep="\n")
-        print(f"PRESETS = {json.dumps(method.presets, indent=4)}")
+        presets = f"PRESETS = {json.dumps(method.presets, indent=4)}"
+        print(inspect.getmodule(method).__doc__, *map(inspect.getsource, blocks), presets, sep="\n")
         sys.exit(0)
     base = method.presets[given.get("preset", method.options.preset)]
     if given.get("resume"):
@@ -1179,6 +1176,7 @@ def check_config(c: LoopConfig, method: type[Method]) -> None:
     checks = [
         (c.stage in stages, f"--stage {c.stage}: give one of {', '.join(stages)}"),
         (c.size % multiple == 0 and c.size >= 2 * multiple, f"--size {c.size}: give a multiple of {multiple}, or more"),
+        (c.epoch_len >= c.batch, f"--epoch-len {c.epoch_len}: give the batch of {c.batch} or more"),
         (c.batch % WORLD == 0, f"--batch {c.batch}: give a multiple of the {WORLD} processes"),
         (not method.alone or WORLD == 1, f"torchrun: {method.name} trains in one process, start it without"),
     ]
@@ -1202,7 +1200,7 @@ def check_out(c: LoopConfig) -> None:
     out.mkdir(parents=True, exist_ok=True)
     if (out / "maps").exists():
         raise Mistake(f"{out}: holds the slices of a dataset: give another --out")
-    if (out / "stats.jsonl").exists() and not c.resume:  # it is there from the first step on
+    if (out / "ckpt.pt").exists() and not c.resume:
         raise Mistake(f"{out}: holds another run: give --resume to go on, another --out, or delete it")
 
 
@@ -1221,7 +1219,10 @@ def main(argv: list[str], method: type[Method] = Covidgan, trainer_of: type[Trai
     if c.resume:
         trainer.load(trainer.out / "ckpt.pt")
     elif c.init:
-        trainer.method.load_state_dict(restore(read_checkpoint(Path(c.init)), method)[0].state_dict())
+        restored, was = restore(read_checkpoint(Path(c.init)), method)
+        if other := [name for name in ("level", "width", "norm") if getattr(was, name, 0) != getattr(c, name, 0)]:
+            raise Mistake(f"--init {c.init}: of another --{other[0]}: give the same")
+        trainer.method.load_state_dict(restored.state_dict())
         trainer.begin(trainer.stage)
     if RANK == 0:
         trainer.open_out()

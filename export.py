@@ -199,8 +199,8 @@ def method_of(checkpoint: dict, path: Path, file: Path | None = None) -> type[co
 def steering_of(checkpoint: dict, c: covidgan.LoopConfig) -> tuple[dict[str, dict], list[list[float]]]:
     """What steers a generator, and the pairs of numbers to draw from: `steering` and `drawn` of the contract."""
     typical = [[middle + k * spread for middle, spread in covidgan.TYPICAL] for k in (-2, 0, 2)]
-    pairs = np.array(checkpoint.get("steering") or typical)  # [slices, 2]
-    pairs = pairs[np.isfinite(pairs).all(1)]  # not of slices without healthy lung
+    healthy = [pair for pair in checkpoint.get("steering", []) if np.isfinite(pair).all()]
+    pairs = np.array(healthy or typical)  # [slices, 2]
     rows = zip(("density", "detail"), *np.percentile(pairs, (50, 5, 95), axis=0).round().tolist(), strict=True)
     steering = {name: {"default": middle, "low": low, "high": high} for name, middle, low, high in rows if c.steer}
     every = np.linspace(0, len(pairs) - 1, min(len(pairs), 100)).round().astype(int)

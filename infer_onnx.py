@@ -117,7 +117,8 @@ def open_session(
     for name in PROVIDERS if provider == "auto" else [provider]:
         session = on_cpu
         try:
-            reason = obstacle(name)
+            wide = name in ("cpu", "cuda") or "seed" not in info.get("steers", ())
+            reason = obstacle(name) or ("" if wide else "may compute the noise in 32 bits instead of 64")
             if not reason and name != "cpu":
                 session = start(content, name, provider_options(name, info, graphs), threads)
                 if session.get_providers()[0] != PROVIDERS[name]:  # it fell back to the CPU without a word

@@ -28,7 +28,7 @@ const inputs = {
   map: new ort.Tensor("uint8", padded, [1, h, w]),
   density: new ort.Tensor("float32", [density], [1]),
   detail: new ort.Tensor("float32", [detail], [1]),
-  seed: new ort.Tensor("int64", [BigInt(seed)], [1]),
+  seed: new ort.Tensor("int64", [BigInt(Number.isNaN(seed) ? 0 : seed)], [1]),
 };
 const given = Object.fromEntries(session.inputNames.map((name) => [name, inputs[name]])); // those that this model has
 const { ct } = await session.run(given, ["ct"]);

@@ -4,38 +4,47 @@
 #     models/train.sh DOWNLOAD 256        # models/covid-ct-256.onnx anew, as out/ct256/generator.onnx
 #     models/train.sh DOWNLOAD 512        # the paper's size, from the one of 256; meant for a GPU
 #
-# DOWNLOAD: see models/README.md, under Data. SAMPLES: augmented slices of the last stage at each size.
+# DOWNLOAD: see models/README.md, under Data. It trains at 128 pixels, then at twice that, and so on.
+# SAMPLES, WIDTH: augmented slices of each size's last stage, channels; other ones want another out/ and data/.
 set -eu
-download=$1 size=$2 python=${PYTHON:-.venv/bin/python}
-split=${SPLIT:-510,86,0} width=${WIDTH:-24} first=${FIRST:-128} samples=${SAMPLES:-8000}
-terms="CC BY-NC-SA 4.0, as the masks of Ma et al., Zenodo 3757476, that they were trained on"
+[ $# = 2 ] || { echo "usage: models/train.sh DOWNLOAD 256|512" >&2; exit 2; }
+download=$(cd "$1" && pwd) size=$2
 cd "$(dirname "$0")/.."
+python=${PYTHON:-.venv/bin/python} split=${SPLIT:-510,86,0} width=${WIDTH:-24} samples=${SAMPLES:-6400}
+first=${FIRST:-128} stored=data/ct$((2 * size)) judged=data/ct$size out=out/ct$size
+terms="CC BY-NC-SA 4.0, as the masks of Ma et al., Zenodo 3757476, that they were trained on"
 
-prepare() {  # of a size in pixels
-    [ -f "data/ct$1/split.json" ] || $python data/prepare.py "$download" --size "$1" --split "$split" --out "data/ct$1"
+prepare() {  # a set of slices of a size
+    [ -f "$1/split.json" ] || "$python" data/prepare.py "$download" --size "$2" --split "$split" --out "$1"
 }
 
 train() {  # into a folder, with these options
-    out=$1; shift
-    if [ -f "$out/results.json" ]; then return; fi
-    if [ -f "$out/ckpt.pt" ]; then $python covidgan.py --resume --out "$out"; return; fi
-    $python covidgan.py --preset best --ngf "$width" --ndf "$width" --n-blocks 6 --out "$out" "$@"
+    folder=$1; shift
+    if [ -f "$folder/results.json" ]; then return; fi
+    if [ -f "$folder/ckpt.pt" ]; then "$python" covidgan.py --resume --out "$folder"; return; fi
+    "$python" covidgan.py --preset best --data "$stored" --ngf "$width" --ndf "$width" --n-blocks 6 --epochs 2 \
+        --out "$folder" "$@"
 }
 
-prepare $((2 * size))  # training augments at twice its size, then halves it: no blur
-prepare "$size"
+prepare "$stored" $((2 * size))  # augmentation works at twice the size, then halves it: no blur
+prepare "$judged" "$size"
+"$python" - "$stored" "$judged" <<'END'
+import json, sys
+trained, judged = (json.load(open(f"{folder}/split.json")) for folder in sys.argv[1:])
+both = {n.rpartition("_")[0] for n in trained["train"]} & {n.rpartition("_")[0] for n in judged["test"]}
+sys.exit(f"error: {sorted(both)} trained on and judged by: give another SPLIT" if both else 0)
+END
 at=$first
-train "out/ct$at" --size "$at" --data "data/ct$((2 * size))" --individual 0.45 --epochs 2 --epoch-len $((samples / 4))
-while [ "$at" -lt "$size" ]; do  # G1, G2, D1 and D2 go on at twice the size, together
+train "out/ct$at" --size "$at" --individual 0.9 --epoch-len $((samples / 4))
+while [ "$at" -lt "$size" ]; do  # all networks go on at twice the size
     at=$((2 * at))
-    train "out/ct$at" --size "$at" --data "data/ct$((2 * size))" --stage joint --init "out/ct$((at / 2))/ckpt.pt" \
-        --epochs 2 --epoch-len $((samples / 2))
+    train "out/ct$at" --size "$at" --stage joint --init "out/ct$((at / 2))/ckpt.pt" --epoch-len $((samples / 2))
 done
-$python export.py "out/ct$size" --pack -o "out/ct$size/generator.onnx" --terms "$terms"
-[ -f features.onnx ] || $python export.py --features efficientnet-lite0
-$python infer_onnx.py "data/ct$size" --side test --complement "data/ct$size/images" \
-    --model "out/ct$size/generator.onnx" --out "out/ct$size/held_out"
-$python eval.py "data/ct$size" "out/ct$size/held_out" --features features.onnx --train "data/ct$size" \
-    --out "out/ct$size/eval" --json "out/ct$size/eval/results.json"
-$python eval.py "data/ct$size" "out/ct$size/generator.onnx" --out "out/ct$size/eval" \
-    --json "out/ct$size/eval/steering.json"
+"$python" export.py "$out" --pack -o "$out/generator.onnx" --terms "$terms"
+[ -f features.onnx ] || "$python" export.py --features efficientnet-lite0
+"$python" infer_onnx.py "$judged" --side test --complement "$judged/images" --model "$out/generator.onnx" \
+    --out "$out/held_out"
+"$python" eval.py "$judged" "$out/held_out" --features features.onnx --train "$judged" --out "$out/eval" \
+    --json "$out/eval/results.json"
+"$python" eval.py "$judged" "$out/generator.onnx" --maps "$out/held_out/maps" --out "$out/eval" \
+    --json "$out/eval/steering.json"

@@ -129,8 +129,10 @@ const state = {
 
 /** Put a map in the place of the present one, which a step keeps so that it can be undone. */
 function setMap(map, isStep = true) {
+  const scan = state.map?.scan;
   if (isStep) Object.assign(state, { past: [...state.past, state.map].slice(-STEPS), future: [] });
   state.map = map;
+  if (map.scan !== scan) resetSteering();
   mapChanged();
 }
 
@@ -300,14 +302,12 @@ function steer(seed = state.told.seed) {
   synthesize();
 }
 
-function drawAnother() {
-  if (!$("draw").hidden) steer(state.told.seed + 1);
-}
+const drawAnother = () => $("draw").hidden || steer(state.told.seed + 1);
 
 /** Show what the generator can be told, at the numbers of the slice that was opened or else at its defaults. */
 function resetSteering() {
   const { generator, map } = state, steering = generator?.steering ?? {};
-  const measured = map.scan ? measure(map, map.scan, map.opened, generator) : {};
+  const measured = map.scan && generator ? measure(map, map.scan, map.opened, generator) : {};
   for (const id of ["density", "detail"]) {
     $(id).parentElement.hidden = !steering[id];
     if (!steering[id]) continue;
@@ -422,7 +422,6 @@ function useFiles(map, slice, found) {
   if (fits || found.map) setMap(fits ? { ...map, scan: slice.hu } : map);
   if (isKept) state.kept = state.map;
   if (fits) {
-    resetSteering();
     say(`${slice.name}: lesions that you paint appear in this slice, all else in it stays as it is.`);
   } else if (found.slice) {
     say(`${slice.name}: ${size(slice)} pixels. Now open its label map, of the same size.`);
