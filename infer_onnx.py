@@ -92,14 +92,13 @@ def open_session(
     threads: int | None = None,
     kind: str = "generator",
     graphs: bool = False,
-    quiet: bool = False,
 ) -> tuple[ort.InferenceSession, dict[str, Any]]:
     """Open a model on a provider, say on stderr which it is, and return the session and the model's metadata.
 
     provider: a key of PROVIDERS, or "auto" for the first that really loads.
     threads: on the CPU; by default one for each core that this process may use.
     kind: what the metadata must call the model; a "generator" must keep the contract, see check_model.
-    graphs: see provider_options. quiet: for a graph that no user knows about.
+    graphs: see provider_options.
     Raises Mistake for a missing, broken or foreign file, and for a provider asked for by name that does not load.
     """
     if not model.is_file():
@@ -117,8 +116,8 @@ def open_session(
     for name in PROVIDERS if provider == "auto" else [provider]:
         session = on_cpu
         try:
-            wide = name in ("cpu", "cuda") or "seed" not in info.get("steers", ())
-            reason = obstacle(name) or ("" if wide else "may compute the noise in 32 bits instead of 64")
+            narrow = name not in ("cpu", "cuda") and "seed" in info.get("steers", ())
+            reason = "may compute noise in 32 bits, not 64" if narrow else obstacle(name)
             if not reason and name != "cpu":
                 session = start(content, name, provider_options(name, info, graphs), threads)
                 if session.get_providers()[0] != PROVIDERS[name]:  # it fell back to the CPU without a word
@@ -128,8 +127,7 @@ def open_session(
         if not reason:
             how = f"cpu, threads: {threads}" if name == "cpu" else name
             better = "".join(f"; not {', '.join(names)}: {why}" for why, names in reasons.items())
-            if not quiet:
-                print(f"{model} runs on {how}{better}", file=sys.stderr)
+            print(f"{model} runs on {how}{better}", file=sys.stderr)
             return session, info
         reasons.setdefault(reason, []).append(name)
     raise Mistake(f"--provider {provider}: {reason}: --provider auto takes the best there is")

@@ -35,7 +35,7 @@ both = {n.rpartition("_")[0] for n in trained["train"]} & {n.rpartition("_")[0] 
 sys.exit(f"error: {sorted(both)} trained on and judged by: give another SPLIT" if both else 0)
 END
 at=$first
-train "out/ct$at" --size "$at" --individual 0.9 --epoch-len $((samples / 4))
+train "out/ct$at" --size "$at" --individual 0.5 --epoch-len $((samples / 4))
 while [ "$at" -lt "$size" ]; do  # all networks go on at twice the size
     at=$((2 * at))
     train "out/ct$at" --size "$at" --stage joint --init "out/ct$((at / 2))/ckpt.pt" --epoch-len $((samples / 2))
