@@ -252,7 +252,7 @@ def make_torch(c: covidgan.Config, maps: np.ndarray) -> tuple[Work, dict]:
 
 def make_onnx(model: Path, maps: np.ndarray, provider: str, threads: int | None = None) -> tuple[Work, dict]:
     """An exported file in ONNX Runtime, as infer_onnx.py runs it; threads: None for one of each core."""
-    return partial(infer_onnx.Generator(*infer_onnx.open_session(model, provider, threads, quiet=True)), maps), {}
+    return partial(infer_onnx.Generator(*infer_onnx.open_session(model, provider, threads)), maps), {}
 
 
 def bench_synth(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
