@@ -61,13 +61,13 @@ def settled(points: Course, name: str, still: float) -> dict[str, dict[str, floa
 
 
 def alphas(run: Path, data: Path, side: str) -> dict[str, tuple[float, float]]:
-    """Slice -> alpha of a run's generator, and the share of lesion in the lung, for a side's slices with lung."""
-    session, _ = infer_onnx.open_session(runs.exported(run / "generator.onnx", run / "ckpt.pt"), "auto")
-    found = {}
+    """Slice -> alpha of a run's generator, told its defaults, and share of lesion, for a side's slices with lung."""
+    session, info = infer_onnx.open_session(runs.exported(run / "generator.onnx", run / "ckpt.pt"), "auto")
+    found, told = {}, {name: np.int64([0]) if name == "seed" else np.float32([np.nan]) for name in info["steers"]}
     for name, path in infer_onnx.find_maps(data, side).items():
         labels = read_map(path)
         if labels.any():
-            (alpha,) = session.run(["alpha"], {"map": labels[None]})
+            (alpha,) = session.run(["alpha"], {"map": labels[None], **told})
             found[name] = float(alpha[0]), float((labels > 1).sum() / (labels > 0).sum())
     return found
 

@@ -1,9 +1,9 @@
 """`eval.py` against scikit-image, scipy, closed forms and figures worked out by hand."""
 
 import json
+import os
 import subprocess
 import sys
-import tracemalloc
 from itertools import product
 from pathlib import Path
 
@@ -157,14 +157,6 @@ def test_pixel_metrics_agree_with_scikit_image(kind, size, rng):
         assert rows[f"{region} SSIM"] == pytest.approx(structural_similarity(a, b, data_range=1, **window), abs=1e-5)
         assert rows[f"{region} NRMSE"] == pytest.approx(normalized_root_mse(a, b), abs=1e-5)
         assert rows[f"{region} RMSE"] == pytest.approx(np.sqrt(((a - b) ** 2).mean()), abs=1e-7)
-
-
-def test_a_constant_offset_has_the_metrics_of_the_closed_form():
-    real = np.full((32, 32), -600, np.int16)  # the window's middle, 0.5
-    rows = pixel_rows(real, real + 150, np.ones_like(real, np.uint8))  # a tenth of the window more
-    ssim = (2 * 0.5 * 0.6 + 1e-4) / (0.5**2 + 0.6**2 + 1e-4)  # its luminance alone: neither image varies
-    for figure, value in {"PSNR": 20, "RMSE": 0.1, "NRMSE": 0.2, "SSIM": ssim}.items():
-        assert rows[f"complete {figure}"] == pytest.approx(value, abs=1e-6)
 
 
 @pytest.mark.parametrize("width", [WIDTH, 100, 620])
@@ -381,14 +373,8 @@ def test_a_real_slice_that_is_not_its_maps_is_refused_unless_unchecked(sets):
     with pytest.raises(Mistake, match=r"real/images/P00_S001\.png"):
         evaluate(sets)
     assert evaluate(sets, "--unchecked")["run"]["pairs"]["measured"] == 9
-
-
-@pytest.mark.parametrize("order", [[0, 3, 1, 2], [0, 1, 3, 2], [0, 2, 3, 1], "sides"])
-def test_labels_that_do_not_fit_the_real_slices_are_refused_by_file_label_and_hu(order, sets):
     for path in (sets / "real/maps").iterdir():
-        labels = read_map(path)
-        sides = (labels > 0) * (1 + np.arange(WIDTH) // (WIDTH // 2))  # a left and a right lung
-        write_map(path, sides if order == "sides" else np.array(order)[labels])
+        write_map(path, np.array([0, 2, 3, 1])[read_map(path)])
     with pytest.raises(Mistake, match=r"real/images/P\d+_S\d+\.png: mean [+-]\d+ HU in .*\(label \d\)"):
         evaluate(sets)
 
@@ -492,6 +478,7 @@ def remove_lung(*maps):
 
 MISTAKES = {  # what to do to the sets, options, and what the line must name
     "grey levels": (lambda s: write_image(s / "real/images/P00_S000.png", lungs() * 9.0 - 1024), [], "grey levels"),
+    "cut off": (lambda s: os.truncate(s / "fake/P01_S003.png", 100), [], "fake/P01_S003.png"),
     "size": (lambda s: write_image(s / "real/images/P00_S000.png", np.zeros((40, 40))), [], "one size"),
     "missing map": (lambda s: (s / "real/maps/P01_S003.png").unlink(), [], "P01_S003"),
     "no lung": (lambda s: remove_lung(*(s / "real/maps").iterdir()), [], "no lung"),
@@ -592,21 +579,3 @@ def test_without_torch_all_runs_and_writes_all(sets, features, unet):
     results = json.loads((sets / "all.json").read_text())
     meters = {"pixels", "features", "texture", "neighbours", "segmentation", "memorisation"}
     assert set(results) == {"run", *meters, "suspects", "cases"}
-
-
-@pytest.mark.long
-def test_memory_does_not_grow_with_the_number_of_pairs(tmp_path, rng):
-    peaks, labels = [], lungs(128, 128)
-    real, fake = slice_of(labels, rng), slice_of(labels, rng)
-    for n in (20, 80):
-        for folder in ("real/images", "real/maps", "fake"):
-            (tmp_path / str(n) / folder).mkdir(parents=True)
-        for k in range(n):
-            write_image(tmp_path / str(n) / f"real/images/P00_S{k:03d}.png", real)
-            write_image(tmp_path / str(n) / f"fake/P00_S{k:03d}.png", fake)
-            write_map(tmp_path / str(n) / f"real/maps/P00_S{k:03d}.png", labels)
-        tracemalloc.start()
-        evaluate(tmp_path / str(n))
-        peaks.append(tracemalloc.get_traced_memory()[1])
-        tracemalloc.stop()
-    assert peaks[1] - peaks[0] < 60 * real.nbytes  # for 60 pairs more: their figures, not three images each

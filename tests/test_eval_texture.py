@@ -250,15 +250,6 @@ def test_another_draw_of_the_same_texture_is_near_the_floor(drawn, tmp_path):
         assert rows[f"HU of {name}"]["value"] < 2 * rows[f"HU of {name}"]["floor_value"] + 2
 
 
-def test_a_blurred_copy_is_told_as_blur(drawn, tmp_path):
-    real, _, labels = drawn
-    rows = evaluate(tmp_path, real, [scipy.ndimage.gaussian_filter(hu, 0.8) for hu in real], labels)["texture"]
-    assert rows["fine texture"]["value"] < 0.2
-    assert rows["fine texture"]["floor_value"] == pytest.approx(1, abs=0.1)
-    assert rows["spectrum"]["value"] > 5 * rows["spectrum"]["floor_value"]
-    assert rows["HU of lung"]["value"] > rows["HU of lung"]["floor_value"]
-
-
 def test_a_single_pair_with_lungs_too_thin_for_a_spectrum_is_no_crash(tmp_path, rng):
     labels = np.zeros((40, 40), np.uint8)
     labels[10:30, 18:22] = 1

@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-import threading
 import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -305,17 +304,6 @@ def test_grey_slices_show_the_same_hu_through_the_window(infer, maps, images):
         assert np.array_equal(iio.imread(grey / "images" / path.name), windowed(hu, -600, 1500))
 
 
-def test_shards_are_disjoint_and_complete(infer, maps, tmp_path):
-    whole = files(infer(maps, out="whole")[1])
-    names = []
-    for i in (1, 2, 3):
-        _, out, _ = infer(maps, "--shard", f"{i}/3", out=f"part{i}")
-        names += [path.name for path in (out / "images").iterdir()]
-        infer(maps, "--shard", f"{i}/3", out="together")
-    assert sorted(names) == sorted(path.name for path in maps.iterdir())
-    assert files(tmp_path / "together") == whole
-
-
 def test_a_second_run_makes_what_is_missing_alone_and_a_panel_asked_for_later(infer, maps):
     _, out, _ = infer(maps)
     before = files(out)
@@ -390,19 +378,6 @@ def draw_ill(depth=1):
     hu, labels = draw_chest(depth, 128)
     labels[:, 70:90, 32:46], labels[:, 70:90, 88:98] = 2, 3
     return np.where(labels > 0, DENSITIES[labels], hu), labels
-
-
-RIGHT = (0, 1, 2, 3)
-
-
-@pytest.mark.parametrize("order", [RIGHT, (0, 3, 1, 2), (0, 1, 3, 2), (0, 2, 1, 3)])
-def test_a_map_whose_labels_have_another_order_than_its_real_slice_is_refused_by_label_and_hu(infer, tmp_path, order):
-    hu, labels = draw_ill()
-    write_map(tmp_path / "map.png", np.array(order, np.uint8)[labels[0]])
-    write_image(tmp_path / "real.png", hu[0])
-    status, _, told = infer(tmp_path / "map.png", "--complement", tmp_path / "real.png")
-    assert status == (0 if order == RIGHT else 2)
-    assert order == RIGHT or all(word in told for word in (f"error: {tmp_path / 'real.png'}: ", "(label ", " HU in "))
 
 
 def test_two_lungs_as_two_labels_are_refused_beside_real_slices_and_noted_without(infer, maps, images):
@@ -510,14 +485,6 @@ def test_maps_without_lung_are_left_out_with_a_count_and_where_there_is_no_other
     assert len(list((out / "images").iterdir())) == len(list((out / "maps").iterdir())) == 5
     status, _, told = infer(tmp_path / "empty", out="none")
     assert status == 2 and f"{tmp_path / 'empty'}: no lung" in told
-
-
-def test_variants_that_crop_their_lung_away_are_left_out_with_a_count(infer, tmp_path):
-    (tmp_path / "corner").mkdir()
-    write_map(tmp_path / "corner/P00_S000.png", np.pad(np.ones((2, 2), np.uint8), ((0, 62), (0, 62))))
-    status, out, told = infer(tmp_path / "corner", "--variants", 20)
-    made = len(list((out / "images").iterdir()))
-    assert status == 0 and 0 < made < 20 and told.endswith(f"note: {20 - made} slices without lung are left out")
 
 
 def test_complete_with_a_dataset_s_images_or_the_one_slice_of_the_one_map(infer, maps, images, tmp_path):
@@ -682,30 +649,6 @@ def test_it_runs_where_torch_cannot_be_imported(maps, model, tmp_path):
     assert len(list((tmp_path / "out/images").iterdir())) == 5
 
 
-def test_reading_and_writing_go_on_while_the_model_runs():
-    """The model's first call waits until three maps are read, the first writing until the model's second call."""
-    jobs = [infer_onnx.Job(f"P00_S{k:03d}", Path("P00_S000.png"), "P00_S000", 0) for k in range(6)]
-    read, called, waits = threading.Semaphore(0), threading.Semaphore(0), []
-
-    def reader(job):
-        read.release()
-        return infer_onnx.Case(job, draw_map(), None)
-
-    def model(maps, told):
-        if not waits:
-            waits.extend(read.acquire(timeout=20) for _ in range(3))
-        called.release()
-        return maps.astype(np.int16)
-
-    def writer(case, lung):
-        if case.job is jobs[0]:
-            waits.extend(called.acquire(timeout=20) for _ in range(2))
-
-    model.info = {"level": -600.0, "width": 1500.0, "size": 64, "steers": []}
-    assert infer_onnx.run(jobs, model, 1, reader, writer) == (6, 0, [])
-    assert waits == [True] * 5
-
-
 def test_readers_are_never_far_ahead_of_the_model():
     begun = []
     with ThreadPoolExecutor(1) as pool:
@@ -728,32 +671,3 @@ def test_onnx_runtime_keeps_no_records_in_the_users_home(maps, model, tmp_path, 
     done = subprocess.run([sys.executable, HERE / name, *map(str, argv)], env=env, capture_output=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert not list(home.rglob("*"))
-
-
-CASES = HERE.parent / "shared" / "cases" / "make_more_cases.py"
-TOLD = {  # case: maps, real slices or CTs, exit status, words
-    "right": ("tiny", "tiny", 0, []),
-    "names of a Mac": ("nfd_images", "nfd_images", 0, []),
-    "two lungs": ("sides_png", "sides_png", 2, ["images/P01_S001.png: mean -", "(label 2)", "a left and a right lung"]),
-    "two lungs, no slices": ("sides_png", None, 0, ["note: ", "maps/P01_S001.png: labels 1 and 2 ", ": 24)"]),
-    "another order": ("red_green_blue", "red_green_blue", 2, ["HU in consolidation (label 3)", "another order"]),
-    "axes exchanged": ("zyx_identity/rp_lung_msk", "zyx_identity/rp_im", 2, ["rp_im/1.nii.gz: ", "axes"]),
-    "patterns": ("base/rp_lung_msk/*.nii.gz", "base/rp_im/*.nii.gz", 0, []),
-}
-
-
-@pytest.fixture(scope="module")
-def cases(tmp_path_factory):
-    out = tmp_path_factory.mktemp("cases")
-    subprocess.run([sys.executable, CASES, out], cwd=HERE, check=True)
-    return out
-
-
-@pytest.mark.long
-@pytest.mark.skipif(not CASES.exists(), reason="no cases of real files here")
-@pytest.mark.parametrize("case", TOLD)
-def test_files_as_people_have_them_are_made_or_told(infer, cases, case):
-    maps, reals, expected, words = TOLD[case]
-    status, _, told = infer(cases / maps, *(["--complement", cases / reals] if reals else []))
-    assert status == expected and all(word in told for word in words)
-    assert words or not [line for line in told.splitlines() if line[:5] in ("error", "note:") and "pixels" not in line]

@@ -7,11 +7,9 @@ that stands in mine.py, and `export.py ckpt.pt --method mine.py` exports it.
 import json
 import shutil
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
-import onnxruntime as ort
 import pytest
 import torch
 import torch.nn.functional as F
@@ -113,21 +111,3 @@ def test_stopped_it_goes_on_bit_for_bit_its_dropout_and_power_iteration_too(smal
     torch.manual_seed(99)  # whatever the process drew meanwhile
     covidgan.main(["--resume", "--out", str(out)], Small)
     assert differing(torch.load(out / "ckpt.pt", weights_only=True), whole) == []
-
-
-def test_it_exports_and_runs_as_onnx(small, tmp_path, cli):
-    arguments, out = small
-    covidgan.main(arguments, Small)
-    model, script = tmp_path / "small.onnx", Path(covidgan.__file__).with_name("export.py")
-    done = cli(out / "ckpt.pt", "-o", model, "--method", __file__, script=script)
-    assert done.status == 0, done.stderr
-    session = ort.InferenceSession(model, providers=["CPUExecutionProvider"])
-    assert session.get_modelmeta().custom_metadata_map["method"] == "small"
-    maps = np.random.default_rng(0).integers(0, 4, (2, 36, 44)).astype(np.uint8)
-    ct, alpha = session.run(["ct", "alpha"], {"map": maps})
-    restored, c = covidgan.restore(torch.load(out / "ckpt.pt", weights_only=True), Small)
-    labels = torch.from_numpy(maps)[:, None]
-    with torch.no_grad():
-        image = covidgan.lung_target(restored.synthesize(covidgan.one_hot(labels, 4), "whole"), labels)
-    assert np.abs(ct - (image[:, 0] * c.width / 2 + c.level).numpy()).max() <= 0.51
-    assert alpha.tolist() == [1, 1]

@@ -3,8 +3,6 @@
 import itertools
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -508,27 +506,6 @@ def test_lungs_auto_is_said_and_recorded(tmp_path, out, chest, capsys):
 
 
 # Real volumes
-
-
-@pytest.fixture(scope="module")
-def cases(tmp_path_factory):
-    """Files as people really have them, each kind beside `base`, the truth."""
-    make = REPO.parent / "shared" / "cases" / "make_cases.py"
-    if not make.is_file():
-        pytest.skip(f"no {make}")
-    folder = tmp_path_factory.mktemp("cases")
-    subprocess.run([sys.executable, make, folder], check=True)
-    run(folder / "volumes" / "base", folder / "base", "--size", 128)
-    return folder
-
-
-@pytest.mark.long
-@pytest.mark.parametrize(
-    "case", ["masks_scaled_header", "mac_copies", "plain_nii", "not_compressed", "masks_identity_affine"]
-)
-def test_a_case_gives_the_same_slices_as_base(cases, out, case):
-    run(cases / "volumes" / case, out, "--size", 128)
-    assert pictures(out) == pictures(cases / "base")
 
 
 def pictures(out):

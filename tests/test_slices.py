@@ -48,18 +48,6 @@ def test_a_palette_without_the_papers_colours_only_dresses_label_values_up(tmp_p
     np.testing.assert_array_equal(slices.read_map(indexed(tmp_path / "map.png", LABELS, palette)), LABELS)
 
 
-@pytest.mark.parametrize("save", ["grey", "RGB", "RGBA", "palette of a full colour picture"])
-def test_one_map_in_every_form_gives_the_same_labels(tmp_path, save):
-    pictures = {
-        "grey": Image.fromarray(LABELS),
-        "RGB": painted(LABELS),
-        "RGBA": painted(LABELS, "RGBA"),
-        "palette of a full colour picture": painted(LABELS).quantize(8),
-    }
-    pictures[save].save(tmp_path / "map.png")
-    np.testing.assert_array_equal(slices.read_map(tmp_path / "map.png"), LABELS)
-
-
 def test_what_was_erased_is_background_though_its_colour_is_left_below(tmp_path):
     pixels = np.array(painted(LABELS, "RGBA"))
     pixels[0, 1, 3] = 0  # red

@@ -7,6 +7,7 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 import scipy.stats
+from test_infer_steering import build_steered
 from test_tables import welch
 
 import covidgan
@@ -168,6 +169,15 @@ def test_a_row_is_made_whole_and_its_figures_are_those_of_its_unet(table_command
     weighting.main([str(args.out / "covidgan_0"), "--data", str(args.data), "--results", str(args.results)])
     (one,) = json.loads((args.results / "weighting.json").read_text())["records"]
     assert len(one["slices"]["alpha"]) == len(split["seg_test"]) and [*one["settled"]["beta"]] == ["g2", "joint"]
+
+
+def test_alpha_of_a_generator_that_is_steered_is_that_of_its_defaults(toy, tmp_path):
+    build_steered(tmp_path / "generator.onnx")  # whose alpha is the mean of the labels
+    found = weighting.alphas(tmp_path, toy.folder, "test")
+    assert [*found] == sorted(toy.test)
+    for name, (alpha, share) in found.items():
+        labels = toy.labels[name]
+        assert (alpha, share) == pytest.approx((labels.mean(), (labels > 1).sum() / (labels > 0).sum()))
 
 
 def test_within_patients_what_differs_between_them_does_not_count():

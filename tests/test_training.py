@@ -109,6 +109,13 @@ def test_training_on_one_slice_learns_it(tiny):
     assert likeness() > 0.3
 
 
+def test_slices_without_lung_train(own_toy, tiny):
+    for name in own_toy.train[1:]:  # all but one
+        slices.write_map(own_toy.folder / "maps" / f"{name}.png", np.zeros((64, 64), np.uint8))
+    trainer = covidgan.Trainer(Covidgan, tiny(data=str(own_toy.folder), batch=2, stage="joint"))
+    assert all(np.isfinite([*trainer.step().values()]).all() for _ in range(3))
+
+
 @pytest.mark.parametrize("ema", [0.5, 0.0])
 def test_pictures_are_made_by_the_weights_moving_average(tiny, ema):
     trainer = covidgan.Trainer(Covidgan, tiny(batch=2, ema=ema))

@@ -3,9 +3,7 @@
 import signal
 
 import pytest
-from whole import files_of, lines_of, put_volumes, wait_for
-
-from data import slices
+from whole import files_of, lines_of, wait_for
 
 pytestmark = pytest.mark.long
 
@@ -23,16 +21,4 @@ def test_a_second_training_is_refused_and_one_that_was_killed_goes_on(toy, small
     first.kill()
     first.communicate()
     done = cli("--resume", "--out", out)
-    assert done.status == 0, done.stderr
-
-
-@pytest.mark.parametrize("script", ["data/phantom.py", "data/prepare.py"])
-def test_a_second_writer_of_a_set_is_refused_while_the_first_lives(script, cli, tmp_path):
-    out, sources = tmp_path / "out", put_volumes(tmp_path / "src")
-    small = ["--size", 64, "--patients", 3, "--slices", 1] if "phantom" in script else [sources, "--size", 64]
-    with slices.held(out):
-        done = cli(script, *small, "--out", out, script=None)
-        assert done.status != 0 and str(out) in done.stderr
-        assert files_of(out) == {}
-    done = cli(script, *small, "--out", out, script=None)
     assert done.status == 0, done.stderr

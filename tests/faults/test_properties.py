@@ -55,17 +55,6 @@ def test_every_slice_is_read_as_it_was_written_by_both_readers(tmp_path, hu):
     assert np.array_equal(in_training(tmp_path, hu, np.ones(hu.shape, np.uint8))[0], hu)
 
 
-NAMES = st.text(st.characters(categories=("L", "N")), min_size=1, max_size=40).map(slices.same_form)
-
-
-@of_many()
-@given(st.lists(NAMES, min_size=3, max_size=9, unique_by=str.casefold))
-def test_every_split_is_read_as_it_was_written(tmp_path, names):
-    sides = names[:1], names[1:2], names[2:]
-    slices.write_split(tmp_path / "split.json", *sides, {"seed": 1})
-    assert slices.read_split(tmp_path / "split.json") == dict(zip(slices.SIDES, sides, strict=True))
-
-
 @st.composite
 def affines(draw):
     """Axes in some order, of some signs and sizes, tilted about x by up to 34 degrees."""

@@ -27,11 +27,6 @@ def twice(cli, tmp_path):
     return run
 
 
-def test_the_phantom_by_however_many_workers(twice):
-    size = ["--size", 64, "--patients", 3, "--slices", 2]
-    twice(lambda out, turn: [["data/phantom.py", "--out", out, *size, "--workers", turn + 1]])
-
-
 def test_a_prepared_set(twice, tmp_path):
     sources = put_volumes(tmp_path / "src")
     twice(lambda out, _: [["data/prepare.py", sources, "--size", 64, "--out", out]])
