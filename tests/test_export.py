@@ -136,7 +136,7 @@ def expected_hu(e, maps, density=(-800,), detail=(75,), seed=None):
     given = covidgan.one_hot(labels, e.c.n_labels).double()
     if e.c.steer:  # 50 and 15 HU are the units of training
         for number in ((np.array(density) + 800) / 50, (np.array(detail) - 75) / 15):
-            given = torch.cat([given, torch.from_numpy(number).view(-1, 1, 1, 1) * (labels > 0)], 1)
+            given = torch.cat([given, torch.from_numpy(number.clip(-3, 3)).view(-1, 1, 1, 1) * (labels > 0)], 1)
     with torch.no_grad():
         image, alpha = generator(given) if seed is None else generator(given, seed=torch.tensor(seed).expand(len(maps)))
     image = covidgan.lung_target(image, labels)
