@@ -5,7 +5,6 @@ A label map of an axial chest CT slice goes in, a CT slice comes out. Research o
     python covidgan.py --stage all                              # phantom data, preset demo: minutes on two CPU cores
     python covidgan.py --stage all --data data/radiopaedia --preset paper --out out/paper
     python covidgan.py --resume --out out/paper                 # go on where a stopped run left off
-    torchrun --nproc_per_node=2 covidgan.py --stage all --preset paper
     python covidgan.py -h                                       # every knob
 
 With the paper in hand:
@@ -129,11 +128,12 @@ class Config(LoopConfig):
     individual: float = 1.0  # length of stages g1 and g2 relative to the joint one's; 0: no individual training
 
 
-PLAIN: dict[str, Any] = dict(batch=4, dfm="fixed", beta=0.1, lambda_dfm=3.0)  # see paper/fidelity.md
+BEST: dict[str, Any] = dict(batch=4, dfm="fixed", beta=0.1, lambda_dfm=3.0)  # for real use, see paper/fidelity.md
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": dict(noise=0.01, contrast=0.0, ema=0.0),
-    "best": PLAIN | dict(norm="pixel", steer=True, draws=True),  # for real use: a generator that one can steer
-    "demo": PLAIN
+    "best": BEST,
+    "steered": BEST | dict(norm="pixel", steer=True, draws=True),  # local, obeys numbers, many slices of a map
+    "demo": BEST
     | dict(size=128, ngf=24, ndf=24, n_blocks=4, n_local_blocks=2, epochs=2, epoch_len=1200, interval=150)
     | dict(lr=6e-4, beta=0.5, contrast=6.0),  # to suit its few steps, on the phantom
     "tiny": dict(data=f"{PHANTOM}64", size=64, ngf=8, ndf=8, n_blocks=2, batch=4, epochs=1, epoch_len=80, interval=10),

@@ -1,7 +1,7 @@
 #!/bin/sh
-# Prepare, train, export and judge the shipped generator; a stopped run goes on.
+# Prepare, train, export and judge a generator that can be steered; a stopped run goes on.
 #
-#     models/train.sh DOWNLOAD 256        # models/covid-ct-256.onnx anew, as out/ct256/generator.onnx
+#     models/train.sh DOWNLOAD 256        # out/ct256/generator.onnx
 #     models/train.sh DOWNLOAD 512        # the paper's size, from the one of 256; meant for a GPU
 #
 # DOWNLOAD: see models/README.md, under Data. It trains at 128 pixels, then at twice that, and so on.
@@ -22,7 +22,7 @@ train() {  # into a folder, with these options
     folder=$1; shift
     if [ -f "$folder/results.json" ]; then return; fi
     if [ -f "$folder/ckpt.pt" ]; then "$python" covidgan.py --resume --out "$folder"; return; fi
-    "$python" covidgan.py --preset best --data "$stored" --ngf "$width" --ndf "$width" --n-blocks 6 --epochs 2 \
+    "$python" covidgan.py --preset steered --data "$stored" --ngf "$width" --ndf "$width" --n-blocks 6 --epochs 2 \
         --out "$folder" "$@"
 }
 

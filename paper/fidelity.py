@@ -18,11 +18,10 @@ from typing import Any
 
 from data.slices import exit_on_mistake, held
 from paper import report, runs
-from paper.generators import PLAIN
 from paper.report import grid, over_seeds
 
 HALF, WHOLE = ["--epoch-len", "2100"], ["--epoch-len", "4200"]  # for two epochs per stage, see --epochs
-BEST = ["--preset", "best", *PLAIN.split()]  # as it was then
+BEST = ["--preset", "best"]
 CLEAN_TARGETS = ["--preset", "paper", "--noise", "0", "--ema", "0.998"]  # that a generator can match
 SCALE = ["--ngf", "32", "--ndf", "32", "--n-blocks", "6", "--batch", "4"]
 SIDES = ("test", "seg_test")  # the one that chooses, and the one that does not

@@ -87,8 +87,7 @@ ABOUT = (
 OURS = [name for name in ROWS if name.startswith("covidgan")]
 EQUAL_SAMPLES = Images(ROWS, [*itertools.product(OURS, ("", "-clean"))])
 EQUAL_SECONDS = Images(
-    generators.TIMED,
-    [("best told", "-steer told"), ("best drawn", "-steer drawn"), ("best drawn", "-clean"), ("best-plain", "-clean")],
+    generators.TIMED, [("best", "-clean"), *((f"steered {how}", f"-steer {how}") for how in ("told", "drawn"))]
 )
 
 

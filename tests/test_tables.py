@@ -88,10 +88,10 @@ def test_at_equal_seconds_all_have_the_same_aids_but_for_what_they_are_told():
     for name, row in generators.TIMED.items():
         c = covidgan.parse_config([*row.options, "--size", "128"], row.kind)
         assert (c.noise, c.contrast, c.ema) == (0, 4, 0.998)
-        if name != "best":
+        if name != "steered":
             assert c.steer == name.endswith("-steer")
-    best, before = (covidgan.parse_config([*generators.TIMED[name].options]) for name in ("best", "best-plain"))
-    assert before == dataclasses.replace(best, norm="instance", steer=False, draws=False)
+    best, steered = (covidgan.parse_config([*generators.TIMED[name].options]) for name in ("best", "steered"))
+    assert steered == dataclasses.replace(best, preset="steered", norm="pixel", steer=True, draws=True)
 
 
 def test_a_budget_of_seconds_is_shared_by_all_stages():
@@ -101,7 +101,7 @@ def test_a_budget_of_seconds_is_shared_by_all_stages():
 
 
 def test_the_seconds_of_a_sample_are_the_processs_own_and_measured_once(toy, tmp_path, monkeypatch):
-    clock, steps, row = [0.0], [], generators.row_of("best-plain")
+    clock, steps, row = [0.0], [], generators.row_of("best")
     spent = {"g1": 1.0, "g2": 2.0, "joint": 4.0}
 
     def step(self):
@@ -113,7 +113,7 @@ def test_the_seconds_of_a_sample_are_the_processs_own_and_measured_once(toy, tmp
     small = ["--data", str(toy.folder), "--size", "64", "--ngf", "4", "--ndf", "4", "--batch", "2", "--n-blocks", "1"]
     c, args = covidgan.parse_config([*row.options, *small]), argparse.Namespace(results=tmp_path)
     for _ in range(2):
-        assert generators.cost_of_sample("best-plain", c, args) == {"g1": 0.5, "g2": 1.0, "joint": 2.0}
+        assert generators.cost_of_sample("best", c, args) == {"g1": 0.5, "g2": 1.0, "joint": 2.0}
     assert len(steps) == 3 * (generators.WARM + generators.TIMED_STEPS)
     assert not generators.kept("best", argparse.Namespace(results=tmp_path))
 
