@@ -28,11 +28,15 @@ train() {  # into a folder, with these options
 
 prepare "$stored" $((2 * size))  # augmentation works at twice the size, then halves it: no blur
 prepare "$judged" "$size"
-"$python" - "$stored" "$judged" <<'END'
-import json, sys
-trained, judged = (json.load(open(f"{folder}/split.json")) for folder in sys.argv[1:])
-both = {n.rpartition("_")[0] for n in trained["train"]} & {n.rpartition("_")[0] for n in judged["test"]}
-sys.exit(f"error: {sorted(both)} trained on and judged by: give another SPLIT" if both else 0)
+"$python" - "$stored/split.json" "$judged/split.json" <<'END'
+import json, sys  # a slice may be kept at one size alone, which parts patients otherwise: they are held out alike
+
+trained, judged = (json.load(open(path)) for path in sys.argv[1:])
+patients = {name.rpartition("_")[0] for name in trained["test"]}
+names = sorted({*judged["train"], *judged["test"], *judged.get("seg_test", [])})
+held = [name for name in names if name.rpartition("_")[0] in patients]
+judged |= {"train": sorted({*names} - {*held}), "test": held, "seg_test": held}
+json.dump(judged, open(sys.argv[2], "w"), indent=1)
 END
 at=$first
 train "out/ct$at" --size "$at" --individual 0.5 --epoch-len $((samples / 4))
