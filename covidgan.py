@@ -862,9 +862,9 @@ class Trainer:
                 due = self.step_done % self.c.interval == 0 or self.step_done == self.steps
                 if RANK == 0 and (due or self.asked_to_stop):
                     stats.flush()
+                    if due:  # before the checkpoint: a run killed in between draws again
+                        self.draw()
                     write_atomically(self.out / "ckpt.pt", lambda path: torch.save(self.state(), path))
-                if RANK == 0 and due:
-                    self.draw()
                 if self.asked_to_stop and self.step_done < self.steps:
                     where = f"stage {self.stage}, step {self.step_done}"
                     raise KeyboardInterrupt(f"stopped at {where}: --resume goes on from there")
