@@ -26,7 +26,7 @@ import math
 import re
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import chain, groupby, islice, pairwise, product, zip_longest
@@ -41,7 +41,7 @@ from data import slices
 from data.check import check_pair
 from data.runtime import ort
 from data.slices import HU_OFFSET, LABELS, LEVEL, WIDTH, Mistake, read_image, read_map
-from infer_onnx import ORT_ERRORS, PROVIDERS, ahead, canvas, open_session, usable_cores
+from infer_onnx import ORT_ERRORS, PROVIDERS, Generator, ahead, open_session, steering_of, usable_cores
 
 CASES, SUSPECTS = "eval_cases.png", "eval_memorisation.png"  # in OUT
 SIDES = ("fake", "real")
@@ -634,17 +634,6 @@ class Memorisation:
 
 
 # ---- steering
-def synthesize(model: Path, session: ort.InferenceSession, info: dict, labels: np.ndarray, **told: float) -> np.ndarray:
-    """HU, float64 [H, W], of a map, uint8 [H, W]. told: density, detail (HU), seed; else their defaults."""
-    (height, width), n = labels.shape, info["fixed"][0] or 1
-    maps = np.zeros((n, *canvas(height, width, info)), np.uint8)
-    maps[:, :height, :width] = labels
-    told = {name: told.get(name, of["default"]) for name, of in info["steering"].items()}
-    given = {name: np.full(n, value, np.int64 if name == "seed" else np.float32) for name, value in told.items()}
-    (ct,) = run(model, session, ["ct"], map=maps, **given)
-    return ct[0, :height, :width].astype(np.float64)
-
-
 def paint(labels: np.ndarray, n_labels: int) -> tuple[np.ndarray, np.ndarray] | None:
     """A map with a disc of ground glass in the larger lung, and where the other lung is, [H, W].
 
@@ -664,18 +653,24 @@ def paint(labels: np.ndarray, n_labels: int) -> tuple[np.ndarray, np.ndarray] | 
     return painted, parts == other + 1
 
 
-def steer(generator: Callable, inputs: Rows, labels: np.ndarray, painted: np.ndarray, other: np.ndarray) -> dict:
+def steer(generator: Generator, labels: np.ndarray, painted: np.ndarray, other: np.ndarray) -> dict[str, tuple]:
     """What a generator makes of a map [H, W], see paint and steering: row -> what it was told, or None, what it has."""
-    plain, healthy = generator(labels), labels == 1
-    change, moved = generator(painted) - plain, generator(np.pad(labels, ((0, 0), (1, 0)))[:, :-1])
+    info, inputs = generator.info, generator.info["steering"]
+
+    def make(of_map: np.ndarray, **told: float) -> np.ndarray:  # HU [H, W]; of what is not told, the default
+        given = {name: np.array([told.get(name, row["default"])]) for name, row in inputs.items()}
+        return generator(of_map[None], given)[0].astype(np.float64)
+
+    plain, healthy = make(labels), labels == 1
+    change, moved = make(painted) - plain, make(np.pad(labels, ((0, 0), (1, 0)))[:, :-1])
     found = {"other lung, mean": (None, change[other].mean()), "other lung, RMS": (None, rms(change[other]))}
     found["moved, RMS"] = None, rms((moved[:, 1:] - plain[:, :-1])[healthy[:, :-1]])
-    numbers = [name for name in ("density", "detail") if name in inputs]
-    for name, level in product(numbers, ("low", "default", "high")):
-        hu = generator(labels, **{name: (told := inputs[name][level])})
-        found[f"{name} {level}"] = told, hu[healthy].mean() if name == "density" else rms(fine(hu, healthy))
+    for (k, name), level in product(enumerate(("density", "detail")), ("low", "default", "high")):
+        if name in inputs:
+            hu = make(labels, **{name: (told := inputs[name][level])})
+            found[f"{name} {level}"] = told, steering_of(hu, labels, info["level"], info["width"])[k]
     if "seed" in inputs:
-        found["draws, RMS"] = None, rms((generator(labels, seed=1) - generator(labels, seed=2))[healthy])
+        found["draws, RMS"] = None, rms((make(labels, seed=1) - make(labels, seed=2))[healthy])
     return found
 
 
@@ -692,12 +687,12 @@ def steering(args: argparse.Namespace) -> dict[str, Rows]:
 
     maps, (session, info) = pngs(args.maps or args.real, "maps"), open_session(args.fake, args.provider)
     info["steering"] = json.loads(info.get("steering", "{}"))  # input -> default and, of numbers, low and high
-    generator, n_labels, rows = partial(synthesize, args.fake, session, info), len(info["labels"]), {}
+    generator, n_labels, rows = Generator(session, info), len(info["labels"]), {}
     two_lungs = [name for name, path in tqdm(maps.items(), "maps", delay=1) if paint(read_map(path), n_labels)]
     if not two_lungs:
         raise Mistake(f"{args.real}: no map has two lungs of similar size and labels that {args.fake} knows")
     labels = tqdm([read_map(maps[name]) for name in spread(two_lungs)], "steering", delay=1)
-    found = [steer(generator, info["steering"], of_map, *paint(of_map, n_labels)) for of_map in labels]
+    found = [steer(generator, of_map, *paint(of_map, n_labels)) for of_map in labels]
     for row, (told, _) in found[0].items():
         got = np.array([of_map[row][1] for of_map in found])
         off = np.abs(got - (told or 0))

@@ -404,7 +404,7 @@ class TwoStageNorm(nn.Module):
 
 
 class InFloat32(nn.Module):
-    """A norm computed in fp32: in fp16 squares overflow. TensorRT has a kernel for instance norm as one operator."""
+    """A norm computed in fp32: in fp16 squares overflow."""
 
     def __init__(self, norm: nn.Module) -> None:
         super().__init__()

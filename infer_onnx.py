@@ -685,7 +685,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     option("--draws", type=int, default=0, metavar="K", help="make K slices of each map, or of each variant")
     option("--density", type=float, metavar="HU", help="mean of healthy lung; see above what it is without")
     option("--detail", type=float, metavar="HU", help="deviation in healthy lung of what is finer than 3 pixels")
-    option("--seed", type=int, default=0, help="seed of variants, draws, and the slices of volumes")
+    option("--seed", type=int, default=0, help="seed of variants, draws and texture")
     option("--unchecked", action="store_true", help="accept real slices and CTs that do not look like their map's")
     option("--panel", action="store_true", help="write pictures of map, synthesis and completion")
     option("--batch", type=int, metavar="N", help="slices at a time; by default 8 on NVIDIA GPUs, else 1")

@@ -28,15 +28,17 @@ train() {  # into a folder, with these options
 
 prepare "$stored" $((2 * size))  # augmentation works at twice the size, then halves it: no blur
 prepare "$judged" "$size"
-"$python" - "$stored/split.json" "$judged/split.json" <<'END'
-import json, sys  # a slice may be kept at one size alone, which parts patients otherwise: they are held out alike
+"$python" - "$stored" "$judged" <<'END'
+import sys  # a slice may be kept at one size alone, which parts patients otherwise: they are held out alike
+from pathlib import Path
 
-trained, judged = (json.load(open(path)) for path in sys.argv[1:])
-patients = {name.rpartition("_")[0] for name in trained["test"]}
-names = sorted({*judged["train"], *judged["test"], *judged.get("seg_test", [])})
-held = [name for name in names if name.rpartition("_")[0] in patients]
-judged |= {"train": sorted({*names} - {*held}), "test": held, "seg_test": held}
-json.dump(judged, open(sys.argv[2], "w"), indent=1)
+from data.slices import held_split, patient_of, read_split, write_split
+
+trained, judged = (Path(folder, "split.json") for folder in sys.argv[1:])
+patients = {patient_of(name) for name in read_split(trained)["test"]}
+names = {name for side in read_split(judged).values() for name in side}
+held = sorted(name for name in names if patient_of(name) in patients)
+write_split(judged, sorted(names - {*held}), held, held, held_split(judged.parent).get("drawn", {}))
 END
 at=$first
 train "out/ct$at" --size "$at" --individual 0.5 --epoch-len $((samples / 4))

@@ -278,12 +278,10 @@ def cost_of(run: Path, method: covidgan.Method) -> dict[str, Any]:
 
 def synthesis_seconds(model: Path, size: int) -> float:
     """CPU seconds per slice on one thread, ONNX Runtime: median of nine, whatever else the machine does."""
-    session, _ = infer_onnx.open_session(model, "cpu", threads=1)
-    given, seconds = {"map": np.ones((1, size, size), np.uint8)}, []
-    numbers = [one for one in session.get_inputs() if one.name != "map"]  # of --steer and --draws
-    given |= {one.name: np.zeros(1, np.int64 if "int64" in one.type else np.float32) for one in numbers}
+    generator = infer_onnx.Generator(*infer_onnx.open_session(model, "cpu", threads=1))
+    labels, seconds = np.ones((1, size, size), np.uint8), []
     for _ in range(9):
         start = time.process_time()
-        session.run(None, given)
+        generator(labels)
         seconds.append(time.process_time() - start)
     return float(np.median(seconds))
