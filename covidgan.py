@@ -20,7 +20,6 @@ Then come the data; the loop, which trains any Method; pictures; hardware-specif
 
 import argparse
 import copy
-import ctypes
 import dataclasses
 import inspect
 import itertools
@@ -66,11 +65,11 @@ class LoopConfig:
     stage: str = "all"  # or only one of the method's stages
     preset: str = "demo"  # a named group of overrides of the defaults below, see PRESETS
     data: str = PHANTOM  # folder with images/ and maps/, and optionally split.json
-    out: str = "out"  # folder for ckpt.pt, stats.jsonl, split.json, results.json, panels and curves
+    out: str = "out"  # folder for ckpt.pt, stats.jsonl, split.json, results.json and panels
     resume: bool = False  # go on from OUT/ckpt.pt, with its config except for the options given
     init: str = ""  # start from the networks of this checkpoint, of the same options: smaller slices, or other data
     seed: int = 0
-    interval: int = 250  # steps between checkpoints, panels and curves
+    interval: int = 250  # steps between checkpoints and panels
     # data
     size: int = 512  # pixels per side of a slice; slices are resampled to it
     level: float = -600.0  # window level, HU: §IV-A's "[-600, 1500]" read as level and width, since as a range
@@ -115,10 +114,10 @@ class Config(LoopConfig):
     n_local_blocks: int = 3  # residual blocks of G2
     n_gen: Literal[1, 2, 3] = 2  # generators: 1 = G1 at full size, 2 = G1 and G2, 3 = one more between (Table V)
     n_dis: Literal[1, 2, 3] = 2  # discriminators: D1 at full size, D2 at half, D3 at a quarter (Table V)
-    norm: Literal["instance", "pixel"] = "instance"  # of G: over the whole slice, or each pixel by itself
-    draws: bool = False  # G takes in noise, so that one map gives many slices
-    desum: Literal["learned", "global", "fixed", "sum"] = "learned"  # alpha from F_local | from F_global | 0.5 | F + F
-    dfm: Literal["learned", "d2", "fixed", "off"] = "learned"  # beta from D1 | from D2 | --beta | no feature matching
+    norm: Literal["instance", "running"] = "instance"  # of G: by each slice's statistics, or by those of all
+    draws: float = 0.0  # G takes in noise, so that one map gives many slices; weight of L_redraw, see Covidgan.redrawn
+    desum: Literal["learned", "fixed", "sum"] = "learned"  # alpha from F_local | 0.5 | F + F
+    dfm: Literal["learned", "fixed", "off"] = "learned"  # beta from D1 | --beta | no feature matching
     # losses
     gan: Literal["bce", "lsgan", "hinge"] = "bce"  # Eq. 3 is bce
     lambda_dfm: float = 10.0  # weight of L_DFM in Eq. 2
@@ -132,7 +131,7 @@ BEST: dict[str, Any] = dict(batch=4, dfm="fixed", beta=0.1, lambda_dfm=3.0)  # f
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": dict(noise=0.01, contrast=0.0, ema=0.0),
     "best": BEST,
-    "steered": BEST | dict(norm="pixel", steer=True, draws=True),  # local, obeys numbers, many slices of a map
+    "steered": BEST | dict(norm="running", steer=True, draws=20.0, lr=1e-4),  # from one of best, by --init
     "demo": BEST
     | dict(size=128, ngf=24, ndf=24, n_blocks=4, n_local_blocks=2, epochs=2, epoch_len=1200, interval=150)
     | dict(lr=6e-4, beta=0.5, contrast=6.0),  # to suit its few steps, on the phantom
@@ -148,11 +147,25 @@ def norm_relu(c: int) -> list[nn.Module]:
     return [nn.InstanceNorm2d(c), nn.ReLU()]  # not in place: instance norm returns a view, which would be copied twice
 
 
-class PixelNorm(nn.Module):
-    """Scale each pixel's features to a mean square of 1 (Karras et al., 2018). Instance norm repaints both lungs."""
+class RunningNorm(nn.Module):
+    """Instance norm by the statistics of all slices: by its own, a lesion in one lung would repaint the other."""
+
+    def __init__(self, c: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(c))
+        self.register_buffer("var", torch.ones(c))
+        self.register_buffer("seen", torch.zeros(()))
 
     def forward(self, x: Tensor) -> Tensor:  # [B, c, H, W]
-        return x * (x.square().mean(1, keepdim=True) + 1e-5).rsqrt()
+        if not self.training:
+            return F.batch_norm(x, self.mean, self.var)
+        var, mean = torch.var_mean(x.detach().float(), (2, 3), correction=0)  # [B, c]
+        rate = 1 / (1 + self.seen).clamp(max=4)  # a slower one lags behind the weights, and training explodes
+        self.mean, self.var = self.mean.lerp(mean.mean(0), rate), self.var.lerp(var.mean(0), rate)
+        self.seen = self.seen + 1
+        # In training by these too, but with instance norm's gradient, as in batch renormalization (Ioffe, 2017).
+        scale, shift = ((var + 1e-5) / (self.var + 1e-5)).sqrt(), (mean - self.mean) * (self.var + 1e-5).rsqrt()
+        return F.instance_norm(x) * scale[..., None, None] + shift[..., None, None]
 
 
 def stem(c_in: int, c_out: int) -> list[nn.Module]:
@@ -238,21 +251,20 @@ class WeightingNet(nn.Module):
 class Desum(nn.Module):
     """Dynamic element-wise sum (Eq. 1): F_out = alpha F_local + (1 - alpha) F_global, one alpha per image.
 
-    alpha is computed from F_local, or with kind "global" from F_global; "fixed" is alpha 0.5, and "sum" is the plain
-    sum of "w/o DESUM" (Table V), twice the fixed one.
+    alpha is computed from F_local, or "fixed" at 0.5; "sum" is the plain sum of "w/o DESUM" (Table V), twice that.
     """
 
     def __init__(self, channels: int, kind: str) -> None:
         super().__init__()
         self.kind = kind
-        self.net = WeightingNet(channels, channels) if kind in ("learned", "global") else None
+        self.net = WeightingNet(channels, channels) if kind == "learned" else None
 
     def forward(self, local: Tensor, global_: Tensor) -> tuple[Tensor, Tensor]:  # [B, c, H, W] each
         """Return F_out [B, c, H, W] and alpha [B]."""
         if self.net is None:
             alpha = local.new_full(local.shape[:1], 0.5, dtype=torch.float32)
             return (local + global_) * (1.0 if self.kind == "sum" else 0.5), alpha
-        alpha = self.net(global_ if self.kind == "global" else local)
+        alpha = self.net(local)
         a = alpha.view(-1, 1, 1, 1).to(local.dtype)
         return a * local + (1 - a) * global_, alpha
 
@@ -267,18 +279,18 @@ class Generator(nn.Module):
         super().__init__()
         widest = c.ngf * 2 ** max(0, c.n_gen - 2)  # each finer generator has half the channels; G2 has ngf / 2
         widths = [widest // 2**k for k in range(1, c.n_gen)]
-        self.draws, c_in = c.draws, c.channels + c.draws
+        self.draws, c_in = c.draws, c.channels + bool(c.draws)
         self.g1 = GlobalGenerator(c_in, widest, c.n_blocks)
         self.locals = nn.ModuleList([LocalGenerator(c_in, w, c.n_local_blocks) for w in widths])
         self.desums = nn.ModuleList([Desum(2 * w, c.desum) for w in widths])
-        if c.norm == "pixel":
-            replace(self, nn.InstanceNorm2d, lambda _: PixelNorm())
+        if c.norm == "running":
+            replace(self, nn.InstanceNorm2d, lambda norm: RunningNorm(norm.num_features))
 
     def forward(self, onehot: Tensor, stage: str = "joint", seed: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """What is given [B, channels, H, W] to an image [B, 1, H, W] in [-1, 1] and the finest sum's alpha [B], else 1.
 
         Stage g1: only G1, at its own reduced size. g2: only the local generators, with F_out = F_local. joint: all.
-        seed int64 [B]: with --draws, of each slice's noise; without one it is 0.
+        seed int64 [B], or [B, W] by column: with --draws, of each slice's noise; without one it is 0.
         """
         if self.draws:
             seed = onehot.new_zeros(len(onehot), dtype=torch.long) if seed is None else seed
@@ -298,9 +310,9 @@ class Generator(nn.Module):
         return self.locals[-1].head(features).float(), alpha
 
 
-def noise_of(seed: Tensor, like: Tensor) -> Tensor:  # int64 [B], [B, c, H, W] -> [B, 1, H, W]
+def noise_of(seed: Tensor, like: Tensor) -> Tensor:  # int64 [B] or [B, W], [B, c, H, W] -> [B, 1, H, W]
     """Noise in [-2, 2] of seed and place, by whole numbers: the same in any runtime."""
-    prime, drawn = 2**31 - 1, seed.view(-1, 1, 1, 1)
+    prime, drawn = 2**31 - 1, seed.view(len(seed), 1, 1, -1)
     rows, columns = (torch.arange(side, device=seed.device) for side in like.shape[-2:])
     for place in (0, rows.view(-1, 1), columns):
         x = (drawn + place + 195_912_037) % prime
@@ -368,8 +380,8 @@ class Dfm(nn.Module):
 
     With t_k the L1 distance between the real and the synthetic pair in scale k's first three feature maps,
         L_DFM = (1 - beta) t_1 + beta t_2,
-    where beta is one number per image, computed from D1's third feature map of the real pair ("d2": from D2's,
-    "fixed": --beta). With more than two scales the coarser ones share beta; of a single one it is told as 0.
+    where beta is one number per image, computed from D1's third feature map of the real pair ("fixed": --beta).
+    With more than two scales the coarser ones share beta; of a single one it is told as 0.
 
     It moves G, and beta's own network, but not D: Eq. 2 has it under min_G. Who moves beta the paper does not say.
     Minimising would move all weight to the discriminator that is easier to match: beta stays in [margin, 1 - margin].
@@ -377,9 +389,8 @@ class Dfm(nn.Module):
 
     def __init__(self, c: Config) -> None:
         super().__init__()
-        self.kind, self.fixed, self.margin = c.dfm, c.beta, c.beta_margin
-        learned = c.dfm in ("learned", "d2") and c.n_dis > 1
-        self.net = WeightingNet(4 * c.ndf, c.ndf) if learned else None
+        self.fixed, self.margin = c.beta, c.beta_margin
+        self.net = WeightingNet(4 * c.ndf, c.ndf) if c.dfm == "learned" and c.n_dis > 1 else None
 
     def forward(self, real: list[list[Tensor]], fake: list[list[Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
         """Return L_DFM for G, the loss for beta's own network, and beta [B]."""
@@ -390,8 +401,8 @@ class Dfm(nn.Module):
         if self.net is None:
             beta = distances.new_full((n,), self.fixed)
         else:
-            features = real[1 if self.kind == "d2" else 0][2].detach()  # D is not to learn what beta needs
-            beta = self.margin + (1 - 2 * self.margin) * self.net(features)
+            beta = self.net(real[0][2].detach())  # D is not to learn what beta needs
+            beta = self.margin + (1 - 2 * self.margin) * beta
 
         def weighted(t: Tensor, beta: Tensor) -> Tensor:
             return ((1 - beta) * t[0] + beta * t[1:].mean(0)).mean()
@@ -432,7 +443,7 @@ class Method(nn.Module):
     name: ClassVar[str]  # as checkpoints and tables call it
     options: ClassVar[type[LoopConfig]]
     presets: ClassVar[dict[str, dict[str, Any]]]
-    curves: ClassVar[tuple[tuple[str, ...], ...]]  # figures of a step to watch, grouped as they are plotted
+    watched: ClassVar[tuple[str, ...]]  # figures of a step to watch
     alone: ClassVar[bool] = False  # whether a step needs the whole batch in one process, as batch norm does
 
     def __init__(self, c: LoopConfig) -> None:
@@ -480,7 +491,7 @@ class Covidgan(Method):
     """The paper's method: G1 and G2 joined by DESUM against D1 and D2 with DFM, in three stages (§III, Fig. 2)."""
 
     name, options, presets = "covidgan", Config, PRESETS
-    curves = (("d", "gan"), ("dfm",), ("alpha", "beta"))
+    watched = ("d", "gan", "dfm", "alpha", "beta")
 
     def __init__(self, c: Config) -> None:
         super().__init__(c)
@@ -519,19 +530,40 @@ class Covidgan(Method):
         shrink = 2 ** (c.n_gen - 1) if stage == "g1" else 1  # g1 works at G1's reduced size
         seed = torch.randint(2**31, (len(onehot),), device=onehot.device) if c.draws else None
         image, alpha = self.g(onehot, stage, seed)
+        redrawn = self.redrawn(onehot[:1], image[:1], seed[:1]) if c.draws and stage == "joint" else alpha.new_zeros(())
         onehot, target = onehot[..., ::shrink, ::shrink], F.avg_pool2d(target, shrink)
         real, fake = (self.d(onehot, self.seen_by_d(x, onehot), first) for x in (target, image))
         loss_d, loss_gan = gan_losses(real, fake, c.gan)
         loss_dfm, loss_beta, beta = self.dfm(real, fake)  # Eq. 2 sums it over D1 and D2, as Eq. 4 has done: once here
         return {
             "d": loss_d,
-            "g": loss_gan + (c.lambda_dfm * loss_dfm if c.dfm != "off" else 0.0),
+            "g": loss_gan + (c.lambda_dfm * loss_dfm if c.dfm != "off" else 0.0) + c.draws * redrawn,
             "gan": loss_gan,
             "dfm": loss_dfm,
             "loss_beta": loss_beta,
+            "redraw": redrawn,
             "alpha": alpha.mean(),
             "beta": beta.mean(),
         }
+
+    def redrawn(self, onehot: Tensor, image: Tensor, seed: Tensor) -> Tensor:
+        """L_redraw: draw one lung of an image [1, 1, H, W] anew, with a lesion more. The other one is to stay.
+
+        It is the other's mean change, and how far that of this one, by noise alone, falls short of ALIKE.
+        """
+        side, across, down, radius, kind = torch.rand(5).tolist()
+        y, x = (torch.arange(n, device=seed.device) * (2 / n) - 1 for n in image.shape[-2:])
+        x = x if side < 0.5 else -x  # the lung to draw anew is where x > 0
+        away = torch.hypot(x - 0.1 - 0.8 * across, y.view(-1, 1) + 0.6 - 1.2 * down) - 0.05 - 0.25 * radius
+        n_labels, lung = self.c.n_labels, onehot[:, :1] == 0
+        lesion = torch.arange(n_labels, device=seed.device).view(1, -1, 1, 1) == 2 + int(kind * (n_labels - 2))
+        painted = onehot.clone()
+        painted[:, :n_labels] = torch.where(lung & (away < 0), lesion.to(onehot.dtype), onehot[:, :n_labels])
+        anew = torch.where(x > 0, seed + 1 + int(side * 2**31), seed).view(1, -1)
+        change = (self.g(painted, "joint", anew)[0] - image.detach()).abs()
+        other, this = lung & (x < -0.1), (onehot[:, 1:2] == 1) & (x > 0.1) & (away > 0.15)  # the lesion's rim apart
+        moved, changed = ((change * where).sum() / where.sum().clamp(min=1) for where in (other, this))
+        return moved + F.relu(ALIKE - changed)
 
     def generator(self) -> Generator:
         return self.g
@@ -578,14 +610,12 @@ def lung_target(image: Tensor, labels: Tensor) -> Tensor:
     return torch.where(labels > 0, image, -1.0)
 
 
+ALIKE = 0.06  # by how much two draws of a lung differ at least, in the mean: 45 HU
 TYPICAL = ((-800.0, 50.0), (75.0, 15.0))  # HU, of density and of detail: middle and spread among patients
 
 
 def steering(image: Tensor, labels: Tensor, c: LoopConfig) -> Tensor:  # [B, 1, H, W] each -> [B, 2]
-    """Density and detail of a slice's healthy lung, HU: its mean, and the deviation of what is finer than 3 pixels.
-
-    image in [-1, 1]. NaN where a slice has no healthy lung.
-    """
+    """Density and detail of healthy lung, HU: mean, and deviation of what is finer than 3 pixels. NaN where none is."""
     hu, healthy = image * (c.width / 2) + c.level, (labels == 1).float()
     inner = 1 - F.max_pool2d(1 - healthy, 3, 1, 1)  # all of whose neighbours are healthy
     fine = hu - F.avg_pool2d(hu, 3, 1, 1, count_include_pad=False)
@@ -857,8 +887,7 @@ class Trainer:
                 figures = self.step()
                 stats.write(json.dumps({"stage": self.stage, "step": self.step_done, **figures}) + "\n")
                 bar.update(self.c.batch)
-                watched = itertools.chain(*self.method.curves)
-                bar.set_postfix({name: f"{figures[name]:.3f}" for name in watched}, refresh=False)
+                bar.set_postfix({name: f"{figures[name]:.3f}" for name in self.method.watched}, refresh=False)
                 due = self.step_done % self.c.interval == 0 or self.step_done == self.steps
                 if RANK == 0 and (due or self.asked_to_stop):
                     stats.flush()
@@ -923,14 +952,11 @@ class Trainer:
 
     def mean_over_processes(self, figures: Tensor) -> Tensor:
         """Data parallelism: gradients and figures become their means over the processes."""
-        if WORLD == 1:
-            return figures
-        moved = [p.grad for player in self.players.values() for p in player.parameters if p.grad is not None]
-        flat = torch.cat([figures, *(g.flatten() for g in moved)])
-        dist.all_reduce(flat)
-        figures, *means = (flat / WORLD).split([len(figures), *(g.numel() for g in moved)])
-        for g, mean in zip(moved, means, strict=True):
-            g.copy_(mean.view_as(g))
+        if WORLD > 1:
+            moved = [p for player in self.players.values() for p in player.parameters if p.grad is not None]
+            for x in [figures, *(p.grad for p in moved)]:
+                dist.all_reduce(x)
+                x /= WORLD
         return figures
 
     def update_average(self) -> None:
@@ -974,26 +1000,21 @@ class Trainer:
 
     @torch.no_grad()
     def synthesize(self, labels: Tensor, real: Tensor) -> Tensor:
-        """Lung images in [-1, 1] for labels [N, 1, S, S], floor outside the lung, at the stage's size, on the CPU.
+        """Lung images in [-1, 1] for a few maps [N, 1, S, S], at the stage's size, floor outside the lung, on the CPU.
 
         With --steer, they are told the numbers of the real slices [N, 1, S, S].
         """
-        self.average.eval()
-        images = []
-        for part, slices in zip(labels.split(self.c.batch), real.split(self.c.batch), strict=True):
-            part = part.to(self.device)
-            image = self.average.synthesize(encode(part, slices.to(self.device), self.c), self.stage)
-            shrink = part.shape[-1] // image.shape[-1]
-            images.append(lung_target(image, part[..., ::shrink, ::shrink]).cpu())
-        return torch.cat(images)
+        given = encode(labels.to(self.device), real.to(self.device), self.c)
+        image = self.average.eval().synthesize(given, self.stage).cpu()
+        shrink = labels.shape[-1] // image.shape[-1]
+        return lung_target(image, labels[..., ::shrink, ::shrink])
 
     def draw(self) -> None:
-        """Write the panel of fixed held-out cases and the curves."""
+        """Write the panel of fixed held-out cases."""
         cases = choose_cases(self.test)
         labels, real = self.test.labels[cases], window(self.test.hu[cases], self.c)
         path = self.out / f"panel_{self.stage}_{self.step_done:06d}.png"
         write_panel(path, labels, real, self.synthesize(labels, real))
-        write_curves(self.out / "curves.png", self.out / "stats.jsonl", self.method.curves)
 
     def open_out(self) -> None:
         """Write OUT/split.json: the data, all slices ever trained on, and those held out."""
@@ -1013,7 +1034,7 @@ class Trainer:
         parameters = {name: sum(p.numel() for p in net.parameters()) for name, net in self.method.named_children()}
         results = {"stage": self.stage, "steps": self.steps, "slices": len(self.train.names), "parameters": parameters}
         write_atomically(self.out / "results.json", lambda path: path.write_text(json.dumps(results, indent=1) + "\n"))
-        print(f"wrote {self.out}/: ckpt.pt, results.json, stats.jsonl, curves.png and panels")
+        print(f"wrote {self.out}/: ckpt.pt, results.json, stats.jsonl and panels")
 
 
 def choose_cases(side: Slices, n: int = 4) -> list[int]:
@@ -1026,10 +1047,7 @@ def choose_cases(side: Slices, n: int = 4) -> list[int]:
 
 
 def write_panel(path: Path, labels: Tensor, real: Tensor, lung: Tensor) -> None:
-    """Draw one row per case: map | real lung | synthetic lung | real slice | completed slice (Fig. 1, Fig. 2).
-
-    labels [N, 1, S, S]; real windowed slices and synthetic lungs in [-1, 1], the latter possibly at G1's smaller size.
-    """
+    """Draw one row per case: map | real lung | synthetic lung | real slice | completed slice (Fig. 1, Fig. 2)."""
     lung = F.interpolate(lung, labels.shape[-2:], mode="nearest")
     greys = [lung_target(real, labels), lung, real, torch.where(labels > 0, lung, real)]
     grey = ((torch.cat(greys, 3) + 1) * 127.5).round().byte().numpy()[:, 0]  # [N, S, 4 S]
@@ -1042,26 +1060,7 @@ def write_panel(path: Path, labels: Tensor, real: Tensor, lung: Tensor) -> None:
     write_atomically(path, lambda temporary: picture.save(temporary, "PNG"))
 
 
-def write_curves(path: Path, stats: Path, curves: tuple[tuple[str, ...], ...]) -> None:
-    """Plot groups of figures against the step, the stages in a row, from stats.jsonl, smoothed."""
-    from matplotlib.figure import Figure  # slow to import, and only needed here
-
-    names = [*itertools.chain(*curves)]
-    with open(stats) as lines:  # keeping only numbers: there may be a million lines
-        steps = np.array([[step[name] for name in names] for step in map(json.loads, lines)], np.float32)
-    mean = max(1, len(steps) // 200)  # of so many steps each
-    means = steps[: len(steps) // mean * mean].reshape(-1, mean, len(names)).mean(1)
-    figure = Figure(figsize=(10, 6), layout="tight")
-    for axes, group in zip(figure.subplots(len(curves), sharex=True, squeeze=False)[:, 0], curves, strict=True):
-        for name in group:
-            axes.plot(mean * np.arange(1, len(means) + 1), means[:, names.index(name)], label=name)
-        axes.legend(loc="upper right")
-    axes.set_xlabel("step, the stages in a row")
-    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
-
-
 # ----------------------------------------------------- hardware-specific speed-ups, which are not part of the method
-# Gains are those of a joint step in bfloat16, two cores with AVX-512: at full widths and 256 pixels, and at the demo's.
 
 
 def pick_device(c: LoopConfig) -> torch.device:
@@ -1092,15 +1091,8 @@ def replace(module: nn.Module, kind: type[nn.Module], make: Callable[[nn.Module]
 
 def on_device(method: Method, device: torch.device, bf16: bool) -> Method:
     """Move a method to a device, in the memory layout that runs fastest there."""
-    slower = device.type == "cpu" and not bf16  # channels last loses 5 % there, and gains 8 % and 6 % elsewhere
+    slower = device.type == "cpu" and not bf16  # channels last loses 5 % there, and gains 6 to 8 % elsewhere
     return method.to(device, memory_format=torch.contiguous_format if slower else torch.channels_last)
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep memory that tensors free, not return it page by page to ask for it again. Gains 17 % and 14 %."""
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        for parameter in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, in bytes
-            libc.mallopt(parameter, 2**31 - 1)
 
 
 # --------------------------------------------------------------------------------------- files in and out, command line
@@ -1140,6 +1132,15 @@ def restore(checkpoint: dict[str, Any], method: type[Method]) -> tuple[Method, L
     restored.load_state_dict(checkpoint["networks"])
     restored.generator().load_state_dict(checkpoint["average"])
     return restored.eval(), c
+
+
+def widened(old: dict[str, Tensor], new: dict[str, Tensor], n_labels: int) -> dict[str, Tensor]:
+    """Weights of networks that were told less: what they are told now comes after the labels, at first weighed by 0."""
+    for name, weight in old.items():
+        if weight.ndim == 4 and (more := new[name].shape[1] - weight.shape[1]):
+            room = weight.new_zeros(len(weight), more, *weight.shape[2:])
+            old[name] = torch.cat([weight[:, :n_labels], room, weight[:, n_labels:]], 1)
+    return new | old  # running statistics may be new
 
 
 def parse_config(argv: list[str], method: type[Method] = Covidgan) -> LoopConfig:
@@ -1207,7 +1208,6 @@ def check_out(c: LoopConfig) -> None:
 def main(argv: list[str], method: type[Method] = Covidgan, trainer_of: type[Trainer] = Trainer) -> None:
     """Train a method as the command line says, with this kind of Trainer, then print and write the results."""
     c = parse_config(argv, method)
-    keep_freed_memory()
     if RANK == 0:
         check_out(c)
         make_phantom(c)
@@ -1220,9 +1220,9 @@ def main(argv: list[str], method: type[Method] = Covidgan, trainer_of: type[Trai
         trainer.load(trainer.out / "ckpt.pt")
     elif c.init:
         restored, was = restore(read_checkpoint(Path(c.init)), method)
-        if other := [name for name in ("level", "width", "norm") if getattr(was, name, 0) != getattr(c, name, 0)]:
+        if other := [name for name in ("level", "width") if getattr(was, name) != getattr(c, name)]:
             raise Mistake(f"--init {c.init}: of another --{other[0]}: give the same")
-        trainer.method.load_state_dict(restored.state_dict())
+        trainer.method.load_state_dict(widened(restored.state_dict(), trainer.method.state_dict(), c.n_labels))
         trainer.begin(trainer.stage)
     if RANK == 0:
         trainer.open_out()
