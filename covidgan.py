@@ -560,7 +560,9 @@ class Covidgan(Method):
         painted = onehot.clone()
         painted[:, :n_labels] = torch.where(lung & (away < 0), lesion.to(onehot.dtype), onehot[:, :n_labels])
         anew = torch.where(x > 0, seed + 1 + int(side * 2**31), seed).view(1, -1)
+        self.g.eval()  # this is no slice to take statistics of
         change = (self.g(painted, "joint", anew)[0] - image.detach()).abs()
+        self.g.train()
         other, this = lung & (x < -0.1), (onehot[:, 1:2] == 1) & (x > 0.1) & (away > 0.15)  # the lesion's rim apart
         moved, changed = ((change * where).sum() / where.sum().clamp(min=1) for where in (other, this))
         return moved + F.relu(ALIKE - changed)

@@ -370,8 +370,7 @@ def rewrite(generator: nn.Module, fp16: bool, target: str) -> nn.Module:
     drop_biases(generator)
     if fp16:
         generator.half()
-        for norm in (nn.InstanceNorm2d, covidgan.PixelNorm):
-            replace(generator, norm, InFloat32)
+        replace(generator, nn.InstanceNorm2d, InFloat32)
         return generator
     replace(generator, nn.InstanceNorm2d, TwoStageNorm)
     replace(generator, nn.Conv2d, lambda conv: BlockedConv(conv) if is_head(conv) else conv)

@@ -81,8 +81,8 @@ def test_one_decision_sees_70_by_70_pixels():
 
 VARIANTS = [
     dict(n_gen=1, n_dis=1, gan="hinge"),
-    dict(n_gen=3, n_dis=3, dfm="d2", norm="pixel", steer=True, draws=True),
-    dict(desum="global", gan="lsgan", n_dis=1),
+    dict(n_gen=3, n_dis=3, norm="running", steer=True, draws=1.0),
+    dict(gan="lsgan", n_dis=1),
     dict(desum="fixed", dfm="fixed", n_labels=6),
     dict(desum="sum", dfm="off"),
 ]
@@ -115,34 +115,43 @@ def test_g1_at_reduced_size_sees_a_map_of_labels(nets, toy):
 # ---- norm and start
 
 
-def test_pixel_norm_gives_each_pixel_a_mean_square_of_1_and_looks_at_no_other(tiny):
+def test_a_running_norm_is_the_same_in_training_and_after_and_learns_what_its_slices_are_like():
     torch.manual_seed(1)
-    x = 3 * torch.randn(2, 32, 17, 13) + 1
-    y = covidgan.PixelNorm()(x)
-    assert y.square().mean(1).numpy() == pytest.approx(1, abs=1e-4) and torch.equal(y.sign(), x.sign())
-    assert torch.equal(covidgan.PixelNorm()(x[:1, :, 3:4, 5:6]), y[:1, :, 3:4, 5:6])
-    kinds = {type(m) for m in covidgan.Generator(tiny(norm="pixel")).modules()}
-    assert covidgan.PixelNorm in kinds and torch.nn.InstanceNorm2d not in kinds
+    norm, scale, middle = covidgan.RunningNorm(3), torch.tensor([0.5, 2, 9]), torch.tensor([-4.0, 0, 7])
+    for _ in range(60):
+        x = torch.randn(8, 3, 17, 13) * scale.view(-1, 1, 1) + middle.view(-1, 1, 1)
+        trained = norm(x)
+    assert torch.allclose(trained, norm.eval()(x), atol=1e-4)  # not by this slice's own
+    assert norm.mean.numpy() == pytest.approx(middle.numpy(), abs=0.6)
+    assert norm.var.sqrt().numpy() == pytest.approx(scale.numpy(), rel=0.1)
+
+
+def test_its_gradient_moves_neither_mean_nor_deviation_of_a_slice():
+    norm, x = covidgan.RunningNorm(2), torch.randn(3, 2, 9, 9, requires_grad=True)
+    (norm(x) * torch.randn(3, 2, 9, 9)).sum().backward()
+    centred = x - x.mean((2, 3), keepdim=True)
+    assert x.grad.abs().max() > 0.1
+    assert x.grad.sum((2, 3)).abs().max() < 1e-3 and (x.grad * centred).sum((2, 3)).abs().max() < 1e-2
 
 
 # ---- steering
 
 
-def test_what_is_painted_in_one_lung_leaves_the_other_alone_with_pixel_norm_only(tiny):
+def test_what_is_painted_in_one_lung_leaves_the_other_alone_with_running_statistics_only(tiny):
     """At 256 pixels G1 of one block and G2 of one see less than the way from one lung to the other."""
     labels = torch.zeros(1, 1, 64, 512, dtype=torch.uint8)
     labels[..., 8:56, 8:100] = labels[..., 8:56, 412:504] = 1
     painted = labels.clone()
     painted[..., 20:40, 30:60] = 2
     moved = {}
-    for norm in ("instance", "pixel"):
+    for norm in ("instance", "running"):
         torch.manual_seed(0)
         g = covidgan.Covidgan(tiny(norm=norm, n_blocks=1, n_local_blocks=1)).g.eval()
         with torch.no_grad():
             one, other = (g(covidgan.one_hot(x, 4))[0] for x in (labels, painted))
         moved[norm] = (one - other)[..., 412:504].abs().max().item()
         assert (one - other)[..., 20:40, 30:60].abs().max() > 0
-    assert moved["pixel"] == 0 < moved["instance"]
+    assert moved["running"] == 0 < moved["instance"]
 
 
 def test_density_and_detail_are_those_of_healthy_lung_by_scipy():
@@ -189,6 +198,41 @@ def test_another_seed_is_another_slice_of_the_same_map_and_none_is_seed_0(tiny, 
     one, again, other = (g(onehot, "joint", torch.tensor([seed]))[0] for seed in (3, 3, 4))
     assert torch.equal(one, again) and not torch.equal(one, other)
     assert torch.equal(g(onehot)[0], g(onehot, "joint", torch.tensor([0]))[0])
+
+
+def test_columns_may_have_seeds_of_their_own():
+    like = torch.zeros(1, 1, 8, 6)
+    noise = covidgan.noise_of(torch.tensor([[3, 3, 3, 8, 8, 8]]), like)
+    three, eight = (covidgan.noise_of(torch.tensor([seed]), like) for seed in (3, 8))
+    assert torch.equal(noise[..., :3], three[..., :3]) and torch.equal(noise[..., 3:], eight[..., 3:])
+
+
+class Stand(nn.Module):
+    """A generator that paints each label's number of hundredths, and noise."""
+
+    def __init__(self, noise, leak):
+        super().__init__()
+        self.noise, self.leak = noise, leak
+
+    def forward(self, onehot, stage, seed):
+        image = 0.01 * onehot.argmax(1, keepdim=True) + self.noise * covidgan.noise_of(seed, onehot)
+        return image + self.leak * (onehot[:, 2:4] > 0).float().mean(), None
+
+
+@pytest.mark.parametrize(
+    ("noise", "leak", "low", "high"),
+    [(0.0, 0.0, 0.06, 0.06), (0.1, 0.0, 0, 0), (0.1, 100.0, 0.01, 99), (0.03, 0, 0.015, 0.025)],
+)
+def test_a_lung_redrawn_costs_where_the_other_moves_and_where_noise_changes_nothing(tiny, noise, leak, low, high):
+    """Two uniform noises in +-2 a differ by 4/3 a in the mean."""
+    method, labels = covidgan.Covidgan(tiny(draws=1.0)), torch.zeros(1, 1, 64, 64, dtype=torch.uint8)
+    labels[..., 4:60, 4:30] = labels[..., 4:60, 34:60] = 1
+    method.g, seed = Stand(noise, leak), torch.tensor([5])
+    onehot = covidgan.one_hot(labels, 4)
+    for draw in range(6):
+        torch.manual_seed(draw)
+        loss = method.redrawn(onehot, method.g(onehot, "joint", seed)[0], seed).item()
+        assert low - 1e-6 <= loss <= high + 1e-6
 
 
 def test_initial_weights_are_normal_with_deviation_0_02_and_zero_bias(tiny):
@@ -242,13 +286,12 @@ def test_plain_sum_is_twice_the_fixed_one():
     assert torch.equal(covidgan.Desum(3, "sum")(local, global_)[0], 2 * fixed)
 
 
-@pytest.mark.parametrize(("kind", "decides"), [("learned", 0), ("global", 1)])
-def test_alpha_is_drawn_from_the_features_its_kind_names(kind, decides):
-    desum = covidgan.Desum(8, kind)
+def test_alpha_is_drawn_from_the_local_features():
+    desum = covidgan.Desum(8, "learned")
     off_its_start(desum.net)
     features = [torch.randn(2, 8, 16, 16, requires_grad=True) for _ in range(2)]  # local, global
     reached = torch.autograd.grad(desum(*features)[1].sum(), features, allow_unused=True)
-    assert reached[decides].any() and reached[1 - decides] is None
+    assert reached[0].any() and reached[1] is None
 
 
 def test_weighting_net_has_three_convolutions_and_two_connected_layers_and_sees_the_strength_of_features():
