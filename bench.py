@@ -202,7 +202,6 @@ class PlainStep:
 def make_training(kind: str, c: covidgan.Config) -> tuple[Work, dict]:
     """A training step: "ours" with its augmentation, as covidgan.py runs it, or "plain" without."""
     if kind == "ours":
-        covidgan.keep_freed_memory()
         step = covidgan.Trainer(covidgan.Covidgan, c).step
         bf16 = covidgan.uses_bf16(c, torch.device(c.device))
         return step, {"dtype": "bfloat16" if bf16 else "float32", "flop": counted(step)}

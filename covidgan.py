@@ -65,11 +65,11 @@ class LoopConfig:
     stage: str = "all"  # or only one of the method's stages
     preset: str = "demo"  # a named group of overrides of the defaults below, see PRESETS
     data: str = PHANTOM  # folder with images/ and maps/, and optionally split.json
-    out: str = "out"  # folder for ckpt.pt, stats.jsonl, split.json, results.json and panels
+    out: str = "out"  # folder for ckpt.pt, stats.jsonl, split.json, results.json, panels and curves
     resume: bool = False  # go on from OUT/ckpt.pt, with its config except for the options given
     init: str = ""  # start from the networks of this checkpoint, of the same options: smaller slices, or other data
     seed: int = 0
-    interval: int = 250  # steps between checkpoints and panels
+    interval: int = 250  # steps between checkpoints, panels and curves
     # data
     size: int = 512  # pixels per side of a slice; slices are resampled to it
     level: float = -600.0  # window level, HU: §IV-A's "[-600, 1500]" read as level and width, since as a range
@@ -114,7 +114,7 @@ class Config(LoopConfig):
     n_local_blocks: int = 3  # residual blocks of G2
     n_gen: Literal[1, 2, 3] = 2  # generators: 1 = G1 at full size, 2 = G1 and G2, 3 = one more between (Table V)
     n_dis: Literal[1, 2, 3] = 2  # discriminators: D1 at full size, D2 at half, D3 at a quarter (Table V)
-    norm: Literal["instance", "running"] = "instance"  # of G: by each slice's statistics, or by those of all
+    norm: Literal["instance", "running"] = "instance"  # of G in synthesis: by the slice's statistics, or by all slices'
     draws: float = 0.0  # G takes in noise, so that one map gives many slices; weight of L_redraw, see Covidgan.redrawn
     desum: Literal["learned", "fixed", "sum"] = "learned"  # alpha from F_local | 0.5 | F + F
     dfm: Literal["learned", "fixed", "off"] = "learned"  # beta from D1 | --beta | no feature matching
@@ -145,27 +145,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 def norm_relu(c: int) -> list[nn.Module]:
     """Instance norm without parameters or running statistics, as in pix2pixHD, then ReLU."""
     return [nn.InstanceNorm2d(c), nn.ReLU()]  # not in place: instance norm returns a view, which would be copied twice
-
-
-class RunningNorm(nn.Module):
-    """Instance norm by the statistics of all slices: by its own, a lesion in one lung would repaint the other."""
-
-    def __init__(self, c: int) -> None:
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(c))
-        self.register_buffer("var", torch.ones(c))
-        self.register_buffer("seen", torch.zeros(()))
-
-    def forward(self, x: Tensor) -> Tensor:  # [B, c, H, W]
-        if not self.training:
-            return F.batch_norm(x, self.mean, self.var)
-        var, mean = torch.var_mean(x.detach().float(), (2, 3), correction=0)  # [B, c]
-        rate = 1 / (1 + self.seen).clamp(max=4)  # a slower one lags behind the weights, and training explodes
-        self.mean, self.var = self.mean.lerp(mean.mean(0), rate), self.var.lerp(var.mean(0), rate)
-        self.seen = self.seen + 1
-        # In training by these too, but with instance norm's gradient, as in batch renormalization (Ioffe, 2017).
-        scale, shift = ((var + 1e-5) / (self.var + 1e-5)).sqrt(), (mean - self.mean) * (self.var + 1e-5).rsqrt()
-        return F.instance_norm(x) * scale[..., None, None] + shift[..., None, None]
 
 
 def stem(c_in: int, c_out: int) -> list[nn.Module]:
@@ -284,7 +263,7 @@ class Generator(nn.Module):
         self.locals = nn.ModuleList([LocalGenerator(c_in, w, c.n_local_blocks) for w in widths])
         self.desums = nn.ModuleList([Desum(2 * w, c.desum) for w in widths])
         if c.norm == "running":
-            replace(self, nn.InstanceNorm2d, lambda norm: RunningNorm(norm.num_features))
+            replace(self, nn.InstanceNorm2d, lambda n: nn.InstanceNorm2d(n.num_features, track_running_stats=True))
 
     def forward(self, onehot: Tensor, stage: str = "joint", seed: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """What is given [B, channels, H, W] to an image [B, 1, H, W] in [-1, 1] and the finest sum's alpha [B], else 1.
@@ -443,7 +422,7 @@ class Method(nn.Module):
     name: ClassVar[str]  # as checkpoints and tables call it
     options: ClassVar[type[LoopConfig]]
     presets: ClassVar[dict[str, dict[str, Any]]]
-    watched: ClassVar[tuple[str, ...]]  # figures of a step to watch
+    curves: ClassVar[tuple[tuple[str, ...], ...]]  # figures of a step to watch, grouped as they are plotted
     alone: ClassVar[bool] = False  # whether a step needs the whole batch in one process, as batch norm does
 
     def __init__(self, c: LoopConfig) -> None:
@@ -491,7 +470,7 @@ class Covidgan(Method):
     """The paper's method: G1 and G2 joined by DESUM against D1 and D2 with DFM, in three stages (§III, Fig. 2)."""
 
     name, options, presets = "covidgan", Config, PRESETS
-    watched = ("d", "gan", "dfm", "alpha", "beta")
+    curves = (("d", "gan"), ("dfm",), ("alpha", "beta"))
 
     def __init__(self, c: Config) -> None:
         super().__init__(c)
@@ -530,7 +509,7 @@ class Covidgan(Method):
         shrink = 2 ** (c.n_gen - 1) if stage == "g1" else 1  # g1 works at G1's reduced size
         seed = torch.randint(2**31, (len(onehot),), device=onehot.device) if c.draws else None
         image, alpha = self.g(onehot, stage, seed)
-        redrawn = self.redrawn(onehot[:1], image[:1], seed[:1]) if c.draws and stage == "joint" else alpha.new_zeros(())
+        redrawn = self.redrawn(onehot[:1], seed[:1]) if c.draws and stage == "joint" else alpha.new_zeros(())
         onehot, target = onehot[..., ::shrink, ::shrink], F.avg_pool2d(target, shrink)
         real, fake = (self.d(onehot, self.seen_by_d(x, onehot), first) for x in (target, image))
         loss_d, loss_gan = gan_losses(real, fake, c.gan)
@@ -546,26 +525,28 @@ class Covidgan(Method):
             "beta": beta.mean(),
         }
 
-    def redrawn(self, onehot: Tensor, image: Tensor, seed: Tensor) -> Tensor:
-        """L_redraw: draw one lung of an image [1, 1, H, W] anew, with a lesion more. The other one is to stay.
+    def redrawn(self, onehot: Tensor, seed: Tensor) -> Tensor:
+        """L_redraw: draw one lung of a slice anew, with a lesion more. The other one is to stay as it was.
 
-        It is the other's mean change, and how far that of this one, by noise alone, falls short of ALIKE.
+        It is the other's mean change, and how far that of this one, by noise alone, falls short of 0.06, or 45 HU.
         """
         side, across, down, radius, kind = torch.rand(5).tolist()
-        y, x = (torch.arange(n, device=seed.device) * (2 / n) - 1 for n in image.shape[-2:])
-        x = x if side < 0.5 else -x  # the lung to draw anew is where x > 0
+        y, x = (torch.arange(n, device=seed.device) * (2 / n) - 1 for n in onehot.shape[-2:])
+        x = x * (1 if side < 0.5 else -1)  # the lung to draw anew is where this is above 0
         away = torch.hypot(x - 0.1 - 0.8 * across, y.view(-1, 1) + 0.6 - 1.2 * down) - 0.05 - 0.25 * radius
         n_labels, lung = self.c.n_labels, onehot[:, :1] == 0
         lesion = torch.arange(n_labels, device=seed.device).view(1, -1, 1, 1) == 2 + int(kind * (n_labels - 2))
         painted = onehot.clone()
         painted[:, :n_labels] = torch.where(lung & (away < 0), lesion.to(onehot.dtype), onehot[:, :n_labels])
         anew = torch.where(x > 0, seed + 1 + int(side * 2**31), seed).view(1, -1)
-        self.g.eval()  # this is no slice to take statistics of
-        change = (self.g(painted, "joint", anew)[0] - image.detach()).abs()
+        self.g.eval()  # by running statistics, as in synthesis
+        with torch.no_grad():
+            before = self.g(onehot, "joint", seed)[0]
+        change = (self.g(painted, "joint", anew)[0] - before).abs()
         self.g.train()
         other, this = lung & (x < -0.1), (onehot[:, 1:2] == 1) & (x > 0.1) & (away > 0.15)  # the lesion's rim apart
         moved, changed = ((change * where).sum() / where.sum().clamp(min=1) for where in (other, this))
-        return moved + F.relu(ALIKE - changed)
+        return moved + F.relu(0.06 - changed)
 
     def generator(self) -> Generator:
         return self.g
@@ -612,7 +593,6 @@ def lung_target(image: Tensor, labels: Tensor) -> Tensor:
     return torch.where(labels > 0, image, -1.0)
 
 
-ALIKE = 0.06  # by how much two draws of a lung differ at least, in the mean: 45 HU
 TYPICAL = ((-800.0, 50.0), (75.0, 15.0))  # HU, of density and of detail: middle and spread among patients
 
 
@@ -889,7 +869,8 @@ class Trainer:
                 figures = self.step()
                 stats.write(json.dumps({"stage": self.stage, "step": self.step_done, **figures}) + "\n")
                 bar.update(self.c.batch)
-                bar.set_postfix({name: f"{figures[name]:.3f}" for name in self.method.watched}, refresh=False)
+                watched = itertools.chain(*self.method.curves)
+                bar.set_postfix({name: f"{figures[name]:.3f}" for name in watched}, refresh=False)
                 due = self.step_done % self.c.interval == 0 or self.step_done == self.steps
                 if RANK == 0 and (due or self.asked_to_stop):
                     stats.flush()
@@ -1012,11 +993,12 @@ class Trainer:
         return lung_target(image, labels[..., ::shrink, ::shrink])
 
     def draw(self) -> None:
-        """Write the panel of fixed held-out cases."""
+        """Write the panel of fixed held-out cases and the curves."""
         cases = choose_cases(self.test)
         labels, real = self.test.labels[cases], window(self.test.hu[cases], self.c)
         path = self.out / f"panel_{self.stage}_{self.step_done:06d}.png"
         write_panel(path, labels, real, self.synthesize(labels, real))
+        write_curves(self.out / "curves.png", self.out / "stats.jsonl", self.method.curves)
 
     def open_out(self) -> None:
         """Write OUT/split.json: the data, all slices ever trained on, and those held out."""
@@ -1036,7 +1018,7 @@ class Trainer:
         parameters = {name: sum(p.numel() for p in net.parameters()) for name, net in self.method.named_children()}
         results = {"stage": self.stage, "steps": self.steps, "slices": len(self.train.names), "parameters": parameters}
         write_atomically(self.out / "results.json", lambda path: path.write_text(json.dumps(results, indent=1) + "\n"))
-        print(f"wrote {self.out}/: ckpt.pt, results.json, stats.jsonl and panels")
+        print(f"wrote {self.out}/: ckpt.pt, results.json, stats.jsonl, curves.png and panels")
 
 
 def choose_cases(side: Slices, n: int = 4) -> list[int]:
@@ -1060,6 +1042,22 @@ def write_panel(path: Path, labels: Tensor, real: Tensor, lung: Tensor) -> None:
     for k, title in enumerate(("label map", "real lung", "synthetic lung", "real slice", "completed slice")):
         ImageDraw.Draw(picture).text((k * picture.width // 5 + 4, 2), title, fill="white")
     write_atomically(path, lambda temporary: picture.save(temporary, "PNG"))
+
+
+def write_curves(path: Path, stats: Path, curves: tuple[tuple[str, ...], ...]) -> None:
+    """Plot groups of figures against the step, the stages in a row, from stats.jsonl, smoothed."""
+    from matplotlib.figure import Figure  # slow to import, and only needed here
+
+    steps = [json.loads(line) for line in stats.read_text().splitlines()]
+    mean = max(1, len(steps) // 200)  # of so many steps each
+    figure = Figure(figsize=(10, 6), layout="tight")
+    for axes, group in zip(figure.subplots(len(curves), sharex=True, squeeze=False)[:, 0], curves, strict=True):
+        for name in group:
+            means = np.reshape([step[name] for step in steps[: len(steps) // mean * mean]], (-1, mean)).mean(1)
+            axes.plot(mean * np.arange(1, len(means) + 1), means, label=name)
+        axes.legend(loc="upper right")
+    axes.set_xlabel("step, the stages in a row")
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
 
 
 # ----------------------------------------------------- hardware-specific speed-ups, which are not part of the method

@@ -124,7 +124,6 @@ def cost_of_sample(name: str, c: covidgan.LoopConfig, args: argparse.Namespace) 
     """
 
     def make() -> dict[str, Any]:
-        covidgan.keep_freed_memory()
         trainer, seconds = covidgan.Trainer(row_of(name).kind, c), {}
         for stage in trainer.stages:
             trainer.begin(stage)

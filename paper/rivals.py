@@ -62,7 +62,7 @@ class Rival(covidgan.Method):
 
     presets = PRESETS
     own: ClassVar[dict[str, Adam]]  # its authors' Adam for each player
-    watched = ("d", "gan", "fm")
+    curves = (("d", "gan"), ("fm",))
     factor: ClassVar[int]  # what sides of a map must be multiples of
     g: nn.Module
     d: nn.Module
@@ -199,7 +199,7 @@ class Pix2pix(Rival):
 
     name, options = "pix2pix", Pix2pixConfig
     own: ClassVar = dict.fromkeys("dg", (2e-4, (0.5, 0.999)))
-    watched = ("d", "gan", "l1")
+    curves = (("d", "gan"), ("l1",))
 
     def __init__(self, c: Pix2pixConfig) -> None:
         super().__init__(c)

@@ -88,7 +88,7 @@ class Segmentation(covidgan.Method):
     """The U-Net as a method of covidgan's loop: one player, one stage. Its target is the map, its input the slice."""
 
     name, options, presets, alone = "unet", UNetConfig, PRESETS, True
-    watched = ("loss",)
+    curves = (("loss",),)
 
     def __init__(self, c: UNetConfig) -> None:
         super().__init__(c)
@@ -129,7 +129,7 @@ class SegmentationTrainer(covidgan.Trainer):
         return torch.cat([self.average.unet(part).argmax(1, keepdim=True).cpu() for part in parts]).byte()
 
     def draw(self) -> None:
-        """Write the panel of fixed held-out cases, one row each: slice | map | what is found."""
+        """Write the panel of fixed held-out cases, one row each: slice | map | what is found; and the curves."""
         cases = covidgan.choose_cases(self.test)
         hu, labels = self.test.hu[cases], self.test.labels[cases]
         rows = []
@@ -139,6 +139,7 @@ class SegmentationTrainer(covidgan.Trainer):
             rows.append(np.concatenate(tiles, 1))
         path = self.out / f"panel_{self.stage}_{self.step_done:06d}.png"
         covidgan.write_atomically(path, lambda temporary: temporary.write_bytes(png(np.concatenate(rows))))
+        covidgan.write_curves(self.out / "curves.png", self.out / "stats.jsonl", self.method.curves)
 
     def report(self) -> None:
         """Write OUT/unet.pt, of which export.py makes unet.onnx, and OUT/results.json."""
@@ -151,7 +152,7 @@ class SegmentationTrainer(covidgan.Trainer):
         results = {"parameters": parameters, "samples": self.steps * c.batch, "slices": len(self.train.names)}
         text = json.dumps(results | {"config": {**dataclasses.asdict(c), **covidgan.LOCAL}}, indent=1)
         covidgan.write_atomically(self.out / "results.json", lambda path: path.write_text(text + "\n"))
-        print(f"wrote {self.out}/: unet.pt, ckpt.pt, stats.jsonl and panels")
+        print(f"wrote {self.out}/: unet.pt, ckpt.pt, stats.jsonl, curves.png and panels")
 
 
 def main(argv: list[str]) -> None:

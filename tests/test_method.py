@@ -48,7 +48,7 @@ class Small(covidgan.Method):
 
     name, options = "small", SmallConfig
     presets: ClassVar = {"demo": dict(size=64, batch=2, epochs=1, epoch_len=16, interval=3)}
-    watched = ("d", "g", "l1")
+    curves = (("d", "g"), ("l1",))
 
     def __init__(self, c):
         super().__init__(c)
@@ -98,7 +98,7 @@ def test_it_trains_by_its_own_settings_draws_its_panels_and_reports(small):
     steps = [json.loads(line) for line in (out / "stats.jsonl").read_text().splitlines()]
     assert (steps[0]["lr_d"], steps[0]["lr_g"]) == pytest.approx((16e-4, 4e-4))
     assert np.mean([s["l1"] for s in steps[-10:]]) < 0.85 * np.mean([s["l1"] for s in steps[:5]])
-    assert (out / "panel_whole_000096.png").stat().st_size > 1000
+    assert (out / "panel_whole_000096.png").stat().st_size > 1000 and (out / "curves.png").exists()
     assert {*json.loads((out / "results.json").read_text())["parameters"]} == {"g", "d"}
 
 

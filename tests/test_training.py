@@ -237,9 +237,11 @@ def test_a_panel_shows_map_lungs_and_slices_and_completes_the_real_slice_by_the_
     assert all(np.abs(column - image).max() <= 1 for column, image in zip(columns[1:], wanted, strict=True))
 
 
-def test_a_run_draws_its_panels(whole_run):
+def test_a_run_draws_its_panels_and_curves(whole_run):
     names = {path.name for path in whole_run[0].glob("panel_*")}
     assert names == {f"panel_{stage}_{step:06d}.png" for stage in STAGES for step in (5, 10)}
+    curves = iio.imread(whole_run[0] / "curves.png")
+    assert min(curves.shape[:2]) > 300 and len(np.unique(curves.reshape(-1, curves.shape[-1]), axis=0)) > 10
 
 
 def test_cases_shown_are_of_different_patients_first_and_those_with_both_lesions():
@@ -314,7 +316,7 @@ def test_the_built_in_data_is_made_where_it_is_missing_and_a_users_own_left_alon
 def test_a_run_leaves_its_files_and_no_unfinished_ones(whole_run, toy):
     out, done = whole_run
     names = {path.name for path in out.iterdir() if path.name != ".lock" and "panel" not in path.name}
-    assert names == {"ckpt.pt", "stats.jsonl", "split.json", "results.json"}
+    assert names == {"ckpt.pt", "stats.jsonl", "split.json", "curves.png", "results.json"}
     assert "lung -850" in done.stdout and "Traceback" not in done.stderr
     split = json.loads((out / "split.json").read_text())
     assert (split["train"], split["test"], split["data"]) == (toy.train, toy.test, str(toy.folder))
