@@ -112,6 +112,16 @@ def names_in(dataset: Path | None) -> list[str]:
     return sorted(path.stem for path in (dataset / "images").glob("*.png")) if dataset else []
 
 
+def link(out: Path, source: Path, names: list[str], ending: str = "") -> list[str]:
+    """Put links to slices and maps of a dataset into another, under their names and an ending; returns these."""
+    for part, name in itertools.product(("images", "maps"), names):
+        (out / part).mkdir(parents=True, exist_ok=True)
+        path = out / part / f"{name}{ending}.png"
+        path.unlink(missing_ok=True)
+        path.symlink_to((source / part / f"{name}.png").resolve())
+    return [name + ending for name in names]
+
+
 def dataset(out: Path, mix: Mix, seed: int, args: argparse.Namespace) -> Path:
     """The mix as a dataset of links, made if it is not there yet.
 
@@ -129,13 +139,9 @@ def dataset(out: Path, mix: Mix, seed: int, args: argparse.Namespace) -> Path:
     split = read_split(args.reference / "split.json")
     found = members(mix, split[SIDE], names_in(sources["replaced"]), variants, seed)
     looked_at = split[TESTED[-1]]
-    for part in ("images", "maps"):
-        (out / part).mkdir(parents=True, exist_ok=True)
-        for kind, several in [*found.items(), ("real", looked_at)]:
-            for name in several:
-                link = out / part / f"{name}.png"
-                link.unlink(missing_ok=True)
-                link.symlink_to((sources[kind] / part / link.name).resolve())
+    for kind, several in [*found.items(), ("real", looked_at)]:
+        if several:
+            link(out, sources[kind], several)
     write_split(out / "split.json", [*itertools.chain(*found.values())], looked_at, [], found)
     return out
 
