@@ -13,13 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import covidgan
-import infer_onnx
 from data.slices import Mistake, read_split, write_image
 from paper import report, rivals, runs
 
@@ -274,22 +272,10 @@ def figures_of(results: dict[str, Any]) -> Figures:
 
 
 def cost_of(run: Path, method: covidgan.Method) -> dict[str, Any]:
-    """What a run cost and what its generator costs."""
+    """What a run cost, and how large its generator is."""
     c = method.c
     return {
         **runs.begun(run),
         "samples": round(full_size(type(method), c) * c.epochs * c.epoch_len),
         "parameters": sum(p.numel() for p in method.generator().parameters()),
-        "synthesis": synthesis_seconds(run / "generator.onnx", c.size),
     }
-
-
-def synthesis_seconds(model: Path, size: int) -> float:
-    """CPU seconds per slice on one thread, ONNX Runtime: median of nine, whatever else the machine does."""
-    generator = infer_onnx.Generator(*infer_onnx.open_session(model, "cpu", threads=1))
-    labels, seconds = np.ones((1, size, size), np.uint8), []
-    for _ in range(9):
-        start = time.process_time()
-        generator(labels)
-        seconds.append(time.process_time() - start)
-    return float(np.median(seconds))

@@ -255,7 +255,7 @@ def cell(one: Record) -> str:
 def slices_told(counts: dict[str, int]) -> str:
     """How many slices of which kind a mix has, in words."""
     kinds = {**counts, "synthetic": counts["replaced"] + counts["added"]}
-    return " + ".join(f"{kinds[kind]} {kind}" for kind in ("real", "synthetic", "augmented") if kinds[kind])
+    return " + ".join(f"{kinds[kind]} {kind}" for kind in ("real", "synthetic", "augmented") if kinds.get(kind))
 
 
 def side_told(table: dict[str, Any], side: str, heads: list[str]) -> list[str]:

@@ -1,7 +1,6 @@
 """Do synthetic slices help a segmentation network? U-Nets on real slices and more, tested on patients new to all.
 
-    python data/prepare.py DOWNLOAD --size 128 --out data/ct128
-    python -m paper.usefulness --data data/ct128 --out out/useful       # all, in the order of what --list shows
+    python -m paper.usefulness --data data/ct256 --reference data/ct128 --out out/useful     # all of the basic rows
     python -m paper.usefulness --data data/ct128 --out out/useful --folds 1 --rows few/real few/pasted
     python -m paper.usefulness --list
 
@@ -21,9 +20,8 @@ goes on with a stopped one; after each row RESULTS/usefulness.json, .md and .png
 
 import argparse
 import copy
-import itertools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,31 +31,19 @@ from scipy import ndimage, stats
 
 import covidgan
 import infer_onnx
+from data import slices
 from data.lesions import box_of, paste, place, stretched
-from data.slices import (
-    Mistake,
-    check_ranges,
-    exit_on_mistake,
-    held,
-    list_pngs,
-    patient_of,
-    read_image,
-    read_map,
-    write_image,
-    write_map,
-    write_split,
-)
+from data.slices import Mistake, patient_of
 from eval import LESIONS
 from paper import generators, mixes, report, runs, segment
 
 FEW, VARIANTS, GATE = 4, 4, 10  # patients; new maps of each real slice, or more where the dose is; points of Dice
-UNET = "--ema 0.99 --gamma 0.3 --intensity 0.05"  # of paper/segment.py, besides size and samples
+UNET = "--lr 5e-3 --ema 0.99 --gamma 0.1 --intensity 0.03"  # of paper/segment.py, besides size and samples
 SETTING = ("ngf", "samples", "channels", "unet_samples", "batch", "seeds")
 MEAN, HEADLINE = "mean", "infection"  # the averaged U-Nets, among seeds; the class by which arms are compared
-SMOOTH, CUTS = (0.5, 1.0, 1.5, 2.0), range(-800, -200, 25)  # the threshold's: pixels, HU
+SMOOTH, CUTS = 2.0, range(-800, -200, 25)  # the threshold's: pixels, HU
 
 Record = dict[str, Any]
-Dice = dict[str, dict[str, float | None]]  # number of a patient -> lesion -> %
 
 
 class Volume(NamedTuple):
@@ -104,9 +90,6 @@ CONTRASTS += [("many", "pasted", arm) for arm in ("real", "means")]
 CONTRASTS += [(patients, "synthetic", "real") for patients in ("few", "many")]
 
 
-# ------------------------------------------------------------------------------------------------ patients and folds
-
-
 class Fold(NamedTuple):
     """Patients that are tested, and all others, of whom the first FEW are "few"."""
 
@@ -126,28 +109,23 @@ def folds(patients: list[str]) -> list[Fold]:
 
 def read_volumes(data: Path) -> Volumes:
     """All slices of a dataset that have a map, by patient. Raises Mistake where the patients are too few."""
-    images, maps, names = list_pngs(data / "images", "images"), list_pngs(data / "maps", "maps"), {}
+    images, maps, names = slices.list_pngs(data / "images", "images"), slices.list_pngs(data / "maps", "maps"), {}
     for name in sorted(images.keys() & maps.keys()):
         names.setdefault(patient_of(name), []).append(name)
     if len(names) < FEW:
         raise Mistake(f"{data}: {len(names)} patients, fewer than {FEW}: what comes before the last _ is the patient")
-    hu = {one: np.stack([read_image(images[name]) for name in of]) for one, of in names.items()}
-    return {one: Volume(of, hu[one], np.stack([read_map(maps[name]) for name in of])) for one, of in names.items()}
+    hu = [np.stack([slices.read_image(images[name]) for name in of]) for of in names.values()]
+    labels = [np.stack([slices.read_map(maps[name]) for name in of]) for of in names.values()]
+    return {one: Volume(names[one], *of) for one, *of in zip(names, hu, labels, strict=True)}
 
 
 def trained_on(patients: str, fold: Fold, volumes: Volumes) -> Volumes:
     """The volumes of a fold whose slices are annotated for U-Nets of "few", "many" or "slices"."""
     chosen = {one: volumes[one] for one in (fold.others if patients == "many" else fold.others[:FEW])}
-    if patients == "slices":  # of each the one with most lesion
-        worst = {one: int((of.labels > 1).sum((1, 2)).argmax()) for one, of in chosen.items()}
-        chosen = {
-            one: Volume([of.names[worst[one]]], of.hu[worst[one], None], of.labels[worst[one], None])
-            for one, of in chosen.items()
-        }
+    for one, (names, *pixels) in chosen.items() if patients == "slices" else ():  # of each the one with most lesion
+        k = int((pixels[1] > 1).sum((1, 2)).argmax())
+        chosen[one] = Volume([names[k]], *(of[k, None] for of in pixels))
     return chosen
-
-
-# ------------------------------------------------------------------------------------------------ what is made of them
 
 
 def make_slices(arm: Arm, patients: str, fold: Fold, volumes: Volumes, args: argparse.Namespace) -> tuple[Path, int]:
@@ -170,9 +148,9 @@ def make_slices(arm: Arm, patients: str, fold: Fold, volumes: Volumes, args: arg
         hu = paste(host.hu, made, host.labels, labels) if way == "pasted" else np.where(labels > 0, made, host.hu)
         for name, image, map_ in zip(host.names, hu, labels, strict=True):
             names.append(f"{name}v{variant:02d}")
-            write_image(out / "images" / f"{names[-1]}.png", image)
-            write_map(out / "maps" / f"{names[-1]}.png", map_)
-    write_split(out / "split.json", names, [], [], {})
+            slices.write_image(out / "images" / f"{names[-1]}.png", image)
+            slices.write_map(out / "maps" / f"{names[-1]}.png", map_)
+    slices.write_split(out / "split.json", names, [], [], {})
     return out, several
 
 
@@ -180,14 +158,15 @@ Paint = Callable[[np.ndarray, np.random.Generator], np.ndarray]  # labels [D, H,
 
 
 def painter_of(name: str, hosts: Volumes, fold: Fold, args: argparse.Namespace) -> Paint | None:
-    """Who paints maps: label means with noise, as in the U-Net's own slices, or a generator; None: nobody paints."""
+    """Who paints maps: label means with the noise of what is finer than 3 pixels, or a generator; None: nobody."""
     if name == "cut":
         return None
     if name == "means":
-        hu, labels = (np.concatenate([getattr(of, part).ravel() for of in hosts.values()]) for part in ("hu", "labels"))
-        pixels = [hu[labels == k] if (labels == k).any() else hu[labels > 0] for k in range(4)]
-        mean, deviation = np.array([(of.mean(), of.std()) for of in pixels]).T
-        return lambda labels, rng: np.rint(rng.normal(mean[labels], deviation[labels])).astype(int)
+        hu, labels = (np.concatenate(part) for part in list(zip(*hosts.values(), strict=True))[1:])
+        fine = hu - ndimage.uniform_filter(hu.astype(float), (0, 3, 3))  # all deviation would be salt and pepper
+        where = [labels == k if (labels == k).any() else labels > 0 for k in range(4)]
+        mean, noise = np.array([(hu[here].mean(), fine[here].std()) for here in where]).T
+        return lambda labels, rng: np.rint(rng.normal(mean[labels], noise[labels])).astype(int)
     run = train_generator(name, fold, args)
     model = runs.exported(run / "generator.onnx", run / "ckpt.pt")
     generator = infer_onnx.Generator(*infer_onnx.open_session(model, "auto"))
@@ -196,12 +175,10 @@ def painter_of(name: str, hosts: Volumes, fold: Fold, args: argparse.Namespace) 
 
 def train_generator(name: str, fold: Fold, args: argparse.Namespace) -> Path:
     """Train a row of paper/generators.py on the fold's other patients, or go on with it; returns its folder."""
-    folder = args.out / f"fold_{fold.number}"
-    maps = list_pngs(args.data / "maps", "maps")
+    folder, maps = args.out / f"fold_{fold.number}", slices.list_pngs(args.data / "maps", "maps")
     sides = [[one for one in maps if patient_of(one) in of] for of in (fold.others, fold.tested)]
-    for names in sides:  # the tested ones for its panels alone
-        mixes.link(folder / "data", args.data, names)
-    write_split(folder / "data" / "split.json", *sides, [], {})
+    mixes.link(folder / "data", args.data, [*sides[0], *sides[1]])  # those tested for its panels alone
+    slices.write_split(folder / "data" / "split.json", *sides, [], {})
     given = {"data": folder / "data", "out": folder, "batch": 4, "seconds": None}
     return generators.train(name, 0, argparse.Namespace(**vars(args) | given))
 
@@ -216,9 +193,6 @@ def cut(host: Volume, donor: Volume, rng: np.random.Generator) -> np.ndarray:
     return fitted
 
 
-# ------------------------------------------------------------------------------------------------ what U-Nets find
-
-
 def measure(row: str, fold: Fold, volumes: Volumes, args: argparse.Namespace) -> Record:
     """Train the U-Nets of a row in a fold and test them: what is kept of it."""
     patients, name = row.split("/")
@@ -227,12 +201,12 @@ def measure(row: str, fold: Fold, volumes: Volumes, args: argparse.Namespace) ->
     real, several, others = [one for of in hosts.values() for one in of.names], 1, []
     if arm.made:
         made, several = make_slices(arm, patients, fold, volumes, args)
-        others = mixes.link(out / "data", made, sorted(list_pngs(made / "maps", "maps")))
+        others = mixes.link(out / "data", made, sorted(slices.list_pngs(made / "maps", "maps")))
     repeats = range(several // max(1, arm.dose) * arm.real)  # real ones are seen as often as the dose says
     links = [one for k in repeats for one in mixes.link(out / "data", args.reference, real, f"r{k}")]
     tested = [one for patient in fold.tested for one in volumes[patient].names]
     mixes.link(out / "data", args.reference, tested)
-    write_split(out / "data" / "split.json", [*links, *others], tested, [], {})
+    slices.write_split(out / "data" / "split.json", [*links, *others], tested, [], {})
     samples = args.unet_samples * (arm.real + arm.dose)
     found = {}
     for seed in args.seeds:
@@ -259,48 +233,36 @@ def overlap(found: np.ndarray, truth: np.ndarray) -> float | None:
 
 
 def threshold(fold: Fold, volumes: Volumes) -> Record:
-    """Dice of smoothed HU above a threshold within the true lungs, both tuned on the FEW, by tested patient."""
-    used, smoothed = [*fold.others[:FEW], *fold.tested], {}
-    for (patient, of), sigma in itertools.product([(one, volumes[one]) for one in used], SMOOTH):
-        lung, around = (of.labels > 0).astype(np.float32), (0, sigma, sigma)
-        share = ndimage.gaussian_filter(lung, around).clip(1e-3)
-        smoothed[patient, sigma] = np.where(lung > 0, ndimage.gaussian_filter(of.hu * lung, around) / share, -np.inf)
+    """Dice of smoothed HU above a threshold within the true lungs, which is tuned on the FEW, by tested patient."""
+    used, smooth = [*fold.others[:FEW], *fold.tested], {}
+    for patient in used:
+        lung = (volumes[patient].labels > 0).astype(np.float32)
+        share, sums = (ndimage.gaussian_filter(of, (0, SMOOTH, SMOOTH)) for of in (lung, volumes[patient].hu * lung))
+        smooth[patient] = np.where(lung > 0, sums / share.clip(1e-3), -np.inf)
 
-    def scores(patients: list[str], sigma: float, above: int) -> list[float]:
-        return [overlap(smoothed[one, sigma] > above, volumes[one].labels > 1) or 0.0 for one in patients]
+    def dice(patient: str, above: int) -> float:
+        return overlap(smooth[patient] > above, volumes[patient].labels > 1) or 0.0
 
-    grid = itertools.product(SMOOTH, CUTS)
-    sigma, above = max(grid, key=lambda one: np.mean(scores(fold.others[:FEW], *one)))
-    number = [str([*volumes].index(one) + 1) for one in fold.tested]
-    dice = zip(number, scores(fold.tested, sigma, above), strict=True)
-    return {"sigma": sigma, "HU": above, "dice": {MEAN: {one: {HEADLINE: value} for one, value in dice}}}
-
-
-# ------------------------------------------------------------------------------------------------ what it says
+    above = max(CUTS, key=lambda above: np.mean([dice(one, above) for one in fold.others[:FEW]]))
+    number = {one: str(k) for k, one in enumerate(volumes, 1)}
+    return {"HU": above, "dice": {MEAN: {number[one]: {HEADLINE: dice(one, above)} for one in fold.tested}}}
 
 
 def collect(args: argparse.Namespace) -> dict[str, Any]:
     """All that is known: records of arms and of the threshold, the gate, contrasts after Holm's correction."""
-    folder = args.results / "useful" / "runs"
-    setting, records, sizes = runs.read_json(folder / "setting.json"), [], {}
+    folder, records = args.results / "useful" / "runs", []
     for path in sorted(folder.glob("fold*.json")):
         _, patients, arm = path.stem.split("_")
-        kept = runs.read_json(path)
-        sizes.setdefault(f"{patients}/{arm}", []).append(kept.get("slices"))
-        for seed, patient, lesion, dice in flat(kept["dice"]):
-            told = {"arm": arm, "patients": patients, "class": lesion, "patient": int(patient)}
-            records.append(told | {"seed": seed if seed == MEAN else int(seed), "dice": dice})
+        for seed, by_patient in runs.read_json(path)["dice"].items():
+            for patient, (lesion, dice) in ((one, of) for one, lesions in by_patient.items() for of in lesions.items()):
+                told = {"arm": arm, "patients": patients, "class": lesion, "patient": int(patient)}
+                told |= {"seed": seed if seed == MEAN else int(seed), "dice": dice}
+                records += [told] if dice is not None else []
     contrasts = [contrast(records, *one) for one in CONTRASTS]
     holm([one for one in contrasts if one["p"] is not None])
-    setting |= {"U-Net": UNET, "rows": {row: ARMS[row.split("/")[1]].about for row in ROWS}, "slices by fold": sizes}
+    setting = runs.read_json(folder / "setting.json") | {"U-Net": UNET}
+    setting |= {"rows": {row: ARMS[row.split("/")[1]].about for row in ROWS}}
     return {"setting": setting, "gate": gate(records), "records": records, "contrasts": contrasts}
-
-
-def flat(dice: dict[str, Dice]) -> Iterator[tuple[str, str, str, float]]:
-    """Seed, patient, lesion and value of all that have one."""
-    for seed, patients in dice.items():
-        for patient, lesions in patients.items():
-            yield from ((seed, patient, lesion, value) for lesion, value in lesions.items() if value is not None)
 
 
 def of_patients(records: list[Record], patients: str, arm: str, lesion: str = HEADLINE) -> dict[int, float]:
@@ -343,38 +305,35 @@ def gate(records: list[Record]) -> dict[str, Any]:
 
 def markdown(table: dict[str, Any], total: int) -> list[str]:
     """The gate, the arms and the contrasts, for people to read."""
-    told, lines = table["gate"], []
+    told, lines, rows = table["gate"], [], []
     if told["n"]:
         verdict = "passed" if told["passed"] else "FAILED: what follows says little"
         text = "threshold {threshold:.1f}, few {few:.1f}, many {many:.1f}, over {n} of {total} patients"
         lines = [f"**Gate {verdict}**: {text.format(**told, total=total)}.", ""]
-    rows = []
-    for row in ["few/threshold", *ROWS]:
+    for row in measured(table):
         dice = [of_patients(table["records"], *row.split("/"), lesion) for lesion in (HEADLINE, "GGO", "consolidation")]
-        rows += [[row, len(dice[0]), *map(spread, dice)]] if dice[0] else []
+        means = [report.interval([*of.values()]) for of in dice]
+        told = ["-" if mean is None else f"{mean:.1f}" + (f" ± {half:.1f}" if half else "") for mean, half in means]
+        rows.append([row, len(dice[0]), *told])
     lines += ["Dice of patients as volumes, %, mean ± half of its 95 % interval over patients.", ""]
     lines += report.grid(["row", "patients", HEADLINE, "GGO", "consolidation"], rows)
-    rows = []
     for one in (one for one in table["contrasts"] if one["ci95"]):
-        told = f"{one['difference']:+.1f} ({one['ci95'][0]:+.1f} to {one['ci95'][1]:+.1f})"
-        rows.append(
-            [f"{one['patients']}: {one['a']} - {one['b']}", one["n"], told, *(f"{one[p]:.3f}" for p in ("p", "p_holm"))]
-        )
-    lines += ["Contrasts fixed beforehand, of infection.", ""] if rows else []
-    return lines + (
-        report.grid(["a - b", "patients", "difference (95 % interval)", "p", "p, Holm"], rows) if rows else []
-    )
+        head = f"- {one['patients']}, {one['a']} over {one['b']}: {one['difference']:+.1f}"
+        low, high = one["ci95"]
+        lines += [
+            f"{head} ({low:+.1f} to {high:+.1f}), {one['n']} patients, p {one['p']:.3f}, Holm {one['p_holm']:.3f}"
+        ]
+    return [*lines, "", "Fixed beforehand: infection, paired over patients, 95 % intervals, Holm over all lines."]
 
 
-def spread(dice: dict[int, float]) -> str:
-    """Mean of patients ± half its interval."""
-    mean, half = report.interval([*dice.values()])
-    return "-" if mean is None else f"{mean:.1f}" + (f" ± {half:.1f}" if half is not None else "")
+def measured(table: dict[str, Any]) -> list[str]:
+    """Rows of which something is known, the threshold first."""
+    return [row for row in ["few/threshold", *ROWS] if of_patients(table["records"], *row.split("/"))]
 
 
 def draw(table: dict[str, Any], path: Path) -> None:
     """Draw a line for each arm and on it a dot for each patient, and their mean."""
-    rows = [row for row in ["few/threshold", *ROWS] if of_patients(table["records"], *row.split("/"))][::-1]
+    rows = measured(table)[::-1]
     figure = Figure(figsize=(7, 1 + 0.3 * len(rows)), layout="tight")
     axes = figure.subplots()
     for y, row in enumerate(rows):
@@ -394,8 +353,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     option("--ngf", type=int, default=16, help="channels of a generator's first layers")
     option("--samples", type=int, default=12_000, help="samples that a generator sees at full size")
     option("--channels", type=int, default=8, help="channels of the U-Net's first level")
-    option("--unet-samples", type=int, default=3_000, help="real slices that each U-Net sees, with repeats")
-    option("--batch", type=int, default=8, help="of the U-Net")
+    option("--unet-samples", type=int, default=6_000, help="real slices that each U-Net sees, with repeats")
+    option("--batch", type=int, default=4, help="of the U-Net")
     option("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of training, as in covidgan.py")
     parser.set_defaults(reference=None, rows=BASIC)
     args = parser.parse_args(argv)
@@ -412,11 +371,11 @@ def main(argv: list[str]) -> None:
         return
     volumes = read_volumes(args.reference)
     every = folds([*volumes])
-    for number in args.folds or ():
-        check_ranges(argparse.Namespace(folds=number), folds=(1, len(every)))
     asked = [fold for fold in every if fold.number in (args.folds or [fold.number])]
+    if len(asked) < len({*(args.folds or ())}):
+        raise Mistake(f"--folds {' '.join(map(str, args.folds))}: give of 1 to {len(every)}")
     useful = args.results / "useful"
-    with held(args.out):
+    with slices.held(args.out):
         for folder in (useful / "runs", args.out):
             runs.keep_setting(folder, args, *SETTING)
         for fold in asked:
@@ -431,4 +390,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    exit_on_mistake(main, more=(covidgan.Mistake,))
+    slices.exit_on_mistake(main, more=(covidgan.Mistake,))

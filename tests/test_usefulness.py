@@ -26,7 +26,7 @@ def test_each_patient_is_tested_once_by_networks_that_have_not_seen_it():
 def places(toy, tmp_path_factory):
     """The command's arguments at toy size, in a folder of their own."""
     out = tmp_path_factory.mktemp("useful")
-    size = "--ngf 4 --samples 8 --channels 4 --unet-samples 16 --batch 4 --folds 1".split()
+    size = ["--ngf", "4", "--samples", "8", "--channels", "4", "--unet-samples", "16", "--batch", "4", "--folds", "1"]
     folders = {"data": toy.folder, "out": out / "out", "results": out / "results"}
     return [*size, *(word for name, folder in folders.items() for word in (f"--{name}", str(folder)))]
 
