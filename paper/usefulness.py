@@ -353,7 +353,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     option("--ngf", type=int, default=16, help="channels of a generator's first layers")
     option("--samples", type=int, default=12_000, help="samples that a generator sees at full size")
     option("--channels", type=int, default=8, help="channels of the U-Net's first level")
-    option("--unet-samples", type=int, default=6_000, help="real slices that each U-Net sees, with repeats")
+    option("--unet-samples", type=int, default=3_000, help="real slices that each U-Net sees, with repeats")
     option("--batch", type=int, default=4, help="of the U-Net")
     option("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of training, as in covidgan.py")
     parser.set_defaults(reference=None, rows=BASIC)
