@@ -32,7 +32,7 @@ OF_PATIENTS = f"{HEADLINE} of patients"  # among what is kept: by patient two U-
 KEY = "options of generator"  # among what is kept
 IMAGES = (FID, KID, "PSNR")  # Table V's figures of complete images
 FEW = {"20": 20, "50": 50, "all": 0}  # real slices; all: about 100 of the public set of 14 patients
-SEES = "What this bench sees: no gain of Dice below about 8 points. Its U-Nets see 4,000 samples, of two mild patients."
+SEES = "On our data this bench sees no gain of Dice below about 8 points: 4,000 samples a U-Net, of two mild patients."
 TOLD = {
     "train": "slices that the generators have trained on, as the paper's text has it",
     "seg_test": "patients that neither network has seen, where the split is by patient",
