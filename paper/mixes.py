@@ -17,10 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
-import infer_onnx
-from data.slices import LABELS, Mistake, read_image, read_map, read_split, write_image, write_map, write_split
+from data.slices import Mistake, read_image, read_map, read_split, write_split
 from eval import LESIONS
-from paper import generators, runs
+from paper import generators, runs, segment
 
 SIDE = "test"  # its slices and maps train a U-Net
 TESTED = ("train", "seg_test")  # their real slices test it
@@ -30,12 +29,12 @@ VARIANTS = TIMES + 1  # augmentations of each map, one more than is used: a map 
 
 @dataclass(frozen=True)
 class Mix:
-    """A training set: N real slices, and shares of N of others; `added` or `augmented`, whose names are the same."""
+    """A training set: N real slices, and shares of N of others."""
 
     real: int = 0  # N; 0: all there are
     replaced: float = 0.0  # real slices replaced by the synthetic ones of the same maps
     added: float = 0.0  # synthetic slices of augmented maps, beside the real ones
-    augmented: float = 0.0  # the same augmentations of the real slices themselves, beside the real ones
+    augmented: float = 0.0  # augmented real ones, beside the real ones: only kept, paper/usefulness.py has its like
     generator: str = "covidgan"  # its name in paper/generators.py
 
     @property
@@ -52,7 +51,7 @@ class Mix:
         return "-".join([f"unet_real{self.real or ''}", *parts])
 
 
-Members = dict[str, list[str]]  # names of a mix's slices: real, replaced, added, augmented
+Members = dict[str, list[str]]  # names of a mix's slices: real, replaced, added
 
 
 def members(mix: Mix, names: list[str], whole: list[str], variants: list[str], seed: int) -> Members:
@@ -71,19 +70,12 @@ def members(mix: Mix, names: list[str], whole: list[str], variants: list[str], s
     def first(share: float, of: list[str]) -> list[str]:
         wanted = round(share * len(chosen))
         if wanted > len(of):
-            raise Mistake(
-                f"{mix.name}: {wanted} synthetic or augmented slices wanted, there are {len(of)}: leave it out"
-            )
+            raise Mistake(f"{mix.name}: {wanted} synthetic slices wanted, there are {len(of)}: leave it out")
         return of[:wanted]
 
     replaced = first(mix.replaced, swappable)
     real = [name for name in chosen if name not in {*replaced}]
-    return {
-        "real": real,
-        "replaced": replaced,
-        "added": first(mix.added, turns),
-        "augmented": first(mix.augmented, turns),
-    }
+    return {"real": real, "replaced": replaced, "added": first(mix.added, turns)}
 
 
 def synthetic_slices(mix: Mix, seed: int, args: argparse.Namespace, kind: str) -> Path:
@@ -93,23 +85,14 @@ def synthetic_slices(mix: Mix, seed: int, args: argparse.Namespace, kind: str) -
     return runs.synthesize(run, args.reference, SIDE, kind, "--complement", args.reference, *several)
 
 
-def augmented_slices(seed: int, args: argparse.Namespace) -> Path:
-    """Dataset of SIDE's real slices under the augmentations that the synthetic variants of a seed have."""
-    out = args.out / f"augmented_{SIDE}_{seed}"
-    for part in ("images", "maps"):
+def link(out: Path, source: Path, names: list[str], ending: str = "") -> list[str]:
+    """Put links to slices and maps of a dataset into another, under their names and an ending; returns these."""
+    for part, name in itertools.product(("images", "maps"), names):
         (out / part).mkdir(parents=True, exist_ok=True)
-    maps = infer_onnx.find_maps(args.reference, SIDE)
-    reals = infer_onnx.find_reals(args.reference, maps)
-    for job in infer_onnx.plan(maps, VARIANTS):
-        if made := infer_onnx.load(job, len(LABELS), reals, seed, unchecked=True):  # None: no lung is left in it
-            write_map(out / "maps" / f"{job.name}.png", made.labels)
-            write_image(out / "images" / f"{job.name}.png", made.real)
-    return out
-
-
-def names_in(dataset: Path | None) -> list[str]:
-    """Names of a dataset's slices; none for None."""
-    return sorted(path.stem for path in (dataset / "images").glob("*.png")) if dataset else []
+        path = out / part / f"{name}{ending}.png"
+        path.unlink(missing_ok=True)
+        path.symlink_to((source / part / f"{name}.png").resolve())
+    return [name + ending for name in names]
 
 
 def dataset(out: Path, mix: Mix, seed: int, args: argparse.Namespace) -> Path:
@@ -119,23 +102,20 @@ def dataset(out: Path, mix: Mix, seed: int, args: argparse.Namespace) -> Path:
     """
     if (out / "split.json").exists():
         return out
+    if mix.augmented:
+        raise Mistake(f"{mix.name}: no longer trained, only kept: leave its row out, see paper/usefulness.py")
     sources = {
         "real": args.reference,
         "replaced": synthetic_slices(mix, seed, args, "complete") if mix.replaced else None,
         "added": synthetic_slices(mix, seed, args, "variants") if mix.added else None,
-        "augmented": augmented_slices(seed, args) if mix.augmented else None,
     }
-    variants = names_in(sources["added"] or sources["augmented"])
+    made = {kind: sorted(path.stem for path in of.glob("images/*.png")) if of else [] for kind, of in sources.items()}
     split = read_split(args.reference / "split.json")
-    found = members(mix, split[SIDE], names_in(sources["replaced"]), variants, seed)
+    found = members(mix, split[SIDE], made["replaced"], made["added"], seed)
     looked_at = split[TESTED[-1]]
-    for part in ("images", "maps"):
-        (out / part).mkdir(parents=True, exist_ok=True)
-        for kind, several in [*found.items(), ("real", looked_at)]:
-            for name in several:
-                link = out / part / f"{name}.png"
-                link.unlink(missing_ok=True)
-                link.symlink_to((sources[kind] / part / link.name).resolve())
+    for kind, several in [*found.items(), ("real", looked_at)]:
+        if several:
+            link(out, sources[kind], several)
     write_split(out / "split.json", [*itertools.chain(*found.values())], looked_at, [], found)
     return out
 
@@ -165,14 +145,13 @@ def find_lesions(run: Path, data: Path, side: str) -> tuple[list[str], dict[str,
 
     Those without lung are left out, as in eval.py.
     """
-    session, _ = infer_onnx.open_session(runs.exported(run / "unet.onnx", run / "unet.pt"), "auto", kind="unet")
     tested, found = [], defaultdict(list)
     for name in sorted(read_split(data / "split.json")[side]):
         hu, labels = read_image(data / "images" / f"{name}.png"), read_map(data / "maps" / f"{name}.png")
         if not labels.any():
             continue
         tested.append(name)
-        (segmented,) = session.run(["map"], {"ct": hu[None]})
+        segmented = segment.probabilities(run / "unet.pt", hu[None]).argmax(1)
         for lesion, of_lesion in LESIONS.items():
             predicted, truth = np.isin(segmented[0], of_lesion), np.isin(labels, of_lesion)
             for metric, value in overlap(predicted, truth).items():

@@ -13,6 +13,7 @@ as slice | map | what the U-Net finds.
 import dataclasses
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -64,6 +65,15 @@ def dice_loss(logits: Tensor, onehot: Tensor) -> Tensor:
     return 1 - ((2 * both + 1) / (sizes + 1)).mean()  # + 1: a label that is absent, and not found, scores 1
 
 
+def relit(image: Tensor, c: "UNetConfig") -> Tensor:
+    """A slice in [-1, 1] as another scanner might have shown it: gamma, gain and shift, of each slice its own."""
+    if not (c.gamma or c.intensity):
+        return image
+    exponent, gain, shift = 2 * torch.rand(3, len(image), 1, 1, 1, device=image.device) - 1  # the loop has seeded it
+    grey = ((image + 1) / 2) ** (c.gamma * exponent).exp()
+    return (2 * (grey * (1 + c.intensity * gain) + c.intensity * shift) - 1).clamp(-1, 1)
+
+
 @dataclass(frozen=True)
 class UNetConfig(covidgan.LoopConfig):
     """The U-Net's knobs besides the loop's. The paper does not say how it was trained: these are common values."""
@@ -72,6 +82,8 @@ class UNetConfig(covidgan.LoopConfig):
     channels: int = 64  # of the first level; each further one has twice as many
     dice: float = 1.0  # weight of a soft Dice loss added to cross entropy, which alone finds no consolidation
     noise: float = 0.01  # Table I names it, and here nothing has to match it
+    intensity: float = 0.0  # random gain, and shift as a share of the window, each by up to this
+    gamma: float = 0.0  # random exponent of the grey level, by up to e to this
     lr: float = 1e-3
     adam_beta1: float = 0.9
     ema: float = 0.0
@@ -110,12 +122,24 @@ class Segmentation(covidgan.Method):
 
     def losses(self, onehot: Tensor, target: Tensor, stage: str) -> dict[str, Tensor]:
         """Cross entropy of a step, and soft Dice where wanted, for onehot [B, n_labels, H, W], slice [B, 1, H, W]."""
-        logits = self.unet(target).float()
+        logits = self.unet(relit(target, self.c)).float()
         loss = F.cross_entropy(logits, onehot.argmax(1))
         return {"loss": loss + self.c.dice * dice_loss(logits, onehot) if self.c.dice else loss}
 
     def generator(self) -> nn.Module:
         return self.unet
+
+
+@torch.no_grad()
+def probabilities(trained: Path, hu: np.ndarray) -> np.ndarray:
+    """Of each label at each pixel, float32 [N, n_labels, H, W], by an OUT/unet.pt, of slices in HU [N, H, W]."""
+    made = torch.load(trained, weights_only=True)
+    config = made["config"]
+    unet = UNet(config["n_labels"], config["width"]).eval()
+    unet.load_state_dict(made["unet"])
+    c = covidgan.LoopConfig(level=config["level"], width=config["window"])
+    slices = covidgan.window(torch.from_numpy(hu)[:, None], c)
+    return torch.cat([unet(part).softmax(1) for part in slices.split(8)]).numpy()
 
 
 class SegmentationTrainer(covidgan.Trainer):

@@ -2,29 +2,23 @@
 
 Trains on the train side of --data at the size of --reference; side "seg_test" is reported. What preset "best" and the
 clean rows add to the rows as published was chosen by side "test", but with figures of "seg_test" in view
-(paper/fidelity.md). The picture is OUT/table2.png, since it may show patients.
+(paper/fidelity.md).
 """
 
 import argparse
 import itertools
-from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw
 
-import covidgan
-from data.slices import coloured, png, read_image, windowed, write_bytes
 from paper import generators, report, runs
-from paper.generators import BETTER, DICE, DIGITS, FID, FLOORS, KID, REGIONS, REPORT, RIVALS, ROWS, records_of
+from paper.generators import BETTER, DICE, DIGITS, FID, FLOORS, KID, REGIONS, RIVALS, ROWS, records_of
 from paper.report import PAPER, apart, grid
 
 # One error of pixels, of which the paper has four. Its "RMSE" is over the real slice's own RMS, as its PSNR shows.
 COMPARED = (*itertools.product(REGIONS, (FID, KID)), ("lung", "PSNR"))
 COSTS = ("method", "seed", "budget", "seconds", "samples", "parameters", "synthesis", "commit", "machine")
-ZOOM = 0.4  # share of a slice's side that the picture shows, around the lesion
 
 Record = dict[str, Any]
 
@@ -122,7 +116,7 @@ def costs_of(found: list[Record]) -> list[str]:
     """What the methods cost, as Markdown: means over the seeds, of seconds over those on the first seed's machine."""
 
     def mean(costs: list[Record], key: str, digits: str) -> str:
-        known = [cost[key] for cost in costs if cost[key] is not None]
+        known = [cost[key] for cost in costs if cost.get(key) is not None]
         return f"{np.mean(known):{digits}}" if known else "-"
 
     lines = []
@@ -148,31 +142,3 @@ def verdicts(table: dict[str, Any]) -> list[str]:
         verdict = f"{seeds}, clearly behind in {one['clearly behind']}" if one["tested"] else "one seed, no verdict"
         lines.append(f"{told}; {verdict}")
     return lines
-
-
-def draw(path: Path, names: Iterable[str], args: argparse.Namespace) -> None:
-    """Draw one row per case, zoomed on its lesion, as Fig. 6: map | real slice | completed by each method."""
-    side, rows, folders = generators.load_side(args.reference, REPORT), [], {}
-    for name in names:
-        for folder in sorted(args.out.glob(f"{name}_*/synthetic_{REPORT}/images")):
-            folders.setdefault(name, folder)  # of the first seed
-    for k in covidgan.choose_cases(side, 3):
-        labels, real = side.labels[k, 0].numpy(), side.hu[k, 0].numpy()
-        made = [read_image(folder / f"{side.names[k]}.png") for folder in folders.values()]
-        greys = [windowed(np.where(labels > 0, hu, real)) for hu in (real, *made)]
-        tiles = [coloured(labels), *[np.stack([grey] * 3, 2) for grey in greys]]
-        window = lesion_window(labels)
-        rows.append(np.concatenate([tile[window].repeat(4, 0).repeat(4, 1) for tile in tiles], 1))
-    picture = Image.fromarray(np.concatenate(rows))
-    for k, title in enumerate(["label map", "real slice", *folders]):
-        ImageDraw.Draw(picture).text((k * picture.width // (2 + len(folders)) + 4, 2), title, fill="white")
-    write_bytes(path, png(np.asarray(picture)))
-    print(f"wrote {path}")
-
-
-def lesion_window(labels: np.ndarray) -> tuple[slice, slice]:
-    """A square of ZOOM of a map's side, around the middle of its rarer lesion, or of its lung, within the map."""
-    rarest = min((label for label in (3, 2, 1) if (labels == label).any()), key=lambda label: (labels == label).sum())
-    side = round(ZOOM * len(labels))
-    starts = [min(max(int(np.mean(at)) - side // 2, 0), len(labels) - side) for at in np.nonzero(labels == rarest)]
-    return tuple(slice(start, start + side) for start in starts)

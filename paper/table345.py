@@ -32,6 +32,7 @@ OF_PATIENTS = f"{HEADLINE} of patients"  # among what is kept: by patient two U-
 KEY = "options of generator"  # among what is kept
 IMAGES = (FID, KID, "PSNR")  # Table V's figures of complete images
 FEW = {"20": 20, "50": 50, "all": 0}  # real slices; all: about 100 of the public set of 14 patients
+SEES = "On our data this bench sees no gain of Dice below about 8 points: 4,000 samples a U-Net, of two mild patients."
 TOLD = {
     "train": "slices that the generators have trained on, as the paper's text has it",
     "seg_test": "patients that neither network has seen, where the split is by patient",
@@ -132,7 +133,7 @@ class Experiment:
     def markdown(self, table: dict[str, Any]) -> list[str]:
         """The table, for people to read."""
         heads = [HEADLINE] if self.images else FIGURES
-        lines = images_told(table) if self.images else []
+        lines = [SEES, "", *(images_told(table) if self.images else [])]
         for side in table["slices without"]:
             lines += side_told(table, side, heads)
         if self.paper:
@@ -255,7 +256,7 @@ def cell(one: Record) -> str:
 def slices_told(counts: dict[str, int]) -> str:
     """How many slices of which kind a mix has, in words."""
     kinds = {**counts, "synthetic": counts["replaced"] + counts["added"]}
-    return " + ".join(f"{kinds[kind]} {kind}" for kind in ("real", "synthetic", "augmented") if kinds[kind])
+    return " + ".join(f"{kinds[kind]} {kind}" for kind in ("real", "synthetic", "augmented") if kinds.get(kind))
 
 
 def side_told(table: dict[str, Any], side: str, heads: list[str]) -> list[str]:

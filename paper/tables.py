@@ -1,16 +1,10 @@
 """The paper's tables, measured: all rows of a table by one program, on the same slices, with the same metrics.
 
-    python data/prepare.py DOWNLOAD --size 256 --out data/ct
-    python data/prepare.py DOWNLOAD --size 128 --out data/ct128
     python -m paper.tables 2 --list                            # Table II: its rows and their options
     python -m paper.tables 2 --results out/results             # trains, synthesizes and measures them all
     python -m paper.tables 2 --rows SPADE SEAN --seeds 1       # some of them; the same command resumes a stopped one
     python -m paper.tables 2 --seconds 600                     # other rows, of equal CPU seconds, into RESULTS/600s
-    python -m paper.tables 3                                   # a U-Net on real slices, some swapped for synthetic ones
-    python -m paper.tables 4                                   # the same with synthetic slices added to the real ones
-    python -m paper.tables 5                                   # which part of the method earns its place
-    python -m paper.tables few                                 # beyond the paper: few real slices
-    python -m paper.tables beta                                # beyond the paper: who moves beta
+    python -m paper.tables 3                                   # 4, 5, few, beta: U-Nets, see paper/table345.py
 
 The heads of paper/table2.py and paper/table345.py say what each does. What a run has measured is kept in RESULTS/runs:
 a row and seed that is there is not made again, and a table shows all that is there. To make the rows anew, give an
@@ -74,8 +68,6 @@ def main(argv: list[str]) -> None:
         name = f"table{args.table}" if args.table.isdecimal() else args.table
         found = table.collect(args)
         report.write(args.results, name, found, table.markdown(found))
-        if args.table == "2":
-            table2.draw(args.out / f"{name}.png", table.rows, args)
 
 
 if __name__ == "__main__":

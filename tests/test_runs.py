@@ -1,4 +1,4 @@
-"""Runs of the experiments: trained once, gone on with where they stopped, and the studies made of them."""
+"""Runs of the experiments: trained once, gone on with where they stopped."""
 
 import json
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from data.slices import Mistake, write_image
-from paper import fidelity, runs
+from paper import runs
 
 PROGRAM = """
 import pathlib, sys
@@ -116,35 +116,3 @@ def test_a_folder_keeps_the_setting_of_its_runs(tmp_path):
     split_in(data, **GOOD | {"test": ["P4_1"]})
     with pytest.raises(Mistake, match="split"):
         runs.keep_setting(tmp_path / "out", args, "seeds")
-
-
-def test_the_studys_table_gives_means_over_seeds_and_their_spread():
-    where = [(row, seed, side) for row, n in (("cut", 3), ("one", 1)) for seed in range(n) for side in fidelity.SIDES]
-    records = [
-        {"row": row, "seed": seed, "side": side, "metric": metric, "value": seed + 0.5}
-        for row, seed, side in where
-        for metric in (*fidelity.FIGURES, "seconds")
-    ]
-    cells = [line.strip("| ").split(" | ") for line in fidelity.markdown(records)]
-    assert cells[2][:3] == ["cut", "3", f"1.50 +- {np.std([0.5, 1.5, 2.5], ddof=1):.2f}"]
-    assert cells[3][:3] == ["one", "1", "0.50"]
-
-
-@pytest.mark.long
-def test_a_row_of_the_study_is_trained_and_measured_on_both_sides_once(three_sides, tmp_path, monkeypatch):
-    tiny = "--ngf 8 --ndf 8 --n-blocks 1 --n-local-blocks 1 --batch 2 --epoch-len 4"
-    monkeypatch.setattr(fidelity, "SCALE", tiny.split())
-    monkeypatch.setitem(fidelity.ROWS, "small", ("a start", ["--noise", "0"]))
-    argv = ["--data", three_sides, "--reference", three_sides, "--out", tmp_path / "study", "--results", tmp_path]
-    argv = [*map(str, argv), "--rows", "small", "--seeds", "1", "--epochs", "1"]
-    fidelity.main(argv)
-    table = json.loads((tmp_path / "fidelity-1.json").read_text())
-    held = {(one["side"], one["metric"]): one["value"] for one in table["records"]}
-    for side in ("test", "seg_test"):
-        results = json.loads((tmp_path / "study" / "small_1" / f"eval_{side}" / "results.json").read_text())
-        assert held[side, "PSNR"] == results["pixels"]["complete PSNR"]["mean"] > 10
-        assert held[side, "lung KID"] == 1000 * results["features"]["lung KID 1280"]["value"]
-    monkeypatch.setattr(runs, "call", None)  # whatever is called breaks
-    fidelity.main(argv)
-    assert json.loads((tmp_path / "fidelity-1.json").read_text()) == table
-    assert "| small | 1 |" in (tmp_path / "fidelity-1.md").read_text()

@@ -61,6 +61,15 @@ def test_soft_dice_is_0_for_the_map_itself_and_1_where_no_pixel_agrees():
     assert half == pytest.approx(1 - np.mean([2 * 0.25 * s / (0.25 + s) for s in shares]), abs=1e-3)
 
 
+def test_slices_are_relit_each_by_its_own_gamma_gain_and_shift_and_order_of_grey_is_kept(toy, tmp_path):
+    image, asked = torch.linspace(-0.9, 0.9, 64).view(1, 1, 8, 8).repeat(32, 1, 1, 1), config(toy, tmp_path)
+    assert segment.relit(image, asked) is image
+    seen = segment.relit(image, config(toy, tmp_path, gamma=0.1, intensity=0.03))
+    assert (seen.flatten(1).diff(dim=1) >= 0).all() and len(seen.mean((1, 2, 3)).unique()) == 32
+    moved = (seen - image).abs().amax((1, 2, 3))
+    assert 0.02 < moved.median() < 0.2 and seen.abs().max() <= 1
+
+
 @pytest.fixture(scope="module")
 def trained(toy, tmp_path_factory):
     """A run on the toy data, whose labels tell themselves apart by their HU; its folder."""
@@ -85,3 +94,5 @@ def test_its_file_exports_and_labels_as_the_trained_network_does(toy, trained, t
     session = ort.InferenceSession(tmp_path / "unet.onnx", providers=["CPUExecutionProvider"])
     (labels,) = session.run(["map"], {"ct": trainer.test.hu[:, 0].numpy()})
     assert (labels == ours).mean() > 0.999 and len(np.unique(labels)) > 2
+    likeliest = segment.probabilities(trained / "unet.pt", trainer.test.hu[:, 0].numpy()).argmax(1)
+    assert (likeliest == ours).mean() > 0.999
