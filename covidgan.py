@@ -509,7 +509,7 @@ class Covidgan(Method):
         shrink = 2 ** (c.n_gen - 1) if stage == "g1" else 1  # g1 works at G1's reduced size
         seed = torch.randint(2**31, (len(onehot),), device=onehot.device) if c.draws else None
         image, alpha = self.g(onehot, stage, seed)
-        redrawn = self.redrawn(onehot[:1], seed[:1]) if c.draws and stage == "joint" else alpha.new_zeros(())
+        redrawn = self.redrawn(onehot[:1], image[:1], seed[:1]) if c.draws and stage == "joint" else alpha.new_zeros(())
         onehot, target = onehot[..., ::shrink, ::shrink], F.avg_pool2d(target, shrink)
         real, fake = (self.d(onehot, self.seen_by_d(x, onehot), first) for x in (target, image))
         loss_d, loss_gan = gan_losses(real, fake, c.gan)
@@ -525,8 +525,8 @@ class Covidgan(Method):
             "beta": beta.mean(),
         }
 
-    def redrawn(self, onehot: Tensor, seed: Tensor) -> Tensor:
-        """L_redraw: draw one lung of a slice anew, with a lesion more. The other one is to stay as it was.
+    def redrawn(self, onehot: Tensor, image: Tensor, seed: Tensor) -> Tensor:
+        """L_redraw: draw one lung of an image [1, 1, H, W] anew, with a lesion more. The other one is to stay.
 
         It is the other's mean change, and how far that of this one, by noise alone, falls short of 0.06, or 45 HU.
         """
@@ -539,11 +539,7 @@ class Covidgan(Method):
         painted = onehot.clone()
         painted[:, :n_labels] = torch.where(lung & (away < 0), lesion.to(onehot.dtype), onehot[:, :n_labels])
         anew = torch.where(x > 0, seed + 1 + int(side * 2**31), seed).view(1, -1)
-        self.g.eval()  # by running statistics, as in synthesis
-        with torch.no_grad():
-            before = self.g(onehot, "joint", seed)[0]
-        change = (self.g(painted, "joint", anew)[0] - before).abs()
-        self.g.train()
+        change = (self.g(painted, "joint", anew)[0] - image.detach()).abs()
         other, this = lung & (x < -0.1), (onehot[:, 1:2] == 1) & (x > 0.1) & (away > 0.15)  # the lesion's rim apart
         moved, changed = ((change * where).sum() / where.sum().clamp(min=1) for where in (other, this))
         return moved + F.relu(0.06 - changed)
