@@ -4,6 +4,7 @@ A map is labels uint8, [H, W] or, of a volume, [Z, H, W]: 0 background, 1 health
 last. The host is the map that gets lesions, the donor the one that they are taken from.
 """
 
+import hashlib
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -90,6 +91,11 @@ def place_one_of(host: np.ndarray, donors: Sequence[Path], n_labels: int, rng: n
             if np.count_nonzero(labels != host) > np.count_nonzero(host) / 1000:
                 return labels
     return host
+
+
+def digest_of(donors: Sequence[Path]) -> str:
+    """SHA-256 of the donors' files, by which a run knows that it goes on with the same lesions."""
+    return hashlib.sha256(b"".join(path.read_bytes() for path in donors)).hexdigest()
 
 
 @lru_cache(16)

@@ -142,12 +142,12 @@ def read_labels(path: Path, allowed: tuple[int, ...], like: Volume, note: Note =
     return to_display(labels, like)
 
 
-def write_volume(path: Path, like: Volume, hu: np.ndarray) -> None:
-    """Write HU int16 [Z, H, W] in display on the grid, and in the storage order, of `like`, as .nii or .nii.gz."""
+def write_volume(path: Path, like: Volume, voxels: np.ndarray) -> None:
+    """Write HU int16 or labels uint8, [Z, H, W] in display, as .nii or .nii.gz on `like`'s grid, in its storage order."""
     if not path.name.lower().endswith(NIFTI):
         raise Mistake(f"{path}: volumes are written as .nii or .nii.gz")
     to_file = ornt_transform(DISPLAY, io_orientation(like.affine))
-    stored = apply_orientation(hu.astype(np.int16).transpose(2, 1, 0), to_file)
+    stored = apply_orientation(voxels.transpose(2, 1, 0), to_file)
     image = nib.Nifti1Image(stored, like.header.get_best_affine())
     for field in GRID_FIELDS:
         image.header[field] = like.header[field]
