@@ -78,7 +78,7 @@ def share_around(mask: np.ndarray) -> np.ndarray:
 def place_one_of(host: np.ndarray, donors: Sequence[Path], n_labels: int, rng: np.random.Generator) -> np.ndarray:
     """The host's map with lesions of one of the donors' files; the host itself where none of them fits.
 
-    Files are tried in an order drawn by `rng`, until lesions of a thousandth of the lung or more fall on healthy lung.
+    Files are tried in an order drawn by `rng`, until lesions of a 500th of the lung or more fall on healthy lung.
     A slice gets a slice's, a volume a volume's. Raises Mistake as `read_donor` does, and for a slice as a volume's.
     """
     for i in rng.permutation(len(donors)):
@@ -88,7 +88,7 @@ def place_one_of(host: np.ndarray, donors: Sequence[Path], n_labels: int, rng: n
             raise Mistake(f"{donors[i]}: one slice: a volume's lesions come from volumes, or of --lesions alone")
         if ill.size:
             labels = place(host, donor if host.ndim > 2 else donor[rng.choice(ill)], rng)
-            if np.count_nonzero(labels != host) > np.count_nonzero(host) / 1000:
+            if np.count_nonzero(labels != host) > np.count_nonzero(host) / 500:
                 return labels
     return host
 
