@@ -34,8 +34,7 @@ def place(host: np.ndarray, donor: np.ndarray, rng: np.random.Generator) -> np.n
 
 def box_of(mask: np.ndarray) -> tuple[slice, ...]:
     """The smallest box, a slice for each axis, that holds all of a mask of any rank, which is not empty."""
-    others = [tuple(other for other in range(mask.ndim) if other != axis) for axis in range(mask.ndim)]
-    along = [np.flatnonzero(mask.any(axes)) for axes in others]
+    along = [mask.any(tuple({*range(mask.ndim)} - {axis})).nonzero()[0] for axis in range(mask.ndim)]
     return tuple(slice(found[0], found[-1] + 1) for found in along)
 
 
@@ -102,7 +101,7 @@ def digest_of(donors: Sequence[Path]) -> str:
 def read_donor(path: Path, n_labels: int) -> np.ndarray:
     """Labels uint8 [Z, H, W] of a label volume, or of a map: [1, H, W].
 
-    A PNG of square slices one below the other, upwards from the feet, is a volume too: models/lesions/ holds such.
+    A PNG of five or more square slices, one below the other from the feet upwards, is a volume: see models/lesions.
     Raises Mistake for a file that cannot be read, and for a label that is not below n_labels.
     """
     if path.name.lower().endswith(NIFTI):
@@ -113,4 +112,5 @@ def read_donor(path: Path, n_labels: int) -> np.ndarray:
     if labels.max() >= n_labels:
         raise Mistake(f"{path}: label {labels.max()}: the model's labels are 0..{n_labels - 1}")
     height, width = labels.shape
-    return labels.reshape(-1, width, width) if height % width == 0 else labels[None]
+    stack = height % width == 0 and height > 4 * width
+    return labels.reshape(-1, width, width) if stack else labels[None]

@@ -363,8 +363,7 @@ def draw_slice(patient: Patient, level: float, size: int) -> tuple[np.ndarray, n
     inside = -870 + 80 * np.clip((anatomy.y + 80) / 160, 0, 1) + 22 * grain + 8 * patches  # the back is denser
     paint(inside, glass, density + 55 * grain + 20 * patches)
     paint(inside, 0.9 * cover(tubes(axis, z, patient.vessels), 1.3 * pixel), BLOOD)
-    frayed = np.clip(dense + dense * (1 - dense) * grain, 0, 1)  # where it thins out
-    paint(inside, frayed, 45 * grain)
+    paint(inside, np.clip(dense + dense * (1 - dense) * grain, 0, 1), 45 * grain)  # frayed where it thins out
     flank = cover(np.abs(anatomy.domes) - 3, 6)  # the slice cuts the diaphragm obliquely: a soft border
     lungs = cover(anatomy.lungs, pixel * (1 + 3 * flank))
     paint(hu, lungs, inside)
@@ -389,23 +388,6 @@ def scan(hu: np.ndarray, pixel: float, noise: float, rng: np.random.Generator) -
 
 
 # ---- the data set
-def make_patient(number: int, seed: int, size: int, count: int, out: Path) -> None:
-    """Write a patient's slices."""
-    patient = draw_patient(seed, number)
-    for position, level in enumerate(np.linspace(0.96, 0.06, count), start=1):  # from the feet upwards
-        hu, labels = draw_slice(patient, float(level), size)
-        slices.write_image(out / "images" / f"{slice_name(number, position)}.png", hu)
-        slices.write_map(out / "maps" / f"{slice_name(number, position)}.png", labels)
-
-
-def split_patients(patients: int, seed: int) -> dict[str, list[int]]:
-    """Patient numbers of each side: a tenth, at least one, for test and for seg_test; the rest trains."""
-    order = (np.random.default_rng(seed).permutation(patients) + 1).tolist()
-    tenth = max(1, round(patients / 10))
-    parts = order[2 * tenth :], order[:tenth], order[tenth : 2 * tenth]
-    return {side: sorted(part) for side, part in zip(SIDES, parts, strict=True)}
-
-
 def main(argv: list[str] | None = None) -> None:
     """Draw a set and say how large its sides are; raises Mistake, before anything is written, for bad arguments."""
     parser = slices.OneLineParser(__doc__)
@@ -418,7 +400,10 @@ def main(argv: list[str] | None = None) -> None:
     option("--overwrite", action="store_true", help="replace the slices of any other set in the folder")
     args = parser.parse_args(argv)
     check_ranges(args, size=(64, LARGEST), patients=(3, 9999), slices=(1, 9999), seed=(0, 2**63))
-    sides = split_patients(args.patients, args.seed)
+    order = (np.random.default_rng(args.seed).permutation(args.patients) + 1).tolist()
+    tenth = max(1, round(args.patients / 10))  # of the patients for test, and for seg_test
+    parts = order[2 * tenth :], order[:tenth], order[tenth : 2 * tenth]
+    sides = {side: sorted(part) for side, part in zip(SIDES, parts, strict=True)}
     split = {side: [slice_name(n, k + 1) for n in sides[side] for k in range(args.slices)] for side in SIDES}
     shared = {key: vars(args)[key] for key in ("seed", "size", "patients", "slices")}
     split["drawn"] = {"source": "phantom", "by": "patient", **shared}
@@ -428,7 +413,11 @@ def main(argv: list[str] | None = None) -> None:
     with slices.held(args.out):
         slices.make_room(args.out, args.overwrite)
         for number in tqdm(range(1, args.patients + 1), unit="patient", disable=None):
-            make_patient(number, args.seed, args.size, args.slices, args.out)
+            patient = draw_patient(args.seed, number)
+            for position, level in enumerate(np.linspace(0.96, 0.06, args.slices).tolist(), 1):  # from the feet upwards
+                name, (hu, labels) = slice_name(number, position), draw_slice(patient, level, args.size)
+                slices.write_image(args.out / "images" / f"{name}.png", hu)
+                slices.write_map(args.out / "maps" / f"{name}.png", labels)
         slices.write_split(args.out / "split.json", **split)  # last: it marks the set as complete
     told = [f"{side} {len(sides[side])} patients, {len(split[side])} slices" for side in SIDES]
     print(f"{args.out}: {'; '.join(told)}")
