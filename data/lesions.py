@@ -112,5 +112,4 @@ def read_donor(path: Path, n_labels: int) -> np.ndarray:
     if labels.max() >= n_labels:
         raise Mistake(f"{path}: label {labels.max()}: the model's labels are 0..{n_labels - 1}")
     height, width = labels.shape
-    stack = height % width == 0 and height > 4 * width
-    return labels.reshape(-1, width, width) if stack else labels[None]
+    return labels.reshape(-1, width, width) if height % width == 0 and height > 4 * width else labels[None]

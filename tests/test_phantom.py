@@ -22,8 +22,8 @@ def run(*arguments):
     return subprocess.run([sys.executable, DATA / "phantom.py", *map(str, arguments)], capture_output=True, text=True)
 
 
-def draw_set(out, workers):
-    done = run("--out", out, "--size", 64, "--patients", 4, "--slices", 6, "--workers", workers)
+def draw_set(out):
+    done = run("--out", out, "--size", 64, "--patients", 4, "--slices", 6)
     assert done.returncode == 0, done.stderr
     return out
 
@@ -34,7 +34,7 @@ def contents(folder):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return draw_set(tmp_path_factory.mktemp("phantom") / "set", workers=1)
+    return draw_set(tmp_path_factory.mktemp("phantom") / "set")
 
 
 @pytest.fixture(scope="module")
@@ -87,10 +87,6 @@ def test_another_seed_or_number_is_another_patient():
 # ---- the folder
 
 
-def test_the_number_of_workers_does_not_change_a_byte(folder, tmp_path):
-    assert contents(draw_set(tmp_path / "two", workers=2)) == contents(folder)
-
-
 def test_no_slice_and_no_patient_is_on_two_sides(folder):
     split = json.loads((folder / "split.json").read_text())
     sides = [split[side] for side in ("train", "test", "seg_test")]
@@ -115,7 +111,7 @@ def test_a_set_is_left_alone_another_is_refused_and_overwrite_draws_it_again(fol
     assert (tmp_path / "maps" / "P01_S001.png").read_bytes() == b"by hand"
     with pytest.raises(Mistake, match=f"{tmp_path}.*--overwrite"):
         phantom.main([*same, "--seed", "1"])
-    phantom.main([*same, "--overwrite", "--workers", "2"])
+    phantom.main([*same, "--overwrite"])
     assert contents(tmp_path) == contents(folder)
 
 
@@ -124,9 +120,7 @@ def test_check_finds_nothing_in_it(folder, tmp_path):
     assert check.check_set(tmp_path) == 0
 
 
-@pytest.mark.parametrize(
-    "arguments", [("--size", 63), ("--patients", 2), ("--slices", 0), ("--seed", -1), ("--workers", 0)]
-)
+@pytest.mark.parametrize("arguments", [("--size", 63), ("--patients", 2), ("--slices", 0), ("--seed", -1)])
 def test_bad_arguments_are_mistakes_that_write_nothing(tmp_path, arguments):
     out = tmp_path / "set"
     with pytest.raises(Mistake, match=arguments[0]):
