@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT
 from scipy import ndimage
 from skimage import io
-from test_infer import draw_slice, files, infer, model, script  # noqa: F401
+from test_infer import draw_slice, files, infer, model  # noqa: F401
 from test_infer_volumes import display, save
 
 from data.lesions import paste, place, place_one_of, read_donor
@@ -181,13 +181,6 @@ def test_without_paste_the_lung_is_the_model_s_and_of_one_side_there_is_no_split
     assert (hu[ndimage.binary_erosion(labels == 1, np.ones((5, 5)))] == -850).all()
     assert np.array_equal(hu[labels == 0], read_image(mine / "images/P01_S001.png")[labels == 0])
     assert not (out / "split.json").exists()
-
-
-def test_without_a_folder_the_library_is_taken(mine, model, tmp_path):  # noqa: F811
-    fixed = ["--complement", mine / "images", "--paste", "lesions", "--model", model, "--out", tmp_path / "out"]
-    done = script(mine, *fixed, "--provider", "cpu", "--lesions")
-    assert done.returncode == 0, done.stderr
-    assert len(list((tmp_path / "out/images").iterdir())) == 4
 
 
 def test_maps_full_of_lesions_are_counted_and_paste_wants_what_it_pastes_and_where(more, infer, mine):  # noqa: F811
