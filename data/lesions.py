@@ -97,7 +97,7 @@ def digest_of(donors: Sequence[Path]) -> str:
     return hashlib.sha256(b"".join(path.read_bytes() for path in donors)).hexdigest()
 
 
-@lru_cache(16)
+@lru_cache(20)
 def read_donor(path: Path, n_labels: int) -> np.ndarray:
     """Labels uint8 [Z, H, W] of a label volume, or of a map: [1, H, W].
 
