@@ -197,7 +197,7 @@ class Generator:
             given["map"][:, :height, :width] = maps
             for name in self.info["steers"]:
                 default = np.int64(0) if name == "seed" else np.float32(np.nan)
-                given[name] = np.full(n, default) if told is None else told[name]
+                given[name] = np.full(n, default if told is None else told[name], default.dtype)
             (ct,) = self.session.run(["ct"], given)
         except ORT_ERRORS as error:
             raise Mistake(f"{first_line(error)}: is there memory for {(n, *padded)}? Try a smaller --batch") from error
