@@ -2,20 +2,21 @@
 
     python infer_onnx.py maps/                                         # synthetic lungs, 16-bit PNG of HU + 1024
     python infer_onnx.py maps/ --complement images/ --panel            # pasted into the real slices, bit for bit
+    python infer_onnx.py maps/ --complement images/ --lesions --paste lesions --variants 4    # new lesions in each
     python infer_onnx.py maps/ --variants 40 --seed 1 --out augmented  # 40 augmented maps of each, and their slices
-    python infer_onnx.py maps/ --draws 8                               # eight slices of each map
-    python infer_onnx.py maps/ --density -880 --detail 60              # healthy lung's mean and fine texture, HU
+    python infer_onnx.py maps/ --draws 8 --density -880 --detail 60    # 8 slices; healthy lung's mean and texture, HU
     python infer_onnx.py labels.nii.gz                                 # a label volume: a CT volume on its grid
     python infer_onnx.py labels/ --complement ct/                      # folders of volumes, paired by name
     python infer_onnx.py 'a/*_seg.nii.gz' --complement 'a/*_ct.nii.gz' # or by what one star, in quotes, stands for
     python infer_onnx.py data/phantom --side test                      # a dataset's held-out maps
     python infer_onnx.py maps/ --shard 3/8                             # the third of eight machines
-    python infer_onnx.py maps/ --provider cuda --cuda-graph --dry-run  # what would be done, and with which options
+    python infer_onnx.py maps/ --provider cuda --dry-run               # what would be done, and with which options
 
     OUT/images/P03_S041.png   the slice; with --format png8 through the model's window
     OUT/maps/P03_S041.png     the map it was made from: OUT with png16 is a dataset as covidgan.py --data reads it
     OUT/panels/P03_S041.png   --panel: map, synthesis and, with --complement, completion side by side
-    OUT/volumes/NAME.nii.gz   of a label volume NAME.nii or .nii.gz: HU int16 on its grid, in its storage order
+    OUT/volumes/NAME.nii.gz   of a label volume, whose labels are in OUT/labels: HU int16, on its grid, as it is stored
+    OUT/imagesTr/, labelsTr/  --format nnunet: as nnU-Net v2 reads them, with dataset.json, in place of these
     OUT/run.json              what OUT was made with: another model or format needs another OUT
 
 Maps and label volumes hold 0 background, 1 lung, 2 ground-glass opacity, 3 consolidation, in radiological display.
@@ -23,6 +24,9 @@ Outside the lung is the window's floor, or -1024 HU where that is higher; with -
 Maps without lung are left out and counted; so are faulty ones, with exit status 2. The same command resumes a stopped
 run: what is finished, and newer than its map and real slice, is skipped. Variants are named P03_S041v01, ...: what
 comes before the last "_" is still the patient. Their real slices go through the same augmentation as their maps.
+With --lesions MAPS a variant is no augmentation, but has lesions of another map in its healthy lung: which and where
+hangs on name, variant and --seed. Without MAPS they are the phantom's, in models/lesions. With --paste lesions the real
+slice stays everywhere else, and they have the patient's own density.
 Where the model can be steered, a lung has the density and detail given, else with --complement those of its real slice,
 else with --draws those of some training slice, else the model's defaults. Draws are named P03_S041d01, ..., of variants
 P03_S041v01d01, ...; they hang on name and --seed alone. So does the texture of each slice.
@@ -40,7 +44,7 @@ import math
 import os
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from itertools import groupby, islice
@@ -51,14 +55,14 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from data import slices
+from data import lesions, slices
 from data.check import check_pair, sided
 from data.runtime import ort, ort_state
 from data.slices import HELD, Mistake
 
 # shipped with a clone, found from any working directory
 SHIPPED = Path(__file__).parent / "models"
-SHIPPED_MODEL, EXAMPLES = SHIPPED / "covid-ct-256.onnx", SHIPPED / "examples"
+SHIPPED_MODEL, EXAMPLES, LESIONS = SHIPPED / "covid-ct-256.onnx", SHIPPED / "examples", SHIPPED / "lesions"
 
 # the contract with export.py
 CONTRACTS = "1", "2"
@@ -70,7 +74,7 @@ PARSED = {"labels": list, "level": REAL, "width": REAL, "size": int, "multiple":
 PARSED |= {"trained_labels": list, "drawn": list}
 EXTERNAL = b"\n\x08location"  # the key, as protobuf writes it, that places a tensor in another file
 
-NAMES = ("CUDA", "OpenVINO", "CoreML", "Dml", "CPU")  # ONNX Runtime's; "auto" tries them in this order
+NAMES = ("CUDA", "OpenVINO", "CPU")  # ONNX Runtime's; "auto" tries them in this order
 PROVIDERS = {name.lower(): f"{name}ExecutionProvider" for name in NAMES}
 CUDA, CUDA_BATCH = PROVIDERS["cuda"], 8  # on a CPU batches gain nothing
 ORT_ERRORS = (
@@ -79,6 +83,7 @@ ORT_ERRORS = (
     MemoryError,
 )
 
+FOLDERS = {"nnunet": ("labelsTr", "imagesTr"), "volume": ("labels", "volumes")}  # in OUT, by format: maps, images
 # the augmentation of covidgan.Config; lengths in pixels of a 512-pixel slice
 RESIZE, ROTATE, ELASTIC, ELASTIC_CELL = 1.117, 10.0, 2.0, 24.0
 
@@ -91,14 +96,12 @@ def open_session(
     provider: str = "auto",
     threads: int | None = None,
     kind: str = "generator",
-    graphs: bool = False,
 ) -> tuple[ort.InferenceSession, dict[str, Any]]:
     """Open a model on a provider, say on stderr which it is, and return the session and the model's metadata.
 
     provider: a key of PROVIDERS, or "auto" for the first that really loads.
     threads: on the CPU; by default one for each core that this process may use.
     kind: what the metadata must call the model; a "generator" must keep the contract, see check_model.
-    graphs: see provider_options.
     Raises Mistake for a missing, broken or foreign file, and for a provider asked for by name that does not load.
     """
     if not model.is_file():
@@ -119,7 +122,7 @@ def open_session(
             narrow = name not in ("cpu", "cuda") and "seed" in info.get("steers", ())
             reason = "may compute noise in 32 bits, not 64" if narrow else obstacle(name)
             if not reason and name != "cpu":
-                session = start(content, name, provider_options(name, info, graphs), threads)
+                session = start(content, name, provider_options(name, info), threads)
                 if session.get_providers()[0] != PROVIDERS[name]:  # it fell back to the CPU without a word
                     reason = f"did not load{loader_error(name)}"
         except (*ORT_ERRORS, OSError) as error:
@@ -145,7 +148,7 @@ def find_model(given: Path | None) -> Path:
 def check_model(session: ort.InferenceSession, model: Path, kind: str) -> dict[str, Any]:
     """Metadata of a model of a kind. Raises Mistake.
 
-    A generator's is parsed, with "fixed": N, H, W, None where free, and "steers": its inputs besides the map.
+    A generator's is parsed, with "steers": its inputs besides the map.
     """
     info: dict[str, Any] = dict(session.get_modelmeta().custom_metadata_map)
     if (found := info.get("kind", "file of no kind")) != kind:
@@ -160,9 +163,8 @@ def check_model(session: ort.InferenceSession, model: Path, kind: str) -> dict[s
     if lacks or info["contract"] not in CONTRACTS:
         what = f"it lacks {'; '.join(lacks)}" if lacks else f"contract {info['contract']}, not {CONTRACTS[-1]}"
         raise Mistake(f"{model}: {what}: export it again")
-    fixed = [side if isinstance(side, int) else None for side in session.get_inputs()[0].shape]
     info |= {key: parsed(model, info, key) for key in PARSED if key in info}
-    return info | {"fixed": fixed, "steers": [name for name in STEERS if f"input {name}" in tensors]}
+    return info | {"steers": [name for name in STEERS if f"input {name}" in tensors]}
 
 
 def parsed(model: Path, info: dict[str, str], key: str) -> Any:
@@ -175,49 +177,31 @@ def parsed(model: Path, info: dict[str, str], key: str) -> Any:
     return value
 
 
-def canvas(height: int, width: int, info: dict[str, Any]) -> tuple[int, int]:
-    """Height and width to pad a map to for the model. Raises Mistake where its size is fixed and the map larger.
-
-    At least two multiples: layers deep inside reflect at the border, and a single pixel has no neighbour to reflect.
-    """
-    multiple, fixed = info["multiple"], info["fixed"][1:]
-    padded = [max(2, math.ceil(side / multiple)) * multiple for side in (height, width)]
-    padded = [its or side for its, side in zip(fixed, padded, strict=True)]
-    if height > padded[0] or width > padded[1]:
-        raise Mistake(f"{height} x {width} pixels are more than the model's fixed {fixed}: shrink it")
-    return padded[0], padded[1]
-
-
 class Generator:
-    """The model as a function of maps of any size: uint8 [N, H, W], labels -> int16 [N, H, W], HU.
+    """The model as a function of maps of any size: uint8 [N, H, W], labels -> int16 [N, H, W], HU."""
 
-    graph_batch: capture CUDA graphs, with batches padded to this many maps, so that each size has a single shape.
-    """
-
-    def __init__(self, session: ort.InferenceSession, info: dict[str, Any], graph_batch: int | None = None) -> None:
-        self.session, self.info, self.graph_batch = session, info, graph_batch
-        self.bound: dict[tuple[int, ...], Binding] = {}  # by N, H, W of a batch
+    def __init__(self, session: ort.InferenceSession, info: dict[str, Any]) -> None:
+        self.session, self.info = session, info
 
     def __call__(self, maps: np.ndarray, told: dict[str, np.ndarray] | None = None) -> np.ndarray:
-        """Pad with background, synthesize, crop. Raises Mistake where ONNX Runtime fails or a map is too large.
+        """Pad with background, synthesize, crop. Raises Mistake where ONNX Runtime fails.
 
+        At least two multiples a side: layers deep inside reflect at the border, and a single pixel has no neighbour.
         told: [N] of each of STEERS that the model has; without, its defaults.
         """
         n, height, width = maps.shape
-        shape = (self.info["fixed"][0] or self.graph_batch or n, *canvas(height, width, self.info))
+        multiple = self.info["multiple"]
+        padded = [max(2, math.ceil(side / multiple)) * multiple for side in (height, width)]
         try:
-            given = {"map": np.zeros(shape, np.uint8)}
-            given["map"][:n, :height, :width] = maps
+            given = {"map": np.zeros((n, *padded), np.uint8)}
+            given["map"][:, :height, :width] = maps
             for name in self.info["steers"]:
                 default = np.int64(0) if name == "seed" else np.float32(np.nan)
-                given[name] = np.full(shape[0], default)
-                given[name][:n] = default if told is None else told[name]
-            if shape not in self.bound:
-                self.bound[shape] = Binding(self.session, given, len(self.bound) + 1 if self.graph_batch else None)
-            ct = self.bound[shape].run(given)
+                given[name] = np.full(n, default if told is None else told[name], default.dtype)
+            (ct,) = self.session.run(["ct"], given)
         except ORT_ERRORS as error:
-            raise Mistake(f"{first_line(error)}: is there memory for {shape}? Try a smaller --batch") from error
-        return ct[:n, :height, :width].copy()  # the next batch overwrites it
+            raise Mistake(f"{first_line(error)}: is there memory for {(n, *padded)}? Try a smaller --batch") from error
+        return ct[:, :height, :width]
 
 
 # ------------------------------------------------------------------------------------------------ maps in
@@ -240,6 +224,7 @@ class Case(NamedTuple):
     labels: np.ndarray
     real: np.ndarray | None
     grid: Any = None  # the data.volumes.Volume that says how the result is stored
+    host: np.ndarray | None = None  # the labels before lesions of another map were placed
     told: dict[str, np.ndarray] | None = None  # what steers it, see tell
 
 
@@ -313,11 +298,20 @@ def plan(maps: dict[str, Path], variants: int, draws: int = 0) -> list[Job]:
     return [Job(name + f"v{v:02d}" * (v > 0) + f"d{d:02d}" * (d > 0), path, name, v, d) for name, path, v, d in jobs]
 
 
-def load(job: Job, n_labels: int, reals: dict[str, Path] | None, seed: int, unchecked: bool = False) -> Case | None:
+def load(
+    job: Job,
+    n_labels: int,
+    reals: dict[str, Path] | None,
+    seed: int,
+    unchecked: bool = False,
+    donors: Sequence[Path] = (),
+) -> Case | None:
     """Read the map of a job, and the real one where `reals` are given; augment both for a variant.
 
-    unchecked: do not judge whether the real one holds HU and lies as its map does. Returns None where there is no lung.
-    Raises Mistake for a bad map, and for a real one that is missing or does not fit.
+    unchecked: do not judge whether the real one holds HU and lies as its map does.
+    donors: maps, of which a variant gets lesions instead.
+    Returns None where there is no lung, or no room for lesions. Raises Mistake for a bad map, and for a real one that
+    is missing or does not fit.
     """
     real_path = (reals or {}).get(job.source)
     labels, real, grid = (read_volumes if is_volume(job.path) else read_slices)(job.path, real_path, n_labels)
@@ -327,8 +321,11 @@ def load(job: Job, n_labels: int, reals: dict[str, Path] | None, seed: int, unch
         raise Mistake(f"{job.path}: none of its name in --complement: add it, or pair by patterns: 'DIR/*_ct.nii.gz'")
     if real_path and not unchecked:
         check_pair(real_path, real, labels)
+    rng = np.random.default_rng([seed, job.variant, *os.fsencode(job.source)])  # the same in any batch or shard
+    if donors:
+        placed = lesions.place_one_of(labels, donors, n_labels, rng)
+        return None if placed is labels else Case(job, placed, real, grid, host=labels)
     if job.variant:
-        rng = np.random.default_rng([seed, job.variant, *os.fsencode(job.source)])  # the same in any batch or shard
         rows, columns = augmentation(*labels.shape, rng)
         labels = sample_nearest(labels, rows, columns)
         real = None if real is None else sample_bicubic(real, rows, columns)
@@ -537,10 +534,13 @@ def ahead(pool: ThreadPoolExecutor, work: Callable[[Any], Any], items: Iterable[
 
 
 def targets(job: Job, args: argparse.Namespace) -> list[Path]:
-    """The files of a job: the volume; or map, image and, if wanted, panel."""
-    if is_volume(job.path):
-        return [args.out / "volumes" / f"{job.name}.nii.gz"]
-    files = [args.out / "maps" / f"{job.name}.png", args.out / "images" / f"{job.name}.png"]
+    """The files of a job: map, image and, if wanted, panel."""
+    ending, number = (
+        ".nii.gz" if is_volume(job.path) else ".png",
+        "_0000" * (args.format == "nnunet"),
+    )  # nnU-Net's, of an image's channel
+    maps, images = FOLDERS.get(args.format, ("maps", "images"))
+    files = [args.out / maps / f"{job.name}{ending}", args.out / images / f"{job.name}{number}{ending}"]
     return [*files, args.out / "panels" / f"{job.name}.png"] if args.panel else files
 
 
@@ -552,13 +552,19 @@ def is_made(files: list[Path], sources: Iterable[Path | None]) -> bool:
 
 def write(case: Case, lung: np.ndarray, args: argparse.Namespace, info: dict[str, Any]) -> None:
     """Write a slice or volume of a synthetic lung, HU int16, pasted into the real one where there is one."""
+    map_path, image_path, *panel_path = targets(case.job, args)
     completed = lung if case.real is None else np.where(case.labels > 0, lung, case.real)
+    if args.paste == "lesions":
+        completed = lesions.paste(case.real, lung, case.host, case.labels)
     if case.grid:
         from data.volumes import write_volume  # needs nibabel
 
-        return write_volume(*targets(case.job, args), case.grid, completed)
-    map_path, image_path, *panel_path = targets(case.job, args)
-    slices.write_map(map_path, case.labels)
+        write_volume(map_path, case.grid, case.labels)
+        return write_volume(image_path, case.grid, completed)
+    if args.format == "nnunet":  # which would read a palette as colours
+        slices.write_bytes(map_path, slices.png(case.labels))
+    else:
+        slices.write_map(map_path, case.labels)
     for path in panel_path:
         shown = [lung] if case.real is None else [lung, completed]
         greys = [slices.windowed(hu, info["level"], info["width"])[..., None].repeat(3, 2) for hu in shown]
@@ -569,14 +575,28 @@ def write(case: Case, lung: np.ndarray, args: argparse.Namespace, info: dict[str
     slices.write_bytes(image_path, slices.png(stored))
 
 
-# ------------------------------------------------------------------------------------------------ providers
+def complete(jobs: list[Job], args: argparse.Namespace, names: Sequence[str]) -> None:
+    """Write what else makes OUT a set: nnU-Net's dataset.json, or the sides of new slices by those of their maps.
+
+    names: of the labels. It tells of what all shards have made so far: the last to end writes the whole.
+    """
+    made = [job for job in jobs if all(path.exists() for path in targets(job, args))]
+    if args.format == "nnunet":
+        told = {"channel_names": {"0": "CT"}, "labels": {name: label for label, name in enumerate(names)}}
+        told |= {"numTraining": len(made), "file_ending": targets(jobs[0], args)[0].name.removeprefix(jobs[0].name)}
+        write_json(args.out / "dataset.json", told, args.part)
+    drawn = jobs[0].path.parent.parent / "split.json"
+    if args.format == "png16" and args.lesions and drawn.exists():
+        split = slices.read_split(drawn)
+        sides = {side: [job.name for job in made if job.source in split[side]] for side in split}
+        if all(sides.get(side) for side in ("train", "test")):  # else it could not be trained on
+            write_json(args.out / "split.json", sides, args.part)
 
 
 def start(content: bytes, name: str, options: dict[str, str], threads: int) -> ort.InferenceSession:
     """A session of a model's bytes that tries a provider first; may raise ORT_ERRORS, may silently be on the CPU."""
     settings = ort.SessionOptions()
     settings.intra_op_num_threads = threads
-    settings.enable_mem_pattern = name != "dml"  # DirectML refuses it
     chain: list[Any] = [(PROVIDERS[name], options), *([PROVIDERS["cpu"]] if name != "cpu" else [])]
     ort.set_default_logger_severity(4)  # what does not load is reported in one line of our own
     try:
@@ -588,19 +608,15 @@ def start(content: bytes, name: str, options: dict[str, str], threads: int) -> o
         ort.set_default_logger_severity(2)
 
 
-def provider_options(name: str, info: dict[str, Any], graphs: bool = False) -> dict[str, str]:
-    """Options of a provider for a model's metadata; graphs: capture CUDA graphs, for CUDA, see Binding.
-
-    CUDA was run on an H100, OpenVINO on a CPU, the others never.
-    """
+def provider_options(name: str, info: dict[str, Any]) -> dict[str, str]:
+    """Options of a provider for a model's metadata. CUDA was run on an H100, OpenVINO on a CPU."""
     if name == "cuda":  # an exhaustive search would start anew for every size; tf32 would cost three digits
-        options = {"cudnn_conv_algo_search": "HEURISTIC", "use_tf32": "0"}
-        options["prefer_nhwc"] = str(int(info["precision"] == "float16"))
-        return options | ({"enable_cuda_graph": "1"} if graphs else {})
+        nhwc = str(int(info["precision"] == "float16"))
+        return {"cudnn_conv_algo_search": "HEURISTIC", "use_tf32": "0", "prefer_nhwc": nhwc}
     if name == "openvino":  # which computes in bfloat16 where it can, a hundred HU off, unless told
         # "AUTO:GPU,CPU" does not start where there is no GPU, and "AUTO" ignores load_config
         return {"device_type": "CPU", "load_config": json.dumps({"CPU": {"INFERENCE_PRECISION_HINT": "f32"}})}
-    return {"ModelFormat": "MLProgram", "MLComputeUnits": "ALL"} if name == "coreml" else {}
+    return {}
 
 
 def obstacle(name: str) -> str:
@@ -637,37 +653,6 @@ def usable_cores() -> int:
     return max(1, min(cores, int(asked))) if asked.isdecimal() else cores
 
 
-class Binding:
-    """The model for one shape, bound to memory of its own: on the host, page-locked for the copies to and from a GPU.
-
-    graph: the number of a CUDA graph, which wants fixed addresses on the device instead. The first run captures it,
-    later ones replay it: one launch instead of hundreds.
-    """
-
-    def __init__(self, session: ort.InferenceSession, given: dict[str, np.ndarray], graph: int | None) -> None:
-        self.session, self.binding, self.options = session, session.io_binding(), ort.RunOptions()
-        on_nvidia, shape = session.get_providers()[0] == CUDA, given["map"].shape
-        make = partial(ort.OrtValue.ortvalue_from_shape_and_type, device_type="cuda" if graph and on_nvidia else "cpu")
-        self.given = {name: make(array.shape, array.dtype) for name, array in given.items()}
-        self.ct = make(shape, np.int16)
-        if graph:
-            self.options.add_run_config_entry("gpu_graph_id", str(graph))
-        elif on_nvidia:
-            # 1: for all contexts; a refusal only costs speed
-            for value, width in ((self.given["map"], 1), (self.ct, 2)):
-                address, size = ctypes.c_void_p(value.data_ptr()), ctypes.c_size_t(width * math.prod(shape))
-                nvidia_driver().cuMemHostRegister_v2(address, size, 1)
-        self.binding.bind_ortvalue_output("ct", self.ct)
-
-    def run(self, given: dict[str, np.ndarray]) -> np.ndarray:
-        """Inputs of the same shapes to HU int16 [N, H, W], overwritten by the next run."""
-        for name, value in self.given.items():
-            value.update_inplace(given[name])
-            self.binding.bind_ortvalue_input(name, value)  # every time: from the host, this is what copies to a GPU
-        self.session.run_with_iobinding(self.binding, self.options)
-        return self.ct.numpy()
-
-
 # ------------------------------------------------------------------------------------------------ command line
 
 
@@ -679,8 +664,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     option("--side", choices=slices.SIDES, help="only that side of a dataset's split")
     option("--model", type=Path, help="what export.py wrote (default: generator.onnx, else the one shipped)")
     option("--out", type=Path, default=Path("synthetic"), help="folder to write to")
-    option("--format", choices=("png16", "png8"), help="of the slices (default: png16)")
+    option("--format", choices=("png16", "png8", "nnunet"), help="of what is made (default: png16)")
     option("--complement", type=Path, metavar="IMAGES", help="their real slices or CTs, given alike, to paste into")
+    option("--paste", choices=("lung", "lesions"), help="what of the real slice is replaced (default: lung)")
+    help_ = "maps whose lesions each variant gets, in place of augmentation; without MAPS those in models/lesions"
+    option("--lesions", type=Path, nargs="?", const=LESIONS, metavar="MAPS", help=help_)
     option("--variants", type=int, default=0, metavar="K", help="make K augmentations of each map instead of it")
     option("--draws", type=int, default=0, metavar="K", help="make K slices of each map, or of each variant")
     option("--density", type=float, metavar="HU", help="mean of healthy lung; see above what it is without")
@@ -690,7 +678,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
     option("--panel", action="store_true", help="write pictures of map, synthesis and completion")
     option("--batch", type=int, metavar="N", help="slices at a time; by default 8 on NVIDIA GPUs, else 1")
     option("--provider", choices=("auto", *PROVIDERS), default="auto", help="what the model runs on")
-    option("--cuda-graph", action="store_true", help="with --provider cuda: one launch per batch")
     option("--threads", type=int, metavar="N", help="threads on the CPU; by default OMP_NUM_THREADS, or one a core")
     option("--shard", default="1/1", metavar="I/N", help="make the I-th of N equal parts, I = 1..N")
     option("--dry-run", action="store_true", help="print what would be done")
@@ -702,6 +689,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if not (part.isdecimal() and parts.isdecimal() and 1 <= int(part) <= int(parts)):
         raise Mistake(f"--shard {args.shard}: give I/N with I from 1 to N, like 1/4")
     args.part, args.parts = int(part), int(parts)
+    if args.paste and not (args.complement and (args.lesions or args.paste == "lung")):
+        raise Mistake(f"--paste {args.paste}: needs --complement, and for lesions --lesions: give it, or leave it out")
+    args.variants = args.variants or int(bool(args.lesions))  # new names: real slice and new one may share a folder
     return args
 
 
@@ -714,13 +704,15 @@ def check_steering(args: argparse.Namespace, steers: list[str], model: Path) -> 
         raise Mistake(f"{' '.join(refused)}: {model} has no input for it: {mend}")
 
 
-def claim(args: argparse.Namespace, info: dict[str, Any], folders: Iterable[Path]) -> None:
+def claim(args: argparse.Namespace, info: dict[str, Any], folders: Iterable[Path], donors: Sequence[Path]) -> None:
     """Make OUT's folders and its run.json. Raises Mistake where it holds slices of another model or other settings."""
     made_with = {
         "checkpoint_sha256": info["checkpoint_sha256"],
         "precision": info["precision"],
         "format": args.format,
         "completed": bool(args.complement),
+        "lesions": lesions.digest_of(donors) if donors else None,
+        "paste": args.paste if args.paste == "lesions" else None,
         "seed": args.seed if args.variants or args.draws or "seed" in info["steers"] else None,
         "draws": bool(args.draws) or None,  # None, as what older runs do not tell
         "density": args.density,
@@ -728,14 +720,19 @@ def claim(args: argparse.Namespace, info: dict[str, Any], folders: Iterable[Path
     }
     record = args.out / "run.json"
     known = json.loads(record.read_text()) if record.exists() else {}
-    made = [path for kind in ("images", "volumes") for path in (args.out / kind).glob("[!.]*")]
+    made = [path for kind in ("images", "imagesTr", "volumes") for path in (args.out / kind).glob("[!.]*")]
     if made and made_with != {key: known.get(key) for key in made_with}:
         raise Mistake(f"{args.out}: its slices were made otherwise (see run.json): give another --out")
     for folder in folders:
         folder.mkdir(parents=True, exist_ok=True)
-    unfinished = args.out / f".run.json.{args.part}.tmp"  # its own: all shards may start at once
-    unfinished.write_text(json.dumps(made_with, indent=1) + "\n")
-    unfinished.replace(record)
+    write_json(record, made_with, args.part)
+
+
+def write_json(path: Path, told: dict[str, Any], part: int) -> None:
+    """Write a file whole, under a name of the shard's own at first: all shards may start, or end, at once."""
+    unfinished = path.with_name(f".{path.name}.{part}.tmp")
+    unfinished.write_text(json.dumps(told, indent=1) + "\n")
+    unfinished.replace(path)
 
 
 def main(argv: list[str]) -> int:
@@ -744,27 +741,29 @@ def main(argv: list[str]) -> int:
     maps = find_maps(args.maps, args.side)
     reals = find_reals(args.complement, maps) if args.complement else None
     what = "volumes" if is_volume(next(iter(maps.values()))) else "slices"
-    if what == "volumes" and (args.format or args.variants or args.panel):
-        raise Mistake(f"{args.maps}: of volumes: --format, --variants and --panel go with PNG maps: leave them out")
-    args.format = "volume" if what == "volumes" else args.format or "png16"
+    augmented = args.variants and not args.lesions
+    if what == "volumes" and (args.format not in (None, "nnunet") or augmented or args.panel):
+        raise Mistake(f"{args.maps}: of volumes: PNG, augmentation and --panel go with PNG maps: leave them out")
+    args.format = args.format or ("volume" if what == "volumes" else "png16")
+    donors = [*find_files(args.lesions, "maps").values()] if args.lesions else []
     jobs = plan(maps, args.variants, args.draws)
     folders = {path.parent for path in targets(jobs[0], args)}
-    inputs = {path.parent.resolve() for path in (*maps.values(), *(reals or {}).values())}
-    given = {path.resolve() for path in (args.maps, args.complement) if path}
+    inputs = {path.parent.resolve() for path in (*maps.values(), *(reals or {}).values(), *donors)}
+    given = {path.resolve() for path in (args.maps, args.complement, args.lesions) if path}
     if args.out.resolve() in given or inputs & {folder.resolve() for folder in folders}:
         raise Mistake(f"{args.out}: the input stands in it: give another --out")
 
     model = find_model(args.model)
-    session, info = open_session(model, args.provider, args.threads, graphs=args.cuda_graph)
+    session, info = open_session(model, args.provider, args.threads)
     check_steering(args, info["steers"], model)
-    n = info["fixed"][0] or args.batch or (CUDA_BATCH if session.get_providers()[0] == CUDA else 1)
-    generator = Generator(session, info, n if args.cuda_graph else None)
+    n = args.batch or (CUDA_BATCH if session.get_providers()[0] == CUDA else 1)
+    generator = Generator(session, info)
 
     noted: dict[str, dict[Path, str]] = {}  # of a kind of remark: map -> line
 
     def reader(job: Job) -> Case | str | None:
         try:
-            case = load(job, len(info["labels"]), reals, args.seed, args.unchecked)
+            case = load(job, len(info["labels"]), reals, args.seed, args.unchecked, donors)
             case = case and tell(case, info, args)
         except Mistake as mistake:
             return str(mistake)
@@ -781,15 +780,17 @@ def main(argv: list[str]) -> int:
         print(f"provider options: {session.get_provider_options()[session.get_providers()[0]]}")
         return 0
     with slices.held(args.out, f".{args.part}-of-{args.parts}.lock"):
-        claim(args, info, folders)
+        claim(args, info, folders, donors)
         written, without, faults = run(todo, generator, n, reader, partial(write, args=args, info=info))
+        complete(jobs, args, info["labels"])
+    lacking = "lung, or room for lesions," if donors else "lung"
     if without == len(jobs):
-        raise Mistake(f"{args.maps}: no lung in any of the {len(jobs)} {what}: give maps with labels above 0")
+        raise Mistake(f"{args.maps}: no {lacking} in any of the {len(jobs)} {what}: give maps with labels above 0")
     print(f"{written} {what} written to {args.out}")
     for _, lines in sorted(noted.items()):
         print(f"note: {min(lines)}: {lines[min(lines)]} (maps like this: {len(lines)})", file=sys.stderr)
     if without:
-        print(f"note: {without} {what} without lung are left out", file=sys.stderr)
+        print(f"note: {without} {what} without {lacking} are left out", file=sys.stderr)
     if faults:
         print(f"left out as faulty: {len(faults)}, see the errors above", file=sys.stderr)
     return 2 if faults else 0

@@ -32,7 +32,7 @@ TWINS = 80  # HU: a patient's two lungs differ by at most 75, ground glass is at
 FEWEST = 50  # pixels of a label that tell a mean
 AERATED = -500  # HU: what is lower is lung or air, what is higher is tissue
 TURNED = 40  # HU by which a lung that is turned against its CT lies denser: see turned
-SHEET, TILE = 60, (256, 256)  # patients at most on the contact sheet, and pixels of each
+SHEET, COLUMNS, TILE = 60, 6, (256, 256)  # patients at most on the contact sheet, and in a row; pixels of each
 
 
 # ---- one slice or volume and its labels
@@ -175,7 +175,6 @@ class Slice(NamedTuple):
     shape: tuple[int, ...]
     measured: np.ndarray  # see measure
     fault: str
-    palette: str  # what decided, colour or value, where they differ
     digest: bytes  # of the image's pixels
 
 
@@ -199,12 +198,8 @@ def read_slice(image: Path, map_: Path, sides: list[str]) -> Slice:
     hu, labels = read_image(image), read_map(map_)
     if hu.shape != labels.shape:
         raise Mistake(f"{map_}: {labels.shape} pixels, its image has {hu.shape}: bring both to one size")
-    mode, pixels, colours = slices.read_png(map_)
-    palette = ""
-    if mode == "P" and ((pixels != labels).any() or (colours[pixels] != slices.coloured(labels)).any()):
-        palette = f"its values and colours differ: read by {'value' if (pixels == labels).all() else 'colour'}"
     digest = hashlib.sha256(hu).digest()
-    return Slice(image, map_, sides, hu.shape, measure(hu, labels), fault(hu, labels)[1], palette, digest)
+    return Slice(image, map_, sides, hu.shape, measure(hu, labels), fault(hu, labels)[1], digest)
 
 
 def read_set(folder: Path) -> Set:
@@ -277,13 +272,11 @@ def judge_densities(found: Set) -> Iterator[Finding]:
 
 
 def judge_slices(found: Set) -> Iterator[Finding]:
-    """Grey levels, maps of other slices, maps turned or empty, and palettes of two meanings."""
+    """Grey levels, maps of other slices, and maps turned or empty."""
     full = any(one.measured[0, 1:].any() for one in found.slices)
     for one in found.slices:
         if one.fault:
             yield "error", one.image, one.fault
-        if one.palette:
-            yield "note", one.map, one.palette
         if not one.measured[0, 1:].any():
             yield "note" if full else "error", one.map, "no lung in it: figures leave it out"
 
@@ -339,7 +332,9 @@ def check_set(folder: Path) -> int:
     if found.slices:
         most = [max(its, key=lambda one: one.measured[0, 2:].sum()) for its in found.patients.values()]
         tiles = [tile(one.image, one.map) for one in most[:SHEET]]
-        slices.write_contact_sheet(folder / "contact_sheet.png", tiles)
+        tiles += [np.zeros_like(tiles[0])] * (-len(tiles) % COLUMNS)
+        rows = [np.concatenate(tiles[i : i + COLUMNS], 1) for i in range(0, len(tiles), COLUMNS)]
+        slices.write_bytes(folder / "contact_sheet.png", slices.png(np.concatenate(rows)))
         print(tabulate(found))
     alike = defaultdict(list)  # findings that differ in names and figures alone
     for kind, where, what in itertools.chain(*(judge(found) for judge in JUDGEMENTS)):

@@ -4,6 +4,7 @@ A map is labels uint8, [H, W] or, of a volume, [Z, H, W]: 0 background, 1 health
 last. The host is the map that gets lesions, the donor the one that they are taken from.
 """
 
+import hashlib
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -33,8 +34,7 @@ def place(host: np.ndarray, donor: np.ndarray, rng: np.random.Generator) -> np.n
 
 def box_of(mask: np.ndarray) -> tuple[slice, ...]:
     """The smallest box, a slice for each axis, that holds all of a mask of any rank, which is not empty."""
-    others = [tuple(other for other in range(mask.ndim) if other != axis) for axis in range(mask.ndim)]
-    along = [np.flatnonzero(mask.any(axes)) for axes in others]
+    along = [mask.any(tuple({*range(mask.ndim)} - {axis})).nonzero()[0] for axis in range(mask.ndim)]
     return tuple(slice(found[0], found[-1] + 1) for found in along)
 
 
@@ -77,7 +77,7 @@ def share_around(mask: np.ndarray) -> np.ndarray:
 def place_one_of(host: np.ndarray, donors: Sequence[Path], n_labels: int, rng: np.random.Generator) -> np.ndarray:
     """The host's map with lesions of one of the donors' files; the host itself where none of them fits.
 
-    Files are tried in an order drawn by `rng`, until lesions of a thousandth of the lung or more fall on healthy lung.
+    Files are tried in an order drawn by `rng`, until lesions of a 500th of the lung or more fall on healthy lung.
     A slice gets a slice's, a volume a volume's. Raises Mistake as `read_donor` does, and for a slice as a volume's.
     """
     for i in rng.permutation(len(donors)):
@@ -87,16 +87,21 @@ def place_one_of(host: np.ndarray, donors: Sequence[Path], n_labels: int, rng: n
             raise Mistake(f"{donors[i]}: one slice: a volume's lesions come from volumes, or of --lesions alone")
         if ill.size:
             labels = place(host, donor if host.ndim > 2 else donor[rng.choice(ill)], rng)
-            if np.count_nonzero(labels != host) > np.count_nonzero(host) / 1000:
+            if np.count_nonzero(labels != host) > np.count_nonzero(host) / 500:
                 return labels
     return host
 
 
-@lru_cache(16)
+def digest_of(donors: Sequence[Path]) -> str:
+    """SHA-256 of the donors' files, by which a run knows that it goes on with the same lesions."""
+    return hashlib.sha256(b"".join(path.read_bytes() for path in donors)).hexdigest()
+
+
+@lru_cache(20)
 def read_donor(path: Path, n_labels: int) -> np.ndarray:
     """Labels uint8 [Z, H, W] of a label volume, or of a map: [1, H, W].
 
-    A PNG of square slices one below the other, upwards from the feet, is a volume too: models/lesions/ holds such.
+    A PNG of five or more square slices, one below the other from the feet upwards, is a volume: see models/lesions.
     Raises Mistake for a file that cannot be read, and for a label that is not below n_labels.
     """
     if path.name.lower().endswith(NIFTI):
@@ -107,4 +112,4 @@ def read_donor(path: Path, n_labels: int) -> np.ndarray:
     if labels.max() >= n_labels:
         raise Mistake(f"{path}: label {labels.max()}: the model's labels are 0..{n_labels - 1}")
     height, width = labels.shape
-    return labels.reshape(-1, width, width) if height % width == 0 else labels[None]
+    return labels.reshape(-1, width, width) if height % width == 0 and height > 4 * width else labels[None]

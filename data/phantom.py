@@ -10,12 +10,7 @@ left), y down (to the back), z from the top; the level is z as a share of the lu
 base. `slices.py` gives the format of the result.
 """
 
-import os
-import signal
 import sys
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,12 +18,12 @@ import numpy as np
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, only data/ itself is on it
-from data import check, slices
+from data import slices
 from data.slices import LARGEST, SIDES, check_ranges, slice_name
 
 HEIGHT = 250  # of the lungs, mm
 RAISED = 6  # mm by which y = 0 of the outlines lies above the picture's middle
-AIR, FAT, MUSCLE, BLOOD, LIVER, CARTILAGE, MARROW, CORTEX = -1000, -100, 50, 40, 55, 110, 200, 700  # HU
+AIR, FAT, MUSCLE, BLOOD, LIVER, BONE = -1000, -100, 50, 40, 55, 300  # HU
 LUNG, GROUND_GLASS, CONSOLIDATION = 1, 2, 3  # labels
 
 # fmt: off
@@ -42,7 +37,6 @@ DOMES = (  # of the diaphragm
     ((0.81, 66, -6, 10, 12), (0.85, 66, -6, 28, 34), (0.93, 66, -8, 50, 60), (1, 66, -10, 64, 76)),  # spleen
 )
 VERTEBRA = ((0, 0, 44, 15, 12), (0.3, 0, 53, 16, 14), (0.6, 0, 55, 18, 15), (1, 0, 52, 20, 16))
-STERNUM = ((0.18, 0, -66, 22, 6), (0.35, 0, -86, 17, 6), (0.55, 0, -94, 16, 5), (0.85, 0, -97, 12, 5))
 BEHIND_SPINE = ((0, 0, 70, 22, 30), (0.3, 0, 82, 21, 40), (1, 0, 88, 23, 46))  # muscle between the two lungs
 MIDDLE_FAT = (
     ((0, 0, -6, 14, 20), (0.3, 0, -10, 20, 26), (0.36, 0, -10, 20, 26)),  # about the great vessels
@@ -124,8 +118,6 @@ class Patient(NamedTuple):
     patches: Waves
     grain: Waves
     vessels: np.ndarray  # tubes [N, 8]
-    bronchi: np.ndarray  # tubes [N, 8], visible everywhere
-    bronchioles: np.ndarray  # tubes [N, 8], visible where consolidation surrounds them
     lesions: list[Lesion]
     noise: float  # standard deviation, HU
 
@@ -272,14 +264,6 @@ def grow_tree(root: np.ndarray, tips: np.ndarray) -> np.ndarray:
     return np.concatenate([course[parent[1:]], course[1:], 1.15 * radius, 0.9 * radius], axis=1)
 
 
-def airways_along(arteries: np.ndarray, thinnest: float) -> np.ndarray:
-    """Bronchi [M, 8] beside those arteries [N, 8] whose radius is above `thinnest` mm."""
-    airways = arteries[arteries[:, 6] > thinnest].copy()
-    airways[:, [0, 3]] += 1.7 * airways[:, 6:7] * np.sign(airways[:, 3:4])  # on the outer side
-    airways[:, 6:] = 0.4 + 0.6 * airways[:, 6:]
-    return airways
-
-
 def draw_lesions(rng: np.random.Generator, points: np.ndarray, depths: np.ndarray) -> list[Lesion]:
     """Draw lesions around some of the points [N, 3] in the lungs, preferably at the back and near the pleura."""
     weights = np.exp(-depths / 12 + points[:, 1] / 45 + points[:, 2] / 200)
@@ -309,33 +293,25 @@ def draw_patient(seed: int, number: int) -> Patient:
         side = deep[deep[:, 0] * x > 0]
         root = np.array([x * stretch[0], (y - RAISED) * stretch[1], level * HEIGHT])
         trees.append(grow_tree(root, side[rng.choice(len(side), 1000)]))
-    arteries = np.concatenate(trees[::2])
     return Patient(
         seed=(seed, number),
         body=body,
         patches=draw_waves(rng, 11, 60),
         grain=draw_waves(rng, 2.2, 150),
         vessels=np.concatenate(trees),
-        bronchi=airways_along(arteries, 2.2),
-        bronchioles=airways_along(arteries, 0.6),
         lesions=draw_lesions(rng, points, depths),
         noise=rng.uniform(15, 30),
     )
 
 
 # ---- a slice
-def draw_body(body: Body, anatomy: Anatomy, level: float, axis: np.ndarray, patches: np.ndarray) -> np.ndarray:
+def draw_body(body: Body, anatomy: Anatomy, level: float, pixel: float) -> np.ndarray:
     """HU float32 [H, W] of everything but the inside of the lungs."""
     x, y, skin, cavity, blood, airways, domes, _ = anatomy
-    pixel = float(axis[1] - axis[0])
     hu = np.full_like(skin, AIR)
-    table = np.abs(axis[:, None] + axis**2 / 1000 - body.stretch[1] * (128 + body.fat)) - 1.5
-    paint(hu, cover(table, pixel), -400)
     paint(hu, cover(skin, pixel), MUSCLE)
     paint(hu, cover(skin + 2, pixel), FAT)
-    layer = (cavity + 3 * patches) % 18 - 9  # muscles lie in layers, with planes of fat between them
-    muscle = np.maximum(skin + body.fat + 2, np.where(cavity < 12, -9, 1.2 - np.abs(layer)))
-    paint(hu, cover(muscle, 2 * pixel), MUSCLE)
+    paint(hu, cover(np.maximum(skin + body.fat + 2, cavity - 12), 2 * pixel), MUSCLE)
     paint(hu, cover(cavity, pixel), FAT)
     paint(hu, cover(blood, pixel), BLOOD)
     paint(hu, cover(domes, pixel), LIVER)
@@ -348,33 +324,14 @@ def draw_body(body: Body, anatomy: Anatomy, level: float, axis: np.ndarray, patc
 
 
 def draw_bones(hu: np.ndarray, anatomy: Anatomy, level: float, pixel: float) -> None:
-    """Paint ribs, shoulder blades, sternum and a vertebra into hu [H, W], each a bright rim around marrow."""
+    """Paint ribs and a vertebra into hu [H, W]."""
     x, y, cavity = anatomy.x, anatomy.y, anatomy.cavity
     turn = np.arctan2(np.abs(x), 10 - y)  # 0 at the sternum, pi at the spine
     spacing, fall = 25, 34  # mm between two ribs; mm that a rib falls per radian on its way to the front
     beside = (level * HEIGHT + fall * turn + 4 * np.sign(x)) % spacing - spacing / 2
     rib = (np.sqrt((beside / 6.5) ** 2 + ((cavity - 7) / 4.5) ** 2) - 1) * 4.5
-    bony = cover(0.75 - turn, 0.1)  # ribs end in cartilage
-    bone(hu, np.where(turn > 0.3, rib, 9), pixel, CARTILAGE + bony * (CORTEX - CARTILAGE), MARROW)
-    if level < 0.5:
-        blade = np.maximum(np.abs(cavity - 26) - 3, np.abs(turn - 2.15 + level / 2) * 90 - 45)
-        bone(hu, blade, pixel, CORTEX, MARROW)
-    for outline in present((STERNUM,), level):
-        bone(hu, ellipse(x, y, outline, power=3), pixel, CORTEX // 2, MARROW // 2)
-    centre = at_level(VERTEBRA, level)
-    canal = centre[1] + centre[3] + 9  # behind the vertebral body
-    arch = ellipse(x, y, [0, canal, 13, 12])
-    spine = np.minimum(arch, np.maximum(np.abs(x) - 3, np.abs(y - canal - 18) - 14))  # with the spinous process
-    transverse = np.maximum(np.abs(y - canal - 2 - np.abs(x) / 5) - 4, np.abs(x) - 32)
-    bone(hu, np.minimum(spine, transverse), pixel, CORTEX, 1.5 * MARROW)
-    bone(hu, ellipse(x, y, centre, power=2.3), pixel, CORTEX * 0.7, MARROW)
-    paint(hu, cover(ellipse(x, y, [0, canal, 9, 8]), pixel), MUSCLE / 2)
-
-
-def bone(hu: np.ndarray, distance: np.ndarray, pixel: float, rim: float | np.ndarray, marrow: float) -> None:
-    """Paint a bone into hu [H, W], in place."""
-    paint(hu, cover(distance, pixel), rim)
-    paint(hu, cover(distance + 2.2, 2 * pixel), marrow)
+    spine = ellipse(x, y, at_level(VERTEBRA, level), power=2.3)
+    paint(hu, cover(np.minimum(np.where(turn > 0.6, rib, 9), spine), pixel), BONE)
 
 
 def cut_lesions(patient: Patient, axis: np.ndarray, z: float, patches: np.ndarray) -> tuple[np.ndarray, ...]:
@@ -400,21 +357,13 @@ def draw_slice(patient: Patient, level: float, size: int) -> tuple[np.ndarray, n
     pixel = float(axis[1] - axis[0])
     anatomy = cut_anatomy(body, level, axis)
     patches, grain = patient.patches.cut(axis, z), patient.grain.cut(axis, z)
-    hu = draw_body(body, anatomy, level, axis, patches)
+    hu = draw_body(body, anatomy, level, pixel)
 
     glass, dense, density = cut_lesions(patient, axis, z, patches)
     inside = -870 + 80 * np.clip((anatomy.y + 80) / 160, 0, 1) + 22 * grain + 8 * patches  # the back is denser
-    fissure = np.abs(anatomy.y - 75 + 150 * level - anatomy.x**2 / 700)
-    paint(inside, 0.2 * cover(fissure - 0.3, pixel), BLOOD)
     paint(inside, glass, density + 55 * grain + 20 * patches)
     paint(inside, 0.9 * cover(tubes(axis, z, patient.vessels), 1.3 * pixel), BLOOD)
-    bronchi = tubes(axis, z, patient.bronchi)
-    paint(inside, 0.6 * cover(bronchi - 0.7, pixel), BLOOD)
-    paint(inside, cover(bronchi, pixel), AIR)
-    if dense.any():
-        frayed = np.clip(dense + dense * (1 - dense) * grain, 0, 1)  # where it thins out
-        paint(inside, frayed, 45 * grain)
-        paint(inside, 0.9 * dense * cover(tubes(axis, z, patient.bronchioles), pixel), AIR)
+    paint(inside, np.clip(dense + dense * (1 - dense) * grain, 0, 1), 45 * grain)  # frayed where it thins out
     flank = cover(np.abs(anatomy.domes) - 3, 6)  # the slice cuts the diaphragm obliquely: a soft border
     lungs = cover(anatomy.lungs, pixel * (1 + 3 * flank))
     paint(hu, lungs, inside)
@@ -439,23 +388,6 @@ def scan(hu: np.ndarray, pixel: float, noise: float, rng: np.random.Generator) -
 
 
 # ---- the data set
-def make_patient(number: int, seed: int, size: int, count: int, out: Path) -> None:
-    """Write a patient's slices."""
-    patient = draw_patient(seed, number)
-    for position, level in enumerate(np.linspace(0.96, 0.06, count), start=1):  # from the feet upwards
-        hu, labels = draw_slice(patient, float(level), size)
-        slices.write_image(out / "images" / f"{slice_name(number, position)}.png", hu)
-        slices.write_map(out / "maps" / f"{slice_name(number, position)}.png", labels)
-
-
-def split_patients(patients: int, seed: int) -> dict[str, list[int]]:
-    """Patient numbers of each side: a tenth, at least one, for test and for seg_test; the rest trains."""
-    order = (np.random.default_rng(seed).permutation(patients) + 1).tolist()
-    tenth = max(1, round(patients / 10))
-    parts = order[2 * tenth :], order[:tenth], order[tenth : 2 * tenth]
-    return {side: sorted(part) for side, part in zip(SIDES, parts, strict=True)}
-
-
 def main(argv: list[str] | None = None) -> None:
     """Draw a set and say how large its sides are; raises Mistake, before anything is written, for bad arguments."""
     parser = slices.OneLineParser(__doc__)
@@ -465,12 +397,13 @@ def main(argv: list[str] | None = None) -> None:
     option("--patients", type=int, default=16, help="number of patients, at least 3: one for each side")
     option("--slices", type=int, default=24, help="slices per patient, from base to apex")
     option("--seed", type=int, default=0, help="the same seed gives the same bytes")
-    option("--workers", type=int, default=os.cpu_count(), help="processes; does not change the result")
     option("--overwrite", action="store_true", help="replace the slices of any other set in the folder")
     args = parser.parse_args(argv)
-    check_ranges(args, size=(64, LARGEST), patients=(3, 9999), slices=(1, 9999), seed=(0, 2**63), workers=(1, 999))
-    numbers = range(1, args.patients + 1)
-    sides = split_patients(args.patients, args.seed)
+    check_ranges(args, size=(64, LARGEST), patients=(3, 9999), slices=(1, 9999), seed=(0, 2**63))
+    order = (np.random.default_rng(args.seed).permutation(args.patients) + 1).tolist()
+    tenth = max(1, round(args.patients / 10))  # of the patients for test, and for seg_test
+    parts = order[2 * tenth :], order[:tenth], order[tenth : 2 * tenth]
+    sides = {side: sorted(part) for side, part in zip(SIDES, parts, strict=True)}
     split = {side: [slice_name(n, k + 1) for n in sides[side] for k in range(args.slices)] for side in SIDES}
     shared = {key: vars(args)[key] for key in ("seed", "size", "patients", "slices")}
     split["drawn"] = {"source": "phantom", "by": "patient", **shared}
@@ -479,18 +412,16 @@ def main(argv: list[str] | None = None) -> None:
         return
     with slices.held(args.out):
         slices.make_room(args.out, args.overwrite)
-        make = partial(make_patient, seed=args.seed, size=args.size, count=args.slices, out=args.out)
-        ignored = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
-        with ProcessPoolExecutor(min(args.workers, args.patients), None, signal.signal, ignored) as pool:
-            for _ in tqdm(pool.map(make, numbers), total=args.patients, unit="patient", disable=None):
-                pass
-        shown = [f"{slice_name(n, n * 5 % args.slices + 1)}.png" for n in numbers[:24]]  # 5: all levels in turn
-        tiles = [check.tile(args.out / "images" / name, args.out / "maps" / name) for name in shown]
-        slices.write_contact_sheet(args.out / "contact_sheet.png", tiles)
+        for number in tqdm(range(1, args.patients + 1), unit="patient", disable=None):
+            patient = draw_patient(args.seed, number)
+            for position, level in enumerate(np.linspace(0.96, 0.06, args.slices).tolist(), 1):  # from the feet upwards
+                name, (hu, labels) = slice_name(number, position), draw_slice(patient, level, args.size)
+                slices.write_image(args.out / "images" / f"{name}.png", hu)
+                slices.write_map(args.out / "maps" / f"{name}.png", labels)
         slices.write_split(args.out / "split.json", **split)  # last: it marks the set as complete
     told = [f"{side} {len(sides[side])} patients, {len(split[side])} slices" for side in SIDES]
     print(f"{args.out}: {'; '.join(told)}")
 
 
 if __name__ == "__main__":
-    slices.exit_on_mistake(main, more=(BrokenProcessPool,))
+    slices.exit_on_mistake(main)

@@ -9,13 +9,7 @@ SRC is laid out like the public download, with volume N being patient N:
     SRC/rp_lung_msk/N.nii.gz    0 outside, 1 lung; or 255, or a value per side or lobe
     SRC/rp_msk/N.nii.gz         0 none, 1 ground-glass opacity, 2 consolidation, 3 pleural effusion
 
-Other public sets, whose names pair the files (* stands for the name where masks are named differently):
-
-    ... --images CT --lungs Lung_Mask --lesions Infection_Mask --binary                            # Ma et al.
-    ... --images studies/CT-1 --lesions 'masks/*_mask.nii.gz' --lungs auto --binary --masked-only  # MosMed
-    ... --images 'Train/*_ct.nii.gz' --lesions 'Train/*_seg.nii.gz' --lungs auto --binary          # COVID-19-20
-    ... --images 'P/*/ct.nii.gz' --labels 'P/*/labels.nii.gz'      # a folder per patient; masks of our labels 0..3
-    ... --stacked --images tr_im.nii.gz --lesions tr_mask.nii.gz --lungs auto                      # MedSeg, 100 slices
+docs/data.md has the commands for other public sets, whose names pair the files.
 
 Every volume is turned, by its affine, to radiological display: row 0 is anterior (the spine is at the
 bottom), column 0 is the patient's right. Slice P03_S041 is the 42nd from the feet in the turned volume;
@@ -44,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script,
 from data import check, slices
 from data.lungs import find_lungs
 from data.slices import HELD, LARGEST, SIDES, Mistake, slice_name
-from data.volumes import Note, Volume, list_volumes, read_labels, read_volume, volume_name, warn
+from data.volumes import Note, Volume, list_volumes, read_labels, read_volume, warn
 
 IMAGES, LUNG_MASKS, LESION_MASKS = "rp_im", "rp_lung_msk", "rp_msk"
 # A public case of Radiopaedia is a patient, with one or more studies and scans: radiopaedia_CASE_STUDY_SCAN.
@@ -68,21 +62,15 @@ class Scan(NamedTuple):
 def find_scans(args: argparse.Namespace) -> list[Scan]:
     """List the scans by patient number and name. Raises Mistake for what is missing; a mask alone gives a warning."""
     lungs, lesions = None if args.labels or args.lungs == "auto" else args.lungs, args.labels or args.lesions
-    if args.stacked:
-        ct = Path(args.images)
-        return [Scan(volume_name(ct), 0, ct, Path(lungs) if lungs else None, Path(lesions))]
     images, masks = list_volumes(args.images), {each: list_volumes(each) for each in (lungs, lesions) if each}
     patients = {name: patient_by(name, args.patient) for name in images}
-    for absent in sorted({*args.exclude_patient} - {*patients, *patients.values()}):
-        raise Mistake(f"--exclude-patient {absent}: no volume of this name in {args.images}")
     if args.masked_only:
         masked = {name: patients[name] for name in images if all(name in files for files in masks.values())}
         print(f"{len(masked)} of {len(images)} volumes have masks")
         patients = masked or patients  # if none have, the first is reported below
-    kept = [name for name in patients if not {name, patients[name]} & {*args.exclude_patient}]
     for where, files in masks.items():
-        if lonely := [name for name in kept if name not in files]:
-            mend = f"add this mask, or leave the volume out by --exclude-patient {lonely[0]} or --masked-only"
+        if lonely := [name for name in patients if name not in files]:
+            mend = "add this mask, or leave the volume out by --masked-only"
             if not files.keys() & images.keys():
                 mend = "names pair the files; where they differ, give a pattern such as 'DIR/*_mask.nii.gz'"
             raise Mistake(f"{where}: the mask of {lonely[0]} is missing: {mend}")
@@ -90,7 +78,7 @@ def find_scans(args: argparse.Namespace) -> list[Scan]:
             warn(f"{files[name]}: a mask without a volume, ignored")
     numbers = number_patients({*patients.values()})
     lung, lesion = masks.get(lungs), masks[lesions]
-    scans = [Scan(name, numbers[patients[name]], images[name], lung and lung[name], lesion[name]) for name in kept]
+    scans = [Scan(name, numbers[patients[name]], images[name], lung and lung[name], lesion[name]) for name in patients]
     return sorted(scans, key=lambda scan: (scan.patient, scan.name))
 
 
@@ -139,8 +127,7 @@ def read_scan_labels(scan: Scan, args: argparse.Namespace, ct: Volume, hu: np.nd
     if scan.lung:
         lung = read_labels(scan.lung, (*range(6), 255), ct, note) > 0  # sides, lobes or 255: all mean lung
     else:
-        parts = [slice(z, z + 1) for z in range(len(hu))] if args.stacked else [slice(None)]
-        lung = np.concatenate([find_lungs(hu[part], diseased[part], ct.millimetres) for part in parts])
+        lung = find_lungs(hu, diseased, ct.millimetres)
     if args.binary:  # smoothed by 1 mm: noise divides nothing
         smooth = ndimage.gaussian_filter(hu.clip(*HELD).astype(np.float32), (0, *(1 / ct.millimetres)))
         lesion = lesion * (1 + (smooth > args.consolidation_above))
@@ -152,9 +139,7 @@ def to_hu(path: Path, voxels: np.ndarray, window: Sequence[float]) -> tuple[np.n
     finite = voxels[np.isfinite(voxels)]
     low, high = (finite.min(), finite.max()) if finite.size else (0, 0)
     if float(high) - float(low) < 20:  # HU / 1000, or standardised
-        raise Mistake(
-            f"{path}: values {low:.3g} to {high:.3g} are no HU: give the CT as it was before they were scaled"
-        )
+        raise Mistake(f"{path}: values {low:.3g} to {high:.3g} are no HU: give the CT as it was before scaling")
     if low >= -64 and 1 < high <= 320:  # spline resampling goes a little beyond 0 and 255
         bottom, top = window
         return bottom + np.clip(voxels, 0, 255).astype(np.float32) * ((top - bottom) / 255), True
@@ -191,7 +176,7 @@ def survey(scans: list[Scan], args: argparse.Namespace) -> tuple[dict[Slice, np.
             grey += [scan.name] if is_grey else []
             start = sum(patient == scan.patient for patient, _ in pixels)  # after the patient's other scans
             for z, label_map in enumerate(labels):
-                key = (z + 1, z) if args.stacked else (scan.patient, start + z)
+                key = scan.patient, start + z
                 pixels[key] = np.bincount(fit(label_map, millimetres, args.size, fill=0).ravel(), minlength=4)
                 places[key] = scan, z
     return pixels, places, grey
@@ -280,7 +265,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     option("--lesions", metavar="MASKS", help="the same for the lesion masks")
     help_ = "in place of both, masks of our own labels: 1 healthy lung, 2 ground glass, 3 consolidation"
     option("--labels", metavar="MASKS", help=help_)
-    option("--stacked", action="store_true", help="the three are files, each slice in them a patient of its own")
     help_ = "lesion masks hold 0 and 1 for any lesion, divided by density; --no-binary: 1 is only ground glass"
     option("--binary", action=argparse.BooleanOptionalAction, help=help_)
     option("--consolidation-above", type=float, default=-400.0, metavar="HU", help="where --binary divides lesions")
@@ -291,7 +275,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     option("--split", type=three_counts, default="300,73,73", help="slices in train,test,seg_test")
     option("--size", type=int, default=512, help="side of the slices written, in pixels")
     option("--all-slices", action="store_true", help="also keep slices without lesion")
-    option("--exclude-patient", nargs="+", default=[], metavar="NAME", help="patients, or scans, to leave out")
     help_ = "HU of levels 0 and 255 where a volume holds grey levels"
     option("--grey-window", type=float, nargs=2, default=[-1250.0, 250.0], metavar=("LOW", "HIGH"), help=help_)
     option("--unchecked", action="store_true", help="accept a CT whose lung or tissue has a density that no chest has")
@@ -302,11 +285,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         raise Mistake("--labels: it stands in place of --lungs, --lesions and --binary: give it without them")
     folders = {"images": IMAGES} if args.labels else {"images": IMAGES, "lungs": LUNG_MASKS, "lesions": LESION_MASKS}
     for name, folder in folders.items():
-        if getattr(args, name) is None and (args.src is None or args.stacked):
+        if getattr(args, name) is None and args.src is None:
             raise Mistake(f"--{name}: missing; give it, or SRC with {IMAGES}, {LUNG_MASKS} and {LESION_MASKS} in it")
         setattr(args, name, getattr(args, name) or str(Path(args.src) / folder))
-    if args.stacked and args.exclude_patient:
-        raise Mistake("--exclude-patient: slices of a stack have no names to choose them by")
     if not 1 <= args.size <= LARGEST or args.seed < 0 or not -math.inf < args.grey_window[0] < args.grey_window[1]:
         raise Mistake(f"--size must be 1 to {LARGEST}, --seed at least 0 and --grey-window LOW below HIGH")
     return args
@@ -315,17 +296,15 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def provenance(args: argparse.Namespace, places: Places, grey: list[str]) -> dict:
     """How a set is drawn, for split.json; "patients" lists the scans of each patient number."""
     patients = {}
-    for (patient, _), (scan, z) in places.items():
-        patients.setdefault(str(patient), {})[f"{scan.name}[{z}]" if args.stacked else scan.name] = None
+    for (patient, _), (scan, _) in places.items():
+        patients.setdefault(str(patient), {})[scan.name] = None
     return {
         "source": Path(args.src or args.images).resolve().name,
         "patients": {patient: [*names] for patient, names in patients.items()},
-        "excluded": sorted(set(args.exclude_patient)),
         "grey_volumes": grey,
         **{each: Path(vars(args)[each]).name for each in ("lungs", "lesions", "labels") if vars(args)[each]},
         "consolidation_above": args.consolidation_above if args.binary else None,
-        "by": "slice" if args.stacked else args.by,
-        **{key: vars(args)[key] for key in ("grey_window", "split", "size", "all_slices", "unchecked", "seed")},
+        **{key: vars(args)[key] for key in ("by", "grey_window", "split", "size", "all_slices", "unchecked", "seed")},
     }
 
 
@@ -352,7 +331,7 @@ def main(argv: list[str] | None = None) -> int:
     kept = [key for key, counts in pixels.items() if args.all_slices or counts[2:].any()]
     if not kept:
         where = args.src or args.images
-        raise Mistake(f"{where}: no slice left after selection; give --all-slices or exclude fewer patients")
+        raise Mistake(f"{where}: no slice left after selection; give --all-slices")
 
     _, _, glass, dense = sum(pixels.values())
     if args.binary is None and not args.labels and glass and not dense:

@@ -328,10 +328,3 @@ def windowed(hu: np.ndarray, level: float = LEVEL, width: float = WIDTH) -> np.n
 def coloured(labels: np.ndarray) -> np.ndarray:
     """Labels [H, W] to the paper's colours, uint8 [H, W, 3]."""
     return np.array(COLOURS, np.uint8)[labels]
-
-
-def write_contact_sheet(path: Path, tiles: list[np.ndarray], columns: int = 6) -> None:
-    """Write one picture of tiles, RGB uint8 [H, W, 3] and all of one size, row by row."""
-    tiles = [*tiles, *[np.zeros_like(tiles[0])] * (-len(tiles) % columns)]
-    rows = [np.concatenate(tiles[i : i + columns], 1) for i in range(0, len(tiles), columns)]
-    write_bytes(path, png(np.concatenate(rows, 0)))

@@ -142,12 +142,12 @@ def read_labels(path: Path, allowed: tuple[int, ...], like: Volume, note: Note =
     return to_display(labels, like)
 
 
-def write_volume(path: Path, like: Volume, hu: np.ndarray) -> None:
-    """Write HU int16 [Z, H, W] in display on the grid, and in the storage order, of `like`, as .nii or .nii.gz."""
+def write_volume(path: Path, like: Volume, voxels: np.ndarray) -> None:
+    """Write HU int16 or labels uint8 [Z, H, W] in display, as .nii or .nii.gz on the grid, in the order, of `like`."""
     if not path.name.lower().endswith(NIFTI):
         raise Mistake(f"{path}: volumes are written as .nii or .nii.gz")
     to_file = ornt_transform(DISPLAY, io_orientation(like.affine))
-    stored = apply_orientation(hu.astype(np.int16).transpose(2, 1, 0), to_file)
+    stored = apply_orientation(voxels.transpose(2, 1, 0), to_file)
     image = nib.Nifti1Image(stored, like.header.get_best_affine())
     for field in GRID_FIELDS:
         image.header[field] = like.header[field]
@@ -184,8 +184,6 @@ def placed(path: Path, header: nib.Nifti1Header, stored: np.ndarray, note: Note)
     spacing_alone = np.array_equal(volume.affine, np.diag(np.abs(volume.affine.diagonal())))  # of no scanner: no origin
     made_up = not header["sform_code"] and not header["qform_code"]  # by nibabel
     if made_up or spacing_alone:
-        if 1 in stored.shape[:2] and stored.shape[2] > 1:
-            volume = Volume(stored, of_one_slice(header, stored.shape.index(1)))
         axes = "".join(nib.aff2axcodes(volume.affine))
         note(f"{path}: does not say how the patient lies; taken as {axes}: see that the spine comes out at the bottom")
     width, height, _ = np.take(volume.shape, np.argsort(volume.turn[:, 0]))
@@ -199,16 +197,6 @@ def placed(path: Path, header: nib.Nifti1Header, stored: np.ndarray, note: Note)
     elif tilt > TILT or max(height, width) > UNEQUAL * min(height, width):  # coronal or sagittal slices, for one
         note(f"{path}: {lie}: networks here see axial slices of square pixels; resample it to such, or look closely")
     return volume._replace(voxels=to_display(stored, volume))
-
-
-def of_one_slice(header: nib.Nifti1Header, axis: int) -> nib.Nifti1Header:
-    """The header of one slice that was saved as an array, without its affine: [1, H, W], or with the 1 elsewhere."""
-    header, sizes = header.copy(), header.get_zooms()
-    rows, columns = (other for other in range(3) if other != axis)
-    affine = np.diag([0.0, 0.0, 0.0, 1.0])
-    affine[2, axis], affine[1, rows], affine[0, columns] = sizes[axis], -sizes[rows], -sizes[columns]
-    header.set_sform(affine, 1)
-    return header
 
 
 def is_usable(affine: np.ndarray) -> bool:

@@ -177,12 +177,6 @@ def test_draws_hang_on_name_and_seed_and_neither_on_shard_nor_batch(infer, maps,
     assert whole["maps/P00_S000v01d01.png"] == whole["maps/P00_S000v01d02.png"]  # one variant, two slices
 
 
-def test_draws_of_a_completed_slice_differ_by_seed_alone(infer, one, real):  # noqa: F811
-    _, out, _ = infer(one, "--complement", real, "--draws", 2)
-    a, b = (told(out / f"images/P01_S001d0{k}.png") for k in (1, 2))
-    assert a[:2] == b[:2] and a[2] != b[2] and abs(a[0] + 900) < 10
-
-
 @pytest.mark.parametrize(
     ("inputs", "options", "refused"),
     [
@@ -203,15 +197,6 @@ def test_what_the_model_has_no_input_for_is_one_line(infer, one, real, tmp_path,
     else:
         slices = {read_image(path).tobytes() for path in (out / "images").iterdir()}
         assert status == 0 and len(slices) == 2
-
-
-@pytest.mark.parametrize(
-    "options", [["--density", -850], ["--detail", 50], ["--draws", 2], ["--draws", 2, "--seed", 1]]
-)
-def test_slices_steered_otherwise_do_not_mix_in_one_folder(infer, one, options):  # noqa: F811
-    infer(one, *(["--draws", 2] if "--seed" in options else []))
-    status, _, said = infer(one, *options)
-    assert status == 2 and "made otherwise" in said
 
 
 def test_each_slice_of_a_volume_has_a_seed_of_its_own_and_the_numbers_of_its_ct(infer, tmp_path):  # noqa: F811

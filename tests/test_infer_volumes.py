@@ -6,9 +6,8 @@ import sys
 import nibabel as nib
 import numpy as np
 import pytest
-from conftest import draw_chest
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
-from test_infer import DENSITIES, METADATA, build_generator, draw_ill, draw_map, files
+from test_infer import DENSITIES, METADATA, build_generator, draw_map, files
 
 import infer_onnx
 from data.slices import Mistake, read_image, write_map
@@ -188,32 +187,6 @@ def test_a_ct_that_does_not_fit_is_one_line_and_nothing_is_written(infer, tmp_pa
     assert not list(volumes.iterdir())
 
 
-def test_a_ct_turned_against_its_map_is_refused_unless_overruled(infer, tmp_path):
-    hu, labels = draw_chest()
-    mask, real = save(tmp_path / "mask.nii.gz", labels), tmp_path / "ct.nii.gz"
-    save(real, hu)
-    assert infer(mask, "--complement", real)[0] == 0
-    save(real, hu[::-1])
-    status, volumes, _, told = infer(mask, "--complement", real, out="turned")
-    assert status == 2 and f"error: {real}: " in told
-    assert not list(volumes.iterdir())
-    assert infer(mask, "--complement", real, "--unchecked", out="turned")[0] == 0
-
-
-def test_a_folder_per_patient_and_labels_in_another_order_than_the_ct_are_told_by_file_and_hu(infer, tmp_path):
-    hu, labels = draw_ill(6)
-    for patient, order in (("a", [0, 1, 2, 3]), ("b", [0, 2, 1, 3])):
-        (tmp_path / "P" / patient).mkdir(parents=True)
-        save(tmp_path / f"P/{patient}/ct.nii.gz", hu)
-        save(tmp_path / f"P/{patient}/labels.nii.gz", np.array(order, np.uint8)[labels])
-    (tmp_path / "P/c").mkdir()
-    (tmp_path / "P/c/labels.nii.gz").symlink_to("nothing.nii.gz")
-    status, volumes, _, told = infer(tmp_path / "P/*/labels.nii.gz", "--complement", tmp_path / "P/*/ct.nii.gz")
-    assert status == 2 and os.listdir(volumes) == ["a.nii.gz"] and told.count("error: ") == 2
-    assert f"error: {tmp_path / 'P/b/ct.nii.gz'}: " in told and " HU in " in told
-    assert f"error: {tmp_path / 'P/c/labels.nii.gz'}: " in told  # a link to nothing
-
-
 @pytest.mark.parametrize("name", ["case_001.nii.gz", "case_001_0000.nii.gz"])  # the last is nnU-Net's
 def test_cts_are_found_by_their_names_and_one_that_is_missing_is_told(infer, tmp_path, name):
     labels = draw_labels()
@@ -232,14 +205,6 @@ def test_what_goes_with_slices_alone_is_refused(infer, folder, tmp_path):
         status, volumes, _, told = infer(folder, *options)
         assert status == 2 and told.startswith("error: ") and "\n" not in told
         assert not volumes.parent.exists()
-
-
-def test_volumes_and_completed_volumes_do_not_mix_and_input_is_no_output(infer, folder, tmp_path):
-    infer(folder)
-    save(tmp_path / "ct/a.nii.gz", draw_ct(draw_labels(40, 64)))
-    _, out, _, told = infer(folder, "--complement", tmp_path / "ct")
-    assert "made otherwise" in told
-    assert "the input stands in it" in infer(out)[3]
 
 
 def test_without_nibabel_a_volume_is_one_line_and_png_goes_on(infer, folder, tmp_path, monkeypatch):

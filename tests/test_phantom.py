@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from data import check, phantom
 from data.slices import Mistake
@@ -22,8 +21,8 @@ def run(*arguments):
     return subprocess.run([sys.executable, DATA / "phantom.py", *map(str, arguments)], capture_output=True, text=True)
 
 
-def draw_set(out, workers):
-    done = run("--out", out, "--size", 64, "--patients", 4, "--slices", 6, "--workers", workers)
+def draw_set(out):
+    done = run("--out", out, "--size", 64, "--patients", 4, "--slices", 6)
     assert done.returncode == 0, done.stderr
     return out
 
@@ -34,7 +33,7 @@ def contents(folder):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return draw_set(tmp_path_factory.mktemp("phantom") / "set", workers=1)
+    return draw_set(tmp_path_factory.mktemp("phantom") / "set")
 
 
 @pytest.fixture(scope="module")
@@ -70,25 +69,12 @@ def test_spine_is_at_the_bottom(stacks):
             assert middle[int(rows.mean()) :].sum() > 3 * middle[: int(rows.mean())].sum()
 
 
-def test_the_heart_lies_to_the_images_right(stacks):
-    """So the lung on the image's right, the patient's left, is the smaller one."""
-    ratios = []
-    for stack in stacks:
-        _, _, labels = stack[6]
-        ratios.append(np.count_nonzero(labels[:, 64:]) / np.count_nonzero(labels[:, :64]))
-    assert np.mean(ratios) < 0.9
-
-
 def test_another_seed_or_number_is_another_patient():
     pictures = [phantom.draw_slice(phantom.draw_patient(*key), 0.5, 64)[1] for key in ((0, 1), (1, 1), (0, 2))]
     assert all(np.mean(a != b) > 0.01 for a, b in zip(pictures, pictures[1:] + pictures[:1], strict=True))
 
 
 # ---- the folder
-
-
-def test_the_number_of_workers_does_not_change_a_byte(folder, tmp_path):
-    assert contents(draw_set(tmp_path / "two", workers=2)) == contents(folder)
 
 
 def test_no_slice_and_no_patient_is_on_two_sides(folder):
@@ -102,11 +88,6 @@ def test_no_slice_and_no_patient_is_on_two_sides(folder):
     assert written == sorted(path.stem for path in (folder / "maps").iterdir())
 
 
-def test_slices_are_numbered_from_the_feet(folder):
-    first, last = (np.array(Image.open(folder / "maps" / f"P01_S00{k}.png")) for k in (1, 6))
-    assert np.ptp(np.nonzero(first)[1]) > 1.3 * np.ptp(np.nonzero(last)[1])  # the apex is narrow
-
-
 def test_a_set_is_left_alone_another_is_refused_and_overwrite_draws_it_again(folder, tmp_path):
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     same = ["--out", str(tmp_path), "--size", "64", "--patients", "4", "--slices", "6"]
@@ -115,7 +96,7 @@ def test_a_set_is_left_alone_another_is_refused_and_overwrite_draws_it_again(fol
     assert (tmp_path / "maps" / "P01_S001.png").read_bytes() == b"by hand"
     with pytest.raises(Mistake, match=f"{tmp_path}.*--overwrite"):
         phantom.main([*same, "--seed", "1"])
-    phantom.main([*same, "--overwrite", "--workers", "2"])
+    phantom.main([*same, "--overwrite"])
     assert contents(tmp_path) == contents(folder)
 
 
@@ -124,9 +105,7 @@ def test_check_finds_nothing_in_it(folder, tmp_path):
     assert check.check_set(tmp_path) == 0
 
 
-@pytest.mark.parametrize(
-    "arguments", [("--size", 63), ("--patients", 2), ("--slices", 0), ("--seed", -1), ("--workers", 0)]
-)
+@pytest.mark.parametrize("arguments", [("--size", 63), ("--patients", 2), ("--slices", 0), ("--seed", -1)])
 def test_bad_arguments_are_mistakes_that_write_nothing(tmp_path, arguments):
     out = tmp_path / "set"
     with pytest.raises(Mistake, match=arguments[0]):

@@ -237,9 +237,7 @@ def test_a_bad_file_is_named_in_one_line_before_anything_is_written(src, out, fi
 
 
 BAD_CALLS = {
-    "an excluded patient that is not there": (["--exclude-patient", 7], "--exclude-patient 7"),
-    "every patient excluded": (["--exclude-patient", 1, 2, 3, 10], "no slice left"),
-    "one patient left to split by patient": (["--exclude-patient", 1, 2, 3], "patient 10 .* --by slice"),
+    "one patient to split by patient": (["--patient", "()"], "--patient"),
     "two counts": (["--split", "300,73"], "--split 300,73"),
     "no slice for training": (["--split", "0,73,73"], "--split 0,73,73"),
     "a window upside down": (["--grey-window", 250, -1250], "--grey-window"),
@@ -325,9 +323,7 @@ def test_the_part_of_a_name_that_tells_the_patient_is_an_option(tmp_path, out):
     assert split["drawn"]["patients"] == {"1": ["a-after-x", "a-before-x"], "2": ["b-before"], "3": ["c-before"]}
     with pytest.raises(Mistake, match=r"--patient \(\[a-b\]\)-: does not match c-before"):
         run_named(tmp_path, out, "--patient", "([a-b])-")
-    options = ["--patient", "([a-z])-", "--exclude-patient", "a", "--by", "slice", "--overwrite", "--all-slices"]
     stars = [f"--{what}={tmp_path}/{part}/*-before.nii.gz" for what, part in PARTS.items()]
-    assert list(run_named(tmp_path, out, *options)["drawn"]["patients"]) == ["2", "3"]  # the others keep their numbers
     assert run_named(tmp_path, out, *stars, "--overwrite")["drawn"]["patients"] == {"1": ["b"], "2": ["c"]}
 
 
@@ -337,9 +333,6 @@ def test_volumes_without_masks_can_be_left_out_with_a_word(tmp_path, out, capsys
     split = run_named(tmp_path, out, "--masked-only")
     assert [*split["drawn"]["patients"].values()] == [["a"], ["c"], ["d"]]
     assert "3 of 4 volumes have masks" in capsys.readouterr().out
-    for absent in ("b", "b_1"):  # the patient, or one of its volumes
-        options = ["--masked-only", "--patient", "[a-d]", "--exclude-patient", absent]
-        assert run_named(tmp_path, tmp_path / f"without_{absent}", *options)["train"] == split["train"]
 
 
 def test_what_is_left_out_of_the_command_is_named(tmp_path, out):
@@ -352,18 +345,13 @@ def test_what_is_left_out_of_the_command_is_named(tmp_path, out):
         run_named(tmp_path, out)
 
 
-def test_in_a_stack_each_slice_is_a_patient_of_its_own(tmp_path, out, capsys):
+def test_one_volume_that_stacks_slices_is_split_by_slice_alone(tmp_path, out):
     put_named(tmp_path, ["tr"], tr=body(depth=10))
-    files_ = [f"--{what}={tmp_path / part / 'tr.nii.gz'}" for what, part in PARTS.items()]
-    prepare.main(["--stacked", *files_, "--out", str(out), "--size", str(SIZE), "--split", "6,2,2"])
-    split = json.loads((out / "split.json").read_text())
-    sides = [{name.split("_")[0] for name in split[side]} for side in ("train", "test", "seg_test")]
+    with pytest.raises(Mistake, match=r"patient 1 .* --by slice"):
+        run_named(tmp_path, out)
+    split = run_named(tmp_path, out, "--by", "slice", "--split", "6,2,2")
+    sides = [{*split[side]} for side in ("train", "test", "seg_test")]
     assert [len(side) for side in sides] == [6, 2, 2] and len(set.union(*sides)) == 10
-    assert split["drawn"]["patients"]["3"] == ["tr[2]"]
-    np.testing.assert_array_equal(hu_of(out, "P03_S002"), body(depth=10)[0][2].clip(-1024))
-    with pytest.raises(Mistake, match="--exclude-patient"):
-        prepare.main(["--stacked", *files_, "--exclude-patient", "3"])
-    assert split["drawn"]["by"] == "slice" and "split by slice" in capsys.readouterr().out
 
 
 def put_masks(folder, of):

@@ -190,18 +190,6 @@ def test_pixels_that_no_ct_has_are_told(tmp_path, capsys):
     assert "1.nii.gz: pixels of 0.0007 x 0.0005 mm" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("axis", [0, 1])
-def test_an_axis_of_length_one_without_an_affine_is_that_of_the_slices(tmp_path, axis):
-    slice_ = np.expand_dims(numbered((1, 6, 8))[0], axis)
-    path = save(tmp_path / "1.nii.gz", slice_, np.eye(4))
-    volume = volumes.read_volume(path, note=str)
-    np.testing.assert_array_equal(volume.voxels, numbered((1, 6, 8)))
-    mask = volumes.read_labels(save(tmp_path / "mask.nii.gz", slice_ % 3, np.eye(4)), (0, 1, 2), volume, note=str)
-    np.testing.assert_array_equal(mask, volume.voxels % 3)
-    volumes.write_volume(tmp_path / "new.nii.gz", volume, volume.voxels)
-    np.testing.assert_array_equal(volumes.read_volume(tmp_path / "new.nii.gz").voxels, volume.voxels)
-
-
 def test_an_array_saved_in_the_order_z_y_x_is_refused(tmp_path):
     path = save(tmp_path / "1.nii.gz", numbered((3, 16, 16)), np.eye(4))
     with pytest.raises(Mistake, match=r"1\.nii\.gz: .*axes"):
