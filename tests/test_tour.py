@@ -60,7 +60,7 @@ def test_the_gallery_shows_one_lung_that_differs_in_its_lesions_alone(monkeypatc
     path = infer_onnx.EXAMPLES / f"{gallery.SHOWN[0]}.png"
     labels = read_map(path)
     states = gallery.states_of(generator, labels, gallery.body_of(path, labels.shape))
-    far, deep = (ndimage.distance_transform_edt(where) > 6 for where in (labels < 2, labels > 1))
+    far, deep = (ndimage.distance_transform_edt(where) > 9 for where in (labels < 2, labels > 1))
     healthy, glass, dense = states
     assert np.abs(glass - healthy)[far].max() == 0 and (healthy[deep].mean() + 60 < glass[deep].mean() < -500)
     assert glass[deep].mean() + 200 < dense[deep].mean()

@@ -26,7 +26,7 @@ SOFT = 1.5  # pixels, deviation of the Gaussian that softens a lesion's edge
 
 def body_of(path: Path, shape: tuple[int, int]) -> np.ndarray:
     """HU [H, W] of the phantom that an example is a slice of; of any other map, air."""
-    if path.parent != infer_onnx.EXAMPLES:
+    if path.resolve().parent != infer_onnx.EXAMPLES:
         return np.full(shape, -1000.0)
     number, position = (int(part[1:]) for part in path.stem.split("_"))
     level = float(np.linspace(0.96, 0.06, 24)[position - 1])  # of its 24 slices, from the feet upwards
@@ -46,17 +46,18 @@ def states_of(generator: infer_onnx.Generator, labels: np.ndarray, body: np.ndar
 
 
 def main(argv: list[str]) -> None:
-    """Write the pictures, and the list of their names. Raises Mistake for a map that cannot be read."""
+    """Write the pictures, and the list of their names. Raises Mistake for a map that cannot be read, or is healthy."""
     paths = [Path(name) for name in argv] or [infer_onnx.EXAMPLES / f"{name}.png" for name in SHOWN]
     generator = infer_onnx.Generator(*infer_onnx.open_session(infer_onnx.SHIPPED_MODEL, "cpu"))
     (WEB / "gallery").mkdir(exist_ok=True)
     for path in paths:
         labels = slices.read_map(path)
+        if labels.max() < 2:
+            raise slices.Mistake(f"{path}: no lesion in it: paint one")
         for state, hu in zip(STATES, states_of(generator, labels, body_of(path, labels.shape)), strict=True):
             for window, (level, width) in WINDOWS.items():
-                slices.write_bytes(
-                    WEB / "gallery" / f"{path.stem}_{state}_{window}.png", slices.png(slices.windowed(hu, level, width))
-                )
+                picture = slices.png(slices.windowed(hu, level, width))
+                slices.write_bytes(WEB / "gallery" / f"{path.stem}_{state}_{window}.png", picture)
             print(f"{path.stem}, {state}: {hu[labels > 1].mean():.0f} HU where its lesions are")
     (WEB / "gallery/cases.js").write_text(f"const cases = {json.dumps([path.stem for path in paths])};\n")
 
