@@ -38,7 +38,7 @@ page = Page(ROOT / "docs/tour.py", WORK.parent if QUICK else ROOT / "docs")
 # ## 1. A map is four pictures
 # The networks see no colours. `one_hot` gives each label a channel of its own, with a 1 where the label is.
 # The target is the lung alone (Fig. 1). All else is the window's floor; the real slice fills it in later.
-# "Real" means the phantom in cells 1 to 7: a drawn chest with vessels, lesions and a scanner's grain.
+# "Real" means the phantom in cells 1 to 7: a drawn chest with vessels, lesions and a scanner's fine grain.
 
 # %%
 for part in ("images", "maps"):
@@ -159,10 +159,11 @@ page.show("dfm", figure, told)
 
 # %% [markdown]
 # ## 6. The same, broken on purpose
-# Three mistakes, one at a time, with the same seed and as many samples. Look at D's loss, then at grain and vessels.
-# - **Noise on the target**, as the paper's Table I has it, but stronger. One map gives one slice: G throws no dice, and
-#   cannot paint noise. D would know every real slice by its noise. So D is shown none (`noise` is 0).
-# - **D sees whole images**, unmagnified. A lung's texture is then hundredths beside the map's 0 and 1: D is blind.
+# Three mistakes, one at a time, with the same seed and as many samples. Look at D's loss, at vessels, grain and edges.
+# - **Noise on the target**, as the paper's Table I has it, but stronger. D sees it in every real slice. G has no dice:
+#   for a map it has one slice, and grain in one fixed pattern, where vessels drown. So our D is shown no such noise.
+# - **D sees whole images**, unmagnified. Texture is hundredths beside the lung's edge and the map's 0 and 1. D is blind
+#   to it, and G takes pains with edges alone.
 # - **No second generator**: G1 alone, at full size.
 
 # %%
