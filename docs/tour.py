@@ -6,7 +6,7 @@
 # A label map goes in, a CT slice comes out. This tour opens the networks of the method, trains them, and breaks them.
 # Each cell computes something and shows one picture. All of it is phantom or synthetic: no patient's slice is shown.
 #
-# `python docs/tour.py` runs it in about five minutes on two cores, and writes this page. In VS Code or Jupyter its
+# `python docs/tour.py` takes eight minutes of one core, less on two, and writes this page. In VS Code or Jupyter its
 # cells run one by one. Another processor changes details. At the end come [six exercises](exercises.md). Equations and
 # figures (Eq., Fig.) are the paper's. `covidgan.py` holds the whole method, from top to bottom.
 
@@ -161,8 +161,8 @@ page.show("dfm", figure, told)
 # Three mistakes, one at a time, of the same seed, about as long. Look at D's loss, at vessels, at grain and at edges.
 # - **Noise on the target**, as the paper's Table I has it, but stronger. D sees it in every real slice. G has no dice:
 #   for a map it has one slice, and grain in one fixed pattern, where vessels drown. So our D is shown no such noise.
-# - **D sees whole images**, unmagnified. Texture is hundredths beside the lung's edge and the map's 0 and 1. D is blind
-#   to it, and G takes pains with edges alone.
+# - **D sees whole images**, unmagnified. Texture is hundredths beside the lung's edge and the map's 0 and 1. So D wins
+#   by edges, is blind to texture, and teaches none.
 # - **No second generator**: G1 alone, at full size.
 
 # %%
