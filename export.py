@@ -245,10 +245,7 @@ def to_onnx(module: nn.Module, example: dict, outputs: list[str], multiple: int 
 
 
 def pack_weights(model: onnx.ModelProto) -> None:
-    """Keep large weights as float16, in place, and widen them by nodes at the graph's head.
-
-    All computing stays in float32, and runtimes widen constants once, at load.
-    """
+    """Keep large weights as float16, in place, widened by nodes at the graph's head: all computing stays in float32."""
     for tensor in [*model.graph.initializer]:
         if tensor.data_type == TensorProto.FLOAT and np.prod(tensor.dims) >= LARGE:
             stored = from_array(to_array(tensor).astype(np.float16), f"{tensor.name}_half")
@@ -258,11 +255,8 @@ def pack_weights(model: onnx.ModelProto) -> None:
 
 
 def save_checked(model: onnx.ModelProto, path: Path, metadata: dict[str, str]) -> None:
-    """Add the metadata, check the model, and write it so that it is either whole or absent.
-
-    Raises Mistake for weights that are no numbers: PyTorch and ONNX Runtime make the same HU of them.
-    """
-    for tensor in model.graph.initializer:
+    """Add the metadata, check the model, write it whole or not at all. Raises Mistake for weights that are no numbers."""
+    for tensor in model.graph.initializer:  # PyTorch and ONNX Runtime make the same HU of these: no comparison tells
         if not np.isfinite(to_array(tensor)).all():
             raise Mistake(f"{path}: not written: {tensor.name} is not finite: take an earlier checkpoint")
     onnx.helper.set_model_props(model, metadata)
@@ -275,10 +269,7 @@ def save_checked(model: onnx.ModelProto, path: Path, metadata: dict[str, str]) -
 
 
 def example_map(n: int, height: int, width: int, n_labels: int) -> np.ndarray:
-    """Label maps uint8 [n, height, width] of two lungs with nested lesions.
-
-    Not noise: on noise rounding errors average out, and a parity check sees nothing.
-    """
+    """Label maps uint8 [n, height, width] of two lungs with nested lesions: on noise, rounding errors average out."""
     y, x = np.mgrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j]
     maps = np.zeros((n, height, width), np.uint8)
     for k in range(n):

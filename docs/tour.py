@@ -85,7 +85,6 @@ def train(name: str, **broken: float) -> tuple[covidgan.Trainer, list[torch.Tens
     return trainer, lungs, curves_of(trainer.out / "stats.jsonl")
 
 
-covidgan.keep_freed_memory()
 trainer, lungs, curves = train("as it is")
 by_stage = [lung[one, 0] for lung in lungs]
 titles = ["map", "real", "G1, after g1", "G2, after g2", "both, after joint"]
