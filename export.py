@@ -255,7 +255,7 @@ def pack_weights(model: onnx.ModelProto) -> None:
 
 
 def save_checked(model: onnx.ModelProto, path: Path, metadata: dict[str, str]) -> None:
-    """Add the metadata, check the model, write it whole or not at all. Raises Mistake for weights that are not finite."""
+    """Add the metadata, check the model, write it whole or not at all. Raises Mistake for infinite weights."""
     for tensor in model.graph.initializer:  # PyTorch and ONNX Runtime make the same HU of these: no comparison tells
         if not np.isfinite(to_array(tensor)).all():
             raise Mistake(f"{path}: not written: {tensor.name} is not finite: take an earlier checkpoint")
