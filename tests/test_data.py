@@ -244,12 +244,6 @@ def test_names_of_another_unicode_form_belong_together(own_toy):
     assert covidgan.read_split(own_toy.folder, 0)["train"][0] == unicodedata.normalize("NFC", "Zoë_S001")
 
 
-def test_slices_that_split_json_names_on_no_side_are_told(own_toy, capsys):
-    slices.write_split(own_toy.folder / "split.json", own_toy.train[:-6], own_toy.test[:4], own_toy.test[4:], {})
-    assert covidgan.read_split(own_toy.folder, 0)["train"] == own_toy.train[:-6]
-    assert f"6 slices without map, image or side, {own_toy.train[-6]}" in capsys.readouterr().out
-
-
 def test_a_set_whose_making_was_cut_off_is_refused(own_toy):
     (own_toy.folder / ".unfinished").touch()
     (own_toy.folder / "split.json").unlink()

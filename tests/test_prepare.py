@@ -394,22 +394,6 @@ def test_lungs_of_any_number_and_labels_in_one_mask_give_the_same_slices(tmp_pat
     assert pictures(out) == pictures(tmp_path / "usual")
 
 
-LESIONS = {
-    "two lungs, and 3 for infection": lambda lung, lesion: np.where(lesion, 3, right_and_left(lung)),
-    "lung, ground glass and consolidation": in_one,
-    "the lung mask": lambda lung, _: lung,
-}
-
-
-@pytest.mark.parametrize("kind", LESIONS)
-def test_lesion_masks_that_hold_the_lung_are_named_with_label_and_hu(tmp_path, out, kind):
-    put_named(tmp_path, ["a", "b"])
-    mine = put_masks(tmp_path, LESIONS[kind])
-    with pytest.raises(Mistake, match=rf"^{mine}/a\.nii\.gz: mean -8\d\d HU in ground-glass opacity \(label 2\)"):
-        run_named(tmp_path, out, "--lesions", mine)
-    assert not out.exists()
-
-
 def binary(seed):
     """A body whose lesion mask holds 0 and 1, and what is consolidation in truth."""
     hu, lung, lesion = body(seed=seed)

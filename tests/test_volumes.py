@@ -259,16 +259,6 @@ def test_any_other_value_is_named_with_its_voxel(tmp_path, ct, value, told):
         volumes.read_labels(save(tmp_path / "mask.nii", array, affine), (0, 1, 2), ct)
 
 
-def test_a_label_volume_that_stands_alone_is_turned_by_its_own_affine(tmp_path):
-    path = save(tmp_path / "labels.nii.gz", *stored_as(numbered() % 4 + 1e-9, "SRA"))
-    volume, labels = volumes.read_label_volume(path, (0, 1, 2, 3))
-    np.testing.assert_array_equal(labels, numbered() % 4)
-    assert labels.dtype == np.uint8
-    np.testing.assert_allclose(volume.millimetres, (0.7, 0.5))
-    with pytest.raises(Mistake, match="unknown label 3 at voxel"):
-        volumes.read_label_volume(path, (0, 1, 2))
-
-
 # Writing
 
 

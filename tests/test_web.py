@@ -506,18 +506,6 @@ def test_without_the_shipped_generator_the_page_says_so_and_takes_one_that_is_dr
     assert (labels == 2).any()
 
 
-def test_a_shipped_generator_that_comes_late_gives_way_to_the_one_picked(new_page, site, generator):
-    waiting = []
-    page = new_page({SHIPPED: lambda route: waiting.append(route)}).open(site)
-    page.pick("generator", generator)
-    page.wait_for("generator.onnx, trained at")
-    with page.tab.expect_response(SHIPPED):
-        waiting[0].fulfill(path=generator)
-    page.stroke((15, 30), (20, 40))
-    page.with_slice()
-    assert page.tab.inner_text("#about").startswith("generator.onnx")
-
-
 def test_where_memory_runs_out_the_page_says_so_and_smaller_maps_go_on(launch, new_page, site, generator, tmp_path):
     little = launch("--js-flags=--wasm-max-mem-pages=800")  # of 64 KiB
     page = new_page(browser=little).open(site).with_slice()

@@ -1,20 +1,17 @@
 """What holds for every input, where that says more than examples: drawn by hypothesis."""
 
-import math
-
-import nibabel as nib
 import numpy as np
 import pytest
 import torch
 from conftest import draw_map
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from hypothesis.extra.numpy import array_shapes, arrays
+from hypothesis.extra.numpy import arrays
 from whole import MODEL
 
 import covidgan
 import infer_onnx
-from data import slices, volumes
+from data import slices
 
 pytestmark = pytest.mark.long
 SQUARES = st.integers(1, 24).map(lambda side: (side, side))
@@ -53,36 +50,6 @@ def test_every_slice_is_read_as_it_was_written_by_both_readers(tmp_path, hu):
     slices.write_image(tmp_path / "a.png", hu)
     assert np.array_equal(slices.read_image(tmp_path / "a.png"), hu)
     assert np.array_equal(in_training(tmp_path, hu, np.ones(hu.shape, np.uint8))[0], hu)
-
-
-@st.composite
-def affines(draw):
-    """Axes in some order, of some signs and sizes, tilted about x by up to 34 degrees."""
-    axes, tilt = draw(st.permutations(range(3))), draw(st.floats(0, 0.6))
-    signs, sizes = draw(st.tuples(*[st.sampled_from((-1, 1))] * 3)), draw(st.tuples(*[st.floats(0.1, 9)] * 3))
-    turn = np.array([[1, 0, 0], [0, math.cos(tilt), -math.sin(tilt)], [0, math.sin(tilt), math.cos(tilt)]])
-    matrix = np.eye(4)
-    matrix[:3, :3] = turn @ (np.eye(3)[axes] * signs) * sizes
-    matrix[:3, 3] = draw(st.tuples(*[st.floats(-500, 500)] * 3))
-    return matrix
-
-
-@of_many()
-@given(
-    affines(),
-    st.sampled_from(("u1", "i2", "u2", "i4", "f4", "f8")),
-    array_shapes(min_dims=3, max_dims=3, min_side=3, max_side=5),
-    st.sampled_from((".nii", ".nii.gz")),
-)
-def test_every_volume_lies_where_its_model_lay_whatever_its_affine_and_type(tmp_path, affine, kind, shape, ending):
-    numbers = np.arange(np.prod(shape), dtype=np.int16).reshape(shape)
-    nib.save(nib.Nifti1Image(numbers.astype(kind), affine), tmp_path / f"a{ending}")
-    read = volumes.read_volume(tmp_path / f"a{ending}", note=str)
-    volumes.write_volume(tmp_path / f"b{ending}", read, read.voxels)
-    written = nib.load(tmp_path / f"b{ending}")
-    assert np.array_equal(np.asanyarray(written.dataobj), numbers)
-    assert np.array_equal(written.affine, nib.load(tmp_path / f"a{ending}").affine)
-    assert np.array_equal(volumes.read_volume(tmp_path / f"b{ending}", note=str).voxels, read.voxels)
 
 
 @of_many()

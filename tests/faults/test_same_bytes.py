@@ -1,9 +1,8 @@
 """The same seed on the same machine gives the same bytes; of training test_kill.py says it, of data test_phantom.py."""
 
-import numpy as np
 import pytest
-from conftest import ROOT, draw_map
-from whole import MODEL, check_same, files_of, put_maps, put_volume, put_volumes
+from conftest import ROOT
+from whole import MODEL, check_same, files_of, put_maps, put_volumes
 
 pytestmark = pytest.mark.long
 INFER = ["--model", MODEL, "--threads", 1, "--provider", "cpu"]
@@ -55,12 +54,6 @@ def test_variants_of_a_seed(form, twice, tmp_path):
     maps = put_maps(tmp_path / "maps")
     options = ["--variants", 3, "--seed", 5, "--format", form, *INFER]
     twice(lambda out, _: [["infer_onnx.py", maps, *options, "--out", out]])
-
-
-def test_a_volume(twice, tmp_path):
-    put_volume(tmp_path / "labels.nii.gz", np.stack([draw_map(shift=z) for z in range(4)]))
-    out = twice(lambda out, _: [["infer_onnx.py", tmp_path / "labels.nii.gz", *INFER, "--out", out]])
-    assert (out / "volumes" / "labels.nii.gz").exists()
 
 
 def test_shards_beside_each_other_make_what_one_run_makes(cli, tmp_path):
