@@ -114,7 +114,6 @@ class Config(LoopConfig):
     n_local_blocks: int = 3  # residual blocks of G2
     n_gen: Literal[1, 2, 3] = 2  # generators: 1 = G1 at full size, 2 = G1 and G2, 3 = one more between (Table V)
     n_dis: Literal[1, 2, 3] = 2  # discriminators: D1 at full size, D2 at half, D3 at a quarter (Table V)
-    norm: Literal["instance", "running"] = "instance"  # of G in synthesis: by the slice's statistics, or by all slices'
     draws: float = 0.0  # G takes in noise, so that one map gives many slices; weight of L_redraw, see Covidgan.redrawn
     desum: Literal["learned", "fixed", "sum"] = "learned"  # alpha from F_local | 0.5 | F + F
     dfm: Literal["learned", "fixed", "off"] = "learned"  # beta from D1 | --beta | no feature matching
@@ -131,7 +130,7 @@ BEST: dict[str, Any] = dict(batch=4, dfm="fixed", beta=0.1, lambda_dfm=3.0)  # f
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": dict(noise=0.01, contrast=0.0, ema=0.0),
     "best": BEST,
-    "steered": BEST | dict(norm="running", steer=True, draws=20.0, lr=1e-4),  # from one of best, by --init
+    "steered": BEST | dict(steer=True, draws=30.0, lr=1e-4),  # from one of best, by --init
     "demo": BEST
     | dict(size=128, ngf=24, ndf=24, n_blocks=4, n_local_blocks=2, epochs=2, epoch_len=1200, interval=150)
     | dict(lr=6e-4, beta=0.5, contrast=6.0),  # to suit its few steps, on the phantom
@@ -262,8 +261,6 @@ class Generator(nn.Module):
         self.g1 = GlobalGenerator(c_in, widest, c.n_blocks)
         self.locals = nn.ModuleList([LocalGenerator(c_in, w, c.n_local_blocks) for w in widths])
         self.desums = nn.ModuleList([Desum(2 * w, c.desum) for w in widths])
-        if c.norm == "running":
-            replace(self, nn.InstanceNorm2d, lambda n: nn.InstanceNorm2d(n.num_features, track_running_stats=True))
 
     def forward(self, onehot: Tensor, stage: str = "joint", seed: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """What is given [B, channels, H, W] to an image [B, 1, H, W] in [-1, 1] and the finest sum's alpha [B], else 1.
@@ -1136,7 +1133,7 @@ def widened(old: dict[str, Tensor], new: dict[str, Tensor], n_labels: int) -> di
         if weight.ndim == 4 and (more := new[name].shape[1] - weight.shape[1]):
             room = weight.new_zeros(len(weight), more, *weight.shape[2:])
             old[name] = torch.cat([weight[:, :n_labels], room, weight[:, n_labels:]], 1)
-    return new | old  # running statistics may be new
+    return old
 
 
 def parse_config(argv: list[str], method: type[Method] = Covidgan) -> LoopConfig:

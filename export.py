@@ -358,7 +358,6 @@ def rewrite(generator: nn.Module, fp16: bool, target: str) -> nn.Module:
             parametrize.remove_parametrizations(layer, name)
     if hasattr(generator, "fold"):
         generator.fold()
-    replace(generator, nn.InstanceNorm2d, of_all_slices)
     drop_biases(generator)
     if fp16:
         generator.half()
@@ -373,15 +372,6 @@ def rewrite(generator: nn.Module, fp16: bool, target: str) -> nn.Module:
             if block.body[1].in_channels == widest:
                 replace(block, nn.Conv2d, WinogradConv)
     return generator
-
-
-def of_all_slices(norm: nn.InstanceNorm2d) -> nn.Module:
-    """Of instance norm with running statistics the batch norm that applies them; any other as it is."""
-    if not norm.track_running_stats:
-        return norm
-    fixed = nn.BatchNorm2d(norm.num_features, affine=False)
-    fixed.load_state_dict(norm.state_dict())
-    return fixed.eval()
 
 
 class TwoStageNorm(nn.Module):

@@ -99,8 +99,8 @@ def exported(tmp_path_factory):
         "one": (dict(n_gen=1), ["--terms", "CC BY 4.0, by allocation"]),
         "cpu": (dict(), ["--target", "cpu"]),
         "packed": (dict(), ["--pack"]),
-        "steered": (dict(steer=True, draws=1.0, norm="running"), []),
-        "steered fp16": (dict(draws=1.0, norm="running"), ["--fp16"]),
+        "steered": (dict(steer=True, draws=1.0), []),
+        "steered fp16": (dict(draws=1.0), ["--fp16"]),
         "steered cpu": (dict(steer=True), ["--target", "cpu"]),
     }
     made = {}
@@ -206,14 +206,13 @@ def test_any_batch_height_and_width_agrees_with_training(exported, variant, shap
 
 
 @pytest.mark.parametrize("desum", ["learned", "fixed", "sum"])
-@pytest.mark.parametrize("options", [dict(), dict(norm="running"), dict(n_gen=3, n_labels=3, size=64)])
+@pytest.mark.parametrize("options", [dict(), dict(n_gen=3, n_labels=3, size=64)])
 def test_what_is_traced_is_what_was_trained_for_every_kind_of_network(desum, options):
     _, c, generator = checkpoint_of(desum=desum, **options)
     _, _, traced = checkpoint_of(desum=desum, **options)
     export.rewrite(traced, fp16=False, target="cpu")
     kinds = {type(module) for module in traced.modules()}
-    assert {export.BlockedConv, export.WinogradConv} < kinds and nn.InstanceNorm2d not in kinds
-    assert (export.TwoStageNorm in kinds) == ("norm" not in options)
+    assert {export.BlockedConv, export.WinogradConv, export.TwoStageNorm} < kinds and nn.InstanceNorm2d not in kinds
     maps = export.example_map(2, 128, 4 * covidgan.Covidgan.multiple(c), c.n_labels)
     with torch.no_grad():
         ct, alpha = export.DeployedGenerator(traced, c)(torch.from_numpy(maps))
