@@ -35,7 +35,7 @@ page = Page(ROOT / "docs/tour.py", WORK.parent if QUICK else ROOT / "docs")
 # ## 1. A map is four pictures
 # The networks see no colours. `one_hot` gives each label a channel of its own, with a 1 where the label is. The target,
 # the training picture that D sees as real, is the lung alone (Fig. 1); the real slice surrounds it later. "Real" means
-# the phantom in cells 1 to 7: a drawn chest with vessels, lesions and a scanner's weak grain, of 15 to 30 HU.
+# the phantom in cells 1 to 7: a drawn chest with vessels, lesions and a scanner's grain. That is weak, 15 to 30 HU.
 # %%
 names = draw_chests(WORK, patients=12)  # 16 slices of each
 slices.write_split(WORK / "split.json", names[:144], names[144:], [], {})  # three patients are held out
@@ -136,7 +136,7 @@ page.show("decisions", figure, told.format(*right) + "A guess is right on 50.")
 # D's first three layers make of the real and of the synthetic pair. Their distances are t1 in D1 and t2 in D2:
 # L = (1 - beta) t1 + beta t2. The paper trains beta by minimising. So it goes to whichever D is easier to match, until
 # a clamp stops it, at 0.1 or 0.9 (`--beta-margin 0.1`). In cell 2 it runs there in stage g2. In the joint stage it
-# turns back, and stays at 0.5: on the way the ReLUs of its network have died as alpha's, and a bias alone moves slowly.
+# turns back, and stays near 0.5. On the way the ReLUs of its network have died, as alpha's; a bias alone moves slowly.
 # %%
 maps = []
 for k, i in np.ndindex(2, 3):
@@ -152,9 +152,9 @@ page.show("dfm", figure, f"{told} Of beta's hidden neurons {neurons:.0f} % fire.
 # %% [markdown]
 # ## 6. The same, broken on purpose
 # Three mistakes, one at a time, about as long, from one seed. Look at vessels, grain and edges; then at KID (cell 7).
-# - **Noise on the target**, of the kind in the paper's Table I, but strong: 75 HU, where the phantom's own grain has 15
-#   to 30. D sees it in every target. G has no dice: for a map it has one slice, and grain in one fixed pattern, where
-#   vessels drown. The pictures and KID tell it, D's loss does not. So our D is shown no added noise.
+# - **Noise on the target**, as in the paper's Table I, but strong: 75 HU. The phantom's own grain has 15 to 30. D sees
+#   it in every target. G has no dice: for a map it has one slice, and grain in one fixed pattern, where vessels drown.
+#   The pictures and KID tell it, D's loss does not. So our D is shown no added noise.
 # - **D sees whole images**, unmagnified. Texture is hundredths beside the lung's edge and the map's 0 and 1. So D wins
 #   by edges, is blind to texture, and teaches none.
 # - **No second generator**: G1 alone, at full size. It has no stages: its curve is drawn over all three.
