@@ -1,8 +1,9 @@
-"""What the tour draws and measures with: pictures in rows, bars, curves, KID's features, and the page itself."""
+"""What the tour trains on, draws and measures with: slices, pictures in rows, curves, features, the page itself."""
 
 import functools
 import json
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,13 @@ from numpy.typing import ArrayLike
 from PIL import Image
 from scipy import ndimage
 
+import covidgan
+import eval as evaluation
 import features
+import infer_onnx
+from data import phantom, slices
+
+CARD = Path(__file__).resolve().parents[1] / "models/README.md"
 
 
 class Page:
@@ -85,3 +92,54 @@ def looks(lungs: torch.Tensor) -> np.ndarray:
     """What an ImageNet classifier sees in lungs [N, 1, H, W] in [-1, 1]: features [N, 1280], for KID."""
     with torch.no_grad():
         return classifier()(((lungs[:, 0] + 1) * 127.5).round().byte())[-1].numpy()
+
+
+def draw_chests(folder: Path, patients: int) -> list[str]:
+    """Write 16 slices of each of some phantom patients, 96 x 96 about the lungs, with their maps; returns the names."""
+    (folder / "maps").mkdir(parents=True)
+    (folder / "images").mkdir()
+    names = []
+    for number in range(1, patients + 1):
+        patient = phantom.draw_patient(0, number)
+        for k in range(1, 17):
+            hu, labels = (x[24:120, 24:120] for x in phantom.draw_slice(patient, 0.95 - 0.05 * k, 144))
+            names.append(slices.slice_name(number, k))
+            slices.write_image(folder / "images" / f"{names[-1]}.png", hu)
+            slices.write_map(folder / "maps" / f"{names[-1]}.png", labels)
+    return names
+
+
+def blurred(lungs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Lungs [N, 1, H, W] out of focus: each pixel the mean of the lung about it, by a Gaussian of one pixel."""
+    inside = (labels > 0).float()
+    total, weight = (ndimage.gaussian_filter(x, (0, 0, 1, 1)) for x in (lungs * inside, inside))
+    return covidgan.lung_target(torch.from_numpy(total / weight.clip(1e-6)), labels)
+
+
+def firing(net: covidgan.WeightingNet, seen: torch.Tensor) -> float:
+    """Share, %, of the hidden neurons of alpha's or beta's network that fire for features [N, c, H, W]."""
+    with torch.no_grad():
+        return 100 * (net.fc[:2](net.convs(seen).mean((2, 3))) > 0).float().mean().item()
+
+
+def grey(hu: np.ndarray) -> np.ndarray:
+    """HU through the window, as a picture in [-1, 1]."""
+    return slices.windowed(hu) / 127.5 - 1
+
+
+def card() -> dict[str, str]:
+    """The figures of the shipped generator's card, by row: what stands in the table's other columns."""
+    return dict(re.findall(r"(?m)^\| ([^|]+) \| (.+) \|$", CARD.read_text()))
+
+
+def make(generator: infer_onnx.Generator, labels: np.ndarray, seed: int = 0, density: float = np.nan) -> np.ndarray:
+    """HU [H, W] of a map; where the generator takes them, of a seed and of a density, HU, by default its own."""
+    told = {"seed": np.array([seed]), "density": np.array([density]), "detail": np.array([np.nan])}
+    return generator(labels[None], told)[0].astype(float)
+
+
+def neighbours(volume: list[np.ndarray], maps: list[np.ndarray]) -> float:
+    """Mean correlation of detail finer than 3 pixels, where it is healthy, of slices that follow each other, HU."""
+    pairs = zip(pairwise(volume), pairwise(maps), strict=True)
+    found = [evaluation.likeness(*np.float64(hu), (a == 1) & (b == 1)) for hu, (a, b) in pairs]
+    return float(np.mean([pair["detail"] for pair in found]))

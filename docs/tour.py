@@ -9,9 +9,7 @@
 # `python docs/tour.py` takes eight minutes of one core, less on two, and writes this page. In VS Code or Jupyter its
 # cells run one by one. Another processor changes details. At the end come [six exercises](exercises.md). Equations and
 # figures (Eq., Fig.) are the paper's. `covidgan.py` holds the whole method, from top to bottom.
-
 # %%
-import re
 import shutil
 import sys
 from pathlib import Path
@@ -19,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib import colormaps
-from scipy import ndimage
 
 ROOT = next(p for p in Path(globals().get("__file__", "cell")).resolve().parents if (p / "covidgan.py").exists())
 sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
@@ -27,7 +24,7 @@ import covidgan
 import eval as evaluation
 import infer_onnx
 from data import phantom, slices
-from tools import Page, bars, curves_of, looks, tiles
+from tools import Page, bars, blurred, card, curves_of, draw_chests, firing, grey, looks, make, neighbours, tiles
 
 QUICK = "--quick" in sys.argv
 WORK = Path(sys.argv[-1]).resolve() / "work" if QUICK else ROOT / "out" / "tour"
@@ -36,20 +33,11 @@ page = Page(ROOT / "docs/tour.py", WORK.parent if QUICK else ROOT / "docs")
 
 # %% [markdown]
 # ## 1. A map is four pictures
-# The networks see no colours. `one_hot` gives each label a channel of its own, with a 1 where the label is.
-# The target is the lung alone (Fig. 1). All else is the window's floor; the real slice fills it in later.
-# "Real" means the phantom in cells 1 to 7: a drawn chest with vessels, lesions and a scanner's fine grain.
-
+# The networks see no colours. `one_hot` gives each label a channel of its own, with a 1 where the label is. The target,
+# the training picture that D sees as real, is the lung alone (Fig. 1); the real slice surrounds it later. "Real" means
+# the phantom in cells 1 to 7: a drawn chest with vessels, lesions and a scanner's grain. That is weak, 15 to 30 HU.
 # %%
-(WORK / "maps").mkdir(parents=True)
-(WORK / "images").mkdir()
-for number in range(1, 13):
-    patient = phantom.draw_patient(0, number)
-    for k in range(1, 17):
-        hu, m = (x[24:120, 24:120] for x in phantom.draw_slice(patient, 0.95 - 0.05 * k, 144))  # about the lungs
-        slices.write_image(WORK / "images" / f"{slices.slice_name(number, k)}.png", hu)
-        slices.write_map(WORK / "maps" / f"{slices.slice_name(number, k)}.png", m)
-names = sorted(path.stem for path in (WORK / "maps").iterdir())
+names = draw_chests(WORK, patients=12)  # 16 slices of each
 slices.write_split(WORK / "split.json", names[:144], names[144:], [], {})  # three patients are held out
 knobs = dict(size=96, ngf=16, ndf=16, n_blocks=3, n_local_blocks=2, lr=6e-4, batch=2, epochs=1, interval=10**6)
 knobs |= dict(contrast=6.0, ema=0.99, lambda_dfm=3.0, epoch_len=20 if QUICK else 640, dtype="float32", device="cpu")
@@ -68,7 +56,7 @@ page.show("map", figure, "Mean HU: lung {:.0f}, ground glass {:.0f}, consolidati
 # D learns to tell real lungs from synthetic ones, G to deceive D. There are three stages (Fig. 2): G1 paints alone at
 # half size, then G2 alone at full size, then both together. Watch `d`, the loss of D. A D that only guesses pays ln 2
 # for each of its networks: 0.69 in stage g1, 1.39 later. Far below, D has won. At that level it is blind, or G perfect.
-# Alpha and beta weigh two things each. Where there is but one, alpha is told as 1, and beta as 0.
+# Alpha weighs G2 against G1 (cell 3), beta D2 against D1 (cell 5). Of one alone alpha is told as 1, beta as 0.
 
 
 # %%
@@ -98,12 +86,14 @@ page.show("training", figure, f"At the end d is {d:.2f}, alpha {alpha:.2f}, beta
 
 # %% [markdown]
 # ## 3. What G1 and G2 make, and what DESUM joins
-# G1 sees the map at half size and far around. It places things, but its pixels are coarse. G2 works at full size.
-# DESUM adds not their pictures but their features (Eq. 1): F_out = alpha F_local + (1 - alpha) F_global. F_local is
-# G2's, F_global G1's. The second half of G2 then paints F_out. A small network reads one alpha a slice from F_local.
-# We may set it by hand: at 0 the picture comes from G1's features alone, at 1 from G2's. Which of them paints lesions?
-# Below, alpha by slice: does it do what its name promises? [Readings](readings.md#what-alpha-and-beta-did) has more.
-
+# G1 sees the map at half size and far around, so its pixels are coarse. G2 works at full size. DESUM, the dynamic
+# element-wise sum, adds not their pictures but their features (Eq. 1): F_out = alpha F_local + (1 - alpha) F_global.
+# F_local is G2's, F_global G1's. The second half of G2 then paints F_out. A small network reads one alpha a slice from
+# F_local. We may set it by hand: at 0 the picture comes from G1's features alone, at 1 from G2's. Which of them paints
+# lesions, which vessels? Here G2's features carry lesions and edges, G1's the spots that stand for vessels. Does alpha
+# follow the slice, as "dynamic" promises? Here it is the same for all. Of the small network's hidden neurons hardly any
+# fires: ReLUs that have died. A bias is left, which has hardly moved alpha from its start, 0.5. It has done
+# [more on real CT](readings.md#what-alpha-and-beta-did), though not in every run.
 # %%
 g = trainer.average.g
 with torch.no_grad():
@@ -112,17 +102,19 @@ with torch.no_grad():
     painted = [covidgan.lung_target(g.locals[0].head(g.locals[0].up(f)), labels) for f in (f_global, f_out, f_local)]
 titles = ["G1, after g1", "G2, after g2", "joint, alpha 0: G1's", f"alpha {alpha[one]:.2f}, learned", "1: G2's", "real"]
 figure, plots = tiles(titles, [*by_stage[:2], *(x[one, 0] for x in painted), real[one, 0]], 6, 1)
-lesion = (labels > 1).sum((1, 2, 3)) / (labels > 0).sum((1, 2, 3))
-plots[0].scatter(100 * lesion, alpha)
+above = [750 * (x[labels == 3].mean() - x[labels == 1].mean()) for x in (painted[0], painted[2], real)]  # 750 HU are 1
+plots[0].scatter(100 * (labels > 1).sum((1, 2, 3)) / (labels > 0).sum((1, 2, 3)), alpha)
 plots[0].set(xlabel="lesion, % of the lung; a dot for each held-out slice", ylabel="alpha", ylim=(0.4, 0.6))
-page.show("desum", figure, f"On held-out slices alpha is {alpha.min():.5f} to {alpha.max():.5f}.")
+told = "Consolidation is denser than lung by {:.0f} HU of G1's features, {:.0f} of G2's, {:.0f} in real. Alpha is "
+told = told.format(*above) + f"{alpha.min():.4f} to {alpha.max():.4f} on held-out slices, where "
+page.show("desum", figure, told + f"{firing(g.desums[0].net, f_local):.0f} % of its network's hidden neurons fire.")
 
 # %% [markdown]
 # ## 4. What D1 and D2 see, and what they decide
-# Each decision sees a patch of 70 x 70 pixels (the box). D2 sees half the size, so its patches reach twice as far. D
-# judges pairs of map and image. It sees the lung alone, its HU magnified six times about those of healthy lung. Red:
-# taken for real. Blue: taken for synthetic. A good D is red above and blue below; a good G makes both pale.
-
+# Each decision sees a patch of 70 x 70 pixels (the box) of the slice's 96 x 96. D2 sees half the size, so its patches
+# reach beyond the slice. D judges pairs of map and image. It sees the lung alone, its HU magnified six times about
+# those of healthy lung. Red: taken for real. Blue: taken for synthetic. A good D is red above and blue below; a good G
+# makes both pale. Here D1 is near guessing: much of the real slice is blue, too.
 # %%
 with torch.no_grad():
     fake = trainer.method.synthesize(onehot, "joint")  # not averaged, as D knows it
@@ -135,15 +127,16 @@ for x, features_of in zip(seen, judged, strict=True):
         right.append(100 * ((logits > 0) == (x is seen[0])).float().mean())
     pictures[-4][[13, 82], 13:83] = pictures[-4][13:83, [13, 82]] = 1  # the box
 figure, _ = tiles(["real, as D1 sees it", "D1 decides", "as D2 sees it", "D2 decides", "synthetic"], pictures, 4)
-told = "On held-out slices D1 is right on {:.0f} % of real patches, D2 on {:.0f}; of synthetic {:.0f} and {:.0f}."
-page.show("decisions", figure, told.format(*right))
+told = "On held-out slices D1 is right on {:.0f} % of real patches, D2 on {:.0f}; of synthetic {:.0f} and {:.0f}. "
+page.show("decisions", figure, told.format(*right) + "A guess is right on 50.")
 
 # %% [markdown]
 # ## 5. The three feature maps that DFM compares
-# D's answer is one number for a patch. DFM (Eq. 4) asks for reasons too. It compares what D's first three layers make
-# of the real and of the synthetic pair. Their distances are t1 in D1 and t2 in D2: L = (1 - beta) t1 + beta t2.
-# The paper trains beta by minimising. So beta goes to whichever D is easier to match, until its clamp stops it.
-
+# D's answer is one number for a patch. DFM, dynamic feature matching (Eq. 4), asks for reasons too. It compares what
+# D's first three layers make of the real and of the synthetic pair. Their distances are t1 in D1 and t2 in D2:
+# L = (1 - beta) t1 + beta t2. The paper trains beta by minimising. So it goes to whichever D is easier to match, until
+# a clamp stops it, at 0.1 or 0.9 (`--beta-margin 0.1`). In cell 2 it runs there in stage g2. In the joint stage it
+# turns back, and stays near 0.5. On the way the ReLUs of its network have died, as alpha's; a bias alone moves slowly.
 # %%
 maps = []
 for k, i in np.ndindex(2, 3):
@@ -153,20 +146,21 @@ pictures = [2 * x[row] / x.max() - 1 for row in range(3) for x in maps]
 figure, _ = tiles([f"D{k + 1}, map {i + 1}" for k, i in np.ndindex(2, 3)], pictures, 6)
 t1, t2 = (covidgan.feature_distance(*both).mean() for both in zip(*judged, strict=True))
 told = f"From above: real, synthetic, distance, means over channels. t1 is {t1:.2f}, t2 {t2:.2f}, beta {beta:.2f}."
-page.show("dfm", figure, told)
+neurons = firing(trainer.method.dfm.net, judged[0][0][2])
+page.show("dfm", figure, f"{told} Of beta's hidden neurons {neurons:.0f} % fire.")
 
 # %% [markdown]
 # ## 6. The same, broken on purpose
-# Three mistakes, one at a time, of the same seed, about as long. Look at D's loss, at vessels, at grain and at edges.
-# - **Noise on the target**, as the paper's Table I has it, but stronger. D sees it in every real slice. G has no dice:
-#   for a map it has one slice, and grain in one fixed pattern, where vessels drown. So our D is shown no such noise.
+# Three mistakes, one at a time, about as long, from one seed. Look at vessels, grain and edges; then at KID (cell 7).
+# - **Noise on the target**, as in the paper's Table I, but strong: 75 HU. The phantom's own grain has 15 to 30. D sees
+#   it in every target. G has no dice: for a map it has one slice, and grain in one fixed pattern, where vessels drown.
+#   The pictures and KID tell it, D's loss does not. So our D is shown no added noise.
 # - **D sees whole images**, unmagnified. Texture is hundredths beside the lung's edge and the map's 0 and 1. So D wins
 #   by edges, is blind to texture, and teaches none.
-# - **No second generator**: G1 alone, at full size.
-
+# - **No second generator**: G1 alone, at full size. It has no stages: its curve is drawn over all three.
 # %%
-mistakes = {"noise": dict(noise=0.05), "whole images": dict(contrast=0.0)}
-mistakes |= {"one generator": dict(n_gen=1, epoch_len=c.epoch_len * 3 // 2)}  # about as long as three stages take
+single = dict(n_gen=1, epoch_len=c.epoch_len * 3 // 2)  # takes about as long as three stages
+mistakes = {"noise": dict(noise=0.05), "whole images": dict(contrast=0.0), "one generator": single}
 runs = {"as it is": (trainer, lungs, curves)} | {name: train(name, **how) for name, how in mistakes.items()}
 made = {name: lungs[-1] for name, (_, lungs, _) in runs.items()}
 figure, plots = tiles(["real", *made], [x[k, 0] for k in (one, another) for x in (real, *made.values())], 5, 2)
@@ -176,23 +170,21 @@ plots[0].legend(fontsize=7)
 plots[0].set(xlabel="stage", ylabel="d")
 kid = {name: evaluation.kid(looks(real), looks(lung)) for name, lung in made.items()}
 bars(plots[1], kid, "KID of lungs: 0 is best")
-page.show("broken", figure, "KID: " + ", ".join(f"{name} {kid[name]:.3f}" for name in kid) + ".")
+page.show("broken", figure, "KID, one seed each: " + ", ".join(f"{name} {kid[name]:.3f}" for name in kid) + ".")
 
 # %% [markdown]
 # ## 7. Which figure to trust
 # Pixel figures ask: is each pixel as it was? A map does not say where vessels run, so nobody can answer that. The
-# safest answer is a mean, paint without texture. KID asks: do the two sets look alike? So another patient's real lungs
-# must score well in it, since they are real. For looks trust KID, beside its floor. For the place and density of
-# lesions trust pixel figures. Look at the pictures in any case. The features are ImageNet's (efficientnet-lite0):
-# KIDs of other features cannot be compared with these.
-
+# safest answer is a mean, paint without texture. KID, the kernel inception distance, asks: do two sets look alike? So
+# another patient's real lungs must score well in it: they lie at its floor. "Blurred" is the real slice itself, out of
+# focus; after a minute's training covidgan is hardly better by KID. For looks trust KID, beside its floor. For the
+# place and density of lesions trust pixel figures. Look at the pictures in any case. KIDs of other features than these
+# (efficientnet-lite0, of ImageNet) cannot be compared.
 # %%
 others = covidgan.lung_target(covidgan.window(train_side.hu, c), train_side.labels)[:48]  # at the same heights
 mean_hu = covidgan.lung_target(sum(real[labels == k].mean() * (labels == k) for k in (1, 2, 3)), labels)
-inside = (labels > 0).float()
-values, weights = (torch.from_numpy(ndimage.gaussian_filter(x, (0, 0, 1, 1))) for x in (real * inside, inside))
-blurred = covidgan.lung_target(values / weights.clip(1e-6), labels)
-sets = {"mean HU of labels": mean_hu, "blurred": blurred, "another patient": others, "covidgan": made["as it is"]}
+sets = {"mean HU of labels": mean_hu, "real, blurred": blurred(real, labels), "another patient": others}
+sets["covidgan"] = made["as it is"]
 figure, plots = tiles(["real", *sets], [lung[one, 0] for lung in (real, *sets.values())], 5, 2)
 psnr = {name: -10 * ((lung - real) / 2).square().mean((1, 2, 3)).log10().mean() for name, lung in sets.items()}
 kid = {name: evaluation.kid(looks(real), looks(lung)) for name, lung in sets.items()}
@@ -204,46 +196,55 @@ page.show("figures", figure, f"PSNR and KID: {told}. KID's floor, real half agai
 
 # %% [markdown]
 # ## 8. Where the shipped generator is still told from real
-# `models/covid-ct-256.onnx` was trained on real CT. A map moved by one pixel should give its slice moved by one pixel.
-# Ground glass painted in one lung should leave the other alone. But instance norm takes its mean from the whole slice.
-# So vessels are repainted everywhere. They are short, ground glass is blotchy, and fissures are missing: no map has
-# them. What only real CT can tell stands in [its card](../models/README.md).
-
+# `models/covid-ct-256.onnx` was trained on real CT. A map moved by one pixel should give its slice, moved. It does not:
+# layers that halve the size keep every second pixel, and now they keep others. G halves four times, so after 16 pixels
+# they keep the same. What changes then comes from the frame's border, and from noise, whose pattern does not move.
+# - **Above:** moved by one pixel. The slice is moved back before it is shown and subtracted.
+# - **Below:** ground glass in one lung. Is the other one still? Instance norm takes its mean from the whole slice, and
+#   so carries a lesion across. In synthesis preset `steered` takes a mean of all slices instead.
+# - **Last,** only where the generator can be steered: another seed, and two densities of healthy lung.
+#
+# "Near" is a part at twice the size. In "what changed" mid-grey is nothing, black -400 HU, white 400. Compare vessels
+# and ground glass with real CT, where there are fissures too. [Its card](../models/README.md) has figures for it.
 # %%
 shipped = infer_onnx.Generator(*infer_onnx.open_session(infer_onnx.SHIPPED_MODEL, "cpu"))
 chest = slices.read_map(infer_onnx.EXAMPLES / "P02_S015.png")
 ill_map, other_lung = evaluation.paint(chest, 4)
-plain, moved, ill = (shipped(m[None])[0].astype(float) for m in (chest, np.roll(chest, 1, 1), ill_map))
-moved, frame, near = np.roll(moved, -1, 1), np.s_[56:218, 30:226], np.s_[88:169, 36:134]
-a, b, e = (slices.windowed(x) / 127.5 - 1 for x in (plain, moved, ill))
-pictures = [a[near], a[frame], b[frame], ((moved - plain) / 400)[frame]]
-pictures += [e[near], slices.coloured(ill_map)[frame], e[frame], ((ill - plain) / 400)[frame]]
+healthy, frame, near = chest == 1, np.s_[56:218, 30:226], np.s_[88:169, 36:134]
+plain, ill = make(shipped, chest), make(shipped, ill_map)
+moved, far = (np.roll(make(shipped, np.roll(chest, k, 1)), -k, 1) for k in (1, 16))
+pictures = [grey(plain)[near], grey(plain)[frame], grey(moved)[frame], ((moved - plain) / 400)[frame]]
+pictures += [grey(ill)[near], slices.coloured(ill_map)[frame], grey(ill)[frame], ((ill - plain) / 400)[frame]]
 titles = ["near", "slice", "map moved by a pixel", "what changed", "near", "a lesion", "slice", "what changed"]
+cases = (moved, healthy), (far, healthy), (ill, other_lung)
+by_1, by_16, by_ill = (evaluation.rms((x - plain)[at]) for x, at in cases)
+told = f"Healthy lung changes by {by_1:.0f} HU RMS when the map moves by 1 pixel, by {by_16:.0f} when by 16. "
+told += f"Ground glass in the one lung changes the other by {by_ill:.0f} HU RMS."
+if shipped.info["steers"]:
+    drawn, light, heavy = (make(shipped, chest, *how) for how in ((1,), (0, -840), (0, -720)))
+    pictures += [grey(drawn)[frame], ((drawn - plain) / 400)[frame], grey(light)[frame], grey(heavy)[frame]]
+    titles += ["seed 1 in place of 0", "what changed", "told -840 HU", "told -720 HU"]
+    told += f" Another seed changes healthy lung by {evaluation.rms((drawn - plain)[healthy]):.0f} HU RMS."
+    told += f" Told -840 and -720 HU, its mean is {light[healthy].mean():.0f} and {heavy[healthy].mean():.0f}."
 figure, _ = tiles(titles, pictures, 4, shape=162 / 196)
-card = dict(re.findall(r"^\| ([^|]+) \| (.+) \|$", (ROOT / "models/README.md").read_text(), re.M))
-change = [evaluation.rms(x) for x in ((moved - plain)[chest == 1], (ill - plain)[other_lung])]
-told = "A pixel's move changes healthy lung by {:.0f} HU RMS, ground glass in the one lung the other by {:.0f}."
-power = card["fine texture, share of the real power"].replace(" |", ", real halves")
-page.show("shipped", figure, f"{told.format(*change)} Power of fine texture against real CT, by the card: {power}.")
+page.show("shipped", figure, told)
 
 # %% [markdown]
 # ## 9. In a volume
 # Each slice is made by itself, from a map that hardly changes. So vessels run straight through: streaks. A real vessel
-# branches, and grain is new in every slice. A figure for it: how alike are neighbours in fine detail? Beside the tour,
-# teachers of radiology find one lung with and without lesions under a slider: [web/gallery.html](../web/gallery.html).
-
+# branches, and grain is new in every slice. A figure for it: how alike are neighbours in fine detail?
+#
+# For teachers of radiology: one lung with and without lesions, under a slider, in [a gallery](../web/gallery.html).
 # %%
 patient = phantom.draw_patient(0, 2)
 hu, maps = zip(*[phantom.draw_slice(patient, z / phantom.HEIGHT, 256) for z in np.arange(100, 160, 2.5)], strict=True)
 volumes = [np.where(m > 0, x, -1350) for x, m in zip(hu, maps, strict=True)], [shipped(m[None])[0] for m in maps]
-pictures, detail = [slices.windowed(np.stack(v)[:, 150, 20:236]) / 127.5 - 1 for v in volumes], []
-for v in volumes:
-    pairs = [evaluation.likeness(*np.float64(v[k : k + 2]), (maps[k] == 1) & (maps[k + 1] == 1)) for k in range(23)]
-    detail.append(np.mean([pair["detail"] for pair in pairs]))
+pictures = [grey(np.stack(v)[:, 150, 20:236]) for v in volumes]
 figure, _ = tiles(["phantom, from the front", "shipped generator"], pictures, 2, shape=0.5)
-told = "Correlation of neighbours' detail: phantom {:.2f}, shipped {:.2f}. On real CT, by the card: shipped {}, {}."
-on_ct = card["correlation of their detail finer than 3 pixels"].split(" | ")
-page.show("volume", figure, told.format(*detail, *on_ct))
+by_card, of_real = card()["correlation of their detail finer than 3 pixels"].split(" | ")  # "0.16, the real ones"
+told = "Correlation of neighbours' detail: less is better. Phantom maps: phantom {:.2f}, shipped {:.2f}; real maps: "
+told = told.format(*(neighbours(v, maps) for v in volumes)) + f"real slices {of_real.partition(',')[0]}, "
+page.show("volume", figure, f"{told}shipped {by_card} (from models/README.md).")
 
 # %%
 page.write()

@@ -36,7 +36,7 @@ def body_of(path: Path, shape: tuple[int, int]) -> np.ndarray:
 def states_of(generator: infer_onnx.Generator, labels: np.ndarray, body: np.ndarray) -> list[np.ndarray]:
     """HU [H, W] of each of STATES.
 
-    Only the lesion is taken from the ill slices: the shipped generator repaints both lungs at each stroke.
+    Only the lesion is taken from the ill slices, so that the rest is the same, however far a stroke repaints the lungs.
     """
     lesion = labels > 1
     maps = [np.where(lesion, label, labels > 0).astype(np.uint8) for label in STATES.values()]
