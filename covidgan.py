@@ -115,8 +115,8 @@ class Config(LoopConfig):
     n_gen: Literal[1, 2, 3] = 2  # generators: 1 = G1 at full size, 2 = G1 and G2, 3 = one more between (Table V)
     n_dis: Literal[1, 2, 3] = 2  # discriminators: D1 at full size, D2 at half, D3 at a quarter (Table V)
     draws: float = 0.0  # G takes in noise, so that one map gives many slices; weight of L_redraw, see Covidgan.redrawn
-    desum: Literal["learned", "fixed", "sum"] = "learned"  # alpha from F_local | 0.5 | F + F
-    dfm: Literal["learned", "fixed", "off"] = "learned"  # beta from D1 | --beta | no feature matching
+    desum: Literal["learned", "global", "fixed", "sum"] = "learned"  # alpha from F_local | from F_global | 0.5 | F + F
+    dfm: Literal["learned", "d2", "fixed", "off"] = "learned"  # beta from D1 | from D2 | --beta | no feature matching
     # losses
     gan: Literal["bce", "lsgan", "hinge"] = "bce"  # Eq. 3 is bce
     lambda_dfm: float = 10.0  # weight of L_DFM in Eq. 2
@@ -229,20 +229,21 @@ class WeightingNet(nn.Module):
 class Desum(nn.Module):
     """Dynamic element-wise sum (Eq. 1): F_out = alpha F_local + (1 - alpha) F_global, one alpha per image.
 
-    alpha is computed from F_local, or "fixed" at 0.5; "sum" is the plain sum of "w/o DESUM" (Table V), twice that.
+    alpha is computed from F_local, or with kind "global" from F_global; "fixed" is alpha 0.5, and "sum" is the plain
+    sum of "w/o DESUM" (Table V), twice the fixed one.
     """
 
     def __init__(self, channels: int, kind: str) -> None:
         super().__init__()
         self.kind = kind
-        self.net = WeightingNet(channels, channels) if kind == "learned" else None
+        self.net = WeightingNet(channels, channels) if kind in ("learned", "global") else None
 
     def forward(self, local: Tensor, global_: Tensor) -> tuple[Tensor, Tensor]:  # [B, c, H, W] each
         """Return F_out [B, c, H, W] and alpha [B]."""
         if self.net is None:
             alpha = local.new_full(local.shape[:1], 0.5, dtype=torch.float32)
             return (local + global_) * (1.0 if self.kind == "sum" else 0.5), alpha
-        alpha = self.net(local)
+        alpha = self.net(global_ if self.kind == "global" else local)
         a = alpha.view(-1, 1, 1, 1).to(local.dtype)
         return a * local + (1 - a) * global_, alpha
 
@@ -356,8 +357,8 @@ class Dfm(nn.Module):
 
     With t_k the L1 distance between the real and the synthetic pair in scale k's first three feature maps,
         L_DFM = (1 - beta) t_1 + beta t_2,
-    where beta is one number per image, computed from D1's third feature map of the real pair ("fixed": --beta).
-    With more than two scales the coarser ones share beta; of a single one it is told as 0.
+    where beta is one number per image, computed from D1's third feature map of the real pair ("d2": from D2's,
+    "fixed": --beta). With more than two scales the coarser ones share beta; of a single one it is told as 0.
 
     It moves G, and beta's own network, but not D: Eq. 2 has it under min_G. Who moves beta the paper does not say.
     Minimising would move all weight to the discriminator that is easier to match: beta stays in [margin, 1 - margin].
@@ -365,8 +366,9 @@ class Dfm(nn.Module):
 
     def __init__(self, c: Config) -> None:
         super().__init__()
-        self.fixed, self.margin = c.beta, c.beta_margin
-        self.net = WeightingNet(4 * c.ndf, c.ndf) if c.dfm == "learned" and c.n_dis > 1 else None
+        self.kind, self.fixed, self.margin = c.dfm, c.beta, c.beta_margin
+        learned = c.dfm in ("learned", "d2") and c.n_dis > 1
+        self.net = WeightingNet(4 * c.ndf, c.ndf) if learned else None
 
     def forward(self, real: list[list[Tensor]], fake: list[list[Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
         """Return L_DFM for G, the loss for beta's own network, and beta [B]."""
@@ -377,8 +379,8 @@ class Dfm(nn.Module):
         if self.net is None:
             beta = distances.new_full((n,), self.fixed)
         else:
-            beta = self.net(real[0][2].detach())  # D is not to learn what beta needs
-            beta = self.margin + (1 - 2 * self.margin) * beta
+            features = real[1 if self.kind == "d2" else 0][2].detach()  # D is not to learn what beta needs
+            beta = self.margin + (1 - 2 * self.margin) * self.net(features)
 
         def weighted(t: Tensor, beta: Tensor) -> Tensor:
             return ((1 - beta) * t[0] + beta * t[1:].mean(0)).mean()

@@ -103,11 +103,12 @@ def test_a_single_scale_has_weight_1():
     assert (loss.item(), loss_beta.item()) == (pytest.approx(0.6), 0)
 
 
-def test_beta_is_drawn_from_the_third_feature_of_d1s_real_pair():
-    dfm, seen, real = make_dfm(), [], features((1.0, 2.0, 3.0), (4.0, 5.0, 6.0))
+@pytest.mark.parametrize(("kind", "judge"), [("learned", 0), ("d2", 1)])
+def test_beta_is_drawn_from_the_third_feature_of_the_real_pair_of_its_scale(kind, judge):
+    dfm, seen, real = make_dfm(dfm=kind), [], features((1.0, 2.0, 3.0), (4.0, 5.0, 6.0))
     dfm.net.register_forward_hook(lambda _module, inputs, _output: seen.append(inputs[0]))
     dfm(real, features(NEAR, FAR))
-    assert torch.equal(seen[0], real[0][2])
+    assert torch.equal(seen[0], real[judge][2])
 
 
 @pytest.mark.parametrize("bias", [-200.0, -8.0, 8.0, 200.0])

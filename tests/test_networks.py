@@ -81,8 +81,8 @@ def test_one_decision_sees_70_by_70_pixels():
 
 VARIANTS = [
     dict(n_gen=1, n_dis=1, gan="hinge"),
-    dict(n_gen=3, n_dis=3, steer=True, draws=1.0),
-    dict(gan="lsgan", n_dis=1),
+    dict(n_gen=3, n_dis=3, dfm="d2", steer=True, draws=1.0),
+    dict(desum="global", gan="lsgan", n_dis=1),
     dict(desum="fixed", dfm="fixed", n_labels=6),
     dict(desum="sum", dfm="off"),
 ]
@@ -250,12 +250,13 @@ def test_plain_sum_is_twice_the_fixed_one():
     assert torch.equal(covidgan.Desum(3, "sum")(local, global_)[0], 2 * fixed)
 
 
-def test_alpha_is_drawn_from_the_local_features():
-    desum = covidgan.Desum(8, "learned")
+@pytest.mark.parametrize(("kind", "decides"), [("learned", 0), ("global", 1)])
+def test_alpha_is_drawn_from_the_features_its_kind_names(kind, decides):
+    desum = covidgan.Desum(8, kind)
     off_its_start(desum.net)
     features = [torch.randn(2, 8, 16, 16, requires_grad=True) for _ in range(2)]  # local, global
     reached = torch.autograd.grad(desum(*features)[1].sum(), features, allow_unused=True)
-    assert reached[0].any() and reached[1] is None
+    assert reached[decides].any() and reached[1 - decides] is None
 
 
 def test_weighting_net_has_three_convolutions_and_two_connected_layers_and_sees_the_strength_of_features():
