@@ -177,7 +177,7 @@ page.show("broken", figure, "KID, one seed each: " + ", ".join(f"{name} {kid[nam
 # Pixel figures ask: is each pixel as it was? A map does not say where vessels run, so nobody can answer that. The
 # safest answer is a mean, paint without texture. KID, the kernel inception distance, asks: do two sets look alike? So
 # another patient's real lungs must score well in it: they lie at its floor. "Blurred" is the real slice itself, out of
-# focus; after a minute's training covidgan is hardly better by KID. For looks trust KID, beside its floor. For the
+# focus; after a minute's training covidgan is no better by KID. For looks trust KID, beside its floor. For the
 # place and density of lesions trust pixel figures. Look at the pictures in any case. KIDs of other features than these
 # (efficientnet-lite0, of ImageNet) cannot be compared.
 # %%
@@ -201,7 +201,7 @@ page.show("figures", figure, f"PSNR and KID: {told}. KID's floor, real half agai
 # they keep the same. What changes then comes from the frame's border, and from noise, whose pattern does not move.
 # - **Above:** moved by one pixel. The slice is moved back before it is shown and subtracted.
 # - **Below:** ground glass in one lung. Is the other one still? Instance norm takes its mean from the whole slice, and
-#   so carries a lesion across. In synthesis preset `steered` takes a mean of all slices instead.
+#   so carries a lesion across. A loss of preset `steered` teaches G to keep it still, as far as it goes.
 # - **Last,** only where the generator can be steered: another seed, and two densities of healthy lung.
 #
 # "Near" is a part at twice the size. In "what changed" mid-grey is nothing, black -400 HU, white 400. Compare vessels
@@ -231,20 +231,19 @@ page.show("shipped", figure, told)
 
 # %% [markdown]
 # ## 9. In a volume
-# Each slice is made by itself, from a map that hardly changes. So vessels run straight through: streaks. A real vessel
-# branches, and grain is new in every slice. A figure for it: how alike are neighbours in fine detail?
+# Each slice is made by itself, from a map that hardly changes. So vessels run straight through: streaks. Noise of each
+# slice's own breaks them. Real vessels branch. A figure for it: how alike are neighbours in fine detail?
 #
 # For teachers of radiology: one lung with and without lesions, under a slider, in [a gallery](../web/gallery.html).
 # %%
 patient = phantom.draw_patient(0, 2)
 hu, maps = zip(*[phantom.draw_slice(patient, z / phantom.HEIGHT, 256) for z in np.arange(100, 160, 2.5)], strict=True)
-volumes = [np.where(m > 0, x, -1350) for x, m in zip(hu, maps, strict=True)], [shipped(m[None])[0] for m in maps]
+volumes = [[np.where(m > 0, x, -1350) for x, m in zip(hu, maps, strict=True)], [make(shipped, m) for m in maps]]
+volumes += [[make(shipped, m, k) for k, m in enumerate(maps)]]
 pictures = [grey(np.stack(v)[:, 150, 20:236]) for v in volumes]
-figure, _ = tiles(["phantom, from the front", "shipped generator"], pictures, 2, shape=0.5)
-by_card, of_real = card()["correlation of their detail finer than 3 pixels"].split(" | ")  # "0.16, the real ones"
-told = "Correlation of neighbours' detail: less is better. Phantom maps: phantom {:.2f}, shipped {:.2f}; real maps: "
-told = told.format(*(neighbours(v, maps) for v in volumes)) + f"real slices {of_real.partition(',')[0]}, "
-page.show("volume", figure, f"{told}shipped {by_card} (from models/README.md).")
-
-# %%
+figure, _ = tiles(["phantom, from the front", "one noise", "noise by slice"], pictures, 3, shape=0.5)
+by_card, real_ones = card()["correlation of their detail finer than 3 pixels"].split(" | ")
+told = "Correlation of neighbours' detail. Phantom maps: phantom {:.2f}, one noise {:.2f}, by slice {:.2f}; real maps: "
+told = told.format(*(neighbours(v, maps) for v in volumes)) + f"shipped {by_card}, {real_ones} (models/README.md)."
+page.show("volume", figure, told)
 page.write()
