@@ -148,7 +148,8 @@ def test_a_row_is_made_whole_and_its_figures_are_those_of_its_unet(table_command
         assert (ours == theirs).all() == (name in drawn["real"])
     records = json.loads((args.results / "table3.json").read_text())["records"]
     held = {(one["side"], one["class"], one["metric"]): one for one in records}
-    session = ort.InferenceSession(unet / "unet.onnx", providers=["CPUExecutionProvider"])
+    file = runs.exported(unet / "unet.onnx", unet / "unet.pt")
+    session = ort.InferenceSession(file, providers=["CPUExecutionProvider"])
     dice = {patient_of(name): [] for name in split["train"]}
     for name in split["train"]:
         hu, labels = read_image(args.data / "images" / f"{name}.png"), read_map(args.data / "maps" / f"{name}.png")
