@@ -6,7 +6,7 @@
 # A label map goes in, a CT slice comes out. This tour opens the networks of the method, trains them, and breaks them.
 # Each cell computes something and shows one picture. All of it is phantom or synthetic: no patient's slice is shown.
 #
-# `python docs/tour.py` takes eight minutes of one core, less on two, and writes this page. In VS Code or Jupyter its
+# `python docs/tour.py` takes six to seven minutes on two cores, and writes this page. In VS Code or Jupyter its
 # cells run one by one. Another processor changes details. At the end come [six exercises](exercises.md). Equations and
 # figures (Eq., Fig.) are the paper's. `covidgan.py` holds the whole method, from top to bottom.
 # %%
