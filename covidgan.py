@@ -930,11 +930,14 @@ class Trainer:
 
     def mean_over_processes(self, figures: Tensor) -> Tensor:
         """Data parallelism: gradients and figures become their means over the processes."""
-        if WORLD > 1:
-            moved = [p for player in self.players.values() for p in player.parameters if p.grad is not None]
-            for x in [figures, *(p.grad for p in moved)]:
-                dist.all_reduce(x)
-                x /= WORLD
+        if WORLD == 1:
+            return figures
+        moved = [p.grad for player in self.players.values() for p in player.parameters if p.grad is not None]
+        flat = torch.cat([figures, *(g.flatten() for g in moved)])
+        dist.all_reduce(flat)
+        figures, *means = (flat / WORLD).split([len(figures), *(g.numel() for g in moved)])
+        for g, mean in zip(moved, means, strict=True):
+            g.copy_(mean.view_as(g))
         return figures
 
     def update_average(self) -> None:
@@ -1043,13 +1046,15 @@ def write_curves(path: Path, stats: Path, curves: tuple[tuple[str, ...], ...]) -
     """Plot groups of figures against the step, the stages in a row, from stats.jsonl, smoothed."""
     from matplotlib.figure import Figure  # slow to import, and only needed here
 
-    steps = [json.loads(line) for line in stats.read_text().splitlines()]
+    names = [*itertools.chain(*curves)]
+    with open(stats) as lines:  # keeping only numbers: there may be a million lines
+        steps = np.array([[step[name] for name in names] for step in map(json.loads, lines)], np.float32)
     mean = max(1, len(steps) // 200)  # of so many steps each
+    means = steps[: len(steps) // mean * mean].reshape(-1, mean, len(names)).mean(1)
     figure = Figure(figsize=(10, 6), layout="tight")
     for axes, group in zip(figure.subplots(len(curves), sharex=True, squeeze=False)[:, 0], curves, strict=True):
         for name in group:
-            means = np.reshape([step[name] for step in steps[: len(steps) // mean * mean]], (-1, mean)).mean(1)
-            axes.plot(mean * np.arange(1, len(means) + 1), means, label=name)
+            axes.plot(mean * np.arange(1, len(means) + 1), means[:, names.index(name)], label=name)
         axes.legend(loc="upper right")
     axes.set_xlabel("step, the stages in a row")
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
