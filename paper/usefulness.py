@@ -229,7 +229,7 @@ def dice_of(probability: np.ndarray, labels: np.ndarray) -> dict[str, float | No
 
 def overlap(found: np.ndarray, truth: np.ndarray) -> float | None:
     """Dice of masks of any one shape, %; None where the truth is empty."""
-    return 200 * float((found & truth).sum() / (found.sum() + truth.sum())) if truth.any() else None
+    return mixes.overlap(found, truth)["Dice"] if truth.any() else None
 
 
 def threshold(fold: Fold, volumes: Volumes) -> Record:
