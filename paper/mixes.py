@@ -145,15 +145,15 @@ def find_lesions(run: Path, data: Path, side: str) -> tuple[list[str], dict[str,
 
     Those without lung are left out, as in eval.py.
     """
-    tested, found = [], defaultdict(list)
+    tested, images, maps, found = [], [], [], defaultdict(list)
     for name in sorted(read_split(data / "split.json")[side]):
         hu, labels = read_image(data / "images" / f"{name}.png"), read_map(data / "maps" / f"{name}.png")
-        if not labels.any():
-            continue
-        tested.append(name)
-        segmented = segment.probabilities(run / "unet.pt", hu[None]).argmax(1)
+        if labels.any():
+            tested, images, maps = [*tested, name], [*images, hu], [*maps, labels]
+    segmented = segment.probabilities(run / "unet.pt", np.stack(images)).argmax(1)
+    for likeliest, labels in zip(segmented, maps, strict=True):
         for lesion, of_lesion in LESIONS.items():
-            predicted, truth = np.isin(segmented[0], of_lesion), np.isin(labels, of_lesion)
+            predicted, truth = np.isin(likeliest, of_lesion), np.isin(labels, of_lesion)
             for metric, value in overlap(predicted, truth).items():
                 found[f"{lesion} {metric}"].append(value)
     return tested, {figure: np.array(values) for figure, values in found.items()}
