@@ -6,7 +6,7 @@
 # A label map goes in, a CT slice comes out. This tour opens the networks of the method, trains them, and breaks them.
 # Each cell computes something and shows one picture. All of it is phantom or synthetic: no patient's slice is shown.
 #
-# `python docs/tour.py` takes six to seven minutes on two cores, and writes this page. In VS Code or Jupyter its
+# `python docs/tour.py` takes five minutes on two cores, and writes this page. In VS Code or Jupyter its
 # cells run one by one. Another processor changes details. At the end come [six exercises](exercises.md). Equations and
 # figures (Eq., Fig.) are the paper's. `covidgan.py` holds the whole method, from top to bottom.
 # %%
@@ -40,7 +40,7 @@ page = Page(ROOT / "docs/tour.py", WORK.parent if QUICK else ROOT / "docs")
 names = draw_chests(WORK, patients=12)  # 16 slices of each
 slices.write_split(WORK / "split.json", names[:144], names[144:], [], {})  # three patients are held out
 knobs = dict(size=96, ngf=16, ndf=16, n_blocks=3, n_local_blocks=2, lr=6e-4, batch=2, epochs=1, interval=10**6)
-knobs |= dict(contrast=6.0, ema=0.99, lambda_dfm=3.0, epoch_len=20 if QUICK else 640, dtype="float32", device="cpu")
+knobs |= dict(contrast=6.0, ema=0.99, lambda_dfm=3.0, epoch_len=20 if QUICK else 440, dtype="float32", device="cpu")
 c = covidgan.Config(**knobs, data=str(WORK))
 train_side, test = (covidgan.load_slices(WORK, side, c) for side in (names[:144], names[144:]))
 labels, real = test.labels, covidgan.lung_target(covidgan.window(test.hu, c), test.labels)  # [48, 1, 96, 96]
@@ -91,8 +91,8 @@ page.show("training", figure, f"At the end d is {d:.2f}, alpha {alpha:.2f}, beta
 # F_local is G2's, F_global G1's. The second half of G2 then paints F_out. A small network reads one alpha a slice from
 # F_local. We may set it by hand: at 0 the picture comes from G1's features alone, at 1 from G2's. Which of them paints
 # lesions, which vessels? Here G2's features carry lesions and edges, G1's the spots that stand for vessels. Does alpha
-# follow the slice, as "dynamic" promises? Here it is the same for all. Of the small network's hidden neurons hardly any
-# fires: ReLUs that have died. A bias is left, which has hardly moved alpha from its start, 0.5. It has done
+# follow the slice, as "dynamic" promises? Here it is the same for all, and has hardly moved from its start, 0.5. Most of
+# the small network's hidden neurons do not fire: ReLUs die. Where all have, a bias is left. Alpha has done
 # [more on real CT](readings.md#what-alpha-and-beta-did), though not in every run.
 # %%
 g = trainer.average.g
@@ -114,7 +114,7 @@ page.show("desum", figure, told + f"{firing(g.desums[0].net, f_local):.0f} % of 
 # Each decision sees a patch of 70 x 70 pixels (the box) of the slice's 96 x 96. D2 sees half the size, so its patches
 # reach beyond the slice. D judges pairs of map and image. It sees the lung alone, its HU magnified six times about
 # those of healthy lung. Red: taken for real. Blue: taken for synthetic. A good D is red above and blue below; a good G
-# makes both pale. Here D1 is near guessing: much of the real slice is blue, too.
+# makes both pale. Here D1 is near guessing on real slices: much of them is blue, too.
 # %%
 with torch.no_grad():
     fake = trainer.method.synthesize(onehot, "joint")  # not averaged, as D knows it

@@ -145,6 +145,10 @@ def probabilities(trained: Path, hu: np.ndarray) -> np.ndarray:
 class SegmentationTrainer(covidgan.Trainer):
     """The loop, for a network that makes a map from a slice; panels show that map."""
 
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.method.to(memory_format=torch.channels_last)  # of 8 channels a step takes two thirds of the time
+
     @torch.no_grad()
     def segment(self, hu: Tensor) -> Tensor:
         """Labels uint8 of slices in HU, both [N, 1, S, S], on the CPU."""
