@@ -91,8 +91,8 @@ page.show("training", figure, f"At the end d is {d:.2f}, alpha {alpha:.2f}, beta
 # F_local is G2's, F_global G1's. The second half of G2 then paints F_out. A small network reads one alpha a slice from
 # F_local. We may set it by hand: at 0 the picture comes from G1's features alone, at 1 from G2's. Which of them paints
 # lesions, which vessels? Here G2's features carry lesions and edges, G1's the spots that stand for vessels. Does alpha
-# follow the slice, as "dynamic" promises? Here it is the same for all, and has hardly moved from its start, 0.5. Most of
-# the small network's hidden neurons do not fire: ReLUs die. Where all have, a bias is left. Alpha has done
+# follow the slice, as "dynamic" promises? Here it is the same for all, and has hardly moved from its start, 0.5. Most
+# hidden neurons of the small network do not fire: ReLUs die. Where all have, a bias is left. Alpha has done
 # [more on real CT](readings.md#what-alpha-and-beta-did), though not in every run.
 # %%
 g = trainer.average.g
