@@ -96,6 +96,7 @@ class LoopConfig:
     # system
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 autocast where supported natively
+    graph: Literal["auto", "on", "off"] = "auto"  # a step as one CUDA graph; auto: on a GPU, in a single process
 
     @property
     def channels(self) -> int:
@@ -454,8 +455,8 @@ class Method(nn.Module):
         """
         if not self.c.contrast:
             return image
-        parenchyma = window(torch.tensor(PARENCHYMA), self.c).item()
-        return torch.where(onehot[:, :1] > 0, 0.0, self.c.contrast * (image - parenchyma))
+        parenchyma = (PARENCHYMA - self.c.level) * 2 / self.c.width
+        return (self.c.contrast * (image - parenchyma)).masked_fill(onehot[:, :1] > 0, 0.0)
 
     def generator(self) -> nn.Module:
         """The network to deploy: one-hot map [B, channels, H, W] to image [B, 1, H, W] in [-1, 1], and alpha [B]."""
@@ -529,15 +530,15 @@ class Covidgan(Method):
 
         It is the other's mean change, and how far that of this one, by noise alone, falls short of 0.06, or 45 HU.
         """
-        side, across, down, radius, kind = torch.rand(5).tolist()
+        side, across, down, radius, kind = torch.rand(5, device=seed.device)
         y, x = (torch.arange(n, device=seed.device) * (2 / n) - 1 for n in onehot.shape[-2:])
-        x = x * (1 if side < 0.5 else -1)  # the lung to draw anew is where this is above 0
+        x = x * (0.5 - side).sign()  # the lung to draw anew is where this is above 0
         away = torch.hypot(x - 0.1 - 0.8 * across, y.view(-1, 1) + 0.6 - 1.2 * down) - 0.05 - 0.25 * radius
         n_labels, lung = self.c.n_labels, onehot[:, :1] == 0
-        lesion = torch.arange(n_labels, device=seed.device).view(1, -1, 1, 1) == 2 + int(kind * (n_labels - 2))
+        lesion = torch.arange(n_labels, device=seed.device).view(1, -1, 1, 1) == 2 + (kind * (n_labels - 2)).long()
         painted = onehot.clone()
         painted[:, :n_labels] = torch.where(lung & (away < 0), lesion.to(onehot.dtype), onehot[:, :n_labels])
-        anew = torch.where(x > 0, seed + 1 + int(side * 2**31), seed).view(1, -1)
+        anew = torch.where(x > 0, seed + 1 + (side * 2**31).long(), seed).view(1, -1)
         change = (self.g(painted, "joint", anew)[0] - image.detach()).abs()
         other, this = lung & (x < -0.1), (onehot[:, 1:2] == 1) & (x > 0.1) & (away > 0.15)  # the lesion's rim apart
         moved, changed = ((change * where).sum() / where.sum().clamp(min=1) for where in (other, this))
@@ -585,7 +586,7 @@ def window(hu: Tensor, c: LoopConfig) -> Tensor:
 
 def lung_target(image: Tensor, labels: Tensor) -> Tensor:
     """The generator's target (Fig. 1, column 2): the lung region (labels above 0), all else at the floor of -1."""
-    return torch.where(labels > 0, image, -1.0)
+    return image.masked_fill(labels == 0, -1.0)
 
 
 TYPICAL = ((-800.0, 50.0), (75.0, 15.0))  # HU, of density and of detail: middle and spread among patients
@@ -603,8 +604,8 @@ def steering(image: Tensor, labels: Tensor, c: LoopConfig) -> Tensor:  # [B, 1, 
 
 def told(numbers: Tensor, labels: Tensor) -> Tensor:  # [B, 2], HU, and [B, 1, H, W] -> [B, 2, H, W]
     """Density and detail as networks take them: -3 to 3, constant within the lung, 0 outside and for NaN."""
-    middle, spread = numbers.new_tensor(TYPICAL).T
-    return ((numbers - middle) / spread).nan_to_num().clamp(-3, 3).view(-1, 2, 1, 1) * (labels > 0)
+    scaled = [(numbers[:, k] - middle) / spread for k, (middle, spread) in enumerate(TYPICAL)]
+    return torch.stack(scaled, 1).nan_to_num().clamp(-3, 3).view(-1, 2, 1, 1) * (labels > 0)
 
 
 def encode(labels: Tensor, image: Tensor, c: LoopConfig) -> Tensor:
@@ -627,17 +628,17 @@ def resample(image: Tensor, labels: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
 
 def augment(
-    hu: Tensor, labels: Tensor, c: LoopConfig, rng: torch.Generator, size: int = 0, share: slice = slice(None)
+    hu: Tensor, labels: Tensor, c: LoopConfig, rng: torch.Generator, size: int = 0, rank: int = 0, world: int = 1
 ) -> tuple[Tensor, Tensor]:
     """Table I's augmentation on the device: random resize and crop, rotation, elastic transform, Gaussian noise.
 
     hu and labels uint8 [B, 1, H, W] are resampled through one grid, the map nearest, so that it stays a map. Given a
     smaller size, they are downsampled to it last: a real image blurred by resampling would teach D to like blur.
     Returns the windowed image in [-1, 1] and the labels, 0 beyond a slice's border. rng is on the device; draws are
-    for the whole batch, whatever the share of it that this process augments.
+    for the whole batch, of which this process, of a rank in a world, augments its share.
     """
-    n, _, height, width = hu.shape
-    device = hu.device
+    device, (height, width), n = hu.device, hu.shape[2:], len(hu) * world
+    share = slice(rank, None, world)
 
     def uniform(low: float, high: float) -> Tensor:
         return low + (high - low) * torch.rand(n, generator=rng, device=device)
@@ -652,8 +653,8 @@ def augment(
     coarse = torch.randn(n, 2, cells, cells, generator=rng, device=device)[share] * spread
     grid = F.affine_grid(theta, [len(theta), 1, height, width], align_corners=False)  # [B, H, W, 2], -1..1
     grid = grid + F.interpolate(coarse, (height, width), mode="bicubic").permute(0, 2, 3, 1)
-    image = F.grid_sample(window(hu[share], c), grid, mode="bicubic", padding_mode="border", align_corners=False)
-    labels = F.grid_sample(labels[share].float(), grid, mode="nearest", align_corners=False).byte()
+    image = F.grid_sample(window(hu, c), grid, mode="bicubic", padding_mode="border", align_corners=False)
+    labels = F.grid_sample(labels.float(), grid, mode="nearest", align_corners=False).byte()
     image, labels = resample(image, labels, size or height)
     if c.noise:
         noise = torch.randn(n, *image.shape[1:], generator=rng, device=device)
@@ -817,9 +818,10 @@ class Trainer:
         self.c, self.out = c, Path(c.out)
         self.device = pick_device(c)
         self.bf16 = uses_bf16(c, self.device)
+        self.look_every = 10 if self.device.type == "cuda" else 1  # steps: to look makes a GPU wait
         self.asked_to_stop = False  # a signal came: save after this step, then stop
         split = read_split(Path(c.data), c.seed)
-        self.train = load_slices(Path(c.data), split["train"], c, room=2)
+        self.train = near(self.device, load_slices(Path(c.data), split["train"], c, room=2))
         self.test = load_slices(Path(c.data), split["test"], c)
         self.method = on_device(build(method, c), self.device, self.bf16)
         self.average = copy.deepcopy(self.method)  # its generator's weights are moving averages, used to synthesize
@@ -828,6 +830,7 @@ class Trainer:
             image, labels = resample(window(hu, c), labels, c.size)
             self.steering += steering(image.clamp(-1, 1), labels, c).tolist()
         self.rng = torch.Generator(self.device)
+        self.fed = [part.new_empty(c.batch // WORLD, *part.shape[1:], device=self.device) for part in self.train[1:]]
         self.stages = method.stages(c)
         self.epoch_steps = c.epoch_len // c.batch
         self.begin(next(iter(self.stages)) if c.stage == "all" else c.stage)
@@ -838,10 +841,16 @@ class Trainer:
         self.steps = max(1, round(self.c.epochs * self.epoch_steps * self.stages[stage]))
         self.average.load_state_dict(self.method.state_dict())
         self.players = {name: player for name, player in self.method.players(stage).items() if player.parameters}
+        self.rates = {name: torch.zeros((), device=self.device) for name in self.players}
+        self.fade = torch.zeros((), device=self.device)  # 1 less the average's decay
+        how = dict(fused=True, capturable=self.device.type == "cuda")
         self.optimizers = {
-            name: torch.optim.Adam(player.parameters, player.lr, tuple(map(float, player.betas)), fused=True)
+            name: torch.optim.Adam(player.parameters, self.rates[name], tuple(map(float, player.betas)), **how)
             for name, player in self.players.items()
         }
+        self.unseen: list[Tensor] = []  # figures of the last steps, still on the device
+        graphed = self.device.type == "cuda" and self.c.graph != "off" and (self.c.graph == "on" or WORLD == 1)
+        self.do_work, self.until_graph = self.work, 3 if graphed else -1  # steps before a step becomes one CUDA graph
 
     def run(self) -> None:
         """Train every stage asked for, from the current state on. Told to stop, the first process saves, then stops."""
@@ -861,12 +870,14 @@ class Trainer:
         ):
             bar.update(self.step_done * self.c.batch)
             while self.step_done < self.steps:
-                figures = self.step()
-                stats.write(json.dumps({"stage": self.stage, "step": self.step_done, **figures}) + "\n")
+                self.update()
                 bar.update(self.c.batch)
-                watched = itertools.chain(*self.method.curves)
-                bar.set_postfix({name: f"{figures[name]:.3f}" for name in watched}, refresh=False)
                 due = self.step_done % self.c.interval == 0 or self.step_done == self.steps
+                if due or self.asked_to_stop or len(self.unseen) == self.look_every:
+                    for figures in self.look():
+                        stats.write(json.dumps({"stage": self.stage, **figures}) + "\n")
+                    watched = itertools.chain(*self.method.curves)
+                    bar.set_postfix({name: f"{figures[name]:.3f}" for name in watched}, refresh=False)
                 if RANK == 0 and (due or self.asked_to_stop):
                     stats.flush()
                     if due:  # before the checkpoint: a run killed in between draws again
@@ -877,41 +888,70 @@ class Trainer:
                     raise KeyboardInterrupt(f"stopped at {where}: --resume goes on from there")
 
     def step(self) -> dict[str, float]:
-        """One update of every player of the stage; returns its learning rates and figures.
+        """One update of every player of the stage; returns its learning rates and figures."""
+        self.update()
+        return self.look()[-1]
+
+    def update(self) -> None:
+        """One update of every player of the stage. Nothing here waits for the device: `look` does, later."""
+        if self.until_graph == 0:
+            self.do_work = recorded(self.work, self.rng)
+        self.feed()
+        self.unseen.append(self.do_work().clone())
+        self.until_graph -= 1
+        self.step_done += 1
+
+    def look(self) -> list[dict[str, float]]:
+        """Learning rates and figures of the steps since the last look. Raises Mistake where one was not finite."""
+        seen, self.unseen, told = torch.stack(self.unseen).tolist(), [], []
+        for step, values in enumerate(seen, self.step_done - len(seen)):
+            figures = dict(zip(self.names, values, strict=True))
+            if not all(map(math.isfinite, values)):
+                raise Mistake(f"stage {self.stage}, step {step + 1}: not finite, try a lower --lr: {figures}")
+            rates = {f"lr_{name}": lr_at(step, self.steps, player.lr) for name, player in self.players.items()}
+            told.append({"step": step + 1, **rates, **figures})
+        return told
+
+    def feed(self) -> None:
+        """Put to where `work` finds it on the device all that differs from step to step: rates, seeds, the batch."""
+        for name, player in self.players.items():
+            self.rates[name].fill_(lr_at(self.step_done, self.steps, player.lr))
+        self.fade.fill_(1 - min(self.c.ema, (1 + self.step_done) / (10 + self.step_done)))  # the start soon fades
+        self.rng.manual_seed(self.step_seed())
+        torch.manual_seed(self.step_seed(1 + RANK))  # for dropout; from 1, or it would repeat the augmentation's
+        epoch, i = divmod(self.step_done, self.epoch_steps)
+        seed = [self.c.seed, [*self.stages].index(self.stage), epoch]
+        order = sample_order(len(self.train.names), self.c.epoch_len, seed)
+        chosen = torch.from_numpy(order[i * self.c.batch : (i + 1) * self.c.batch][RANK::WORLD])
+        for fed, held in zip(self.fed, self.train[1:], strict=True):
+            part = held[chosen.to(held.device, non_blocking=True)]
+            fed.copy_(part if held.device == fed.device else part.pin_memory(), non_blocking=True)
+
+    def work(self) -> Tensor:
+        """A step's work on the device, for what `feed` has put there; returns its figures.
 
         All losses come from one forward pass, then all players move, as in pix2pixHD. Losses that are not finite must
         move no weight. To look before the backward pass would make a GPU wait: the optimisers look for themselves.
         """
-        rates = {f"lr_{name}": lr_at(self.step_done, self.steps, player.lr) for name, player in self.players.items()}
         target, labels = self.batch()
-        torch.manual_seed(self.step_seed(1 + RANK))  # for dropout; from 1, or it would repeat the augmentation's
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             losses = self.method.losses(encode(labels, target, self.c), target, self.stage)
         self.backward(losses)
+        self.names = [*losses]
         figures = self.mean_over_processes(torch.stack([loss.detach().float() for loss in losses.values()]))
-        not_finite = (~figures.isfinite()).any().float()
-        for name, optimizer in self.optimizers.items():
-            for group in optimizer.param_groups:
-                group["lr"] = rates[f"lr_{name}"]
-            optimizer.found_inf = not_finite  # as torch.amp.GradScaler has it: where this is 1, nothing moves
+        for optimizer in self.optimizers.values():
+            # as torch.amp.GradScaler has it: where this is 1, nothing moves
+            optimizer.found_inf = (~figures.isfinite()).any().float()
             optimizer.step()
             optimizer.zero_grad()  # here, not before the backward pass: the forward pass needs the memory
-        values = dict(zip(losses, figures.tolist(), strict=True))  # the step's one wait for the device
-        if not_finite:
-            raise Mistake(f"stage {self.stage}, step {self.step_done + 1}: not finite, try a lower --lr: {values}")
-        self.update_average()
-        self.step_done += 1
-        return {**rates, **values}
+        weights = self.method.generator().state_dict()
+        for name, mean in self.average.generator().state_dict().items():  # a counter is copied
+            mean.lerp_(weights[name], self.fade) if mean.is_floating_point() else mean.copy_(weights[name])
+        return figures
 
     def batch(self) -> tuple[Tensor, Tensor]:
-        """This process's share of the step's batch: target and labels [b, 1, S, S]."""
-        epoch, i = divmod(self.step_done, self.epoch_steps)
-        seed = [self.c.seed, [*self.stages].index(self.stage), epoch]
-        order = sample_order(len(self.train.names), self.c.epoch_len, seed)
-        chosen = torch.from_numpy(order[i * self.c.batch : (i + 1) * self.c.batch])
-        hu, labels = self.train.hu[chosen].to(self.device), self.train.labels[chosen].to(self.device)
-        self.rng.manual_seed(self.step_seed())
-        image, labels = augment(hu, labels, self.c, self.rng, self.c.size, slice(RANK, None, WORLD))
+        """This process's share of the step's batch, as fed: target and labels [b, 1, S, S]."""
+        image, labels = augment(*self.fed, self.c, self.rng, self.c.size, RANK, WORLD)
         return self.method.target(image, labels), labels
 
     def step_seed(self, *more: int) -> int:
@@ -940,13 +980,6 @@ class Trainer:
             g.copy_(mean.view_as(g))
         return figures
 
-    def update_average(self) -> None:
-        """Update the moving average of the generator's weights; the decay grows, so that the start soon fades."""
-        decay = min(self.c.ema, (1 + self.step_done) / (10 + self.step_done))
-        weights = self.method.generator().state_dict()
-        for name, mean in self.average.generator().state_dict().items():  # a counter is copied
-            mean.lerp_(weights[name], 1 - decay) if mean.is_floating_point() else mean.copy_(weights[name])
-
     def state(self) -> dict[str, Any]:
         """The checkpoint: plain numbers and tensors, enough to go on bit for bit; no path, so that it can be shared."""
         return {
@@ -974,6 +1007,8 @@ class Trainer:
             for weight, moments in optimizer.state.items():
                 for key in ("exp_avg", "exp_avg_sq"):
                     moments[key] = torch.empty_like(weight).copy_(moments[key])
+            for group in optimizer.param_groups:
+                group.update(lr=self.rates[name], capturable=self.device.type == "cuda")
         self.step_done = checkpoint["step"]
         if RANK == 0:
             os.truncate(self.out / "stats.jsonl", checkpoint["stats"])  # what a killed run wrote past its checkpoint
@@ -1080,13 +1115,24 @@ def uses_bf16(c: LoopConfig, device: torch.device) -> bool:
     return device.type == "cpu" and onednn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def replace(module: nn.Module, kind: type[nn.Module], make: Callable[[nn.Module], nn.Module]) -> None:
-    """Replace every module of a kind below `module` by what `make` makes of it."""
-    for name, child in module.named_children():
-        if isinstance(child, kind):
-            setattr(module, name, make(child))
-        else:
-            replace(child, kind, make)
+def near(device: torch.device, side: Slices) -> Slices:
+    """A side's slices on the GPU, if they take up at most half of what is free there; else where they are."""
+    if device.type != "cuda" or sum(part.nbytes for part in side[1:]) > torch.cuda.mem_get_info(device)[0] / 2:
+        return side
+    return Slices(side.names, *(part.to(device) for part in side[1:]))
+
+
+def recorded(work: Callable[[], Tensor], rng: torch.Generator) -> Callable[[], Tensor]:
+    """Record work as one CUDA graph, so that small kernels need not wait for Python; returns what replays it.
+
+    It may not look at the device, nor copy to it, nor draw but from `rng` or the default generator. Before it is
+    recorded it must have run, while libraries choose kernels and optimisers allocate.
+    """
+    graph = torch.cuda.CUDAGraph()
+    graph.register_generator_state(rng)
+    with torch.cuda.graph(graph):
+        made = work()
+    return lambda: (graph.replay(), made)[1]
 
 
 def on_device(method: Method, device: torch.device, bf16: bool) -> Method:

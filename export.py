@@ -63,7 +63,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import covidgan
-from covidgan import Mistake, replace
+from covidgan import Mistake
 from data.runtime import ort
 from features import FEATURES, find_weights, load_features
 
@@ -372,6 +372,13 @@ def rewrite(generator: nn.Module, fp16: bool, target: str) -> nn.Module:
             if block.body[1].in_channels == widest:
                 replace(block, nn.Conv2d, WinogradConv)
     return generator
+
+
+def replace(module: nn.Module, kind: type[nn.Module], make: Callable[[nn.Module], nn.Module]) -> None:
+    """Replace every module of a kind below `module` by what `make` makes of it."""
+    for name, layer in [*module.named_modules()]:
+        if isinstance(layer, kind):
+            module.set_submodule(name, make(layer))
 
 
 class TwoStageNorm(nn.Module):

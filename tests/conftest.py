@@ -149,6 +149,12 @@ def tiny(toy, tmp_path_factory):
     return lambda **given: covidgan.Config(**{**covidgan.PRESETS["tiny"], **small, **given})
 
 
+def batch_of(trainer):
+    """Target and labels [B, 1, S, S] of a Trainer's next step."""
+    trainer.feed()
+    return trainer.batch()
+
+
 @pytest.fixture(scope="session")
 def small_run():
     """Options of a run of ten steps a stage."""
@@ -220,10 +226,10 @@ def stop_after():
 
     def train(steps, arguments, method=covidgan.Covidgan, stage=None):
         class Stopping(covidgan.Trainer):
-            def step(self):
+            def update(self):
                 if self.step_done == steps and stage in (None, self.stage):
                     signal.raise_signal(signal.SIGTERM)
-                return super().step()
+                super().update()
 
         with pytest.raises(KeyboardInterrupt):
             covidgan.main([*map(str, arguments)], method, Stopping)

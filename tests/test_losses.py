@@ -7,6 +7,7 @@ from statistics import fmean
 import numpy as np
 import pytest
 import torch
+from conftest import batch_of
 from torch import nn
 
 import covidgan
@@ -150,7 +151,7 @@ MOVED = {  # by what names of their parameters begin with
 def test_a_stage_moves_its_own_parameters_and_no_others(trainer, stage):
     """In g2, G1 stands still; its head is trained in g1 alone."""
     trainer.begin(stage)
-    target, labels = trainer.batch()
+    target, labels = batch_of(trainer)
     trainer.backward(trainer.method.losses(covidgan.one_hot(labels, 4), target, stage))
     weights = {name: p for name, p in trainer.method.named_parameters() if p.dim() > 1}
     wanted = {name for name in weights if name.startswith(MOVED[stage])}
@@ -162,7 +163,7 @@ def test_a_stage_moves_its_own_parameters_and_no_others(trainer, stage):
 
 def test_each_player_gets_the_gradient_of_its_own_loss_alone(trainer):
     """Against Eq. 2 anew: D's from a synthesis that is cut off, G's from discriminators that stand still."""
-    method, (target, labels) = trainer.method, trainer.batch()
+    method, (target, labels) = trainer.method, batch_of(trainer)
     onehot, g, d = covidgan.one_hot(labels, 4), method.g, method.d
     lung = onehot[:, 1:].sum(1, keepdim=True)
 
@@ -209,7 +210,7 @@ def watched(method):
 def test_each_stage_is_judged_at_its_size_by_its_discriminators_on_the_magnified_lung(tiny, stage, judges, contrast):
     """Real pairs against numpy: block means of the target, every second label, -860 HU moved to 0."""
     trainer = covidgan.Trainer(Covidgan, tiny(batch=2, contrast=contrast))
-    seen, (target, labels) = watched(trainer.method), trainer.batch()
+    seen, (target, labels) = watched(trainer.method), batch_of(trainer)
     trainer.method.losses(covidgan.one_hot(labels, 4), target, stage)
     assert [(k, x.shape[-1]) for k, x in seen] == 2 * [*judges.items()]  # the real pair, then the synthetic
     finest = max(judges.values())

@@ -4,6 +4,7 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 import torch
+from conftest import batch_of
 
 import covidgan
 import export
@@ -28,7 +29,7 @@ def test_the_published_unet_has_31036676_parameters_and_16_times_fewer_at_a_quar
 def test_it_sees_the_whole_windowed_slice_and_the_map_as_it_is(toy, tmp_path):
     still = dict(resize=1.0, rotate=0.0, elastic=0.0, noise=0.0)
     trainer = segment.SegmentationTrainer(segment.Segmentation, config(toy, tmp_path, **still))
-    images, labels = trainer.batch()
+    images, labels = batch_of(trainer)
     order = covidgan.sample_order(len(trainer.train.names), trainer.c.epoch_len, [trainer.c.seed, 0, 0])
     names = [trainer.train.names[k] for k in order[: len(images)]]
     for image, drawn, name in zip(images, labels, names, strict=True):

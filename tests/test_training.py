@@ -10,6 +10,7 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
+from conftest import batch_of
 
 import covidgan
 from covidgan import Covidgan
@@ -63,7 +64,7 @@ def test_every_step_draws_its_own_and_every_epoch_and_stage_has_its_own_order(ti
         trainer.begin(stage)
         for trainer.step_done in range(12):
             seeds += [trainer.step_seed(*more) for more in ((), (1,), (2,))]
-            orders += [*trainer.batch()[1]] if trainer.step_done % 6 == 0 else []
+            orders += [*batch_of(trainer)[1]] if trainer.step_done % 6 == 0 else []
     assert len({*seeds}) == len(seeds) and len({order.numpy().tobytes() for order in orders}) > 6
 
 
@@ -200,6 +201,7 @@ def test_where_weights_lie_otherwise_in_memory_a_resumed_runs_moments_lie_as_the
     torch.save(first.state(), tmp_path / "ckpt.pt")
     second = covidgan.Trainer(Covidgan, tiny(dtype="float32", out=str(tmp_path)))
     second.load(tmp_path / "ckpt.pt")
+    second.feed()  # the learning rate
     for weight, moments in second.optimizers["g"].state.items():
         assert moments["exp_avg"].stride() == moments["exp_avg_sq"].stride() == weight.stride()
     assert differing(first.state()["optimizers"], second.state()["optimizers"]) == []
