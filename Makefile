@@ -1,12 +1,13 @@
 # make demo        phantom data, training, export, synthesis, evaluation: ten minutes on two CPU cores, five with bfloat16
 # make test        lint and tests, five minutes on two cores; make test-long: faults, browser, tables, benchmark
+# make gpu         tests and times on an NVIDIA GPU: ten minutes; stopped, it goes on; docs/gpu.json
 # make web         paint a map in the browser and see the CT: http://localhost:8000/web/, or make web PORT=8642
 PYTHON ?= python3
 PORT ?= 8000
 BIN := .venv/bin
 ORT_WEB = $(shell grep -om1 'onnxruntime-web@[0-9.]*' web/paint.js)
 
-.PHONY: demo test test-long web runtime clean
+.PHONY: demo test test-long gpu web runtime clean
 
 # glibc keeps what tensors free, and does not return it page by page to ask for it again: 14 to 17 % of a step
 demo: export MALLOC_TRIM_THRESHOLD_ = 2147483647
@@ -28,6 +29,9 @@ test: $(BIN)/ready
 
 test-long: $(BIN)/ready
 	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile -m long
+
+gpu: $(BIN)/ready
+	@$(BIN)/python bench.py --device cuda --json docs/gpu.json
 
 web:
 	@$(MAKE) --silent runtime || echo "no npm package: the page takes ONNX Runtime Web from its public copy"

@@ -1,41 +1,42 @@
-"""How fast, how lean, how close to what this machine can do: ratios of processes that take turns, and their spread.
+"""How fast is a training step, and a synthesis? Processes that take turns, and the ratios of their times.
 
-    python bench.py --json bench.json       # all parts at full widths: minutes on two CPU cores
-    python bench.py --quick                 # the same at reduced sizes, fewer rounds
+    python bench.py --json bench.json                 # minutes on two CPU cores; --quick at reduced sizes
+    python bench.py --device cuda --json gpu.json     # an NVIDIA GPU at the paper's size, ten minutes: make gpu
 
-    train     a joint step against the plain step (PlainStep)           train_step_ratio, train_memory_ratio
-    synth     export.py's files, random weights, against PyTorch        synth_fp32_ratio, synth_threads_ratio
-    infer     infer_onnx.py, PNG and all, against its bare model        infer_efficiency, infer_whole
+    tests           tests/test_gpu.py, only with --device cuda
+    joint, g1, g2   a training step of preset paper; the joint one against the plain one, PlainStep
+    synth           slices by PyTorch, and by export.py's files in ONNX Runtime; random weights
 
 Each contender runs in a process of its own, and they take turns: if the machine's speed drifts, it drifts for all. A
-ratio is taken round by round: its median, then its least and greatest value. Memory is the process's peak less what it
-held before any network was built; with --device cuda it is PyTorch's alone.
+ratio is taken round by round: its median, then its least and greatest value. On a GPU one follows the other, as all may
+not fit into its memory, of which PyTorch's is told; a round is eight runs and one wait; what fails is told, and stops
+no other. "Of peak" is the share of the fastest round of PyTorch's product of two large matrices.
 
-Two ceilings take turns with them: PyTorch's product of large matrices, and a copy in memory. "of peak" is the share of
-the product's fastest round in the same precision; --target cpu does less arithmetic (Winograd), and so has no share.
+FILE holds a part as soon as it has ended. The same command measures what FILE lacks, if machine, code and setting are
+its own, else all; --parts measures what it names, again if need be.
 """
 
 import argparse
+import hashlib
 import json
 import multiprocessing
-import platform
 import re
 import subprocess
 import sys
 import tempfile
-import textwrap
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike
+import torch._functorch.config
 from torch import Tensor, nn
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -46,109 +47,119 @@ from covidgan import Mistake
 from data.runtime import ort
 
 HERE = Path(__file__).resolve().parent
-GOALS = {"train_step_ratio": "at most 0.4", "train_memory_ratio": "at most 0.6"}
-GOALS |= {"synth_fp32_ratio": "at least 1.9", "infer_efficiency": "at least 0.9"}
-FULL = dict(rounds=5, train_size=256, train_width=64, batch=4, synth_size=512, synth_width=64, slices=33)
-QUICK = dict(rounds=3, train_size=128, train_width=32, batch=4, synth_size=256, synth_width=32, slices=60)
+CPU = dict(rounds=5, train_size=256, train_width=64, batch=4, synth_size=512, synth_width=64)
+CUDA = CPU | dict(rounds=3, train_size=512, batch=16)
+QUICK = dict(rounds=3, train_size=128, train_width=32, batch=4, synth_size=256, synth_width=32)
+RUNS = {"cpu": 1, "cuda": 8}  # of a round, and before the first: past the step that records a CUDA graph
 MATRIX = {"cpu": 2048, "cuda": 8192}  # rows and columns of the product that is a ceiling
-COPIED = 2**28  # bytes of the copy that is one
-PRODUCTS = 4  # in a row: a single short run is no ceiling, its caches are cold
-PAUSE = 0.2  # seconds between runs: threads of the previous one spin for a moment, and would get in the way
-COLUMNS = 100  # printed at most
+KERNELS = {  # what a GPU spends a step on, by words in its kernels' names; the first that fits
+    "fused": "triton",
+    "copies, casts": "copy|nchwTo|nhwcTo|Memcpy|CatArray",
+    "norms": "norm|bn_",
+    "convolutions": "conv|gemm|xmma|cutlass|fprop|dgrad|wgrad",
+    "padding": "pad",
+    "elementwise": "elementwise",
+}
 
 Work = Callable[[], Any]
 Maker = Callable[[], tuple[Work, dict[str, Any]]]  # called in the contender's process: what to time, and facts about it
-Rows = dict[str, dict[str, Any]]  # contender -> seconds [rounds], net_bytes and its facts
+Rows = dict[str, dict[str, Any]]  # contender -> seconds [rounds], net_bytes and its facts; or why it has failed
+
+held: dict[str, Any] = {}  # in a contender's process: its work
 
 
-# ------------------------------------------------------------------------------------------------ taking turns
-
-held: dict[str, Any] = {}  # in a contender's process: its work, and bytes before it
-
-
-def interleave(contenders: dict[str, Maker], rounds: int, title: str, device: str = "cpu") -> Rows:
-    """Run every contender in a process of its own, once per round, in turn. Raises Mistake where one dies."""
+def measure(contenders: dict[str, Maker], rounds: int, title: str, device: str = "cpu") -> Rows:
+    """Run each contender in its own process, on a CPU in turn. Of what fails on a GPU why, on a CPU raises Mistake."""
     context = multiprocessing.get_context("spawn")  # a fork would inherit this process's memory and threads
     rows, pools = {}, {name: ProcessPoolExecutor(1, context) for name in contenders}
     try:
-        for name, make in contenders.items():
-            rows[name] = {"seconds": [], **pools[name].submit(build, make).result()}
-        for name in tqdm([*contenders] * rounds, desc=title, leave=False):
-            time.sleep(PAUSE)
-            rows[name]["seconds"].append(pools[name].submit(again, device).result())
-        for name in contenders:
-            rows[name]["net_bytes"] = pools[name].submit(peak, device).result()
-    except BrokenProcessPool as error:
-        raise Mistake(f"{name}: died, out of memory perhaps: try --quick") from error
+        for pool in pools.values():
+            pool.submit(int)  # all import torch at once
+        for names in [[*contenders]] if device == "cpu" else [[name] for name in contenders]:
+            try:
+                for name in names:
+                    rows[name] = {"seconds": [], **pools[name].submit(build, contenders[name], device).result()}
+                for name in tqdm(names * rounds, desc=f"{title}, {names[0]}", leave=False):
+                    rows[name]["seconds"].append(pools[name].submit(again, device).result())
+                if device == "cuda" and "ceiling" not in rows[name]:
+                    rows[name] |= pools[name].submit(spent).result()
+            except Exception as error:  # of any kind: what it told, and the others' figures, are worth having
+                if device == "cpu":
+                    raise Mistake(f"{name}: {error!r:.400}: if memory is short, try --quick") from error
+                rows[name] = {**rows.get(name, {}), "failed": f"{error!r:.400}"}
+            for name in names:
+                pools[name].shutdown()  # the next may want its memory
     finally:
         for pool in pools.values():
             pool.shutdown(cancel_futures=True)
     return rows
 
 
-def build(make: Maker) -> dict[str, Any]:
-    """Make a contender, run it once to warm it up, and give the facts about it."""
-    held["before"] = memory("VmRSS")
+def build(make: Maker, device: str) -> dict[str, Any]:
+    """Make a contender, run it to warm it up, and give the facts about it."""
     held["work"], facts = make()
-    held["work"]()
+    for _ in range(RUNS[device]):
+        held["work"]()
     return facts
 
 
 def again(device: str) -> float:
-    """Seconds of one more run."""
+    """Seconds of a run, one of a round's."""
+    wait = torch.cuda.synchronize if device == "cuda" else int
+    time.sleep(0.2)  # threads of who ran before spin for a moment, and would get in the way
+    wait()
     begun = time.perf_counter()
-    held["work"]()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - begun
+    for _ in range(RUNS[device]):
+        held["work"]()
+    wait()
+    return (time.perf_counter() - begun) / RUNS[device]
 
 
-def peak(device: str) -> int:
-    """Most bytes that the contender has held."""
-    return torch.cuda.max_memory_allocated() if device == "cuda" else memory("VmHWM") - held["before"]
+def spent(runs: int = 3) -> dict[str, Any]:
+    """Bytes that PyTorch has held of a GPU at most; milliseconds of a run in each of KERNELS, and in the dearest alone.
+
+    Without a GPU it has held none, and its operators stand for kernels.
+    """
+    on_gpu = torch.cuda.is_available()
+    net_bytes = torch.cuda.max_memory_allocated() if on_gpu else 0
+    with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiler:
+        for _ in range(runs):
+            held["work"]()  # the profiler's end waits for the device
+    groups, alone = dict.fromkeys([*KERNELS, "others"], 0.0), {}
+    for event in profiler.key_averages():
+        if (event.device_type != DeviceType.CPU) == on_gpu:  # on a GPU not what launches kernels
+            alone[event.key] = (event.self_device_time_total + event.self_cpu_time_total) / 1000 / runs
+            group = next((name for name, words in KERNELS.items() if re.search(words, event.key)), "others")
+            groups[group] += alone[event.key]
+    dearest = sorted(alone, key=alone.get, reverse=True)[:15]
+    return {"net_bytes": net_bytes, "kernels": groups, "dearest": {name[:100]: alone[name] for name in dearest}}
 
 
-def memory(field: str) -> int:
-    """Bytes of this process: "VmRSS" now, "VmHWM" the peak so far. 0 where the system does not say (not Linux)."""
-    status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.exists() else []
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(field + ":")), 0)
-
-
-def ratio(over: ArrayLike, under: ArrayLike) -> dict[str, float]:
+def ratio(over: list[float], under: list[float]) -> dict[str, float]:
     """Median, least and greatest of the rounds' ratios."""
     values = np.divide(over, under)
     return {"median": float(np.median(values)), "min": float(values.min()), "max": float(values.max())}
 
 
-def ceilings(device: str) -> dict[str, Maker]:
-    """What the other contenders of a rotation are compared with."""
-    makers = {"copy": partial(make_copy, device), "product": partial(make_product, "float32", device)}
-    if covidgan.uses_bf16(covidgan.Config(), torch.device(device)):
-        makers["product, bf16"] = partial(make_product, "bfloat16", device)
-    return makers
-
-
 def make_product(dtype: str, device: str) -> tuple[Work, dict]:
     """Products of two large matrices."""
-    n = MATRIX[device]
-    a, b = (torch.randn(n, n, device=device, dtype=getattr(torch, dtype)) for _ in range(2))
-    return (lambda: [a @ b for _ in range(PRODUCTS)]), {"flop": PRODUCTS * 2 * n**3, "dtype": dtype, "ceiling": True}
+    n, kind = MATRIX[device], torch.bfloat16 if dtype == "bfloat16" else torch.float32
+    torch.backends.cuda.matmul.allow_tf32 = dtype == "tf32"
+    a, b = (torch.randn(n, n, device=device, dtype=kind) for _ in range(2))
+    # four in a row: a single short run is no ceiling, its caches are cold
+    return (lambda: [a @ b for _ in range(4)]), {"flop": 4 * 2 * n**3, "dtype": dtype, "ceiling": True}
 
 
-def make_copy(device: str) -> tuple[Work, dict]:
-    """A copy that fits no cache: each byte is read and written."""
-    source = torch.zeros(COPIED, dtype=torch.uint8, device=device)
-    return partial(torch.empty_like(source).copy_, source), {"bytes": 2 * COPIED}
-
-
-def with_shares(rows: Rows) -> Rows:
-    """Add to rows whose arithmetic is known FLOP per second, and their share of the ceiling in the same precision."""
-    computing = [row for row in rows.values() if "flop" in row]
-    peaks = {row["dtype"]: row["flop"] / min(row["seconds"]) for row in computing if "ceiling" in row}
-    for row in computing:
-        row["flop_per_second"] = row["flop"] / float(np.median(row["seconds"]))
-        row["share"] = row["flop_per_second"] / peaks[row["dtype"]]
+def with_shares(rows: Rows, base: str = "") -> Rows:
+    """Add to rows FLOP per second, their share of the ceiling in that precision, and the speed-up over row `base`."""
+    ran = [row for row in rows.values() if "failed" not in row]
+    peaks = {row["dtype"]: row["flop"] / min(row["seconds"]) for row in ran if "ceiling" in row}
+    for row in ran:
+        if "flop" in row:
+            row["flop_per_second"] = row["flop"] / float(np.median(row["seconds"]))
+            row["share"] = row["flop_per_second"] / peaks.get(row["dtype"], np.nan)
+        if rows.get(base) in ran and "ceiling" not in row:
+            row["speedup"] = ratio(rows[base]["seconds"], row["seconds"])
     return rows
 
 
@@ -159,15 +170,14 @@ def counted(work: Work) -> int:
     return counter.get_total_flops()
 
 
-# ------------------------------------------------------------------------------------------------ training
+# -------------------------------------------------------------------------------------------- what is measured
 
 
 class PlainStep:
     """The yardstick: a joint step of the same networks and losses, written the way pix2pixHD writes it.
 
-    fp32 in the contiguous layout, activations in place, unfused Adam, and three passes of the discriminators: the
-    synthesis detached from the generator, the real image, and the synthesis again, for the generator. Each player's
-    backward pass fills all gradients that it reaches, also D's from the generator's loss, which are then thrown away.
+    fp32 in the contiguous layout, activations in place, unfused Adam, three passes of the discriminators: the synthesis
+    detached, the real image, the synthesis for the generator; and gradients also of D from G's loss, thrown away.
     """
 
     def __init__(self, c: covidgan.Config) -> None:
@@ -199,187 +209,191 @@ class PlainStep:
         return {"d": loss_d.item(), "g": loss_g.item()}
 
 
-def make_training(kind: str, c: covidgan.Config) -> tuple[Work, dict]:
-    """A training step: "ours" with its augmentation, as covidgan.py runs it, or "plain" without."""
-    if kind == "ours":
-        step = covidgan.Trainer(covidgan.Covidgan, c).step
-        bf16 = covidgan.uses_bf16(c, torch.device(c.device))
-        return step, {"dtype": "bfloat16" if bf16 else "float32", "flop": counted(step)}
-    names = covidgan.read_split(Path(c.data), 0)["train"]
-    side = covidgan.load_slices(Path(c.data), [names[k % len(names)] for k in range(c.batch)], c)
-    target = covidgan.lung_target(covidgan.window(side.hu, c), side.labels).to(c.device)
-    onehot = covidgan.one_hot(side.labels.to(c.device), c.n_labels)
-    step = partial(PlainStep(c), onehot, target)
-    return step, {"dtype": "float32", "flop": counted(step)}
+def make_training(kind: str, options: dict[str, Any]) -> tuple[Work, dict]:
+    """A training step: "plain", else with its augmentation, as covidgan.py runs it, by words: "graph", "compiled"."""
+    c = covidgan.Config(**options, graph="on" if "graph" in kind else "off")
+    trainer, full = covidgan.Trainer(covidgan.Covidgan, c), "tf32" if c.device == "cuda" else "float32"
+    if kind == "plain":
+        trainer.feed()
+        target, labels = trainer.batch()
+        step, trainer = partial(PlainStep(c), covidgan.one_hot(labels, c.n_labels), target), None  # memory is told
+        return step, {"dtype": full, "flop": counted(step)}
+    facts = {"dtype": "bfloat16" if trainer.bf16 else full, "flop": counted(trainer.update)}
+    if "compiled" in kind:  # each network: of all losses in one, a player would compute the gradients of all players
+        torch._functorch.config.donated_buffer = False  # D's graph is gone through by both players
+        for network in trainer.method.children():
+            network.compile()
+    return trainer.update, facts
 
 
-def bench_train(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """The joint step: ours and the plain one."""
-    size, width, data = args.train_size, args.train_width, str(make_phantom(folder, args.train_size))
-    options = dict(size=size, ngf=width, ndf=width, batch=args.batch, stage="joint", data=data, device=args.device)
-    makers = {kind: partial(make_training, kind, covidgan.Config(**options)) for kind in ("plain", "ours")}
-    rows = with_shares(interleave(ceilings(args.device) | makers, args.rounds, "train", args.device))
-    plain, ours = rows["plain"], rows["ours"]
-    figures = {"train_step_ratio": ratio(ours["seconds"], plain["seconds"])}
-    if plain["net_bytes"]:
-        figures["train_memory_ratio"] = ours["net_bytes"] / plain["net_bytes"]
-    about = f"{size} x {size}, batch {args.batch}, widths of {width}, ours in {ours['dtype']}"
-    return {"about": about, "rows": rows, "figures": figures}
+def steps(stage: str, args: argparse.Namespace, folder: Path) -> tuple[str, dict[str, Maker]]:
+    """A stage's step: ours, the joint one after the plain one; on a GPU also as one CUDA graph, compiled, and both."""
+    size, width, kinds = args.train_size, args.train_width, ["ours", *["graph"] * (args.device == "cuda")]
+    if stage == "joint":
+        kinds = ["plain", *kinds, *[f"{kind}, compiled" for kind in kinds if args.device == "cuda"]]
+    options = dict(size=size, ngf=width, ndf=width, batch=args.batch, stage=stage, device=args.device)
+    options |= covidgan.PRESETS["paper"] | {"data": str(make_phantom(folder, size))}
+    makers = {kind: partial(make_training, kind, options) for kind in kinds}
+    return f"{args.batch} x {size} x {size}, widths of {width}", makers
 
 
-# -------------------------------------------------------------------------------- synthesis, by file and by script
-
-
-def exported(c: covidgan.Config, folder: Path, fp16: bool = False, target: str = "any") -> Path:
+def exported(c: covidgan.Config, folder: Path, fp16: bool = False) -> Path:
     """The file of a generator with untrained weights: the arithmetic is the same."""
     method = covidgan.build(covidgan.Covidgan, c)
     untrained = {"config": vars(c), "networks": method.state_dict(), "average": method.g.state_dict()}
-    path = folder / f"{target}{'_fp16' * fp16}.onnx"
-    if not path.exists():  # the part before may have made it
-        export.export_generator(untrained, "0" * 64, path, fp16, target)
+    path = folder / f"{'half' if fp16 else 'full'}.onnx"
+    if not path.exists():  # a contender before may have made it
+        export.export_generator(untrained, "0" * 64, path, fp16)
     return path
 
 
-def make_torch(c: covidgan.Config, maps: np.ndarray) -> tuple[Work, dict]:
-    """The generator in PyTorch and fp32, labels in and HU out."""
+def make_torch(c: covidgan.Config, maps: np.ndarray, bf16: bool = False, compiled: bool = False) -> tuple[Work, dict]:
+    """The generator in PyTorch, labels in and HU out."""
     torch.backends.cudnn.allow_tf32 = False  # which has three digits: what others are compared with has seven
+    layout = torch.channels_last if bf16 else torch.contiguous_format
     generator, labels = covidgan.build(covidgan.Covidgan, c).generator(), torch.from_numpy(maps)
-    deployed = export.DeployedGenerator(generator, c).eval().to(c.device)
-    work = torch.inference_mode()(lambda: deployed(labels.to(c.device))[0].cpu())
-    return work, {"dtype": "float32", "flop": counted(work)}
+    deployed = export.DeployedGenerator(generator, c).eval().to(c.device, memory_format=layout)
+
+    @torch.inference_mode()
+    @torch.autocast(c.device, torch.bfloat16, enabled=bf16)
+    def work() -> Tensor:
+        return deployed(labels.to(c.device))[0].cpu()
+
+    facts = {"dtype": "bfloat16" if bf16 else "float32", "flop": counted(work)}
+    if compiled:
+        deployed.compile()
+    return work, facts
 
 
-def make_onnx(model: Path, maps: np.ndarray, provider: str, threads: int | None = None) -> tuple[Work, dict]:
-    """An exported file in ONNX Runtime, as infer_onnx.py runs it; threads: None for one of each core."""
-    return partial(infer_onnx.Generator(*infer_onnx.open_session(model, provider, threads)), maps), {}
+def make_onnx(file: Callable[[], Path], maps: np.ndarray, provider: str) -> tuple[Work, dict]:
+    """An exported file in ONNX Runtime, as infer_onnx.py runs it."""
+    return partial(infer_onnx.Generator(*infer_onnx.open_session(file(), provider)), maps), {}
 
 
-def bench_synth(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """One slice by PyTorch and by every file."""
-    size, width, device = args.synth_size, args.synth_width, args.device
-    c = covidgan.Config(size=size, ngf=width, ndf=width, device=device)
-    maps, plain = export.example_map(1, size, size, c.n_labels), exported(c, folder)
-    makers = {
-        "PyTorch": partial(make_torch, c, maps),
-        "generator.onnx": partial(make_onnx, plain, maps, device),
-        "--target cpu": partial(make_onnx, exported(c, folder, target="cpu"), maps, device),
-        "--fp16": partial(make_onnx, exported(c, folder, fp16=True), maps, device),
-        "one CPU thread": partial(make_onnx, plain, maps, "cpu", 1),
-    }
-    rows = interleave(ceilings(device) | makers, args.rounds, "synth", device)
-    seconds = {name: rows[name]["seconds"] for name in makers}
-    for name in makers:
-        rows[name]["speedup"] = ratio(seconds["PyTorch"], seconds[name])
-    rows["generator.onnx"] |= {"flop": rows["PyTorch"]["flop"], "dtype": "float32"}
-    best = max((rows[name]["speedup"] for name in ("generator.onnx", "--target cpu")), key=lambda one: one["median"])
-    figures = {"synth_fp32_ratio": best}
-    figures["synth_threads_ratio"] = ratio(seconds["one CPU thread"], seconds["generator.onnx"])
-    return {"about": f"{size} x {size}, widths of {width}", "rows": with_shares(rows), "figures": figures}
+def make_graph(file: Callable[[], Path], maps: np.ndarray) -> tuple[Work, dict]:
+    """The same as one CUDA graph, which wants its memory of the GPU to stay where it is."""
+    path = file()
+    options = infer_onnx.provider_options("cuda", infer_onnx.open_session(path, "cuda")[1])
+    session = infer_onnx.start(path.read_bytes(), "cuda", options | {"enable_cuda_graph": "1"}, 1)
+    given = ort.OrtValue.ortvalue_from_numpy(maps, "cuda", 0)
+    ct = ort.OrtValue.ortvalue_from_shape_and_type(maps.shape, np.int16, "cuda", 0)
+    binding = session.io_binding()
+    binding.bind_ortvalue_input("map", given)
+    binding.bind_ortvalue_output("ct", ct)
+
+    def work() -> np.ndarray:
+        given.update_inplace(maps)
+        session.run_with_iobinding(binding)
+        return ct.numpy()
+
+    return work, {}
 
 
-def run(*command: Any) -> None:
-    """Run a command quietly. Raises Mistake with its last line where it fails."""
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, cwd=HERE)
-    if done.returncode:
-        raise Mistake(f"{' '.join(map(str, command))}: {(done.stderr.strip().splitlines() or ['failed'])[-1]}")
+def syntheses(args: argparse.Namespace, folder: Path) -> tuple[str, dict[str, Maker]]:
+    """Slices by PyTorch and by every file; on a GPU as many at a time as infer_onnx.py gives it."""
+    size, width, on_gpu = args.synth_size, args.synth_width, args.device == "cuda"
+    c = covidgan.Config(size=size, ngf=width, ndf=width, device=args.device)
+    maps = export.example_map(infer_onnx.CUDA_BATCH if on_gpu else 1, size, size, c.n_labels)
+    files = {"generator.onnx": partial(exported, c, folder), "--fp16": partial(exported, c, folder, True)}
+    kinds = ["PyTorch", *["compiled", "bf16", "bf16, compiled"] * on_gpu]
+    makers = {kind: partial(make_torch, c, maps, "bf16" in kind, "compiled" in kind) for kind in kinds}
+    makers |= {name: partial(make_onnx, file, maps, args.device) for name, file in files.items()}
+    if on_gpu:
+        makers |= {f"{name}, graph": partial(make_graph, file, maps) for name, file in files.items()}
+    return f"{len(maps)} x {size} x {size}, widths of {width}", makers
 
 
-def make_phantom(folder: Path, size: int, slices: int = 24) -> Path:
-    """Built-in data: slices of three patients."""
-    out = folder / f"phantom_{size}_{slices}"
-    run(
-        sys.executable, HERE / "data/phantom.py", "--size", size, "--patients", 3, "--slices", slices // 3, "--out", out
-    )
+def make_phantom(folder: Path, size: int) -> Path:
+    """Built-in data: eight slices of each of three patients."""
+    out = folder / f"phantom_{size}"
+    options = ["--size", str(size), "--patients", "3", "--slices", "8", "--out", str(out)]
+    subprocess.run([sys.executable, HERE / "data/phantom.py", *options], check=True, stdout=subprocess.DEVNULL)
     return out
 
 
-def make_infer(options: list[Any], out: Path) -> tuple[Work, dict]:
-    """infer_onnx.py as a whole process, each time into a new folder in `out`."""
-    return (lambda: run(sys.executable, HERE / "infer_onnx.py", *options, "--out", out / str(time.time_ns()))), {}
+PARTS = {stage: partial(steps, stage) for stage in ("joint", "g1", "g2")} | {"synth": syntheses}
 
 
-def bench_infer(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """infer_onnx.py on many maps, less a run on one, against its model alone; infer_whole is with the start-up."""
-    size, width, maps = args.synth_size, args.synth_width, make_phantom(folder, args.synth_size, args.slices) / "maps"
-    n, first = len([*maps.iterdir()]), min(maps.iterdir())
-    model = exported(covidgan.Config(size=size, ngf=width, ndf=width), folder)
-    options = ["--model", model, "--provider", args.device]
-    makers = {
-        "model alone": partial(make_onnx, model, export.example_map(1, size, size, len(covidgan.LABELS)), args.device),
-        "infer_onnx.py": partial(make_infer, [maps, *options], folder / "all"),
-        "on one map": partial(make_infer, [first, *options], folder / "one"),
-    }
-    rows = interleave(makers, max(2, args.rounds // 2), "infer")
-    rows["infer_onnx.py"]["net_bytes"] = rows["on one map"]["net_bytes"] = None  # of processes not visible from here
-    alone, whole, one = (np.array(rows[name]["seconds"]) for name in makers)
-    figures = {"infer_efficiency": ratio((n - 1) * alone, whole - one), "infer_whole": ratio(n * alone, whole)}
-    return {"about": f"{n} maps of {size} x {size}, widths of {width}", "rows": rows, "figures": figures}
-
-
-PARTS = {"train": bench_train, "synth": bench_synth, "infer": bench_infer}
+def bench(part: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """What a part is about, and its rows; of the tests the summary and, where one fails, the last lines."""
+    if part == "tests":
+        command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-rs", HERE / "tests/test_gpu.py"]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=HERE)
+        lines = (done.stdout + done.stderr).splitlines()
+        return {"about": lines[-1], "rows": {"": {"failed": "\n".join(lines[-60:])}} if done.returncode else {}}
+    about, makers = PARTS[part](args, folder)
+    full = "tf32" if args.device == "cuda" and part != "synth" else "float32"
+    kinds = [full, *["bfloat16"] * covidgan.uses_bf16(covidgan.Config(), torch.device(args.device))]
+    products = {f"product, {kind}": partial(make_product, kind, args.device) for kind in kinds}
+    rows = measure(products | makers, args.rounds, part, args.device)
+    return {"about": about, "rows": with_shares(rows, next(iter(makers)))}
 
 
 def machine(device: str) -> str:
     """The machine that this ran on."""
     info = Path("/proc/cpuinfo")  # of Linux
     named = re.search(r"model name\s*: (.*)", info.read_text() if info.exists() else "")
-    words = [named[1] if named else platform.processor(), f"{infer_onnx.usable_cores()} cores"]
-    words += [torch.cuda.get_device_name()] if device == "cuda" else []
-    words += ["bfloat16"] if covidgan.uses_bf16(covidgan.Config(), torch.device(device)) else []
+    words = [named[1] if named else "unknown processor", f"{infer_onnx.usable_cores()} cores"]
+    if device == "cuda":
+        ask = "nvidia-smi --query-gpu=driver_version --format=csv,noheader"
+        driver = subprocess.run(ask, shell=True, capture_output=True, text=True).stdout.split()
+        words += [torch.cuda.get_device_name(), *[f"driver {one}" for one in driver[:1]], f"CUDA {torch.version.cuda}"]
     return ", ".join([*words, f"torch {torch.__version__}", f"onnxruntime {ort.__version__}"])
 
 
-def shown(value: Any) -> str:
-    """A ratio, for people to read."""
-    whole = "{median:.2f} ({min:.2f}..{max:.2f})"
-    return whole.format(**value) if isinstance(value, dict) else f"{value:.2f}"
-
-
 def report(part: str, found: dict[str, Any]) -> str:
-    """A part's table, then its figures beside their goals."""
-    lines = ["", f"{part}: {found['about']}", f"{'':15}{'ms':>24}{'MB':>7}{'GFLOP/s':>9}{'of peak':>9}"]
+    """A part's table, for people to read."""
+    lines = ["", f"{part}: {found['about']}", f"{'':18}{'ms':>24}{'MB':>7}{'GFLOP/s':>9}{'of peak':>9}"]
     for name, row in found["rows"].items():
+        if "failed" in row:
+            lines += [f"{name} failed:", *row["failed"].splitlines()]
+            continue
         ms = 1000 * np.array(row["seconds"])
-        line = f"{name:15}{f'{np.median(ms):.0f} ({ms.min():.0f}..{ms.max():.0f})':>24}"
-        line += f"{row['net_bytes'] / 1e6:7.0f}" if row.get("net_bytes") is not None else " " * 7
+        line = f"{name:18}{f'{np.median(ms):.1f} ({ms.min():.1f}..{ms.max():.1f})':>24}"
+        line += f"{row['net_bytes'] / 1e6:7.0f}" if row.get("net_bytes") else " " * 7
         line += f"{row['flop_per_second'] / 1e9:9.0f}{row['share']:9.2f}" if "share" in row else " " * 18
-        line += f"  {row['bytes'] / min(row['seconds']) / 1e9:.1f} GB/s" if "bytes" in row else ""
-        line += f"  {shown(row['speedup'])} x" if "speedup" in row else ""
+        line += "  {median:.2f} ({min:.2f}..{max:.2f}) x".format(**row["speedup"]) if "speedup" in row else ""
         lines.append(line.rstrip())
-    for key, value in found["figures"].items():
-        lines.append(f"{key:22} {shown(value):20} {GOALS.get(key, '')}".rstrip())
     return "\n".join(lines)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """The command line."""
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
+    """The command line. Options not given have the device's values, or those of --quick."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     option = parser.add_argument
-    option("--parts", nargs="+", choices=[*PARTS], default=[*PARTS], help="run only these")
+    option("--parts", nargs="+", choices=("tests", *PARTS), metavar="PART", help="only these")
     option("--quick", action="store_true", help="reduced sizes, fewer rounds")
     option("--device", choices=("cpu", "cuda"), default="cpu", help="device of PyTorch and ONNX Runtime")
-    option("--json", type=Path, metavar="FILE", help="write all figures there")
-    for name in FULL:
-        key = "--" + name.replace("_", "-")
-        option(key, type=int, default=argparse.SUPPRESS, help=f"{FULL[name]}, with --quick {QUICK[name]}")
+    option("--json", type=Path, metavar="FILE", help="write all figures there, or go on with it")
+    for name in CPU:
+        key, told = name.replace("_", "-"), f"{CPU[name]}, on a GPU {CUDA[name]}, with --quick {QUICK[name]}"
+        option(f"--{key}", type=int, default=argparse.SUPPRESS, help=told)
     given = vars(parser.parse_args(argv))
-    return argparse.Namespace(**(QUICK if given["quick"] else FULL) | given)
+    usual = QUICK if given["quick"] else CUDA if given["device"] == "cuda" else CPU
+    return argparse.Namespace(**usual | given)
 
 
 def main(argv: list[str]) -> None:
-    """Run the parts, print the tables, write the JSON."""
+    """Run the parts, print the tables, write the JSON. Raises Mistake where there is no such device, or one fails."""
     args = parse(argv)
-    results = {"machine": machine(args.device), "setting": {name: vars(args)[name] for name in FULL}, "parts": {}}
-    print(textwrap.fill(results["machine"], COLUMNS))
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise Mistake(f"--device cuda: torch {torch.__version__} finds no CUDA device here: run it where there is one")
+    code = b"".join((HERE / name).read_bytes() for name in ("covidgan.py", "export.py", "infer_onnx.py"))
+    about = {"machine": machine(args.device), "setting": {name: vars(args)[name] for name in CPU}}
+    about["code"] = hashlib.sha256(code).hexdigest()[:12]
+    before = json.loads(args.json.read_text()) if args.json and args.json.exists() else {}
+    parts = before["parts"] if {**before, **about} == before else {}
+    print(about["machine"])
+    usual = ["tests", *PARTS] if args.device == "cuda" else ["joint", "synth"]
     with tempfile.TemporaryDirectory() as folder:
-        for part in args.parts:
-            found = results["parts"][part] = PARTS[part](args, Path(folder))
-            print(report(part, found), flush=True)
-            results |= {key: one["median"] if isinstance(one, dict) else one for key, one in found["figures"].items()}
+        for part in args.parts or [part for part in usual if part not in parts]:
+            parts[part] = bench(part, args, Path(folder))
+            print(report(part, parts[part]), flush=True)
             if args.json:  # after each part, lest a later one's fault lose it
-                text = json.dumps(results, indent=1) + "\n"
+                text = json.dumps({**about, "parts": parts}, indent=1) + "\n"
                 covidgan.write_atomically(args.json, lambda unfinished, text=text: unfinished.write_text(text))
+    if failed := [part for part, found in parts.items() if any("failed" in row for row in found["rows"].values())]:
+        raise Mistake(f"{', '.join(failed)}: not all of it ran, see above or in FILE; --parts runs it again")
 
 
 if __name__ == "__main__":
