@@ -879,7 +879,7 @@ class Trainer:
             rates = {f"lr_{name}": lr_at(step, self.steps, player.lr) for name, player in self.players.items()}
             told.append({"step": step + 1, **rates, **dict(zip(self.names, values, strict=True))})
             if not all(map(math.isfinite, values)):
-                raise Mistake(f"stage {self.stage}: not finite, try a lower --lr: {told[-1]}")
+                raise Mistake(f"stage {self.stage}, step {step + 1}: not finite, try a lower --lr: {told[-1]}")
         return told
 
     def feed(self) -> None:
