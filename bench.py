@@ -79,7 +79,7 @@ def measure(contenders: dict[str, Maker], rounds: int, title: str, device: str =
             try:
                 for name in names:
                     rows[name] = {"seconds": [], **pools[name].submit(build, contenders[name], device).result()}
-                for name in tqdm(names * rounds, desc=f"{title}, {names[0]}", leave=False):
+                for name in tqdm(names * rounds, desc=title, leave=False):
                     rows[name]["seconds"].append(pools[name].submit(again, device).result())
                 if device == "cuda" and "ceiling" not in rows[name]:
                     rows[name] |= pools[name].submit(spent).result()
