@@ -3,10 +3,9 @@
 import json
 import os
 
-import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, batch_of
 
 import bench
 import covidgan
@@ -19,7 +18,7 @@ def both(tiny):
     """Our trainer and the plain step, with a batch for both: (trainer, plain, onehot, target)."""
     c = tiny(stage="joint", batch=2)
     trainer, plain = covidgan.Trainer(covidgan.Covidgan, c), bench.PlainStep(c)
-    target, labels = trainer.batch()
+    target, labels = batch_of(trainer)
     trainer.batch = lambda: (target, labels)
     return trainer, plain, covidgan.one_hot(labels, c.n_labels), target
 
@@ -58,16 +57,30 @@ def test_arithmetic_of_the_papers_generator_is_the_published_count():
     assert bench.counted(lambda: generator(onehot)) / 2e9 == pytest.approx(70.5, abs=0.1)
 
 
-def make_hoard():
-    held = np.ones(200 * 2**17)  # 200 MiB for good, and once more while it runs
-    return (lambda: held + 1), {"pid": os.getpid()}
+def make_pid():
+    return (lambda: None), {"pid": os.getpid()}
 
 
-def test_contenders_run_in_processes_of_their_own_and_tell_their_memory():
-    rows = bench.interleave({"hoard": make_hoard, "other": make_hoard}, 2, "test")
-    assert len({os.getpid(), rows["hoard"]["pid"], rows["other"]["pid"]}) == 3
-    for row in rows.values():
-        assert len(row["seconds"]) == 2 and 399 * 2**20 < row["net_bytes"] < 430 * 2**20
+def make_broken():
+    raise RuntimeError("no room\nin here")
+
+
+def test_contenders_run_in_processes_of_their_own_and_what_fails_is_told():
+    rows = bench.measure({"one": make_pid, "other": make_pid}, 2, "test")
+    assert len({os.getpid(), rows["one"]["pid"], rows["other"]["pid"]}) == 3
+    assert [len(row["seconds"]) for row in rows.values()] == [2, 2]
+    with pytest.raises(covidgan.Mistake, match=r"broken: RuntimeError.*no room"):
+        bench.measure({"one": make_pid, "broken": make_broken}, 2, "test")
+    rows = bench.with_shares(bench.measure({"broken": make_broken, "one": make_pid}, 2, "test", "cuda"), "one")
+    assert "no room" in rows["broken"]["failed"] and "no room" in bench.report("", {"about": "", "rows": rows})
+    assert rows["one"]["pid"]  # one alone after the other: it had its turn
+
+
+def test_what_a_run_spends_its_time_on_is_grouped_by_kernel():
+    bench.held["work"] = lambda: torch.conv2d(torch.ones(1, 8, 64, 64), torch.ones(8, 8, 3, 3)).relu()
+    kernels, dearest = (bench.spent()[key] for key in ("kernels", "dearest"))
+    assert [*kernels] == [*bench.KERNELS, "others"] and kernels["convolutions"] > 0
+    assert sum(kernels.values()) >= sum(dearest.values()) > 0 and len(dearest) <= 15
 
 
 def test_a_ratio_is_taken_round_by_round():
@@ -79,22 +92,38 @@ def test_a_share_is_of_the_fastest_round_of_the_product_in_its_precision():
         "product": {"flop": 200, "seconds": [3.0, 1.0, 2.0], "dtype": "float32", "ceiling": True},
         "product, bf16": {"flop": 500, "seconds": [1.0], "dtype": "bfloat16", "ceiling": True},
         "model": {"flop": 300, "seconds": [3.0, 2.0, 9.0], "dtype": "float32"},
-        "model in bf16": {"flop": 300, "seconds": [1.0], "dtype": "bfloat16"},
-        "what does less": {"seconds": [0.1]},
+        "model in bf16": {"flop": 300, "seconds": [1.0, 1.0, 3.0], "dtype": "bfloat16"},
+        "what does less": {"seconds": [0.1, 0.1, 0.1]},
     }
-    bench.with_shares(rows)
+    bench.with_shares(rows, "model")
     assert rows["model"]["share"] == 0.5 and rows["model in bf16"]["share"] == 0.6
-    assert "share" not in rows["what does less"]
+    assert rows["model in bf16"]["speedup"] == {"median": 3.0, "min": 2.0, "max": 3.0}
+    assert "share" not in rows["what does less"] and "speedup" not in rows["product"]
 
 
-@pytest.mark.parametrize("part", bench.PARTS)
-def test_a_part_gives_a_table_of_100_columns_and_its_figures(part, tmp_path, cli):
-    small = "--quick --rounds 2 --train-size 64 --train-width 8 --batch 1 --synth-size 64 --synth-width 8 --slices 6"
-    done = cli(*small.split(), "--parts", part, "--json", tmp_path / "b.json", script=ROOT / "bench.py", timeout=600)
-    assert done.status == 0, done.stderr
-    found, keys = json.loads((tmp_path / "b.json").read_text()), {"train": "train_step_ratio train_memory_ratio"}
-    keys |= {"synth": "synth_fp32_ratio synth_threads_ratio", "infer": "infer_efficiency infer_whole"}
-    assert all(key in done.stdout and np.isfinite(found[key]) for key in keys[part].split())
-    assert all(len(line) <= bench.COLUMNS for line in done.stdout.splitlines() if "slices:" not in line)
-    rows = found["parts"][part]["rows"]
-    assert all(name in done.stdout and len(row["seconds"]) == 2 for name, row in rows.items())
+def test_parts_give_tables_and_what_has_ended_is_not_measured_again(tmp_path, cli):
+    small = "--quick --rounds 2 --train-size 64 --train-width 8 --batch 1 --synth-size 64 --synth-width 8"
+
+    def run(*options):
+        done = cli(*small.split(), *options, "--json", tmp_path / "b.json", script=ROOT / "bench.py", timeout=900)
+        assert done.status == 0, done.stderr
+        parts = json.loads((tmp_path / "b.json").read_text())["parts"]
+        rows = {part: found["rows"] for part, found in parts.items()}
+        return done.stdout, rows, {part: rows[part]["product, float32"]["seconds"] for part in rows}
+
+    told, rows, first = run("--parts", "joint")
+    assert [*rows["joint"]][-2:] == ["plain", "ours"] and rows["joint"]["ours"]["speedup"]["median"] > 0
+    assert all(name in told and len(row["seconds"]) == 2 for name, row in rows["joint"].items())
+    told, rows, second = run()  # all that are missing
+    assert "\njoint" not in told and second["joint"] == first["joint"]
+    assert [*rows["synth"]][-3:] == ["PyTorch", "generator.onnx", "--fp16"]
+    told, _, third = run("--parts", "joint")
+    assert "\njoint" in told and third["joint"] != first["joint"] and third["synth"] == second["synth"]
+    assert run("--batch", 2, "--parts", "joint")[2].keys() == {"joint"}  # another setting: nothing of this one stays
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_a_gpu_make_gpu_says_so_in_one_line(cli, tmp_path):
+    done = cli("--device", "cuda", "--json", tmp_path / "gpu.json", script=ROOT / "bench.py")
+    assert (done.status, done.stdout) == (2, "") and not [*tmp_path.iterdir()]
+    assert done.stderr.count("\n") == 1 and "no CUDA device" in done.stderr
