@@ -895,7 +895,7 @@ class Trainer:
         chosen = torch.from_numpy(order[i * self.c.batch : (i + 1) * self.c.batch][RANK::WORLD])
         for fed, held in zip(self.fed, self.train[1:], strict=True):
             part = held[chosen.to(held.device, non_blocking=True)]
-            fed.copy_(part if held.device == fed.device else part.pin_memory(), non_blocking=True)
+            fed.copy_(part.pin_memory() if fed.is_cuda and not held.is_cuda else part, non_blocking=True)
 
     def work(self) -> Tensor:
         """A step's work on the device, for what `feed` has put there; returns its figures, still there.

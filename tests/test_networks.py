@@ -7,6 +7,7 @@ from scipy import ndimage
 from torch import nn
 
 import covidgan
+import export
 from covidgan import Covidgan
 
 
@@ -65,7 +66,7 @@ def test_parameter_counts_and_shapes_are_those_of_the_published_widths():
 def test_one_decision_sees_70_by_70_pixels():
     torch.manual_seed(0)
     net = covidgan.PatchGAN(5, 4).double()
-    covidgan.replace(net, nn.InstanceNorm2d, lambda norm: nn.Identity())  # it sees the whole image: leave it out
+    export.replace(net, nn.InstanceNorm2d, lambda norm: nn.Identity())  # it sees the whole image: leave it out
     pair = torch.randn(1, 5, 200, 200, dtype=torch.float64, requires_grad=True)
     decisions = net(pair)[-1]
     middle = decisions.shape[-1] // 2
