@@ -55,9 +55,8 @@ MATRIX = {"cpu": 2048, "cuda": 8192}  # rows and columns of the product that is 
 KERNELS = {  # what a GPU spends a step on, by words in its kernels' names; the first that fits
     "fused": "triton",
     "copies, casts": "copy|nchwTo|nhwcTo|Memcpy|CatArray",
-    "norms": "norm|bn_",
+    "norms, padding": "norm|bn_|pad",
     "convolutions": "conv|gemm|xmma|cutlass|fprop|dgrad|wgrad",
-    "padding": "pad",
     "elementwise": "elementwise",
 }
 
@@ -82,7 +81,7 @@ def measure(contenders: dict[str, Maker], rounds: int, title: str, device: str =
                 for name in tqdm(names * rounds, desc=title, leave=False):
                     rows[name]["seconds"].append(pools[name].submit(again, device).result())
                 if device == "cuda" and "ceiling" not in rows[name]:
-                    rows[name] |= pools[name].submit(spent).result()
+                    rows[name] |= pools[name].submit(spent, 0 if "graph" in name else 3).result()
             except Exception as error:  # of any kind: what it told, and the others' figures, are worth having
                 if device == "cpu":
                     raise Mistake(f"{name}: {error!r:.400}: if memory is short, try --quick") from error
@@ -115,13 +114,11 @@ def again(device: str) -> float:
     return (time.perf_counter() - begun) / RUNS[device]
 
 
-def spent(runs: int = 3) -> dict[str, Any]:
-    """Bytes that PyTorch has held of a GPU at most; milliseconds of a run in each of KERNELS, and in the dearest alone.
-
-    Without a GPU it has held none, and its operators stand for kernels.
-    """
-    on_gpu = torch.cuda.is_available()
-    net_bytes = torch.cuda.max_memory_allocated() if on_gpu else 0
+def spent(runs: int) -> dict[str, Any]:
+    """Bytes that PyTorch has held of a GPU at most; ms of a run in each of KERNELS, and by kernel; else by operator."""
+    net_bytes = torch.cuda.max_memory_allocated() if (on_gpu := torch.cuda.is_available()) else 0
+    if not runs:
+        return {"net_bytes": net_bytes}
     with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiler:
         for _ in range(runs):
             held["work"]()  # the profiler's end waits for the device
@@ -275,6 +272,8 @@ def make_graph(file: Callable[[], Path], maps: np.ndarray) -> tuple[Work, dict]:
     path = file()
     options = infer_onnx.provider_options("cuda", infer_onnx.open_session(path, "cuda")[1])
     session = infer_onnx.start(path.read_bytes(), "cuda", options | {"enable_cuda_graph": "1"}, 1)
+    if session.get_providers()[0] != infer_onnx.CUDA:
+        raise Mistake(f"{path}: ONNX Runtime makes no graph of it")
     given = ort.OrtValue.ortvalue_from_numpy(maps, "cuda", 0)
     ct = ort.OrtValue.ortvalue_from_shape_and_type(maps.shape, np.int16, "cuda", 0)
     binding = session.io_binding()
