@@ -73,6 +73,16 @@ def draw_chest(depth=6, size=64):
     return hu, labels
 
 
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+def files(folder):
+    """The bytes of all files under a folder, by their paths in it."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 TURNS = {
     "rows reversed": lambda picture: picture[..., ::-1, :],
     "columns reversed": lambda picture: picture[..., ::-1],

@@ -5,27 +5,21 @@ import os
 import subprocess
 import sys
 from itertools import product
-from pathlib import Path
 
 import imageio.v3 as iio
 import numpy as np
 import onnx
 import pytest
 import scipy.linalg
+from conftest import ROOT
 from onnx import TensorProto, helper
 from skimage.metrics import normalized_root_mse, peak_signal_noise_ratio, structural_similarity
 
 import eval as evaluation
 from data.slices import Mistake, read_image, read_map, write_image, write_map
 
-REPO = Path(__file__).resolve().parents[1]
 HEIGHT, WIDTH = 48, 64
 HU_OF_LABEL = np.array([-1000, -850, -550, 20])
-
-
-@pytest.fixture
-def rng():
-    return np.random.default_rng(0)
 
 
 def lungs(height=HEIGHT, width=WIDTH, shift=0):
@@ -566,7 +560,7 @@ WITHOUT_TORCH = "import sys, runpy; sys.modules['torch'] = None; runpy.run_path(
 
 def program(*arguments):
     command = [sys.executable, "-c", WITHOUT_TORCH, *map(str, arguments)]
-    return subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 
 def test_without_torch_all_runs_and_writes_all(sets, features, unet):

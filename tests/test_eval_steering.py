@@ -22,11 +22,6 @@ NUMBERS = {
 }
 
 
-@pytest.fixture
-def rng():
-    return np.random.default_rng(0)
-
-
 def lungs(right=14, lesion=0):
     """Labels of a lung of 20 x 40 pixels and of one `right` pixels wide, with `lesion` rows of ground glass in both."""
     labels = np.zeros((SIZE, SIZE), np.uint8)

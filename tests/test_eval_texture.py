@@ -17,11 +17,6 @@ HU_OF_LABEL = np.array([40.0, -850, -550, 20])
 MIDDLES = (np.arange(16) + 0.5) / 32  # of the rings, cycles a pixel
 
 
-@pytest.fixture
-def rng():
-    return np.random.default_rng(0)
-
-
 def lungs(height=96, width=96, lesions=True):
     """A label map of two lungs, with a patch of ground glass in the one and of consolidation in the other."""
     y, x = (np.mgrid[:height, :width] + 0.5) / np.array([height, width])[:, None, None]

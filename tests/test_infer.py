@@ -6,21 +6,19 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import imageio.v3 as iio
 import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from conftest import draw_chest, draw_map
+from conftest import ROOT, draw_chest, draw_map, files
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 import infer_onnx
 from data.slices import COLOURS, LABELS, Mistake, coloured, read_image, read_map, windowed, write_image, write_map
 
-HERE = Path(__file__).resolve().parent.parent
 METADATA = {
     "kind": "generator",
     "contract": "1",
@@ -120,12 +118,8 @@ def infer(tmp_path, model, capfd):
 
 def script(*argv, **options):
     """Run the script as a user does."""
-    command = [sys.executable, HERE / "infer_onnx.py", *map(str, argv)]
+    command = [sys.executable, ROOT / "infer_onnx.py", *map(str, argv)]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, **options)
-
-
-def files(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def direct(model, labels):
@@ -564,6 +558,6 @@ def test_onnx_runtime_keeps_no_records_in_the_users_home(maps, model, tmp_path, 
     home.mkdir()
     argv = [maps, "--model", model, "--out", tmp_path / "out"] if name == "infer_onnx.py" else ["-h"]
     env = {"PATH": os.environ["PATH"], "HOME": str(home)}
-    done = subprocess.run([sys.executable, HERE / name, *map(str, argv)], env=env, capture_output=True, timeout=60)
+    done = subprocess.run([sys.executable, ROOT / name, *map(str, argv)], env=env, capture_output=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert not list(home.rglob("*"))

@@ -5,10 +5,10 @@ import json
 import numpy as np
 import onnx
 import pytest
-from conftest import draw_map
+from conftest import draw_map, files
 from onnx import TensorProto, helper, numpy_helper
 from scipy import ndimage
-from test_infer import METADATA, build_generator, draw_slice, files, infer, maps  # noqa: F401
+from test_infer import METADATA, build_generator, draw_slice, infer, maps  # noqa: F401
 from test_infer_volumes import display, draw_ct, save
 
 import infer_onnx

@@ -5,10 +5,10 @@ import json
 import nibabel as nib
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, files
 from scipy import ndimage
 from skimage import io
-from test_infer import draw_slice, files, infer, model  # noqa: F401
+from test_infer import draw_slice, infer, model  # noqa: F401
 from test_infer_volumes import display, save
 
 from data.lesions import paste, place, place_one_of, read_donor

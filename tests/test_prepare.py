@@ -9,6 +9,7 @@ import imageio.v3 as iio
 import nibabel as nib
 import numpy as np
 import pytest
+from conftest import ROOT, files
 from PIL import Image
 from test_volumes import stored_as
 
@@ -16,8 +17,7 @@ from data import phantom, prepare
 from data.lungs import find_lungs
 from data.slices import Mistake
 
-REPO = Path(__file__).resolve().parents[1]
-REAL = Path(os.environ.get("COVIDGAN_CT", REPO.parent / "shared" / "ct"))
+REAL = Path(os.environ.get("COVIDGAN_CT", ROOT.parent / "shared" / "ct"))
 SIZE = 24
 
 
@@ -50,10 +50,6 @@ def run(src, out, *options):
     """Run the command in this process, to the end without an error; return split.json."""
     assert prepare.main([str(src), "--out", str(out), "--size", str(SIZE), *map(str, options)]) == 0
     return json.loads((out / "split.json").read_text())
-
-
-def files(folder):
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def hu_of(out, name):

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import draw_map
+from test_networks import count
 from torch import nn
 
 import covidgan
@@ -18,10 +19,6 @@ from paper.methods import METHODS
 
 NAMES = ("pix2pix", "pix2pixHD", "SPADE", "SEAN")
 TINY = dict(size=64, ngf=4, ndf=4, batch=2, epochs=1, epoch_len=48, device="cpu", dtype="float32", seed=1)
-
-
-def count(*modules):
-    return sum(p.numel() for module in modules for p in module.parameters())
 
 
 @functools.cache
