@@ -229,6 +229,24 @@ def here(monkeypatch, capfd):
     return run
 
 
+@pytest.fixture
+def infer(tmp_path, model, capfd):
+    """Run infer_onnx.py in this process: options -> exit status, OUT, all of stderr but the progress bar."""
+    import infer_onnx
+
+    def call(*options, out="out", model=model):
+        argv = [*map(str, options), "--model", str(model), "--out", str(tmp_path / out)]
+        argv += [] if "--provider" in argv else ["--provider", "cpu"]
+        try:
+            status, told = infer_onnx.main(argv), []
+        except slices.Mistake as mistake:
+            status, told = 2, [f"error: {mistake}"]
+        noise = capfd.readouterr().err.replace("\r", "\n").splitlines()
+        return status, tmp_path / out, "\n".join(told + [line for line in noise if line and "%|" not in line])
+
+    return call
+
+
 @pytest.fixture(scope="session")
 def stop_after():
     """Train by a command line until SIGTERM comes in a step of a stage, or of the first: stop_after(4, arguments)."""
