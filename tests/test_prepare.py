@@ -360,17 +360,9 @@ def put_masks(folder, of):
     return str(folder / "mine")
 
 
-def right_and_left(lung):
-    return lung * (1 + (np.arange(SIZE) > 11)[:, None, None])
-
-
-def in_one(lung, lesion):
-    return np.where(lesion, lesion + 1, lung)
-
-
 LUNGS = {
     "255": lambda lung, _: lung * 255,
-    "two": lambda lung, _: right_and_left(lung),
+    "two": lambda lung, _: lung * (1 + (np.arange(SIZE) > 11)[:, None, None]),
     "lobes": lambda lung, _: lung * 5,
 }
 
@@ -382,7 +374,7 @@ def test_lungs_of_any_number_and_labels_in_one_mask_give_the_same_slices(tmp_pat
     if kind in LUNGS:
         run_named(tmp_path, out, "--lungs", put_masks(tmp_path, LUNGS[kind]), lungs=False)
     else:
-        labels = put_masks(tmp_path, in_one)
+        labels = put_masks(tmp_path, lambda lung, lesion: np.where(lesion, lesion + 1, lung))
         prepare.main(["--images", f"{tmp_path}/ct", "--labels", labels, "--out", str(out), "--size", str(SIZE)])
         assert json.loads((out / "split.json").read_text())["drawn"]["labels"] == "mine"
         with pytest.raises(Mistake, match="--labels"):
