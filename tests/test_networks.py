@@ -1,4 +1,4 @@
-"""Generators, discriminators and weighting nets: the paper's sizes, Eq. 1 by hand, norms in float64."""
+"""Generators, discriminators and weighting nets: the paper's sizes, Eq. 1 by hand, steering and noise."""
 
 import numpy as np
 import pytest

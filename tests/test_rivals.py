@@ -180,7 +180,7 @@ def test_one_decision_sees_its_patch(name, side):
     torch.manual_seed(0)
     method = covidgan.build(METHODS[name], METHODS[name].options(ngf=4, ndf=4))
     scale = method.d.scales[0].double()
-    covidgan.replace(scale, nn.InstanceNorm2d, lambda _: nn.Identity())  # which sees the whole image
+    export.replace(scale, nn.InstanceNorm2d, lambda _: nn.Identity())  # which sees the whole image
     x = torch.randn(1, 5, 160, 160, dtype=torch.float64, requires_grad=True)
     decisions = scale(x)[-1]
     decisions[0, 0, decisions.shape[-2] // 2, decisions.shape[-1] // 2].backward()
