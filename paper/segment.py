@@ -5,9 +5,8 @@
     python -m paper.segment --resume --out out/unet                              # go on where a stopped run left off
     python export.py out/unet/unet.pt -o unet.onnx                               # for eval.py --unet
 
-Its dataset may hold real and synthetic slices side by side: paper/tables.py mixes them. The loop, augmentation and
-checkpoints are covidgan.py's; OUT/unet.pt is the trained network, OUT/panel_whole_*.png shows slices of the test side
-as slice | map | what the U-Net finds.
+Its dataset may hold real and synthetic slices side by side. Loop, augmentation and checkpoints are covidgan.py's;
+OUT/unet.pt is the trained network, OUT/panel_whole_*.png has slice | map | what it finds, of the test side.
 """
 
 import dataclasses
@@ -171,15 +170,14 @@ class SegmentationTrainer(covidgan.Trainer):
 
     def report(self) -> None:
         """Write OUT/unet.pt, of which export.py makes unet.onnx, and OUT/results.json."""
-        c = self.c
-        weights = {name: weight.cpu() for name, weight in self.average.unet.state_dict().items()}
+        c, weights = self.c, {name: weight.cpu() for name, weight in self.average.unet.state_dict().items()}
         config = {"n_labels": c.n_labels, "width": c.channels, "level": c.level, "window": c.width}
         made = {"kind": "unet", "config": config, "unet": weights}
         covidgan.write_atomically(self.out / "unet.pt", lambda path: torch.save(made, path))
         parameters = sum(p.numel() for p in self.method.parameters())
         results = {"parameters": parameters, "samples": self.steps * c.batch, "slices": len(self.train.names)}
-        text = json.dumps(results | {"config": {**dataclasses.asdict(c), **covidgan.LOCAL}}, indent=1)
-        covidgan.write_atomically(self.out / "results.json", lambda path: path.write_text(text + "\n"))
+        text = json.dumps(results | {"config": {**dataclasses.asdict(c), **covidgan.LOCAL}}, indent=1) + "\n"
+        covidgan.write_atomically(self.out / "results.json", lambda path: path.write_text(text))
         print(f"wrote {self.out}/: unet.pt, ckpt.pt, stats.jsonl, curves.png and panels")
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -139,3 +140,27 @@ def test_the_client_in_javascript_makes_the_slice_of_infer_onnx_to_1_hu(tmp_path
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode and "has no input that steers" in done.stderr
     shutil.rmtree(tmp_path / "node_modules")  # 291 MB
+
+
+@pytest.mark.long
+def test_the_training_script_goes_from_a_download_to_a_judged_generator(tmp_path):
+    """At 64 pixels, from 32, by a few samples; slices of the phantom stand for those that were prepared before."""
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split(
+        "\n"
+    )
+    for name in (name for name in tracked if name.endswith((".py", ".sh"))):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    for size in (64, 128):
+        made = ["--size", str(size), "--patients", "3", "--slices", "6", "--out", tmp_path / f"data/ct{size}"]
+        subprocess.run([sys.executable, ROOT / "data/phantom.py", *made], check=True, capture_output=True)
+    small = dict(FIRST="32", SAMPLES="8", STEERED="8", WIDTH="8", PYTHON=sys.executable)
+    command = ["sh", tmp_path / "models/train.sh", tmp_path, "64"]
+    done = subprocess.run(command, env=os.environ | small, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-2000:]
+    info = infer_onnx.open_session(tmp_path / "out/ct64/generator.onnx", "cpu")[1]
+    assert info["steers"] and info["size"] == 64
+    for name in ("results", "steering"):
+        assert json.loads((tmp_path / f"out/ct64/eval/{name}.json").read_text())
+    steps = [(tmp_path / f"out/{run}/stats.jsonl").read_text().count("\n") for run in ("best32", "best64", "ct64")]
+    assert steps == [6, 2, 2]
