@@ -73,6 +73,16 @@ def draw_chest(depth=6, size=64):
     return hu, labels
 
 
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+def files(folder):
+    """The bytes of all files under a folder, by their paths in it."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 TURNS = {
     "rows reversed": lambda picture: picture[..., ::-1, :],
     "columns reversed": lambda picture: picture[..., ::-1],
@@ -217,6 +227,24 @@ def here(monkeypatch, capfd):
         return Done(status, *capfd.readouterr())
 
     return run
+
+
+@pytest.fixture
+def infer(tmp_path, model, capfd):
+    """Run infer_onnx.py in this process: options -> exit status, OUT, all of stderr but the progress bar."""
+    import infer_onnx
+
+    def call(*options, out="out", model=model):
+        argv = [*map(str, options), "--model", str(model), "--out", str(tmp_path / out)]
+        argv += [] if "--provider" in argv else ["--provider", "cpu"]
+        try:
+            status, told = infer_onnx.main(argv), []
+        except slices.Mistake as mistake:
+            status, told = 2, [f"error: {mistake}"]
+        noise = capfd.readouterr().err.replace("\r", "\n").splitlines()
+        return status, tmp_path / out, "\n".join(told + [line for line in noise if line and "%|" not in line])
+
+    return call
 
 
 @pytest.fixture(scope="session")

@@ -5,27 +5,21 @@ import os
 import subprocess
 import sys
 from itertools import product
-from pathlib import Path
 
 import imageio.v3 as iio
 import numpy as np
 import onnx
 import pytest
 import scipy.linalg
+from conftest import ROOT
 from onnx import TensorProto, helper
 from skimage.metrics import normalized_root_mse, peak_signal_noise_ratio, structural_similarity
 
 import eval as evaluation
 from data.slices import Mistake, read_image, read_map, write_image, write_map
 
-REPO = Path(__file__).resolve().parents[1]
 HEIGHT, WIDTH = 48, 64
 HU_OF_LABEL = np.array([-1000, -850, -550, 20])
-
-
-@pytest.fixture
-def rng():
-    return np.random.default_rng(0)
 
 
 def lungs(height=HEIGHT, width=WIDTH, shift=0):
@@ -198,14 +192,17 @@ def test_the_interval_over_patients_is_that_of_their_means():
     assert row["patients_interval"] == pytest.approx(12.706205 * np.sqrt(32) / np.sqrt(2))
 
 
+def fid_of(x, y):
+    """Frechet distance as its definition has it, with a root of a product."""
+    (mu_x, s_x), (mu_y, s_y) = ((of.mean(0), np.cov(of, rowvar=False)) for of in (x, y))
+    return ((mu_x - mu_y) ** 2).sum() + np.trace(s_x + s_y - 2 * scipy.linalg.sqrtm(s_x @ s_y).real)
+
+
 @pytest.mark.parametrize("n, m, d", [(300, 200, 12), (10, 15, 40)])
 def test_the_frechet_distance_is_that_of_scipys_matrix_root_also_of_few_images(n, m, d, rng):
     mix = rng.normal(size=(2, d, d))
     x, y = rng.normal(size=(n, d)) @ mix[0], rng.normal(size=(m, d)) @ mix[1] + 0.3
-    s_x, s_y = np.cov(x.T), np.cov(y.T)
-    root = scipy.linalg.sqrtm(s_x @ s_y).real
-    expected = ((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(s_x + s_y - 2 * root)
-    assert evaluation.frechet(x, y) == pytest.approx(expected, rel=1e-6)
+    assert evaluation.frechet(x, y) == pytest.approx(fid_of(x, y), rel=1e-6)
 
 
 def reference_kid(x, y):
@@ -566,7 +563,7 @@ WITHOUT_TORCH = "import sys, runpy; sys.modules['torch'] = None; runpy.run_path(
 
 def program(*arguments):
     command = [sys.executable, "-c", WITHOUT_TORCH, *map(str, arguments)]
-    return subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 
 def test_without_torch_all_runs_and_writes_all(sets, features, unet):

@@ -4,22 +4,16 @@ import json
 
 import numpy as np
 import pytest
-import scipy.linalg
 import scipy.ndimage
 import scipy.stats
 from prdc import compute_prdc
-from test_eval import save_features
+from test_eval import fid_of, save_features
 
 import eval as evaluation
 from data.slices import write_image, write_map
 
 HU_OF_LABEL = np.array([40.0, -850, -550, 20])
 MIDDLES = (np.arange(16) + 0.5) / 32  # of the rings, cycles a pixel
-
-
-@pytest.fixture
-def rng():
-    return np.random.default_rng(0)
 
 
 def lungs(height=96, width=96, lesions=True):
@@ -109,12 +103,6 @@ def test_the_table_of_features_has_all_figures_and_their_floors(tmp_path, rng):
         assert (row["value"], row["floor_value"]) == pytest.approx((expected[figure], floors[figure]), rel=1e-9)
     floor = fid_of(means["real"][first], means["real"][second])
     assert rows["lung FID 4"]["floor_value"] == pytest.approx(floor, rel=1e-3)
-
-
-def fid_of(x, y):
-    """Frechet distance as its definition has it, with a root of a product."""
-    (mu_x, s_x), (mu_y, s_y) = ((of.mean(0), np.cov(of, rowvar=False)) for of in (x, y))
-    return ((mu_x - mu_y) ** 2).sum() + np.trace(s_x + s_y - 2 * scipy.linalg.sqrtm(s_x @ s_y).real)
 
 
 @pytest.mark.parametrize("size", [(128, 128), (75, 170), (300, 90)])

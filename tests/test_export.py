@@ -49,9 +49,6 @@ class Exported:
         return self.session.run(None, inputs)
 
 
-Network = collections.namedtuple("Network", "c generator")
-
-
 def randomise(module, seed=0):
     """Weights that keep features of order 1, with biases, norms and the weighting net's last layer off their start."""
     rng, state = torch.Generator().manual_seed(seed), module.state_dict()
@@ -203,21 +200,6 @@ def test_any_batch_height_and_width_agrees_with_training(exported, variant, shap
     assert (ct[maps == 0] == e.c.level - e.c.width / 2).all()  # exactly the window's floor
     assert ct[maps > 0].std() > 20 and (variant != "plain" or np.abs(alpha - 0.5).max() > 0.01)  # or all would agree
     assert f"HU (limit {export.MAX_HU[e.metadata['precision']]})" in e.printed and str(e.path) in e.printed
-
-
-@pytest.mark.parametrize("desum", ["learned", "global", "fixed", "sum"])
-@pytest.mark.parametrize("options", [dict(), dict(n_gen=3, n_labels=3, size=64)])
-def test_what_is_traced_is_what_was_trained_for_every_kind_of_network(desum, options):
-    _, c, generator = checkpoint_of(desum=desum, **options)
-    _, _, traced = checkpoint_of(desum=desum, **options)
-    export.rewrite(traced, fp16=False, target="cpu")
-    kinds = {type(module) for module in traced.modules()}
-    assert {export.BlockedConv, export.WinogradConv, export.TwoStageNorm} < kinds and nn.InstanceNorm2d not in kinds
-    maps = export.example_map(2, 128, 4 * covidgan.Covidgan.multiple(c), c.n_labels)
-    with torch.no_grad():
-        ct, alpha = export.DeployedGenerator(traced, c)(torch.from_numpy(maps))
-    hu, expected_alpha = expected_hu(Network(c, generator), maps)
-    assert np.abs(ct.numpy() - hu).max() < 0.6 and np.abs(alpha.numpy() - expected_alpha).max() < 1e-5
 
 
 STEERED = [
@@ -384,28 +366,6 @@ def test_weights_that_are_no_numbers_are_refused_though_both_sides_make_the_same
     with pytest.raises(Mistake, match=r"file\.onnx: not written: .* is not finite"):
         export.main([str(tmp_path / "unet.pt"), "-o", str(tmp_path / "file.onnx")])
     assert not (tmp_path / "file.onnx").exists()
-
-
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
-def test_blocked_convolution_is_the_convolution(dtype, bound):
-    torch.manual_seed(0)
-    conv, x = nn.Conv2d(24, 1, 7, dtype=dtype), torch.randn(2, 24, 18, 26, dtype=dtype)
-    with torch.no_grad():
-        assert export.BlockedConv(conv)(x).shape == (2, 1, 12, 20)
-        assert (export.BlockedConv(conv)(x) - conv(x)).abs().max() < bound
-
-
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-10), (torch.float32, 1e-4)])
-@pytest.mark.parametrize(("height", "width"), [(12, 20), (13, 22), (15, 1)])
-def test_winograd_convolution_is_the_convolution_at_any_size(dtype, bound, height, width):
-    torch.manual_seed(0)
-    conv, x = (
-        nn.Conv2d(64, 48, 3, bias=height != 12, dtype=dtype),
-        torch.randn(3, 64, height + 2, width + 2, dtype=dtype),
-    )
-    with torch.no_grad():
-        expected, ours = conv(x), export.WinogradConv(conv)(x)
-    assert ours.shape == expected.shape and (ours - expected).abs().max() < bound * expected.abs().max()
 
 
 def test_only_the_file_for_cpus_multiplies_matrices_and_it_is_no_larger(plain, exported):
@@ -649,12 +609,3 @@ def test_features_have_the_contracts_names_types_and_metadata(kind, dims, name, 
     check_cleanness(e.path)
     for shape in [(1, 299, 299), (3, 64, 100)]:
         assert [(x.shape, x.dtype) for x in e.run(image=greys(*shape))] == [((shape[0], d), np.float32) for d in dims]
-
-
-@pytest.mark.parametrize("spoil", [lambda w: w.pop("_bn0.bias"), lambda w: w.update({"_bn0.bias": torch.zeros(31)})])
-def test_other_weights_are_refused_by_the_files_name(tmp_path, spoil):
-    weights = features.EfficientNetLite0().state_dict()
-    spoil(weights)
-    torch.save(weights, tmp_path / "w.pth")
-    with pytest.raises(Mistake, match=r"w\.pth.*_bn0.bias"):
-        export.main(["--features", "efficientnet-lite0", "--weights", str(tmp_path / "w.pth")])

@@ -5,10 +5,10 @@ import json
 import numpy as np
 import onnx
 import pytest
-from conftest import draw_map
+from conftest import draw_map, files
 from onnx import TensorProto, helper, numpy_helper
 from scipy import ndimage
-from test_infer import METADATA, build_generator, draw_slice, files, infer, maps  # noqa: F401
+from test_infer import METADATA, draw_slice, maps  # noqa: F401
 from test_infer_volumes import display, draw_ct, save
 
 import infer_onnx
@@ -109,7 +109,7 @@ def test_a_slice_without_healthy_lung_has_no_numbers_and_one_of_single_pixels_no
     assert np.isnan(infer_onnx.steering_of(hu, labels, -600, 1500)[1])
 
 
-def test_without_options_a_slice_has_the_model_s_defaults_and_with_them_the_user_s_numbers(infer, one):  # noqa: F811
+def test_without_options_a_slice_has_the_model_s_defaults_and_with_them_the_user_s_numbers(infer, one):
     *numbers, seed = told(infer(one)[1] / "images/P01_S001.png")
     assert numbers == [-800, 75] and seed  # of its own: else all slices of a patient have the same vessels
     assert told(infer(one, "--density", -880, out="a")[1] / "images/P01_S001.png") == [-880, 75, seed]
@@ -127,7 +127,7 @@ def real(tmp_path, one):
     return tmp_path / "images"
 
 
-def test_a_completed_lung_has_the_numbers_of_its_real_slice_unless_given(infer, one, real):  # noqa: F811
+def test_a_completed_lung_has_the_numbers_of_its_real_slice_unless_given(infer, one, real):
     hu = read_image(real / "P01_S001.png")
     expected = truth(hu, draw_map())
     _, out, _ = infer(one, "--complement", real)
@@ -138,7 +138,7 @@ def test_a_completed_lung_has_the_numbers_of_its_real_slice_unless_given(infer, 
     assert detail == 99 and abs(density - expected[0]) < 1.5
 
 
-def test_a_completed_variant_has_the_numbers_of_its_augmented_real_slice(infer, one, real):  # noqa: F811
+def test_a_completed_variant_has_the_numbers_of_its_augmented_real_slice(infer, one, real):
     _, out, _ = infer(one, "--complement", real, "--variants", 3)
     jobs = infer_onnx.plan({"P01_S001": one / "P01_S001.png"}, 3)
     found = []
@@ -150,7 +150,7 @@ def test_a_completed_variant_has_the_numbers_of_its_augmented_real_slice(infer, 
     assert len({detail for _, detail in found}) > 1  # resampling blurs each otherwise
 
 
-def test_draws_have_seeds_of_their_own_and_numbers_of_training_slices_and_resume(infer, one):  # noqa: F811
+def test_draws_have_seeds_of_their_own_and_numbers_of_training_slices_and_resume(infer, one):
     _, out, _ = infer(one, "--draws", 12)
     names = [f"P01_S001d{k:02d}.png" for k in range(1, 13)]
     assert sorted(path.name for path in (out / "images").iterdir()) == names
@@ -188,7 +188,7 @@ def test_draws_hang_on_name_and_seed_and_neither_on_shard_nor_batch(infer, maps,
         (("seed",), ["--draws", 2], ""),
     ],
 )
-def test_what_the_model_has_no_input_for_is_one_line(infer, one, real, tmp_path, inputs, options, refused):  # noqa: F811
+def test_what_the_model_has_no_input_for_is_one_line(infer, one, real, tmp_path, inputs, options, refused):
     model = build_steered(tmp_path / "other.onnx", inputs)
     status, out, said = infer(one, *[real if option == "IMAGES" else option for option in options], model=model)
     if refused:
@@ -199,7 +199,7 @@ def test_what_the_model_has_no_input_for_is_one_line(infer, one, real, tmp_path,
         assert status == 0 and len(slices) == 2
 
 
-def test_each_slice_of_a_volume_has_a_seed_of_its_own_and_the_numbers_of_its_ct(infer, tmp_path):  # noqa: F811
+def test_each_slice_of_a_volume_has_a_seed_of_its_own_and_the_numbers_of_its_ct(infer, tmp_path):
     labels = np.stack([draw_map()] * 4)
     labels[2] = 0
     hu = draw_ct(labels)
@@ -215,7 +215,7 @@ def test_each_slice_of_a_volume_has_a_seed_of_its_own_and_the_numbers_of_its_ct(
     assert (made[2] == hu[2]).all()
 
 
-def test_draws_of_a_volume_are_volumes_of_one_patient_each(infer, tmp_path):  # noqa: F811
+def test_draws_of_a_volume_are_volumes_of_one_patient_each(infer, tmp_path):
     labels = np.stack([draw_map()] * 3)
     save(tmp_path / "labels/a.nii.gz", labels)
     _, out, _ = infer(tmp_path / "labels", "--draws", 5)
@@ -223,7 +223,3 @@ def test_draws_of_a_volume_are_volumes_of_one_patient_each(infer, tmp_path):  # 
     densities = [np.unique(volume[labels == 1]) for volume in volumes]
     assert len(volumes) == 5 and all(len(one) == 1 for one in densities) and len({int(one[0]) for one in densities}) > 1
     assert len({int(slice_[20:][labels[0][20:] == 3][0]) for volume in volumes for slice_ in volume}) > 10
-
-
-def test_a_model_of_contract_1_is_taken(infer, one, tmp_path):  # noqa: F811
-    assert infer(one, model=build_generator(tmp_path / "old.onnx"))[0] == 0

@@ -5,10 +5,10 @@ import json
 import nibabel as nib
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, files
 from scipy import ndimage
 from skimage import io
-from test_infer import draw_slice, files, infer, model  # noqa: F401
+from test_infer import draw_slice, model  # noqa: F401
 from test_infer_volumes import display, save
 
 from data.lesions import paste, place, place_one_of, read_donor
@@ -140,7 +140,7 @@ def mine(tmp_path):
 
 
 @pytest.fixture
-def more(infer, mine, donors):  # noqa: F811
+def more(infer, mine, donors):
     """Run --lesions with --paste lesions: options -> status, OUT, stderr."""
     fixed = [mine, "--complement", mine / "images", "--lesions", donors, "--paste", "lesions", "--variants", 2]
     return lambda *options, **named: infer(*fixed, *options, **named)
@@ -174,7 +174,7 @@ def test_lesions_hang_on_name_variant_and_seed_alone_and_a_run_goes_on(more, tmp
     assert "made otherwise" in more(out="sharded")[2]
 
 
-def test_without_paste_the_lung_is_the_model_s_and_of_one_side_there_is_no_split(infer, mine, donors):  # noqa: F811
+def test_without_paste_the_lung_is_the_model_s_and_of_one_side_there_is_no_split(infer, mine, donors):
     _, out, _ = infer(mine, "--side", "train", "--complement", mine / "images", "--lesions", donors)
     assert sorted(path.stem for path in (out / "maps").iterdir()) == ["P01_S001v01", "P01_S002v01"]
     labels, hu = (read(out / f"{part}/P01_S001v01.png") for part, read in READERS.items())
@@ -183,7 +183,7 @@ def test_without_paste_the_lung_is_the_model_s_and_of_one_side_there_is_no_split
     assert not (out / "split.json").exists()
 
 
-def test_maps_full_of_lesions_are_counted_and_paste_wants_what_it_pastes_and_where(more, infer, mine):  # noqa: F811
+def test_maps_full_of_lesions_are_counted_and_paste_wants_what_it_pastes_and_where(more, infer, mine):
     for options in (["--paste", "lesions"], ["--paste", "lung"], ["--lesions", "--paste", "lesions"]):
         status, out, told = infer(mine, *options)
         assert status == 2 and told.startswith("error: --paste") and not out.exists()
@@ -218,7 +218,7 @@ def test_nnunet_s_folder_of_slices_is_read_back_as_its_own_reader_of_png_does(mo
 
 
 @pytest.mark.parametrize("library", [False, True])
-def test_volumes_get_lesions_as_volumes_on_the_ct_s_grid_for_nnunet_and_for_prepare(infer, tmp_path, library):  # noqa: F811
+def test_volumes_get_lesions_as_volumes_on_the_ct_s_grid_for_nnunet_and_for_prepare(infer, tmp_path, library):
     host, donor = np.stack([lungs()] * 12), np.stack([lungs()] * 6)
     donor[1:5, 20:40, 10:24], donor[2:4, 25:35, 13:20] = 2, 3
     ct = draw_slice(host)
@@ -241,7 +241,7 @@ def test_volumes_get_lesions_as_volumes_on_the_ct_s_grid_for_nnunet_and_for_prep
         assert path.read_bytes() == (plain / same).read_bytes()
 
 
-def test_a_slice_s_lesions_do_not_go_into_a_volume(infer, donors, tmp_path):  # noqa: F811
+def test_a_slice_s_lesions_do_not_go_into_a_volume(infer, donors, tmp_path):
     mask = save(tmp_path / "labels/a.nii.gz", np.stack([lungs()] * 4))
     status, _, told = infer(mask, "--lesions", donors)
     assert status == 2 and told.count("error: ") == 1 and "one slice" in told

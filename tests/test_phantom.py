@@ -2,38 +2,23 @@
 
 import json
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import files
 
 from data import check, phantom
 from data.slices import Mistake
 
-DATA = Path(__file__).resolve().parents[1] / "data"
-
 LUNG, GLASS, DENSE = 1, 2, 3
-
-
-def run(*arguments):
-    return subprocess.run([sys.executable, DATA / "phantom.py", *map(str, arguments)], capture_output=True, text=True)
-
-
-def draw_set(out):
-    done = run("--out", out, "--size", 64, "--patients", 4, "--slices", 6)
-    assert done.returncode == 0, done.stderr
-    return out
-
-
-def contents(folder):
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+SMALL = ["--size", "64", "--patients", "4", "--slices", "6"]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return draw_set(tmp_path_factory.mktemp("phantom") / "set")
+    out = tmp_path_factory.mktemp("phantom") / "set"
+    phantom.main(["--out", str(out), *SMALL])
+    return out
 
 
 @pytest.fixture(scope="module")
@@ -90,14 +75,14 @@ def test_no_slice_and_no_patient_is_on_two_sides(folder):
 
 def test_a_set_is_left_alone_another_is_refused_and_overwrite_draws_it_again(folder, tmp_path):
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
-    same = ["--out", str(tmp_path), "--size", "64", "--patients", "4", "--slices", "6"]
+    same = ["--out", str(tmp_path), *SMALL]
     (tmp_path / "maps" / "P01_S001.png").write_bytes(b"by hand")
     phantom.main(same)
     assert (tmp_path / "maps" / "P01_S001.png").read_bytes() == b"by hand"
     with pytest.raises(Mistake, match=f"{tmp_path}.*--overwrite"):
         phantom.main([*same, "--seed", "1"])
     phantom.main([*same, "--overwrite"])
-    assert contents(tmp_path) == contents(folder)
+    assert files(tmp_path) == files(folder)
 
 
 def test_check_finds_nothing_in_it(folder, tmp_path):

@@ -9,6 +9,7 @@ import imageio.v3 as iio
 import nibabel as nib
 import numpy as np
 import pytest
+from conftest import ROOT, files
 from PIL import Image
 from test_volumes import stored_as
 
@@ -16,8 +17,7 @@ from data import phantom, prepare
 from data.lungs import find_lungs
 from data.slices import Mistake
 
-REPO = Path(__file__).resolve().parents[1]
-REAL = Path(os.environ.get("COVIDGAN_CT", REPO.parent / "shared" / "ct"))
+REAL = Path(os.environ.get("COVIDGAN_CT", ROOT.parent / "shared" / "ct"))
 SIZE = 24
 
 
@@ -50,10 +50,6 @@ def run(src, out, *options):
     """Run the command in this process, to the end without an error; return split.json."""
     assert prepare.main([str(src), "--out", str(out), "--size", str(SIZE), *map(str, options)]) == 0
     return json.loads((out / "split.json").read_text())
-
-
-def files(folder):
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def hu_of(out, name):
@@ -364,17 +360,9 @@ def put_masks(folder, of):
     return str(folder / "mine")
 
 
-def right_and_left(lung):
-    return lung * (1 + (np.arange(SIZE) > 11)[:, None, None])
-
-
-def in_one(lung, lesion):
-    return np.where(lesion, lesion + 1, lung)
-
-
 LUNGS = {
     "255": lambda lung, _: lung * 255,
-    "two": lambda lung, _: right_and_left(lung),
+    "two": lambda lung, _: lung * (1 + (np.arange(SIZE) > 11)[:, None, None]),
     "lobes": lambda lung, _: lung * 5,
 }
 
@@ -386,7 +374,7 @@ def test_lungs_of_any_number_and_labels_in_one_mask_give_the_same_slices(tmp_pat
     if kind in LUNGS:
         run_named(tmp_path, out, "--lungs", put_masks(tmp_path, LUNGS[kind]), lungs=False)
     else:
-        labels = put_masks(tmp_path, in_one)
+        labels = put_masks(tmp_path, lambda lung, lesion: np.where(lesion, lesion + 1, lung))
         prepare.main(["--images", f"{tmp_path}/ct", "--labels", labels, "--out", str(out), "--size", str(SIZE)])
         assert json.loads((out / "split.json").read_text())["drawn"]["labels"] == "mine"
         with pytest.raises(Mistake, match="--labels"):

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import draw_map
+from test_networks import count
 from torch import nn
 
 import covidgan
@@ -18,10 +19,6 @@ from paper.methods import METHODS
 
 NAMES = ("pix2pix", "pix2pixHD", "SPADE", "SEAN")
 TINY = dict(size=64, ngf=4, ndf=4, batch=2, epochs=1, epoch_len=48, device="cpu", dtype="float32", seed=1)
-
-
-def count(*modules):
-    return sum(p.numel() for module in modules for p in module.parameters())
 
 
 @functools.cache
@@ -177,8 +174,9 @@ def test_spades_and_seans_features_have_the_published_shapes(name, fine):
         assert shapes_of(encoder.layers, [encoder.layers[-1]], empty(1, 1, 512, 512)) == [(512, 256)]
 
 
-@pytest.mark.parametrize(("name", "side"), [("pix2pix", 70), ("SPADE", 70), ("SEAN", 46)])
+@pytest.mark.parametrize(("name", "side"), [("pix2pixHD", 70), ("pix2pix", 70), ("SPADE", 70), ("SEAN", 46)])
 def test_one_decision_sees_its_patch(name, side):
+    """pix2pixHD's discriminator is covidgan's."""
     torch.manual_seed(0)
     method = covidgan.build(METHODS[name], METHODS[name].options(ngf=4, ndf=4))
     scale = method.d.scales[0].double()

@@ -4,13 +4,10 @@ import itertools
 import json
 import os
 import struct
-import subprocess
-import sys
 import zlib
 
 import numpy as np
 import pytest
-from conftest import ROOT
 from PIL import Image
 
 from data import slices
@@ -41,11 +38,6 @@ def test_colour_decides_whatever_the_order_of_the_palette(tmp_path, order):
     palette = [PAPER[label] for label in order]
     path = indexed(tmp_path / "map.png", np.argsort(order)[LABELS], palette)
     np.testing.assert_array_equal(slices.read_map(path), LABELS)
-
-
-@pytest.mark.parametrize("palette", [[(i, i, i) for i in range(256)], [(0, 0, 0), (128, 0, 0), (0, 128, 0), (9, 9, 9)]])
-def test_a_palette_without_the_papers_colours_only_dresses_label_values_up(tmp_path, palette):
-    np.testing.assert_array_equal(slices.read_map(indexed(tmp_path / "map.png", LABELS, palette)), LABELS)
 
 
 def test_what_was_erased_is_background_though_its_colour_is_left_below(tmp_path):
@@ -181,11 +173,6 @@ def test_a_name_that_is_no_slices_name_is_told(tmp_path, name):
         slices.read_split(split_file(tmp_path, {"train": ["P01_S001", name]}))
 
 
-def test_a_name_on_two_sides_is_told(tmp_path):
-    with pytest.raises(Mistake, match=r"split\.json: a is"):
-        slices.read_split(split_file(tmp_path, {"train": ["a", "b"], "test": ["c", "a.PNG"]}))
-
-
 # Writing
 
 
@@ -252,33 +239,3 @@ def test_a_folder_has_one_writer_and_the_lock_goes_with_it(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(Mistake, match="file"), slices.held(tmp_path / "file"):
         pass
-
-
-PROGRAM = """
-import sys
-from data.slices import Mistake, OneLineParser, exit_on_mistake
-def program(argv):
-    parser = OneLineParser("about")
-    parser.add_argument("--overwrite", action="store_true")
-    parser.parse_args(argv)
-    {}
-exit_on_mistake(program, more=(KeyError,))
-"""
-
-
-@pytest.mark.parametrize(
-    ("line", "options", "status", "told"),
-    [
-        ("return 3", (), 3, ""),
-        ("raise Mistake('maps: not there')", (), 2, "maps: not there"),
-        ("open('/not/there')", (), 2, "/not/there"),
-        ("raise KeyError('two\\nlines')", (), 2, "two"),
-        ("raise MemoryError", (), 2, "out of memory"),
-        ("pass", ("--over",), 2, "--over"),  # no abbreviation
-    ],
-)
-def test_a_mistake_ends_in_one_line_and_status_2(line, options, status, told):
-    command = [sys.executable, "-c", PROGRAM.format(line), *options]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode == status and told in done.stderr
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 if told else done.stderr == ""

@@ -12,12 +12,12 @@ import os
 import re
 import shutil
 import threading
-from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 from scipy import ndimage
 from test_data import MAPS, palette
@@ -29,7 +29,6 @@ from data.slices import COLOURS, LABELS, coloured, read_image, read_map, windowe
 
 pytestmark = pytest.mark.long
 
-ROOT = Path(__file__).resolve().parents[1]
 WEB, VENDOR = ROOT / "web", ROOT / "web" / "vendor"
 SHIPPED = "**/models/covid-ct-256.onnx"
 START = "P01_S008"  # the example that the page starts with

@@ -1,38 +1,27 @@
-"""kill -9 and SIGTERM: nothing half-written stands under a final name, and going on ends as if never stopped."""
+"""kill -9: nothing half-written stands under a final name, and going on ends as if never stopped."""
 
-import json
 import os
 import random
 import signal
 import time
 
 import pytest
-import torch
 from whole import MODEL, check_same, check_whole, leftovers, lines_of, put_maps, put_volumes, wait_for
 
 pytestmark = pytest.mark.long
 
 
-@pytest.mark.parametrize(
-    ("signum", "stops"), [(signal.SIGKILL, (6, 13, 22)), (signal.SIGTERM, (13,))], ids=["-9", "-15"]
-)
-def test_a_training_stopped_and_resumed_ends_with_the_same_bits(
-    signum, stops, whole_run, toy, small_run, cli, tmp_path
-):
-    out, rng = tmp_path / "out", random.Random(int(signum))
+def test_a_training_killed_and_resumed_ends_with_the_same_bits(whole_run, toy, small_run, cli, tmp_path):
+    out, rng = tmp_path / "out", random.Random(9)
     command = ["--stage", "all", "--data", toy.folder, "--out", out, *small_run, "--interval", 5]
-    for steps in stops:  # of 30, ten a stage
+    for steps in (6, 13, 22):  # of 30, ten a stage
         process = cli.start(*command)
         wait_for(process, lambda steps=steps: lines_of(out / "stats.jsonl") >= steps)
         time.sleep(rng.uniform(0, 0.05))
-        process.send_signal(signum)
+        process.kill()
         _, stderr = process.communicate(timeout=300)
         assert process.returncode != 0, stderr
         check_whole(out)
-        if signum == signal.SIGTERM:  # no step is lost
-            last = json.loads((out / "stats.jsonl").read_text().splitlines()[-1])
-            assert torch.load(out / "ckpt.pt", weights_only=True)["step"] == last["step"]
-            assert leftovers(out) == []
         command = ["--resume", "--out", out]
     done = cli(*command)
     assert done.status == 0, done.stderr

@@ -1,4 +1,4 @@
-"""The same seed on the same machine gives the same bytes; of training test_kill.py says it, of data test_phantom.py."""
+"""The same seed on the same machine gives the same bytes; of training and phantom test_kill.py says it."""
 
 import pytest
 from conftest import ROOT

@@ -1,11 +1,11 @@
 """Several processes of one training, by torchrun on one machine: as one, and stopped."""
 
-import json
 import signal
 
 import pytest
 import torch
 from conftest import ROOT
+from test_training import stats_of
 from whole import leftovers, wait_for
 
 pytestmark = pytest.mark.long
@@ -16,10 +16,6 @@ TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
 def joint(toy, small_run):
     """Options of a short joint stage."""
     return ["--stage", "joint", "--data", toy.folder, *small_run, "--batch", 4, "--epochs", 1, "--epoch-len", 24]
-
-
-def stats_of(out):
-    return [json.loads(line) for line in (out / "stats.jsonl").read_text().splitlines()]
 
 
 def test_two_processes_train_as_one_on_the_joined_batch(joint, cli, tmp_path):

@@ -10,6 +10,7 @@ import onnx
 import torch
 from conftest import ROOT, draw_chest, draw_map
 from PIL import Image
+from test_training import differing
 
 from data.slices import write_map
 
@@ -91,15 +92,6 @@ def check_same(folder, other):
     assert ours.keys() == theirs.keys()
     for name, path in ours.items():
         if path.suffix == ".pt":
-            assert same(*(torch.load(one, weights_only=True) for one in (path, theirs[name]))), name
+            assert differing(*(torch.load(one, weights_only=True) for one in (path, theirs[name]))) == [], name
         else:
             assert path.read_bytes() == theirs[name].read_bytes(), name
-
-
-def same(a, b):
-    """Whether two trees of tensors and values are equal, bit for bit; configs, which name folders, are left out."""
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a if key != "config")
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return torch.equal(a, b) if torch.is_tensor(a) else a == b
