@@ -446,7 +446,7 @@ class Method(nn.Module):
         """
         if not self.c.contrast:
             return image
-        parenchyma = (PARENCHYMA - self.c.level) * 2 / self.c.width
+        parenchyma = float(np.clip((PARENCHYMA - self.c.level) * 2 / self.c.width, -1, 1))  # as `window` has it
         return (self.c.contrast * (image - parenchyma)).masked_fill(onehot[:, :1] > 0, 0.0)
 
     def generator(self) -> nn.Module:

@@ -357,7 +357,7 @@ def rewrite(generator: nn.Module, fp16: bool, target: str) -> nn.Module:
         for name in [*getattr(layer, "parametrizations", ())]:
             parametrize.remove_parametrizations(layer, name)
     if hasattr(generator, "fold"):
-        generator.fold()
+        generator.fold(replace)
     drop_biases(generator)
     if fp16:
         generator.half()

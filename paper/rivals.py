@@ -555,9 +555,9 @@ class SeanGenerator(nn.Module):
         return self.painter(onehot, self.mean_codes() if codes is None else codes)
 
     @torch.no_grad()
-    def fold(self) -> None:
+    def fold(self, replace: Callable) -> None:
         """Fix the mean style, as export.py asks: a smaller file."""
-        covidgan.replace(self, StylePath, lambda path: FixedStyle(path, self.mean_codes()))
+        replace(self, StylePath, lambda path: FixedStyle(path, self.mean_codes()))
 
     def mean_codes(self) -> Tensor:
         """The training images' mean style [1, n_labels, 8 ngf], zero for a label that was never seen."""
