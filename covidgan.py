@@ -118,12 +118,11 @@ class Config(LoopConfig):
     draws: float = 0.0  # G takes in noise, so that one map gives many slices; weight of L_redraw, see Covidgan.redrawn
     desum: Literal["learned", "global", "fixed", "sum"] = "learned"  # alpha from F_local | from F_global | 0.5 | F + F
     dfm: Literal["learned", "d2", "fixed", "off"] = "learned"  # beta from D1 | from D2 | --beta | no feature matching
-    # losses
+    # losses and stages
     gan: Literal["bce", "lsgan", "hinge"] = "bce"  # Eq. 3 is bce
     lambda_dfm: float = 10.0  # weight of L_DFM in Eq. 2
     beta: float = 0.5  # with --dfm fixed: weight of D2's features in L_DFM; D1's weigh 1 - beta
     beta_margin: float = 0.1  # beta stays in [margin, 1 - margin]
-    # stages
     individual: float = 1.0  # length of stages g1 and g2 relative to the joint one's; 0: no individual training
 
 
@@ -312,11 +311,7 @@ class PatchGAN(nn.Module):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Every block's output; the last, [B, 1, h, w], holds the decisions as logits."""
-        features = []
-        for block in self.blocks:
-            x = block(x)
-            features.append(x)
-        return features
+        return [x := block(x) for block in self.blocks]
 
 
 class Discriminators(nn.Module):
@@ -1061,10 +1056,11 @@ def write_curves(path: Path, stats: Path, curves: tuple[tuple[str, ...], ...]) -
 
 
 def pick_device(c: LoopConfig) -> torch.device:
-    """--device, or the best one available; with CUDA this process's own GPU."""
+    """--device, or the best one available; with CUDA this process's own GPU, shared where there are fewer."""
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     name = best if c.device == "auto" else c.device
-    return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
+    own = int(os.environ.get("LOCAL_RANK", "0")) % max(1, torch.cuda.device_count())
+    return torch.device(f"cuda:{own}" if name == "cuda" else name)
 
 
 def uses_bf16(c: LoopConfig, device: torch.device) -> bool:
@@ -1213,7 +1209,8 @@ def main(argv: list[str], method: type[Method] = Covidgan, trainer_of: type[Trai
     if WORLD > 1:
         if (device := pick_device(c)).type == "cuda":
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")  # waits for the first, above
+        shared = device.type == "cpu" or int(os.environ["LOCAL_WORLD_SIZE"]) > torch.cuda.device_count()
+        dist.init_process_group("gloo" if shared else "nccl")  # NCCL wants a GPU each; waits for the first, above
     trainer = trainer_of(method, c)
     if c.resume:
         trainer.load(trainer.out / "ckpt.pt")
