@@ -315,7 +315,7 @@ class Broken(covidgan.Covidgan):
 
     def __init__(self, c):
         super().__init__(c)
-        self.g.fold = lambda: self.g.{weights}.data.{change}
+        self.g.fold = lambda replace: self.g.{weights}.data.{change}
 """
 
 
