@@ -30,6 +30,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -224,10 +225,7 @@ class WeightingNet(nn.Module):
 
 
 class Desum(nn.Module):
-    """Dynamic element-wise sum (Eq. 1): F_out = alpha F_local + (1 - alpha) F_global, one alpha per image.
-
-    kind: where alpha is computed from, or a fixed 0.5, or the plain sum of "w/o DESUM" (Table V).
-    """
+    """Dynamic element-wise sum (Eq. 1): F_out = alpha F_local + (1 - alpha) F_global, one alpha per image."""
 
     def __init__(self, channels: int, kind: str) -> None:
         super().__init__()
@@ -245,10 +243,7 @@ class Desum(nn.Module):
 
 
 class Generator(nn.Module):
-    """Global-local generator G (Fig. 2): G1 at half size and G2 at full size, joined by DESUM.
-
-    n_gen 3 puts one more local generator, with twice the channels, between G1 (then at quarter size) and G2.
-    """
+    """Global-local generator G (Fig. 2): G1 at half size, or a quarter with --n-gen 3, G2 at full size, and DESUM."""
 
     def __init__(self, c: Config) -> None:
         super().__init__()
@@ -609,8 +604,7 @@ def augment(
 
     hu and labels uint8 [B, 1, H, W] are resampled through one grid, the map nearest, so that it stays a map. Given a
     smaller size, they are downsampled to it last: a real image blurred by resampling would teach D to like blur.
-    Returns the windowed image in [-1, 1] and the labels, 0 beyond a slice's border. Draws are for the whole batch, of
-    which a process of a rank in a world augments its share.
+    Returns the image in [-1, 1] and the labels, 0 beyond a slice's border, of a process's share of the whole batch.
     """
     device, (height, width), n = hu.device, hu.shape[2:], len(hu) * world
     share = slice(rank, None, world)
@@ -702,14 +696,12 @@ def read_image(path: Path) -> np.ndarray:
 
 
 def read_map(path: Path, n_labels: int) -> np.ndarray:
-    """Read a label map, uint8 [H, W]: grey PNG of label values, or RGB or palette in exactly the paper's COLOURS.
-
-    Paint programs order palettes as they like: where one holds the paper's colours, colour decides. Raises Mistake.
-    """
+    """Read a label map, uint8 [H, W]: grey PNG of label values, or RGB or palette in exactly the paper's COLOURS."""
     mode, pixels, palette = read_png(path)
     if mode not in ("L", "P", "RGB", "RGBA"):
         raise Mistake(f"{path}: a PNG of mode {mode} is no label map: give 8-bit grey, palette or RGB")
     empty = palette is not None and np.ptp(pixels) == 0 and not palette[pixels[0, 0]].any()  # whatever index black has
+    # Paint programs order palettes as they like: where one holds the paper's colours, colour decides.
     if empty or (palette is not None and {*COLOURS[1:]} & {*map(tuple, palette.tolist())}):
         pixels = palette[pixels]
     if mode == "RGBA":
@@ -786,7 +778,7 @@ class Trainer:
         self.look_every = 10 if self.device.type == "cuda" else 1  # steps: to look makes a GPU wait
         self.asked_to_stop = False  # a signal came: save after this step, then stop
         split = read_split(Path(c.data), c.seed)
-        self.train = near(self.device, load_slices(Path(c.data), split["train"], c, room=2))
+        self.train = near(self.device, once_a_machine(lambda: load_slices(Path(c.data), split["train"], c, room=2)))
         self.test = load_slices(Path(c.data), split["test"], c)
         slower = self.device.type == "cpu" and not self.bf16  # channels last loses 5 % there, elsewhere it gains 6 to 8
         layout = torch.contiguous_format if slower else torch.channels_last
@@ -1072,6 +1064,20 @@ def uses_bf16(c: LoopConfig, device: torch.device) -> bool:
     return device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
+def once_a_machine(load: Callable[[], Slices]) -> Slices:
+    """What load() reads: one process of a machine does, and all share its memory, a file, which is gone at once."""
+    if WORLD == 1:
+        return load()
+    path = Path(tempfile.gettempdir(), f"covidgan_{os.environ['MASTER_PORT']}.pt")
+    if os.environ["LOCAL_RANK"] == "0":
+        torch.save(tuple(load()), path)
+    dist.barrier()
+    side = Slices(*torch.load(path, mmap=True, weights_only=True))
+    dist.barrier()
+    path.unlink(missing_ok=True)
+    return side
+
+
 def near(device: torch.device, side: Slices) -> Slices:
     """A side's slices on the GPU, if they take up at most half of what is free there; else where they are."""
     fits = device.type == "cuda" and sum(part.nbytes for part in side[1:]) < torch.cuda.mem_get_info(device)[0] / 2
@@ -1081,8 +1087,7 @@ def near(device: torch.device, side: Slices) -> Slices:
 def recorded(work: Callable[[], Tensor], rng: torch.Generator) -> Callable[[], Tensor]:
     """Record work as one CUDA graph, so that small kernels need not wait for Python; returns what replays it.
 
-    It may not look at the device, nor copy to it, nor draw but from `rng` or the default generator. Before it is
-    recorded it must have run, while libraries choose kernels and optimisers allocate.
+    It may not look at the device, copy to it, or draw but from `rng` or the default generator. It must have run before.
     """
     graph = torch.cuda.CUDAGraph()
     graph.register_generator_state(rng)
@@ -1170,14 +1175,13 @@ def parse_config(argv: list[str], method: type[Method] = Covidgan) -> LoopConfig
 def check_config(c: LoopConfig, method: type[Method]) -> None:
     """Raise Mistake, before any work, where values cannot work together."""
     stages, multiple = ("all", *method.stages(c)), method.multiple(c)
-    checks = [
+    for holds, complaint in [
         (c.stage in stages, f"--stage {c.stage}: give one of {', '.join(stages)}"),
         (c.size % multiple == 0 and c.size >= 2 * multiple, f"--size {c.size}: give a multiple of {multiple}, or more"),
         (c.epoch_len >= c.batch, f"--epoch-len {c.epoch_len}: give the batch of {c.batch} or more"),
         (c.batch % WORLD == 0, f"--batch {c.batch}: give a multiple of the {WORLD} processes"),
         (not method.alone or WORLD == 1, f"torchrun: {method.name} trains in one process, start it without"),
-    ]
-    for holds, complaint in checks:
+    ]:
         if not holds:
             raise Mistake(complaint)
 
