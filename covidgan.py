@@ -436,7 +436,7 @@ class Method(nn.Module):
         """
         if not self.c.contrast:
             return image
-        parenchyma = float(np.clip((PARENCHYMA - self.c.level) * 2 / self.c.width, -1, 1))  # as `window` has it
+        parenchyma = window(image.new_full((), PARENCHYMA), self.c)
         return (self.c.contrast * (image - parenchyma)).masked_fill(onehot[:, :1] > 0, 0.0)
 
     def generator(self) -> nn.Module:
@@ -796,7 +796,7 @@ class Trainer:
 
     def begin(self, stage: str) -> None:
         """Start a stage: networks are kept, averages and optimisers start anew, over only the stage's parameters."""
-        self.stage, self.step_done = stage, 0
+        self.stage, self.number, self.step_done = stage, [*self.stages].index(stage), 0
         self.steps = max(1, round(self.c.epochs * self.epoch_steps * self.stages[stage]))
         self.average.load_state_dict(self.method.state_dict())
         self.players = {name: player for name, player in self.method.players(stage).items() if player.parameters}
@@ -877,8 +877,7 @@ class Trainer:
         self.rng.manual_seed(self.step_seed())
         torch.manual_seed(self.step_seed(1 + RANK))  # for dropout; from 1, or it would repeat the augmentation's
         epoch, i = divmod(self.step_done, self.epoch_steps)
-        seed = [self.c.seed, [*self.stages].index(self.stage), epoch]
-        order = sample_order(len(self.train.names), self.c.epoch_len, seed)
+        order = sample_order(len(self.train.names), self.c.epoch_len, [self.c.seed, self.number, epoch])
         chosen = torch.from_numpy(order[i * self.c.batch : (i + 1) * self.c.batch][RANK::WORLD])
         for fed, held in zip(self.fed, self.train[1:], strict=True):
             part = held[chosen.to(held.device, non_blocking=True)]
@@ -895,8 +894,9 @@ class Trainer:
         self.backward(losses)
         self.names = [*losses]
         figures = self.mean_over_processes(torch.stack([loss.detach().float() for loss in losses.values()]))
+        not_finite = (~figures.isfinite()).any().float()
         for optimizer in self.optimizers.values():
-            optimizer.found_inf = (~figures.isfinite()).any().float()  # as of GradScaler: where it is 1, nothing moves
+            optimizer.found_inf = not_finite  # as torch.amp.GradScaler has it: where this is 1, nothing moves
             optimizer.step()
             optimizer.zero_grad()  # here, not before the backward pass: the forward pass needs the memory
         weights = self.method.generator().state_dict()
@@ -911,7 +911,7 @@ class Trainer:
 
     def step_seed(self, *more: int) -> int:
         """Seed of a step's draws, a pure function of the step: a resumed run has nothing to restore, on any device."""
-        numbers = [self.c.seed, [*self.stages].index(self.stage), self.step_done, *more]
+        numbers = [self.c.seed, self.number, self.step_done, *more]
         return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
     def backward(self, losses: dict[str, Tensor]) -> None:
