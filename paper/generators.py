@@ -57,10 +57,11 @@ ROWS: dict[str, Row] = {
     "covidgan-clean": ours(CLEAN),
     **{f"{name}-clean": rival(name, CLEAN) for name in RIVALS},
 }
-# Table II at equal CPU seconds: all clean. Who steers is told two numbers of a slice besides.
+# Table II at equal CPU seconds: all clean. -steer: told two numbers of a slice besides; -draws: and given noise.
 TIMED: dict[str, Row] = {
     "best": ours(preset="best"),
-    "steered": ours(preset="steered"),
+    "best-steer": ours("--steer", "best"),
+    "best-draws": ours(f"--steer --draws {covidgan.PRESETS['steered']['draws']:g}", "best"),
     **{f"{name}-clean": rival(name, CLEAN) for name in RIVALS},
     **{f"{name}-steer": rival(name, f"{CLEAN} --steer") for name in RIVALS},
 }
@@ -194,6 +195,9 @@ DICE, CEILING = "U-Net's Dice", "its Dice on real slices"  # of `judge`, both le
 DIGITS = {FID: 2, "FID 32": 4, KID: 4, "PSNR": 2, "SSIM": 4, "RMSE": 4, "NRMSE": 4, DICE: 1}  # metric -> decimals
 BETTER = {metric: "higher" if metric in ("PSNR", "SSIM", DICE) else "lower" for metric in DIGITS}
 REGIONS = ("complete", "lung")
+# HU, medians over maps, of eval.py's table "steering" -> decimals; kept as figures of a region "steering"
+OBEYS = {"other lung, mean": 1, "other lung, RMS": 0, "moved, RMS": 0, "density default": 1, "detail default": 1}
+OBEYS |= {f"{name} {level}": 1 for name in ("density", "detail") for level in ("low", "high")} | {"draws, RMS": 0}
 
 IN_OWN_STYLE = "figures in the style of the slices themselves"  # kept of SEAN as its authors test it
 TOLD, DRAWN = "figures told", "figures drawn"  # kept of who steers, by where the two numbers come from
@@ -229,11 +233,14 @@ def keep(name: str, seed: int, args: argparse.Namespace) -> None:
         run, kind = train(name, seed, args), row_of(name).kind
         method, c = covidgan.restore(covidgan.read_checkpoint(run / "ckpt.pt"), kind)
         found = {"options": options_of(name), "method": name, "seed": seed}
-        found |= {"budget": args.seconds} if args.seconds else {}
         # told: measured in the real slice. Drawn: as pairs of the training slices are, whatever the patient.
         ways = {TOLD: ("synthetic", "--complement", args.reference), DRAWN: ("drawn", "--draws", "1")}
         for key, way in ways.items() if c.steer else [("figures", ("synthetic",))]:
             found[key] = figures_of(runs.measure(run, args.reference, REPORT, judge(args), *way))
+        if args.seconds:
+            found["budget"] = args.seconds
+            rows, first = runs.obeys(run, args.reference, REPORT), TOLD if c.steer else "figures"
+            found[first] |= {f"steering {name}": {"value": row["median"]} for name, row in rows.items()}
         return found | cost_of(run, method)
 
     runs.keep(args.results, f"{name}_{seed}", make)
@@ -253,7 +260,8 @@ def methods_of(name: str) -> dict[str, str]:
 def records_of(method: str, kept: dict[int | None, dict[str, Any]], key: str = "figures") -> list[dict[str, Any]]:
     """Of what is kept by seed a record for each region and metric that has a value, of a method told by this name."""
     found = []
-    for (seed, one), region, metric in itertools.product(kept.items(), REGIONS, DIGITS):
+    asked = [*itertools.product(REGIONS, DIGITS), *itertools.product(("steering",), OBEYS)]
+    for (seed, one), (region, metric) in itertools.product(kept.items(), asked):
         if (value := one.get(key, {}).get(f"{region} {metric}", {}).get("value")) is not None:
             told = {"method": method, "seed": seed, "region": region, "metric": metric, "value": value}
             found.append(told | ({"on a GPU": True} if report.on_gpu(one) else {}))

@@ -23,18 +23,15 @@ from paper import generators, runs, segment
 
 SIDE = "test"  # its slices and maps train a U-Net
 TESTED = ("train", "seg_test")  # their real slices test it
-TIMES = 4  # at most as many synthetic slices are added per real one
-VARIANTS = TIMES + 1  # augmentations of each map, one more than is used: a map without lung has none
+VARIANTS = 2  # augmentations of each map, one more than is used: a map without lung has none
 
 
 @dataclass(frozen=True)
 class Mix:
-    """A training set: N real slices, and shares of N of others."""
+    """A training set: real slices, and shares of their number of others."""
 
-    real: int = 0  # N; 0: all there are
     replaced: float = 0.0  # real slices replaced by the synthetic ones of the same maps
     added: float = 0.0  # synthetic slices of augmented maps, beside the real ones
-    augmented: float = 0.0  # augmented real ones, beside the real ones: only kept, paper/usefulness.py has its like
     generator: str = "covidgan"  # its name in paper/generators.py
 
     @property
@@ -45,10 +42,10 @@ class Mix:
     @property
     def name(self) -> str:
         """The name of its U-Nets: of their folders, and among what is kept."""
-        shares = {"replaced": self.replaced, "added": self.added, "augmented": self.augmented}
+        shares = {"replaced": self.replaced, "added": self.added}
         parts = [f"{kind}{100 * share:.0f}" for kind, share in shares.items() if share]
         parts += [self.generator] if self.replaced or self.added else []
-        return "-".join([f"unet_real{self.real or ''}", *parts])
+        return "-".join(["unet_real", *parts])
 
 
 Members = dict[str, list[str]]  # names of a mix's slices: real, replaced, added
@@ -60,10 +57,7 @@ def members(mix: Mix, names: list[str], whole: list[str], variants: list[str], s
     A seed draws one order, and every set is the beginning of it, so that a smaller share is part of a larger one.
     Raises Mistake where there are too few.
     """
-    if mix.real > len(names):
-        raise Mistake(f"{mix.name}: {mix.real} real slices wanted, there are {len(names)}: leave it out")
-    order = [names[k] for k in np.random.default_rng(seed).permutation(len(names))]
-    chosen = order[: mix.real or None]
+    chosen = [names[k] for k in np.random.default_rng(seed).permutation(len(names))]
     turns = [f"{name}v{k:02d}" for k in range(1, VARIANTS + 1) for name in chosen]  # as infer_onnx.py names them
     swappable, turns = ([name for name in of if name in {*made}] for of, made in ((chosen, whole), (turns, variants)))
 
@@ -102,8 +96,6 @@ def dataset(out: Path, mix: Mix, seed: int, args: argparse.Namespace) -> Path:
     """
     if (out / "split.json").exists():
         return out
-    if mix.augmented:
-        raise Mistake(f"{mix.name}: no longer trained, only kept: leave its row out, see paper/usefulness.py")
     sources = {
         "real": args.reference,
         "replaced": synthetic_slices(mix, seed, args, "complete") if mix.replaced else None,

@@ -156,6 +156,13 @@ def measure(
     return compare(data, first_draws(slices), out / f"eval_{kind}_{side}", out.parent, unet)
 
 
+def obeys(out: Path, data: Path, side: str) -> dict[str, Any]:
+    """How a run's generator obeys, on maps of a side that it has made slices of: rows of eval.py's table "steering"."""
+    found = out / "steering.json"
+    call(ROOT / "eval.py", data, out / "generator.onnx", "--maps", out / f"synthetic_{side}" / "maps", "--json", found)
+    return read_json(found)["steering"]
+
+
 def first_draws(drawn: Path) -> Path:
     """A folder of links to the first draw of each map, under the map's name, by which eval.py pairs slices."""
     links = drawn.with_name(f"{drawn.name}_first")

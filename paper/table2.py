@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from paper import generators, report, runs
-from paper.generators import BETTER, DICE, DIGITS, FID, FLOORS, KID, REGIONS, RIVALS, ROWS, records_of
+from paper.generators import BETTER, DICE, DIGITS, FID, FLOORS, KID, OBEYS, REGIONS, RIVALS, ROWS, records_of
 from paper.report import PAPER, apart, grid
 
 # One error of pixels, of which the paper has four. Its "RMSE" is over the real slice's own RMS, as its PSNR shows.
@@ -68,6 +68,8 @@ class Images:
         for region in REGIONS:
             lines += [f"**{region}**, mean +- deviation over the seeds", ""]
             lines += report.quality(table["records"], region, DIGITS)
+        if budget:
+            lines += ["**steering**: medians over maps, HU", "", *report.quality(table["records"], "steering", OBEYS)]
         heads = [f"{region} {metric}" for region in REGIONS for metric in ("FID", "PSNR", "SSIM", "RMSE (our NRMSE)")]
         paper = grid(["method", *heads], [[method, *figures.split()] for method, figures in PAPER["2"].items()])
         lines += ["**The paper's**, on other data, its FID of another network", "", *paper]
@@ -80,9 +82,8 @@ ABOUT = (
 )
 OURS = [name for name in ROWS if name.startswith("covidgan")]
 EQUAL_SAMPLES = Images(ROWS, [*itertools.product(OURS, ("", "-clean"))])
-EQUAL_SECONDS = Images(
-    generators.TIMED, [("best", "-clean"), *((f"steered {how}", f"-steer {how}") for how in ("told", "drawn"))]
-)
+STEERED = [(f"best-{row} {how}", f"-steer {how}") for row in ("steer", "draws") for how in ("told", "drawn")]
+EQUAL_SECONDS = Images(generators.TIMED, [("best", "-clean"), *STEERED])
 
 
 def comparison(records: list[Record], ours: str, ending: str) -> dict[str, Any]:

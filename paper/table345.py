@@ -2,8 +2,7 @@
 
 Table III swaps a share of a U-Net's real slices for synthetic ones of the same maps. Table IV adds synthetic slices of
 augmented maps. Table V changes one part of the method at a time: figures of its images, and infection Dice of a U-Net
-with half of its slices swapped, as in Table III. Beyond the paper, "few" asks whether synthetic slices help where real
-ones are few, and more than plain augmentation does; "beta" is Table V for who moves beta.
+with half of its slices swapped, as in Table III. Beyond the paper, "beta" is Table V for who moves beta.
 
 Figures are mean +- 95 % interval as in the paper, over ten folds of the test slices. Beside it stands that over
 patients, about the mean of their means: go by that, as slices of a patient are alike. Both are for one U-Net, averaged
@@ -31,7 +30,6 @@ HEADLINE = "infection Dice"  # by which rows are compared
 OF_PATIENTS = f"{HEADLINE} of patients"  # among what is kept: by patient two U-Nets are compared
 KEY = "options of generator"  # among what is kept
 IMAGES = (FID, KID, "PSNR")  # Table V's figures of complete images
-FEW = {"20": 20, "50": 50, "all": 0}  # real slices; all: about 100 of the public set of 14 patients
 SEES = "On our data this bench sees no gain of Dice below about 8 points: 4,000 samples a U-Net, of two mild patients."
 TOLD = {
     "train": "slices that the generators have trained on, as the paper's text has it",
@@ -59,22 +57,6 @@ ROWS_4: dict[str, Mix] = {
 def half_swapped(rows: dict[str, generators.Row]) -> dict[str, Mix]:
     """Rows of Table V or its kind: ours, and each changed generator."""
     return {"ours": Mix(replaced=0.5), **{name: Mix(replaced=0.5, generator=name) for name in rows}}
-
-
-def few_rows() -> dict[str, Mix]:
-    """N real slices alone, beside synthetic ones, and beside as many of their own augmentations."""
-    rows = {}
-    for told, n in FEW.items():
-        rows[f"{told} real"] = Mix(n)
-        rows[f"{told} + augmented"] = Mix(n, augmented=mixes.TIMES)
-        rows |= {f"{told} + {name}": Mix(n, added=mixes.TIMES, generator=name) for name in OURS}
-    return rows
-
-
-def few_against(row: str) -> list[str]:
-    """The rows that a row of "few" is compared with."""
-    n = row.split()[0]
-    return [other for other in (f"{n} real", f"{n} + augmented") if other != row and not row.endswith("real")]
 
 
 def against_first(rows: dict[str, Mix]) -> Callable[[str], list[str]]:
@@ -148,7 +130,6 @@ TABLES = {
     "3": Experiment(ROWS_3, against_first(ROWS_3), PAPER["3"]),
     "4": Experiment(ROWS_4, against_first(ROWS_4), PAPER["4"]),
     "5": Experiment(ROWS_5, against_first(ROWS_5), PAPER["5"], images=True),
-    "few": Experiment(few_rows(), few_against, {}, sides=("seg_test",)),
     "beta": Experiment(ROWS_BETA, against_first(ROWS_BETA), {}, images=True),
 }
 
@@ -256,7 +237,7 @@ def cell(one: Record) -> str:
 def slices_told(counts: dict[str, int]) -> str:
     """How many slices of which kind a mix has, in words."""
     kinds = {**counts, "synthetic": counts["replaced"] + counts["added"]}
-    return " + ".join(f"{kinds[kind]} {kind}" for kind in ("real", "synthetic", "augmented") if kinds.get(kind))
+    return " + ".join(f"{kinds[kind]} {kind}" for kind in ("real", "synthetic") if kinds.get(kind))
 
 
 def side_told(table: dict[str, Any], side: str, heads: list[str]) -> list[str]:

@@ -4,7 +4,7 @@
     python -m paper.tables 2 --results out/results             # trains, synthesizes and measures them all
     python -m paper.tables 2 --rows SPADE SEAN --seeds 1       # some of them; the same command resumes a stopped one
     python -m paper.tables 2 --seconds 600                     # other rows, of equal CPU seconds, into RESULTS/600s
-    python -m paper.tables 3                                   # 4, 5, few, beta: U-Nets, see paper/table345.py
+    python -m paper.tables 3                                   # 4, 5, beta: U-Nets, see paper/table345.py
 
 The heads of paper/table2.py and paper/table345.py say what each does. What a run has measured is kept in RESULTS/runs:
 a row and seed that is there is not made again, and a table shows all that is there. To make the rows anew, give an

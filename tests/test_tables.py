@@ -82,10 +82,9 @@ def test_at_equal_seconds_all_have_the_same_aids_but_for_what_they_are_told():
     for name, row in generators.TIMED.items():
         c = covidgan.parse_config([*row.options, "--size", "128"], row.kind)
         assert (c.noise, c.contrast, c.ema) == (0, 4, 0.998)
-        if name != "steered":
-            assert c.steer == name.endswith("-steer")
-    best, steered = (covidgan.parse_config([*generators.TIMED[name].options]) for name in ("best", "steered"))
-    assert steered == dataclasses.replace(best, preset="steered", steer=True, draws=30.0, lr=1e-4)
+        assert c.steer == name.endswith(("-steer", "-draws"))
+    best, draws = (covidgan.parse_config([*generators.TIMED[name].options]) for name in ("best", "best-draws"))
+    assert draws == dataclasses.replace(best, steer=True, draws=covidgan.PRESETS["steered"]["draws"]) != best
 
 
 def test_a_budget_of_seconds_is_shared_by_all_stages():
@@ -138,6 +137,7 @@ def test_who_steers_is_measured_told_and_drawn_and_the_table_keeps_them_apart(tm
     restored = lambda name, kind: (None, kind.options(steer=name.endswith("-steer")))  # noqa: E731
     monkeypatch.setattr(covidgan, "restore", restored)
     monkeypatch.setattr(runs, "measure", measure)
+    monkeypatch.setattr(runs, "obeys", lambda run, *_: {"other lung, RMS": {"median": 40.0 + len(run.name), "N": 2}})
     for name in ("SPADE-steer", "SPADE-clean"):
         generators.keep(name, 0, args)
     assert asked == [("synthetic", "--complement", args.reference), ("drawn", "--draws", "1"), ("synthetic",)]
@@ -153,6 +153,8 @@ def test_who_steers_is_measured_told_and_drawn_and_the_table_keeps_them_apart(tm
     assert held["real slices", "U-Net's Dice"] == pytest.approx(80)  # the ceiling
     assert held["SPADE-clean", "U-Net's Dice"] == pytest.approx(70)
     assert [(one["budget"], one["seconds"]) for one in table["costs"]] == [(1350, 1400)] * 2
+    obeyed = {one["method"]: one["value"] for one in table["records"] if one["region"] == "steering"}
+    assert obeyed == {"SPADE-steer told": 51, "SPADE-clean": 51}
     text = "\n".join(tables.table_of(args).markdown(table))
     assert "| SPADE-steer drawn | 0 | 2.00 |" in text and "1,350 CPU seconds" in text
 

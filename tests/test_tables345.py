@@ -34,11 +34,11 @@ def test_adding_keeps_all_real_slices_and_takes_each_map_once_before_any_a_secon
     found = members(Mix(added=0.4), NAMES, [], VARIANTS, 0)
     assert sorted(found["real"]) == NAMES and len(found["added"]) == 16
     assert {name[-3:] for name in found["added"]} == {"v01"}
-    fourfold = members(Mix(added=4), NAMES, [], VARIANTS, 0)["added"]
-    assert len({*fourfold}) == 160 and {[name[:-3] for name in fourfold].count(name) for name in NAMES} == {4}
+    twofold = members(Mix(added=2), NAMES, [], VARIANTS, 0)["added"]
+    assert len({*twofold}) == 80 and {[name[:-3] for name in twofold].count(name) for name in NAMES} == {2}
 
 
-@pytest.mark.parametrize("mix", [Mix(replaced=0.5), Mix(41)])
+@pytest.mark.parametrize("mix", [Mix(replaced=0.5), Mix(added=2.5)])
 def test_too_few_slices_for_a_row_are_an_error(mix):
     with pytest.raises(Mistake, match=mix.name):
         members(mix, NAMES, NAMES[:10], [], 0)
@@ -51,7 +51,6 @@ def test_the_rows_are_those_of_the_paper_and_each_has_a_name_of_its_own():
     assert table345.ROWS_3["50%"].name == table345.ROWS_5["ours"].name and len(table345.ROWS_5) == 11
     against = table345.TABLES["3"].against
     assert against("50% SEAN") == ["0%", "50%", "50% covidgan-best"] and against("0%") == []
-    assert table345.few_against("20 + covidgan") == ["20 real", "20 + augmented"]
 
 
 def test_each_row_of_table_5_is_ours_but_for_one_switch():
@@ -134,7 +133,6 @@ def test_a_row_is_made_whole_and_its_figures_are_those_of_its_unet(table_command
     """Half of its slices swapped and some added, at toy size."""
     argv = table_command("3", "", "--samples", "16", "--channels", "4", "--unet-samples", "64", "--rows", "mixed")
     table = dataclasses.replace(table345.TABLES["3"], rows={"mixed": Mix(replaced=0.5, added=0.25)})
-    monkeypatch.setattr(mixes, "VARIANTS", 2)
     monkeypatch.setitem(tables.TABLES, "3", dataclasses.replace(table, against=lambda row: []))
     tables.main(argv)
     args = tables.parse(argv)

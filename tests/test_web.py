@@ -360,7 +360,7 @@ def test_lesions_stay_inside_the_lung_unless_told_otherwise(page):
     page.choose("Consolidation")
     page.set("size", 20)
     page.stroke((3, 3))
-    assert "Lesions stay inside the lung" in page.line()
+    page.wait_for("Lesions stay inside the lung")
     page.stroke((SIZE // 2, 40), (10, 40))
     inside = page.save("map")
     assert (inside == 3).any() and np.array_equal(inside > 0, before > 0)
@@ -568,7 +568,7 @@ def test_a_slice_goes_with_its_own_map_alone(page, tmp_path):
     page.wait_for("lesions that you paint")
     _, other, _ = draw_pair(tmp_path, draw_lungs(32), "P08_S001")
     page.pick("map", other)
-    assert "P08_S001: 32 x 32 pixels. Now open its label map" in page.line()
+    page.wait_for("P08_S001: 32 x 32 pixels. Now open its label map")
     page.pick("map", path)  # of another size
     page.wait_for(f"P07_S001: {SIZE} x {SIZE} pixels.")
     assert page.with_slice().save("ct")[0, 0] < -950  # the body's air
