@@ -32,7 +32,7 @@ from scipy import ndimage, stats
 import covidgan
 import infer_onnx
 from data import slices
-from data.lesions import box_of, paste, place, stretched
+from data.lesions import box_of, paste, place, read_donor, stretched
 from data.slices import Mistake, patient_of
 from eval import LESIONS
 from paper import generators, mixes, report, runs, segment
@@ -61,12 +61,14 @@ class Arm(NamedTuple):
     """What U-Nets train on: real slices or none, and for each that is seen `dose` others, or the same again.
 
     made: by whom and how: a row of paper/generators.py, "means" or "cut", into the real lung or as whole lungs.
+    drawn: lesions are of models/lesions, and no patient's.
     """
 
     about: str
     made: tuple[str, str] | None = None
     dose: int = 1
     real: bool = True
+    drawn: bool = False
 
 
 OURS, THEIRS = "covidgan-best", "SPADE-clean"
@@ -79,6 +81,7 @@ ARMS = {
     "cut": Arm("and lesions cut out of the same real slices, pasted", ("cut", "pasted")),
     "synthetic": Arm("whole lungs by covidgan alone", (OURS, "lungs"), real=False),
     **{f"pasted-x{dose}": Arm(f"as pasted, {dose} for each real one", (OURS, "pasted"), dose) for dose in (2, 4, 8)},
+    "drawn": Arm("as pasted, lesions of models/lesions, no patient's", (OURS, "pasted"), drawn=True),
     "SPADE-pasted": Arm("as pasted, by SPADE with the same aids", (THEIRS, "pasted")),
     "SPADE-lungs": Arm("as lungs, by SPADE", (THEIRS, "lungs")),
     "SPADE-synthetic": Arm("as synthetic, by SPADE", (THEIRS, "lungs"), real=False),
@@ -131,13 +134,16 @@ def trained_on(patients: str, fold: Fold, volumes: Volumes) -> Volumes:
 def make_slices(arm: Arm, patients: str, fold: Fold, volumes: Volumes, args: argparse.Namespace) -> tuple[Path, int]:
     """The dataset of an arm's other slices, made if it is not there yet, and how many there are of each real one."""
     (painter, way), several = arm.made, max(VARIANTS, arm.dose)
-    out = args.out / f"fold_{fold.number}" / patients / f"{painter}_{way}_{several}"
+    out = args.out / f"fold_{fold.number}" / patients / f"{painter}_{way}_{several}{'_drawn' * arm.drawn}"
     if (out / "split.json").exists():
         return out, several
     for part in ("images", "maps"):
         (out / part).mkdir(parents=True, exist_ok=True)
     hosts, names = trained_on(patients, fold, volumes), []
     donors = hosts if painter == "cut" else {one: volumes[one] for one in fold.others}
+    if arm.drawn:
+        shapes = slices.list_pngs(runs.ROOT / "models" / "lesions", "lesions")
+        donors = {one: Volume([], np.empty(0), read_donor(path, 4)) for one, path in shapes.items()}
     paint = painter_of(painter, hosts, fold, args)
     for patient, variant in ((patient, variant) for patient in hosts for variant in range(1, several + 1)):
         host, rng = hosts[patient], np.random.default_rng([fold.number, variant, *os.fsencode(patient)])
@@ -353,7 +359,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     option("--ngf", type=int, default=16, help="channels of a generator's first layers")
     option("--samples", type=int, default=12_000, help="samples that a generator sees at full size")
     option("--channels", type=int, default=8, help="channels of the U-Net's first level")
-    option("--unet-samples", type=int, default=3_000, help="real slices that each U-Net sees, with repeats")
+    option("--unet-samples", type=int, default=6_000, help="real slices that each U-Net sees, with repeats")
     option("--batch", type=int, default=4, help="of the U-Net")
     option("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of training, as in covidgan.py")
     parser.set_defaults(reference=None, rows=BASIC)

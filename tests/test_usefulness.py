@@ -57,6 +57,16 @@ def test_pasted_slices_are_the_real_ones_but_for_lesions_of_others_painted_with_
     assert np.median(changed) == pytest.approx(glass.mean(), abs=60) and np.std(changed) > 10  # edges are mixed
 
 
+def test_drawn_lesions_are_those_that_ship_and_no_patients(places, monkeypatch):
+    args, donors = usefulness.parse(places), []
+    volumes = usefulness.read_volumes(args.reference)
+    monkeypatch.setattr(usefulness, "painter_of", lambda *_: lambda labels, rng: np.zeros(labels.shape, int))
+    monkeypatch.setattr(usefulness, "place", lambda host, donor, rng: (donors.append(donor), host)[1])
+    usefulness.make_slices(ARMS["drawn"], "few", folds([*volumes])[0], volumes, args)
+    shipped = [read_map(path) for path in (runs.ROOT / "models" / "lesions").glob("*.png")]
+    assert donors and all(any((one.reshape(-1, one.shape[-1]) == of).all() for of in shipped) for one in donors)
+
+
 def test_cut_out_lesions_have_the_hu_of_the_donors_own(made):
     fold, volumes, _ = made
     host, donor = (volumes[one] for one in fold.others[:2])
