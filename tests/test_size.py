@@ -11,10 +11,10 @@ BUDGETS = {  # files, added up: lines
     "bench.py": 400,
     "data/*.py": 1900,
     "paper/*.py": 2500,
-    "web/paint.js": 850,
+    "web/*.js": 900,
     "README.md": 120,
     "paper/README.md": 120,
-    "tests/**/*.py": 9000,
+    "tests/**/*.py": 8900,
 }
 
 

@@ -13,11 +13,13 @@ import re
 import shutil
 import threading
 
+import nibabel as nib
 import numpy as np
 import onnx
 import pytest
 import torch
 from conftest import ROOT
+from nibabel.orientations import axcodes2ornt, ornt_transform
 from PIL import Image
 from scipy import ndimage
 from test_data import MAPS, palette
@@ -26,6 +28,7 @@ import covidgan
 import export
 import infer_onnx
 from data.slices import COLOURS, LABELS, coloured, read_image, read_map, windowed, write_image, write_map
+from data.volumes import read_volume
 
 pytestmark = pytest.mark.long
 
@@ -576,6 +579,42 @@ def test_a_slice_goes_with_its_own_map_alone(page, tmp_path):
     page.wait_for(f"{START}, ")
     page.pick("map", image)  # of the example's size
     page.wait_for("P07_S001: 64 x 64 pixels. Now open")
+
+
+def write_nifti(path, voxels, axes, kind, shift=0):
+    """A volume [Z, H, W] in display, feet first, as a NIfTI file whose axes run so, with values stored less a shift."""
+    given = nib.Nifti1Image((voxels.transpose(2, 1, 0) - shift).astype(float), np.diag([-0.7, -0.7, 5, 1]))
+    image = given.as_reoriented(ornt_transform(axcodes2ornt("LPS"), axcodes2ornt(axes)))
+    image.set_data_dtype(kind)
+    image.header.set_slope_inter(1, shift)
+    image.to_filename(path)
+
+
+@pytest.mark.parametrize(("axes", "kind"), [("LPS", np.int16), ("RAS", np.float32), ("SPL", np.uint16), ("AIR", float)])
+def test_a_slice_of_a_nifti_volume_and_its_map_are_those_that_prepare_reads(page, tmp_path, axes, kind):
+    labels = draw_lungs()
+    hu, maps = (np.stack([of, of[::-1], of[:, ::-1]])[:, 4:] for of in (draw_pair(tmp_path, labels)[0], labels))
+    write_nifti(tmp_path / "ct.nii.gz", hu, axes, kind, -1024 * (kind == np.uint16))
+    write_nifti(tmp_path / "mask.nii", maps, axes, np.uint8)
+    for name, of in (("ct.nii.gz", hu), ("mask.nii", maps)):  # what the other programs here make of it
+        assert np.array_equal(read_volume(tmp_path / name).voxels, of)
+    asked = []
+    page.tab.on("dialog", lambda dialog: (asked.append(dialog.message), dialog.accept("2")))
+    page.pick("map", tmp_path / "ct.nii.gz", tmp_path / "mask.nii")
+    page.wait_for("ct_S002: lesions that you paint appear in this slice")
+    assert len(asked) == 1 and "1 to 3" in asked[0]
+    assert np.array_equal(page.with_slice().save("ct"), hu[1]) and np.array_equal(page.save("map"), maps[1])
+
+
+def test_a_nifti_file_that_would_be_read_wrong_is_told(page, tmp_path):
+    path, volume = tmp_path / "ct.nii", np.full((1, SIZE, SIZE), -700)
+    write_nifti(path, volume, "LPS", np.int16)
+    good = path.read_bytes()
+    write_nifti(path, volume / 1000, "LPS", float)  # of -1 to 1
+    refuses(page, "map", path, "neither labels 0 to 3 nor HU")
+    for broken, words in ((good[:8000], "cut short"), (good[:254] + bytes(9000), "sform"), (b"", "no NIfTI-1")):
+        path.write_bytes(broken)
+        refuses(page, "map", path, words)
 
 
 # ------------------------------------------------------------------------------------------------ what steers

@@ -399,14 +399,22 @@ function around(i, { width, height }, reach) {
 
 // ---------------------------------------------------------------------------------------------- files
 
-/** Open what was picked or dropped: a generator, or PNG files, of which a map and a slice are a pair. */
+let number = null; // of the slice that was asked for last, of a volume
+
+/** Open what was picked or dropped: a generator, or PNG or NIfTI files, of which a map and a slice are a pair. */
 async function openFiles(files) {
-  const found = {};
+  const found = {}, ask = (depth) => {
+    found.number ??= Number(prompt(`Which slice, from the feet, of 1 to ${depth}?`, number ?? Math.ceil(depth / 2)));
+    return (number = found.number);
+  };
   for (const file of files) {
     if (/\.onnx$/i.test(file.name)) return openGenerator(file.name, file.arrayBuffer());
     try {
-      const png = await readMapOrSlice(new Uint8Array(await file.arrayBuffer()));
-      found[png.hu ? "slice" : "map"] = { name: file.name.replace(/\.[^.]*$/, ""), opened: png.labels, ...png };
+      const bytes = new Uint8Array(await file.arrayBuffer()), isNifti = /\.nii(\.gz)?$/i.test(file.name);
+      const read = await (isNifti ? readNifti(bytes, ask) : readMapOrSlice(bytes));
+      const ending = isNifti && found.number ? `_S${String(found.number).padStart(3, "0")}` : "";
+      const name = file.name.replace(/(\.nii)?\.[^.]*$/i, "") + ending;
+      found[read.hu ? "slice" : "map"] = { name, opened: read.labels, ...read };
     } catch (error) {
       return complain(`${file.name}: ${error.message}`);
     }
