@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 
 import imageio.v3 as iio
 import numpy as np
@@ -513,17 +512,6 @@ def test_it_runs_where_torch_and_nibabel_cannot_be_imported(maps, model, tmp_pat
     done = script(*argv, env={**os.environ, "PYTHONPATH": str(tmp_path)})
     assert done.returncode == 0
     assert len(list((tmp_path / "out/images").iterdir())) == 5
-
-
-def test_readers_are_never_far_ahead_of_the_model():
-    begun = []
-    with ThreadPoolExecutor(1) as pool:
-        results = infer_onnx.ahead(pool, begun.append, range(100), 4)
-        next(results)
-        pool.submit(int).result()  # after all that the one thread was given
-        assert begun == [0, 1, 2, 3, 4]
-        assert len(list(results)) == 99
-    assert begun == list(range(100))
 
 
 @pytest.mark.long

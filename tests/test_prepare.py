@@ -331,16 +331,6 @@ def test_volumes_without_masks_can_be_left_out_with_a_word(tmp_path, out, capsys
     assert "3 of 4 volumes have masks" in capsys.readouterr().out
 
 
-def test_what_is_left_out_of_the_command_is_named(tmp_path, out):
-    with pytest.raises(Mistake, match="--lungs: missing"):
-        run_named(tmp_path, out, lungs=False)
-    with pytest.raises(Mistake, match="--images: missing"):
-        prepare.main(["--out", str(out)])
-    (tmp_path / "ct").write_text("")
-    with pytest.raises(Mistake, match="ct: no such folder"):
-        run_named(tmp_path, out)
-
-
 def test_one_volume_that_stacks_slices_is_split_by_slice_alone(tmp_path, out):
     put_named(tmp_path, ["tr"], tr=body(depth=10))
     with pytest.raises(Mistake, match=r"patient 1 .* --by slice"):

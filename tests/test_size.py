@@ -14,7 +14,7 @@ BUDGETS = {  # files, added up: lines
     "web/*.js": 900,
     "README.md": 120,
     "paper/README.md": 120,
-    "tests/**/*.py": 8900,
+    "tests/**/*.py": 8950,
 }
 
 

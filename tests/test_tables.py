@@ -179,11 +179,6 @@ def test_seconds_go_with_table_2_alone(wrong):
         tables.parse(wrong)
 
 
-def test_an_unknown_row_is_one_line():
-    with pytest.raises(Mistake, match="cyclegan"):
-        tables.main(["2", "--rows", "cyclegan"])
-
-
 @pytest.mark.long
 def test_two_rows_are_made_by_the_tables_command_and_once(table_command, monkeypatch, capsys):
     unet = ["--channels", "4", "--unet-samples", "64"]

@@ -44,8 +44,7 @@ SECONDS = 60_000  # in ms, for what takes one or two
 
 
 @pytest.fixture(scope="module")
-def launch():
-    """Start a browser, with these options on its command line."""
+def browser():
     sync_api = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
     found = [path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))]
     if not found:
@@ -54,12 +53,7 @@ def launch():
         pytest.skip("no ONNX Runtime Web here: make runtime")
     root = ["--no-sandbox"] if os.geteuid() == 0 else []
     with sync_api.sync_playwright() as playwright:
-        yield lambda *options: playwright.chromium.launch(executable_path=found[0], args=[*root, *options])
-
-
-@pytest.fixture(scope="module")
-def browser(launch):
-    return launch()
+        yield playwright.chromium.launch(executable_path=found[0], args=root)
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
@@ -171,7 +165,7 @@ def new_page(browser, generator, tmp_path):
     """Make a page that finds our generator where the repository's own would be; options are the browser's."""
     contexts = []
 
-    def make(routes=None, browser=browser, **options):
+    def make(routes=None, **options):
         context = browser.new_context(**{"viewport": {"width": 1280, "height": 800}, **options})
         contexts.append(context)
         context.set_default_timeout(SECONDS)
@@ -506,17 +500,6 @@ def test_without_the_shipped_generator_the_page_says_so_and_takes_one_that_is_dr
     )
     labels, _ = as_scripts_have_it(page, generator)
     assert (labels == 2).any()
-
-
-def test_where_memory_runs_out_the_page_says_so_and_smaller_maps_go_on(launch, new_page, site, generator, tmp_path):
-    little = launch("--js-flags=--wasm-max-mem-pages=800")  # of 64 KiB
-    page = new_page(browser=little).open(site).with_slice()
-    write_map(tmp_path / "large.png", draw_lungs(1024))
-    page.pick("map", tmp_path / "large.png")
-    assert "No slice of 1024 x 1024 pixels" in page.line(error=True)
-    assert page.tab.locator("#save-ct").is_disabled()
-    page.tab.click("#undo")
-    as_scripts_have_it(page, generator)
 
 
 # ------------------------------------------------------------------------------------------------ a slice of one's own
