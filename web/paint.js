@@ -429,14 +429,13 @@ function useFiles(map, slice, found) {
   state.waiting = found.slice && !fits ? slice : null;
   if (fits || found.map) setMap(fits ? { ...map, scan: slice.hu } : map);
   if (isKept) state.kept = state.map;
+  const trained = state.generator?.size ?? map.width, told = ` The generator was trained at ${trained} x ${trained}.`;
+  const note = map.width === trained && map.height === trained ? "" : told;
   if (fits) {
-    say(`${slice.name}: lesions that you paint appear in this slice, all else in it stays as it is.`);
+    say(`${slice.name}: lesions that you paint appear in this slice, all else in it stays as it is.${note}`);
   } else if (found.slice) {
     say(`${slice.name}: ${size(slice)} pixels. Now open its label map, of the same size.`);
-  } else {
-    const trained = state.generator?.size ?? map.width, note = ` The generator was trained at ${trained} x ${trained}.`;
-    say(`${map.name}: ${size(map)} pixels.${map.width === trained && map.height === trained ? "" : note}`);
-  }
+  } else say(`${map.name}: ${size(map)} pixels.${note}`);
 }
 
 /** Start from an example. */
