@@ -137,13 +137,11 @@ def export_generator(
 
 
 def export_unet(checkpoint: dict, digest: str, path: Path, terms: str = TERMS) -> str:
-    """Write a U-Net's checkpoint {"kind": "unet", "config": {n_labels, width, level, window}, "unet": weights}."""
-    from paper.segment import UNet  # only such a checkpoint needs it
+    """Write the U-Net of a checkpoint of paper/segment.py; returns a line about the file."""
+    from paper.segment import restored  # only such a checkpoint needs it
 
     config = checkpoint["config"]
-    unet = UNet(config["n_labels"], config["width"])
-    unet.load_state_dict(checkpoint["unet"])
-    deployed = DeployedUNet(unet, config["level"], config["window"])
+    deployed = DeployedUNet(restored(checkpoint), config["level"], config["window"])
     model = to_onnx(deployed, {"ct": np.zeros((2, 64, 96), np.int16)}, ["map"], multiple=16)
     slices = example_slices("ct", [-1000, -850, -550, 20], 40, np.int16, (128, 128), (64, 96))
     (differ,) = largest(lambda ours, theirs: (ours != theirs).mean(), model, deployed, slices)

@@ -19,7 +19,8 @@ async function readNifti(bytes, ask) {
   if (!Voxels || (int(40) > 3 && int(48) > 1)) throw new Error(`not one number a voxel: ${mend}`);
   const rows = [280, 296, 312].map((at) => [0, 4, 8].map((k) => float(at + k))); // to the right, front, head in mm
   const axes = rows.map((row) => row.reduce((best, step, k) => (Math.abs(step) > Math.abs(row[best]) ? k : best), 0));
-  if (int(254) < 1 || new Set(axes).size < 3) throw new Error(`its sform does not say how the patient lies: ${mend}`);
+  const known = int(254) > 0 && new Set(axes).size === 3, step = (k) => Math.abs(rows[k][axes[k]]);
+  if (!known || Math.abs(step(0) / step(1) - 1) > 0.1) throw new Error(`no sform of axial, square pixels: ${mend}`);
   const size = shape[0] * shape[1] * shape[2] * Voxels.BYTES_PER_ELEMENT, from = whole.byteOffset + float(108);
   if (from + size > whole.buffer.byteLength) throw new Error("cut short: get it again");
   const voxels = new Voxels(whole.buffer.slice(from, from + size));
