@@ -24,9 +24,9 @@ Outside the lung is the window's floor, or -1024 HU where that is higher; with -
 Maps without lung are left out and counted; so are faulty ones, with exit status 2. The same command resumes a stopped
 run: what is finished, and newer than its map and real slice, is skipped. Variants are named P03_S041v01, ...: what
 comes before the last "_" is still the patient. Their real slices go through the same augmentation as their maps.
-With --lesions MAPS a variant is no augmentation, but has lesions of another map in its healthy lung: which and where
-hangs on name, variant and --seed. Without MAPS they are the phantom's, in models/lesions. With --paste lesions the real
-slice stays everywhere else, and they have the patient's own density.
+With --lesions MAPS a variant is no augmentation, but has lesions of another map in its healthy lung, of the train side
+where MAPS has a split.json: which and where hangs on name, variant and --seed. Without MAPS they are the phantom's, in
+models/lesions. With --paste lesions the real slice stays everywhere else; they are shifted as healthy lungs differ.
 Where the model can be steered, a lung has the density and detail given, else with --complement those of its real slice,
 else with --draws those of some training slice, else the model's defaults. Draws are named P03_S041d01, ..., of variants
 P03_S041v01d01, ...; they hang on name and --seed alone. So does the texture of each slice.
@@ -244,9 +244,8 @@ def find_maps(source: Path, side: str | None = None) -> dict[str, Path]:
     names = slices.read_split(split).get(side)
     if not names:
         raise Mistake(f"{split}: no names under {side}: leave out --side, or name another")
-    for name in names:
-        if name not in found:
-            raise Mistake(f"{split}: names {name} under {side}, but there is no such map: prepare the dataset again")
+    if lacking := [name for name in names if name not in found]:
+        raise Mistake(f"{split}: names {lacking[0]} under {side}, but there is no such map: prepare the dataset again")
     return {name: found[name] for name in names}
 
 
@@ -745,7 +744,8 @@ def main(argv: list[str]) -> int:
     if what == "volumes" and (args.format not in (None, "nnunet") or augmented or args.panel):
         raise Mistake(f"{args.maps}: of volumes: PNG, augmentation and --panel go with PNG maps: leave them out")
     args.format = args.format or ("volume" if what == "volumes" else "png16")
-    donors = [*find_files(args.lesions, "maps").values()] if args.lesions else []
+    of = args.lesions and (args.lesions.parent if args.lesions.name == "maps" else args.lesions) / "split.json"
+    donors = [*find_maps(args.lesions, "train" if of.exists() else None).values()] if args.lesions else []
     jobs = plan(maps, args.variants, args.draws)
     folders = {path.parent for path in targets(jobs[0], args)}
     inputs = {path.parent.resolve() for path in (*maps.values(), *(reals or {}).values(), *donors)}

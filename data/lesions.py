@@ -23,12 +23,14 @@ def place(host: np.ndarray, donor: np.ndarray, rng: np.random.Generator) -> np.n
     labels = host.copy()
     if rng.random() < 0.5:  # left for right
         donor = donor[..., ::-1]
-    if not (host.any() and donor.any()):
-        return labels
     lungs, donor = labels[box_of(host > 0)], donor[box_of(donor > 0)]  # the first a view
     healthy = lungs == 1
     for label in range(2, int(donor.max()) + 1):  # a denser label lies within the less dense: no gap opens between them
         lungs[healthy & (stretched(donor >= label, lungs.shape) > 0.5)] = label
+    for map_, before in zip(*(of.reshape(-1, *of.shape[-2:]) for of in (labels, host)), strict=True):  # [H, W] each
+        strip = (map_ == 1) & (share_around(map_ == 0) > 0)  # at the pleura, one pixel wide: a dark seam
+        for label in np.unique(map_[map_ != before]):
+            map_[strip & (share_around((map_ == label) & (before == 1)) > 0)] = label
     return labels
 
 
@@ -53,9 +55,9 @@ def stretched(mask: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 def paste(real: np.ndarray, synthetic: np.ndarray, host: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """The real HU with new lesions from the synthetic, all of one shape, [H, W] or [Z, H, W]; of the real one's type.
 
-    Where `labels` are the host's, each pixel keeps its real value, bit for bit. New ones are synthetic, in the
-    patient's own density: shifted by what the medians of healthy lung differ. Where healthy lung begins, within two
-    pixels, they are mixed with the real ones. Not at the pleura, nor at another lesion: a mixed edge would leave a dark
+    Where `labels` are the host's, each pixel keeps its real value, bit for bit. New ones are synthetic, shifted by what
+    the medians of healthy lung differ: so healthy lungs agree. Where healthy lung begins, within two pixels, they are
+    mixed with the real ones. Not at the pleura, nor at another lesion: a mixed edge would leave a dark
     seam there, of the lung that was there before.
     """
     new, healthy, pasted = labels != host, (host == 1) & (labels == 1), real.copy()
@@ -77,7 +79,7 @@ def share_around(mask: np.ndarray) -> np.ndarray:
 def place_one_of(host: np.ndarray, donors: Sequence[Path], n_labels: int, rng: np.random.Generator) -> np.ndarray:
     """The host's map with lesions of one of the donors' files; the host itself where none of them fits.
 
-    Files are tried in an order drawn by `rng`, until lesions of a 500th of the lung or more fall on healthy lung.
+    Files are tried in an order drawn by `rng`, until lesions of a hundredth of the lung or more fall on healthy lung.
     A slice gets a slice's, a volume a volume's. Raises Mistake as `read_donor` does, and for a slice as a volume's.
     """
     for i in rng.permutation(len(donors)):
@@ -87,7 +89,7 @@ def place_one_of(host: np.ndarray, donors: Sequence[Path], n_labels: int, rng: n
             raise Mistake(f"{donors[i]}: one slice: a volume's lesions come from volumes, or of --lesions alone")
         if ill.size:
             labels = place(host, donor if host.ndim > 2 else donor[rng.choice(ill)], rng)
-            if np.count_nonzero(labels != host) > np.count_nonzero(host) / 500:
+            if np.count_nonzero(labels != host) > np.count_nonzero(host) / 100:
                 return labels
     return host
 

@@ -402,11 +402,10 @@ def main(argv: list[str] | None = None) -> None:
     check_ranges(args, size=(64, LARGEST), patients=(3, 9999), slices=(1, 9999), seed=(0, 2**63))
     order = (np.random.default_rng(args.seed).permutation(args.patients) + 1).tolist()
     tenth = max(1, round(args.patients / 10))  # of the patients for test, and for seg_test
-    parts = order[2 * tenth :], order[:tenth], order[tenth : 2 * tenth]
-    sides = {side: sorted(part) for side, part in zip(SIDES, parts, strict=True)}
-    split = {side: [slice_name(n, k + 1) for n in sides[side] for k in range(args.slices)] for side in SIDES}
-    shared = {key: vars(args)[key] for key in ("seed", "size", "patients", "slices")}
-    split["drawn"] = {"source": "phantom", "by": "patient", **shared}
+    sides = zip(SIDES, (order[2 * tenth :], order[:tenth], order[tenth : 2 * tenth]), strict=True)
+    split = {side: [slice_name(n, k + 1) for n in sorted(part) for k in range(args.slices)] for side, part in sides}
+    split["drawn"] = {"source": "phantom", "by": "patient"}
+    split["drawn"] |= {key: vars(args)[key] for key in ("seed", "size", "patients", "slices")}
     if slices.held_split(args.out) == split and not args.overwrite:
         print(f"{args.out} holds this set already: nothing to do")
         return
@@ -419,8 +418,7 @@ def main(argv: list[str] | None = None) -> None:
                 slices.write_image(args.out / "images" / f"{name}.png", hu)
                 slices.write_map(args.out / "maps" / f"{name}.png", labels)
         slices.write_split(args.out / "split.json", **split)  # last: it marks the set as complete
-    told = [f"{side} {len(sides[side])} patients, {len(split[side])} slices" for side in SIDES]
-    print(f"{args.out}: {'; '.join(told)}")
+    print(f"{args.out}: {', '.join(f'{len(split[side])} slices in {side}' for side in SIDES)}")
 
 
 if __name__ == "__main__":
