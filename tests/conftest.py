@@ -20,7 +20,6 @@ from data import slices
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parents[1]
-os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", str(ROOT / ".pytest_cache" / "hypothesis"))  # out of the tree
 SIZE = 64
 HU = {"air": -1000.0, "body": 40.0, 1: -850.0, 2: -550.0, 3: 20.0}  # plausible HU, by label inside the lung
 

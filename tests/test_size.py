@@ -11,10 +11,10 @@ BUDGETS = {  # files, added up: lines
     "bench.py": 400,
     "data/*.py": 1900,
     "paper/*.py": 2500,
-    "web/*.js": 900,
+    "web/*.js": 920,
     "README.md": 120,
     "paper/README.md": 120,
-    "tests/**/*.py": 8950,
+    "tests/**/*.py": 8930,
 }
 
 

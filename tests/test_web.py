@@ -564,9 +564,11 @@ def test_a_slice_goes_with_its_own_map_alone(page, tmp_path):
     page.wait_for("P07_S001: 64 x 64 pixels. Now open")
 
 
-def write_nifti(path, voxels, axes, kind, shift=0):
+def write_nifti(path, voxels, axes, kind, shift=0, height=0):
     """A volume [Z, H, W] in display, feet first, as a NIfTI file whose axes run so, with values stored less a shift."""
-    given = nib.Nifti1Image((voxels.transpose(2, 1, 0) - shift).astype(float), np.diag([-0.7, -0.7, 5, 1]))
+    affine = np.diag([-0.7, -0.7, 5, 1])
+    affine[2, 3] = height
+    given = nib.Nifti1Image((voxels.transpose(2, 1, 0) - shift).astype(float), affine)
     image = given.as_reoriented(ornt_transform(axcodes2ornt("LPS"), axcodes2ornt(axes)))
     image.set_data_dtype(kind)
     image.header.set_slope_inter(1, shift)
@@ -595,9 +597,25 @@ def test_a_nifti_file_that_would_be_read_wrong_is_told(page, tmp_path):
     good = path.read_bytes()
     write_nifti(path, volume / 1000, "LPS", float)  # of -1 to 1
     refuses(page, "map", path, "neither labels 0 to 3 nor HU")
-    for broken, words in ((good[:8000], "cut short"), (good[:254] + bytes(9000), "sform"), (b"", "no NIfTI-1")):
+    for broken, words in ((good[:8000], "cut short"), (good[:254] + bytes(2) + good[256:], "sform"), (b"", "NIfTI-1")):
         path.write_bytes(broken)
         refuses(page, "map", path, words)
+
+
+def test_a_map_that_is_not_the_slice_s_is_told(page, tmp_path):
+    labels, ct, far, map_ = draw_lungs(), tmp_path / "ct.nii", tmp_path / "far.nii", tmp_path / "map.png"
+    hu, image, own = draw_pair(tmp_path, labels)
+    write_nifti(ct, hu[None], "LPS", np.int16)
+    write_nifti(far, labels[None], "LPS", np.uint8, height=20)
+    write_map(map_, np.array([0, 2, 1, 3], np.uint8)[labels])
+    for pair, words in (
+        ((ct, far), "different places"),
+        ((image, map_), f"means of {hu[labels == 2].mean():.0f}, {hu[labels == 1].mean():.0f}, "),
+        ((map_, own), "a second map"),
+    ):
+        page.tab.evaluate("say('')")
+        page.pick("map", *pair)
+        assert words in page.line(error=True)
 
 
 # ------------------------------------------------------------------------------------------------ what steers

@@ -413,8 +413,9 @@ async function openFiles(files) {
       const bytes = new Uint8Array(await file.arrayBuffer()), isNifti = /\.nii(\.gz)?$/i.test(file.name);
       const read = await (isNifti ? readNifti(bytes, ask) : readMapOrSlice(bytes));
       const ending = isNifti && found.number ? `_S${String(found.number).padStart(3, "0")}` : "";
-      const name = file.name.replace(/(\.nii)?\.[^.]*$/i, "") + ending;
-      found[read.hu ? "slice" : "map"] = { name, opened: read.labels, ...read };
+      const name = file.name.replace(/(\.nii)?\.[^.]*$/i, "") + ending, kind = read.hu ? "slice" : "map";
+      if (found[kind]) throw new Error(`a second ${kind}: open one map and one slice`);
+      found[kind] = { name, opened: read.labels, ...read };
     } catch (error) {
       return complain(`${file.name}: ${error.message}`);
     }
@@ -424,9 +425,11 @@ async function openFiles(files) {
 
 /** Go on with a map, a slice or both. A slice alone is that of the map that was opened before, or else of the next. */
 function useFiles(map, slice, found) {
-  const fits = slice && map.opened && !map.scan && slice.width === map.width && slice.height === map.height;
+  const alike = slice && map.opened && !map.scan && slice.width === map.width && slice.height === map.height;
+  const wrong = alike ? misfit(map, slice) : "", fits = alike && !wrong;
   const isKept = found.map || map === state.kept, size = ({ width, height }) => `${width} x ${height}`;
   state.waiting = found.slice && !fits ? slice : null;
+  if (wrong) return complain(`${map.name}: not the map of ${slice.name}, or its labels mean something else: ${wrong}`);
   if (fits || found.map) setMap(fits ? { ...map, scan: slice.hu } : map);
   if (isKept) state.kept = state.map;
   const trained = state.generator?.size ?? map.width, told = ` The generator was trained at ${trained} x ${trained}.`;
@@ -436,6 +439,19 @@ function useFiles(map, slice, found) {
   } else if (found.slice) {
     say(`${slice.name}: ${size(slice)} pixels. Now open its label map, of the same size.`);
   } else say(`${map.name}: ${size(map)} pixels.${note}`);
+}
+
+/** What tells that a map is not a slice's, by rules of data/check.py: "" where nothing does. */
+function misfit(map, slice) {
+  const apart = map.lies && slice.lies && map.lies.some((at, k) => Math.abs(at - slice.lies[k]) > 0.5);
+  if (apart) return "by their headers they lie in different places";
+  const means = [1, 2, 3].map((label) => { // HU, NaN where there is too little to tell
+    const hu = slice.hu.filter((_, i) => map.opened[i] === label);
+    return hu.length < 100 ? NaN : Math.round(hu.reduce((sum, value) => sum + value, 0) / hu.length);
+  });
+  const [lung] = means, there = means.filter((mean) => !isNaN(mean));
+  const falls = there.some((mean, k) => mean <= there[k - 1]);
+  return lung < -1000 || lung > -400 || falls ? `labels with means of ${there.join(", ")} HU` : "";
 }
 
 /** Start from an example. */
