@@ -216,7 +216,7 @@ def read_split(path: Path) -> dict[str, list[str]]:
     try:
         split = json.loads(path.read_bytes().decode("utf-8-sig"))  # a byte order mark is allowed
     except JSON_ERRORS as error:
-        raise Mistake(f"{path}: no JSON with lists of names under train and test ({error})") from error
+        raise Mistake(f"{path}: no JSON of names under train and test ({error}): see docs/data.md") from error
     sides = {side: split[side] for side in SIDES if side in split} if isinstance(split, dict) else {}
     if not sides or not all(isinstance(names, list) for names in sides.values()):
         raise Mistake(f"{path}: no lists of names under train and test: give a list for each")
