@@ -162,6 +162,12 @@ def test_new_lesions_come_into_every_slice_all_else_is_the_real_one_and_the_set_
 READERS = {"maps": read_map, "images": read_image}
 
 
+def test_who_is_held_out_lends_no_lesion(infer, mine):
+    write_map(mine / "maps/P02_S001.png", lungs() * 3)
+    _, out, _ = infer(mine, "--side", "train", "--lesions", mine / "maps", "--variants", 4)
+    assert {*map(int, np.unique([read_map(path) for path in (out / "maps").iterdir()]))} == {0, 1, 2}
+
+
 def test_lesions_hang_on_name_variant_and_seed_alone_and_a_run_goes_on(more, tmp_path):
     whole = files(more(out="whole")[1])
     for part in ("2/2", "1/2"):

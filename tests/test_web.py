@@ -608,11 +608,9 @@ def test_a_map_that_is_not_the_slice_s_is_told(page, tmp_path):
     write_nifti(ct, hu[None], "LPS", np.int16)
     write_nifti(far, labels[None], "LPS", np.uint8, height=20)
     write_map(map_, np.array([0, 2, 1, 3], np.uint8)[labels])
-    for pair, words in (
-        ((ct, far), "different places"),
-        ((image, map_), f"means of {hu[labels == 2].mean():.0f}, {hu[labels == 1].mean():.0f}, "),
-        ((map_, own), "a second map"),
-    ):
+    order = f"means of {hu[labels == 2].mean():.0f}, "
+    pairs = {"different places": (ct, far), order: (image, map_), "a second map": (map_, own)}
+    for words, pair in pairs.items():
         page.tab.evaluate("say('')")
         page.pick("map", *pair)
         assert words in page.line(error=True)
