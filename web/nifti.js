@@ -17,8 +17,8 @@ async function readNifti(bytes, ask) {
   const [int, float] = [(at) => view.getInt16(at, true), (at) => view.getFloat32(at, true)];
   const isWhole = whole.length > 352 && view.getInt32(0, true) === 348 && view.getInt16(344) === 0x6e2b; // "n+"
   if (!isWhole || float(108) < 352) throw new Error(`no whole NIfTI-1 file, little-endian: get it again, or ${mend}`);
-  const [shape, more] = [[1, 2, 3], [4, 5, 6, 7]].map((of) => of.map((k) => (k <= int(40) ? int(40 + 2 * k) : 1)));
-  const Voxels = VOXELS[int(70)];
+  const lengths = [1, 2, 3, 4, 5, 6, 7].map((k) => (k <= int(40) ? int(40 + 2 * k) : 1)), shape = lengths.slice(0, 3);
+  const Voxels = VOXELS[int(70)], more = lengths.slice(3); // times, or parts of a vector
   if (!Voxels || more.some((length) => length > 1)) throw new Error(`not one number a voxel: ${mend}`);
   const rows = [280, 296, 312].map((at) => [0, 4, 8].map((k) => float(at + k))); // to the right, front, head in mm
   const axes = rows.map((row) => row.reduce((best, step, k) => (Math.abs(step) > Math.abs(row[best]) ? k : best), 0));

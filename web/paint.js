@@ -428,7 +428,7 @@ function useFiles(map, slice, found) {
   const alike = slice && map.opened && !map.scan && slice.width === map.width && slice.height === map.height;
   const wrong = alike ? misfit(map, slice) : "", fits = alike && !wrong;
   const isKept = found.map || map === state.kept, size = ({ width, height }) => `${width} x ${height}`;
-  state.waiting = found.slice && !fits ? slice : null;
+  state.waiting = (found.slice || wrong) && !fits ? slice : null;
   if (wrong) return complain(`${map.name}: not the map of ${slice.name}, or its labels mean something else: ${wrong}`);
   if (fits || found.map) setMap(fits ? { ...map, scan: slice.hu } : map);
   if (isKept) state.kept = state.map;
