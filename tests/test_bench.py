@@ -78,7 +78,7 @@ def test_contenders_run_in_processes_of_their_own_and_what_fails_is_told():
 
 def test_what_a_run_spends_its_time_on_is_grouped_by_kernel():
     bench.held["work"] = lambda: torch.conv2d(torch.ones(1, 8, 64, 64), torch.ones(8, 8, 3, 3)).relu()
-    kernels, dearest = (bench.spent(runs=2)[key] for key in ("kernels", "dearest"))
+    _, kernels, dearest = bench.spent(runs=2).values()  # of one measurement: the next may be faster
     assert [*kernels] == [*bench.KERNELS, "others"] and kernels["convolutions"] > 0
     assert sum(kernels.values()) + 1e-9 >= sum(dearest.values()) > 0 and len(dearest) <= 15
 
