@@ -57,8 +57,8 @@ def paste(real: np.ndarray, synthetic: np.ndarray, host: np.ndarray, labels: np.
 
     Where `labels` are the host's, each pixel keeps its real value, bit for bit. New ones are synthetic, shifted by what
     the medians of healthy lung differ: so healthy lungs agree. Where healthy lung begins, within two pixels, they are
-    mixed with the real ones. Not at the pleura, nor at another lesion: a mixed edge would leave a dark
-    seam there, of the lung that was there before.
+    mixed with the real ones. Not at the pleura, nor at another lesion: a mixed edge would leave a dark seam there, of
+    the lung that was there before.
     """
     new, healthy, pasted = labels != host, (host == 1) & (labels == 1), real.copy()
     shift = np.median(real[healthy]) - np.median(synthetic[healthy]) if healthy.any() else 0

@@ -143,7 +143,7 @@ def make_slices(arm: Arm, patients: str, fold: Fold, volumes: Volumes, args: arg
     donors = hosts if painter == "cut" else {one: volumes[one] for one in fold.others}
     if arm.drawn:
         shapes = slices.list_pngs(runs.ROOT / "models" / "lesions", "lesions")
-        donors = {one: Volume([], np.empty(0), read_donor(path, 4)) for one, path in shapes.items()}
+        donors = {one: Volume([], np.empty(0), read_donor(path, len(slices.LABELS))) for one, path in shapes.items()}
     paint = painter_of(painter, hosts, fold, args)
     for patient, variant in ((patient, variant) for patient in hosts for variant in range(1, several + 1)):
         host, rng = hosts[patient], np.random.default_rng([fold.number, variant, *os.fsencode(patient)])

@@ -566,8 +566,7 @@ def test_a_slice_goes_with_its_own_map_alone(page, tmp_path):
 
 def write_nifti(path, voxels, axes, kind, shift=0, height=0):
     """A volume [Z, H, W] in display, feet first, as a NIfTI file whose axes run so, with values stored less a shift."""
-    affine = np.diag([-0.7, -0.7, 5, 1])
-    affine[2, 3] = height
+    affine = np.array([[-0.7, 0, 0, 0], [0, -0.7, 0, 0], [0, 0, 5, height], [0, 0, 0, 1]])
     given = nib.Nifti1Image((voxels.transpose(2, 1, 0) - shift).astype(float), affine)
     image = given.as_reoriented(ornt_transform(axcodes2ornt("LPS"), axcodes2ornt(axes)))
     image.set_data_dtype(kind)
