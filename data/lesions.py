@@ -27,7 +27,8 @@ def place(host: np.ndarray, donor: np.ndarray, rng: np.random.Generator) -> np.n
     healthy = lungs == 1
     for label in range(2, int(donor.max()) + 1):  # a denser label lies within the less dense: no gap opens between them
         lungs[healthy & (stretched(donor >= label, lungs.shape) > 0.5)] = label
-    for map_, before in zip(*(of.reshape(-1, *of.shape[-2:]) for of in (labels, host)), strict=True):  # [H, W] each
+    slices = [of.reshape(-1, *of.shape[-2:]) for of in (labels, host)]
+    for map_, before in ((after, before) for after, before in zip(*slices, strict=True) if (after != before).any()):
         strip = (map_ == 1) & (share_around(map_ == 0) > 0)  # at the pleura, one pixel wide: a dark seam
         for label in np.unique(map_[map_ != before]):
             map_[strip & (share_around((map_ == label) & (before == 1)) > 0)] = label
@@ -57,8 +58,7 @@ def paste(real: np.ndarray, synthetic: np.ndarray, host: np.ndarray, labels: np.
 
     Where `labels` are the host's, each pixel keeps its real value, bit for bit. New ones are synthetic, shifted by what
     the medians of healthy lung differ: so healthy lungs agree. Where healthy lung begins, within two pixels, they are
-    mixed with the real ones. Not at the pleura, nor at another lesion: a mixed edge would leave a dark seam there, of
-    the lung that was there before.
+    mixed with the real ones. Not at the pleura, nor at another lesion: there a mixed edge would be a dark seam.
     """
     new, healthy, pasted = labels != host, (host == 1) & (labels == 1), real.copy()
     shift = np.median(real[healthy]) - np.median(synthetic[healthy]) if healthy.any() else 0
