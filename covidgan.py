@@ -64,7 +64,7 @@ class LoopConfig:
 
     # run
     stage: str = "all"  # or only one of the method's stages
-    preset: str = "demo"  # a named group of overrides of the defaults below, see PRESETS
+    preset: str = "demo"  # named overrides of the defaults below, see PRESETS; a resumed run keeps its own
     data: str = PHANTOM  # folder with images/ and maps/, and optionally split.json
     out: str = "out"  # folder for ckpt.pt, stats.jsonl, split.json, results.json, panels and curves
     resume: bool = False  # go on from OUT/ckpt.pt, with its config except for the options given
@@ -345,7 +345,7 @@ class Dfm(nn.Module):
     With t_k the L1 distance between the real and the synthetic pair in scale k's first three feature maps,
         L_DFM = (1 - beta) t_1 + beta t_2,
     where beta is one number per image, computed from D1's third feature map of the real pair ("d2": from D2's,
-    "fixed": --beta). With more than two scales the coarser ones share beta; of a single one it is told as 0.
+    "fixed": --beta). With more than two scales the coarser share beta; a single one has all weight, beta is 0.
 
     It moves G and beta's own network, but not D: Eq. 2 has it under min_G. Minimised, beta would move all weight to
     the discriminator that is easier to match: it stays in [margin, 1 - margin].
@@ -502,8 +502,8 @@ class Covidgan(Method):
         return {"d": loss_d, "g": loss_g, "loss_beta": loss_beta, **watched}
 
     def redrawn(self, onehot: Tensor, image: Tensor, seed: Tensor) -> Tensor:
-        """L_redraw: of an image [1, 1, H, W] draw one lung anew, with a lesion more. The other's mean change is the
-        loss, and how far that of this one, by noise alone, falls short of 0.06, or 45 HU.
+        """L_redraw: draw one lung of an image [1, 1, H, W], one half of it, anew, with a lesion more. It is the other's
+        mean absolute change, and what the redrawn one's, its lesion left out, falls short of 0.06 (45 HU of 1500).
         """
         side, across, down, radius, kind = torch.rand(5, device=seed.device)
         y, x = (torch.arange(n, device=seed.device) * (2 / n) - 1 for n in onehot.shape[-2:])
@@ -512,7 +512,7 @@ class Covidgan(Method):
         n_labels, lung = self.c.n_labels, onehot[:, :1] == 0
         lesion = torch.arange(n_labels, device=seed.device).view(1, -1, 1, 1) == 2 + (kind * (n_labels - 2)).long()
         painted = onehot.clone()
-        painted[:, :n_labels] = torch.where(lung & (away < 0), lesion.to(onehot.dtype), onehot[:, :n_labels])
+        painted[:, :n_labels] = torch.where(lung & (away < 0) & (x > 0), lesion.to(onehot.dtype), onehot[:, :n_labels])
         anew = torch.where(x > 0, seed + 1 + (side * 2**31).long(), seed).view(1, -1)
         change = (self.g(painted, "joint", anew)[0] - image.detach()).abs()
         other, this = lung & (x < -0.1), (onehot[:, 1:2] == 1) & (x > 0.1) & (away > 0.15)  # the lesion's rim apart
@@ -603,8 +603,8 @@ def augment(
 ) -> tuple[Tensor, Tensor]:
     """Table I's augmentation on the device: random resize and crop, rotation, elastic transform, Gaussian noise.
 
-    hu and labels uint8 [B, 1, H, W] are resampled through one grid, the map nearest, so that it stays a map. Given a
-    smaller size, they are downsampled to it last: a real image blurred by resampling would teach D to like blur.
+    hu int16, labels uint8 [B, 1, H, W] are resampled through one grid, the map nearest, so that it stays a map. Given
+    a smaller size, they are downsampled to it last: a real image blurred by resampling would teach D to like blur.
     Returns the image in [-1, 1] and the labels, 0 beyond a slice's border, of a process's share of the whole batch.
     """
     device, (height, width), n = hu.device, hu.shape[2:], len(hu) * world
@@ -738,7 +738,7 @@ def load_slices(folder: Path, names: list[str], c: LoopConfig, room: int = 1) ->
 
     with ThreadPoolExecutor() as pool:
         hu, labels, sums = zip(*pool.map(load, names), strict=True)
-    check_hu(f"{folder}, {len(names)} slices", *np.sum(sums, 0), c)
+    check_hu(f"{folder}, {len(names)} slices of {stored} pixels", *np.sum(sums, 0), c)
     return Slices(names, torch.cat(hu), torch.cat(labels))
 
 
@@ -875,7 +875,7 @@ class Trainer:
             self.rates[name].fill_(lr_at(self.step_done, self.steps, player.lr))
         self.fade.fill_(1 - min(self.c.ema, (1 + self.step_done) / (10 + self.step_done)))  # the start soon fades
         self.rng.manual_seed(self.step_seed())
-        torch.manual_seed(self.step_seed(1 + RANK))  # for dropout; from 1, or it would repeat the augmentation's
+        torch.manual_seed(self.step_seed(1 + RANK))  # for --draws, dropout; from 1: else augmentation's again
         epoch, i = divmod(self.step_done, self.epoch_steps)
         order = sample_order(len(self.train.names), self.c.epoch_len, [self.c.seed, self.number, epoch])
         chosen = torch.from_numpy(order[i * self.c.batch : (i + 1) * self.c.batch][RANK::WORLD])
@@ -957,8 +957,8 @@ class Trainer:
         self.begin(checkpoint["stage"])
         self.average.generator().load_state_dict(checkpoint["average"])
         for name, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(checkpoint["optimizers"][name])
-            optimizer.param_groups[0].update(lr=self.rates[name], capturable=self.device.type == "cuda")
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": checkpoint["optimizers"][name]["state"]})
+            optimizer.param_groups[0]["lr"] = self.rates[name]  # the very tensor that `feed` fills
             for weight, moments in optimizer.state.items():  # fused, Adam walks through memory: they must lie alike
                 for key in ("exp_avg", "exp_avg_sq"):
                     moments[key] = torch.empty_like(weight).copy_(moments[key])
@@ -1135,13 +1135,13 @@ def restore(checkpoint: dict[str, Any], method: type[Method]) -> tuple[Method, L
     return restored.eval(), c
 
 
-def widened(old: dict[str, Tensor], new: dict[str, Tensor], n_labels: int) -> dict[str, Tensor]:
-    """Weights of networks that were told less: what they are told now comes after the labels, at first weighed by 0."""
-    for name, weight in old.items():
-        if weight.ndim == 4 and (more := new[name].shape[1] - weight.shape[1]):
-            room = weight.new_zeros(len(weight), more, *weight.shape[2:])
-            old[name] = torch.cat([weight[:, :n_labels], room, weight[:, n_labels:]], 1)
-    return old
+def widened(old: Method, new: Method) -> dict[str, Tensor]:
+    """Weights of `old` for `new`, which is told more: that comes after all `old` is told, at first weighed by 0."""
+    weights, told = old.state_dict(), old.c.channels
+    for name, weight in weights.items():
+        if weight.ndim == 4 and (more := new.state_dict().get(name, weight).shape[1] - weight.shape[1]) > 0:
+            weights[name] = torch.cat([F.pad(weight[:, :told], (0, 0, 0, 0, 0, more)), weight[:, told:]], 1)
+    return weights
 
 
 def parse_config(argv: list[str], method: type[Method] = Covidgan) -> LoopConfig:
@@ -1161,7 +1161,7 @@ def parse_config(argv: list[str], method: type[Method] = Covidgan) -> LoopConfig
         presets = f"PRESETS = {json.dumps(method.presets, indent=4)}"
         print(inspect.getmodule(method).__doc__, *map(inspect.getsource, blocks), presets, sep="\n")
         sys.exit(0)
-    base = method.presets[given.get("preset", method.options.preset)]
+    base = {"preset": (preset := given.pop("preset", method.options.preset))} | method.presets[preset]
     if given.get("resume"):
         out = Path(given.get("out", method.options.out))
         base = read_checkpoint(out / "ckpt.pt")["config"] | LOCAL | {"out": str(out)}
@@ -1222,7 +1222,7 @@ def main(argv: list[str], method: type[Method] = Covidgan, trainer_of: type[Trai
         restored, was = restore(read_checkpoint(Path(c.init)), method)
         if (was.level, was.width) != (c.level, c.width):
             raise Mistake(f"--init {c.init}: of another --level or --width: give the same")
-        trainer.method.load_state_dict(widened(restored.state_dict(), trainer.method.state_dict(), c.n_labels))
+        trainer.method.load_state_dict(widened(restored, trainer.method))
         trainer.begin(trainer.stage)
     if RANK == 0:
         trainer.open_out()

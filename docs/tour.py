@@ -135,7 +135,7 @@ page.show("decisions", figure, told.format(*right) + "A guess is right on 50.")
 # D's answer is one number for a patch. DFM, dynamic feature matching (Eq. 4), asks for reasons too. It compares what
 # D's first three layers make of the real and of the synthetic pair. Their distances are t1 in D1 and t2 in D2:
 # L = (1 - beta) t1 + beta t2. The paper trains beta by minimising. So it goes to whichever D is easier to match, until
-# a clamp stops it, at 0.1 or 0.9 (`--beta-margin 0.1`). In cell 2 it runs there in stage g2. In the joint stage it
+# its bound stops it, 0.1 or 0.9 (`--beta-margin 0.1`). In cell 2 it runs there in stage g2. In the joint stage it
 # turns back, and stays near 0.5. On the way the ReLUs of its network have died, as alpha's; a bias alone moves slowly.
 # %%
 maps = []

@@ -199,12 +199,13 @@ def test_where_weights_lie_otherwise_in_memory_a_resumed_runs_moments_lie_as_the
     (tmp_path / "stats.jsonl").touch()
     first.step()
     torch.save(first.state(), tmp_path / "ckpt.pt")
-    second = covidgan.Trainer(Covidgan, tiny(dtype="float32", out=str(tmp_path)))
+    second = covidgan.Trainer(Covidgan, tiny(dtype="float32", adam_beta1=0.6, out=str(tmp_path)))
     second.load(tmp_path / "ckpt.pt")
     second.feed()  # the learning rate
     for weight, moments in second.optimizers["g"].state.items():
         assert moments["exp_avg"].stride() == moments["exp_avg_sq"].stride() == weight.stride()
-    assert differing(first.state()["optimizers"], second.state()["optimizers"]) == []
+    assert second.optimizers["g"].param_groups[0]["betas"] == (0.6, 0.999)  # the option given, not the checkpoint's
+    assert differing(*(trainer.state()["optimizers"]["g"]["state"] for trainer in (first, second))) == []
 
 
 def test_slices_that_were_trained_on_are_not_tested_after_a_resume(own_toy, small_run, here, tmp_path):
@@ -259,7 +260,7 @@ def test_cases_shown_are_of_different_patients_first_and_those_with_both_lesions
 
 
 def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
 
 
 @pytest.fixture
@@ -327,18 +328,12 @@ def test_a_run_leaves_its_files_and_no_unfinished_ones(whole_run, toy):
     assert results["parameters"]["g"] == sum(w.numel() for name, w in networks.items() if name.startswith("g."))
 
 
-def test_a_folder_that_holds_a_run_is_refused_and_left_as_it_is(whole_run, toy, small_run, here):
-    before = contents(whole_run[0])
-    done = here("--data", toy.folder, "--out", whole_run[0], *small_run)
-    assert done.status == 2 and str(whole_run[0]) in done.stderr and "--resume" in done.stderr
-    assert contents(whole_run[0]) == before
-
-
-def test_a_folder_of_slices_is_refused_and_left_as_it_is(toy, own_toy, small_run, here):
-    before = {path: path.read_bytes() for path in own_toy.folder.rglob("*.*") if path.is_file() and path.suffix}
-    done = here("--data", toy.folder, "--out", own_toy.folder, *small_run)
-    assert done.status == 2 and str(own_toy.folder) in done.stderr
-    assert {path: path.read_bytes() for path in before} == before
+@pytest.mark.parametrize("held", ["run", "slices"])
+def test_a_folder_that_holds_a_run_or_slices_is_refused_and_left_as_it_is(whole_run, toy, small_run, here, held):
+    out = {"run": whole_run[0], "slices": toy.folder}[held]
+    before = contents(out)
+    done = here("--data", toy.folder, "--out", out, *small_run)
+    assert done.status == 2 and str(out) in done.stderr and contents(out) == before
 
 
 def test_it_starts_from_the_average_weights_of_another_run_of_other_size(whole_run, toy, small_run, here, tmp_path):
@@ -349,6 +344,17 @@ def test_it_starts_from_the_average_weights_of_another_run_of_other_size(whole_r
     assert differing(started["average"], before["average"]) == [] and started["config"]["size"] == 96
     averaged = {f"g.{name}": weight for name, weight in before["average"].items()}
     assert differing(started["networks"], before["networks"] | averaged) == []
+
+
+@pytest.mark.parametrize("more", [dict(steer=True), dict(steer=True, draws=1.0), dict(n_labels=5)])
+def test_networks_that_are_told_more_start_with_what_those_told_less_have_learned(tiny, more):
+    old, new = (covidgan.build(Covidgan, tiny(**told)) for told in (dict(steer="draws" in more), more))
+    new.load_state_dict(covidgan.widened(old, new))
+    given, image = torch.rand(1, new.c.channels, 64, 64), torch.rand(1, 1, 64, 64)
+    less = given[:, : old.c.channels]
+    assert torch.allclose(new.g(given)[0], old.g(less)[0], atol=1e-5)
+    for ours, theirs in zip(new.d(given, image), old.d(less, image), strict=True):
+        assert torch.allclose(ours[-1], theirs[-1], atol=1e-4)
 
 
 # ---- checkpoints
@@ -368,8 +374,8 @@ def test_a_checkpoint_holds_plain_tensors_and_numbers_and_no_path(whole_run):
 
 def test_on_resume_the_checkpoints_options_stand_behind_those_given_but_for_this_machines(copied, toy):
     torch.save(load(copied) | {"config": load(copied)["config"] | {"device": "cuda"}}, copied / "ckpt.pt")
-    c = covidgan.parse_config(["--resume", "--out", str(copied), "--interval", "7"])
-    assert (c.ngf, c.size, c.interval, c.device) == (8, 64, 7, "auto")
+    c = covidgan.parse_config(["--resume", "--out", str(copied), "--interval", "7", "--preset", "best"])
+    assert (c.preset, c.ngf, c.size, c.interval, c.device) == ("tiny", 8, 64, 7, "auto")
     assert (c.resume, c.out, c.data) == (True, str(copied), str(toy.folder))
 
 
