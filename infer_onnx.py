@@ -4,7 +4,7 @@
     python infer_onnx.py maps/ --complement images/ --panel            # pasted into the real slices, bit for bit
     python infer_onnx.py maps/ --complement images/ --lesions --paste lesions --variants 4    # new lesions in each
     python infer_onnx.py maps/ --variants 40 --seed 1 --out augmented  # 40 augmented maps of each, and their slices
-    python infer_onnx.py maps/ --draws 8 --density -880 --detail 60    # 8 slices; healthy lung's mean and texture, HU
+    python infer_onnx.py maps/ --draws 8 --density -840 --detail 60    # 8 slices; healthy lung's mean and texture, HU
     python infer_onnx.py labels.nii.gz                                 # a label volume: a CT volume on its grid
     python infer_onnx.py labels/ --complement ct/                      # folders of volumes, paired by name
     python infer_onnx.py 'a/*_seg.nii.gz' --complement 'a/*_ct.nii.gz' # or by what one star, in quotes, stands for
@@ -270,7 +270,7 @@ def find_files(source: Path, what: str) -> dict[str, Path]:
     folder = source / what if (source / what).is_dir() else source
     before, star, after = str(source).partition("*")
     if star:
-        paths = sorted(glob.glob(f"{glob.escape(before)}*{glob.escape(after)}"))
+        paths = sorted(glob.glob(f"{glob.escape(before)}*{glob.escape(after)}")) if after else []  # else a name has two
         found = {path[len(before) : len(path) - len(after)]: Path(path) for path in paths}
     elif not source.exists():
         raise Mistake(f"{source}: not there: give the folder of the {what}")
@@ -281,7 +281,7 @@ def find_files(source: Path, what: str) -> dict[str, Path]:
     else:
         found = slices.list_pngs(folder, what) if folder.is_dir() else {folder.stem: folder}
     if not found:
-        raise Mistake(f"{source}: no file is called so: give it in quotes, with one star for the name")
+        raise Mistake(f"{source}: no file is called so: give it in quotes, with one star for the name, and its ending")
     return {slices.same_form(name): path for name, path in found.items()}
 
 

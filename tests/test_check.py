@@ -71,6 +71,7 @@ ERRORS = {
     "red, green, blue": (renamed((BLACK, RED, GREEN, BLUE)), ["P01", "label 3", "another order"]),
     "1 and 2 exchanged": (lambda toy: change(toy, toy.labels, labels=exchanged), ["label 1", "another order"]),
     "a map on another slice": (shifted, ["P01_S00", "HU"]),
+    "ribs in lungs": (lambda toy: change(toy, P1, lambda hu: np.where(np.arange(64) % 5, hu, 0)), ["P01", "a sixth"]),
     "an unreadable image": (lambda toy: (toy.folder / "images/P01_S001.png").write_bytes(b"no"), ["P01_S001.png"]),
     "a colour of no label": (renamed((BLACK, RED, BLUE, (0, 254, 0))), ["P01_S002.png: colour [0, 254, 0]"]),
     "no lung at all": (lambda toy: change(toy, toy.labels, labels=lambda y: y * 0), ["P01_S001.png", "no lung"]),
