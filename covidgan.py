@@ -1137,9 +1137,9 @@ def restore(checkpoint: dict[str, Any], method: type[Method]) -> tuple[Method, L
 
 def widened(old: Method, new: Method) -> dict[str, Tensor]:
     """Weights of `old` for `new`, which is told more: that comes after all `old` is told, at first weighed by 0."""
-    weights, told = old.state_dict(), old.c.channels
+    weights, wanted, told = old.state_dict(), new.state_dict(), old.c.channels
     for name, weight in weights.items():
-        if weight.ndim == 4 and (more := new.state_dict().get(name, weight).shape[1] - weight.shape[1]) > 0:
+        if weight.ndim == 4 and (more := wanted.get(name, weight).shape[1] - weight.shape[1]) > 0:
             weights[name] = torch.cat([F.pad(weight[:, :told], (0, 0, 0, 0, 0, more)), weight[:, told:]], 1)
     return weights
 

@@ -51,8 +51,7 @@ def fault(hu: np.ndarray, labels: np.ndarray) -> tuple[int, str]:
         return 1, f"no value above 255, so grey levels, not HU + {HU_OFFSET}: convert it first"
     measured = measure(hu, labels)
     label, wrong = densities(measured, np.prod(hu.shape[-2:]) / 100, whole=labels.ndim == 3 and len(labels) > 1)
-    lung = labels == 1
-    if (told := turned(hu, lung)) and (label < 2 or turned(hu, labels > 0)):
+    if (told := turned(hu, lung := labels == 1)) and (label < 2 or turned(hu, labels > 0)):
         return 1, f"its map's lung {told}: turn one of them"
     if not wrong and (hu[lung] > LUNG_HU[1]).sum() > max(lung.sum() / 6, lung.size / 120):  # if right, below an eighth
         return 1, "a sixth of its map's lung is tissue: it is another slice's, or lacks lesions"
@@ -85,7 +84,8 @@ def no_lung(mean: float) -> str:
         return ""
     looks = "the map of another slice, or a turned one: mend it"
     if mean < low or low <= mean - HU_OFFSET <= high:
-        looks = f"an intercept, {HU_OFFSET} too much, or a window" if mean > low else f"an offset of {HU_OFFSET} lost"
+        added = f"a CT's intercept, {HU_OFFSET} too much: take it off, or a window's levels: convert them"
+        looks = added if mean > low else f"an offset of {HU_OFFSET} lost: add it"
     return f"which has {low} to {high}: it looks like {looks}"
 
 

@@ -328,12 +328,12 @@ def test_a_run_leaves_its_files_and_no_unfinished_ones(whole_run, toy):
     assert results["parameters"]["g"] == sum(w.numel() for name, w in networks.items() if name.startswith("g."))
 
 
-@pytest.mark.parametrize("held", ["run", "slices"])
-def test_a_folder_that_holds_a_run_or_slices_is_refused_and_left_as_it_is(whole_run, toy, small_run, here, held):
+@pytest.mark.parametrize(("held", "mend"), [("run", "--resume"), ("slices", "another --out")])
+def test_a_folder_that_holds_a_run_or_slices_is_refused_and_left_as_it_is(whole_run, toy, small_run, here, held, mend):
     out = {"run": whole_run[0], "slices": toy.folder}[held]
     before = contents(out)
     done = here("--data", toy.folder, "--out", out, *small_run)
-    assert done.status == 2 and str(out) in done.stderr and contents(out) == before
+    assert done.status == 2 and str(out) in done.stderr and mend in done.stderr and contents(out) == before
 
 
 def test_it_starts_from_the_average_weights_of_another_run_of_other_size(whole_run, toy, small_run, here, tmp_path):
